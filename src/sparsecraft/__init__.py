@@ -1,0 +1,52 @@
+"""sparsecraft: turn pretrained dense Transformers into Mixture-of-Experts models.
+
+    import sparsecraft as sc
+    report = sc.convert(model, sc.recipes.camelidae(num_experts=8, top_k=2, adapter_dim=64))
+
+Names are imported when they are first used: torch and transformers take seconds to import.
+"""
+
+import importlib
+
+from sparsecraft.doors import open_doors
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "convert": "surgery",
+    "revert": "surgery",
+    "Report": "surgery",
+    "save": "checkpoint",
+    "load": "checkpoint",
+    "trace": "routing",
+    "Routing": "routing",
+    "override": "recipe",
+    "Recipe": "recipe",
+    "Edit": "recipe",
+    "Stage": "recipe",
+    "MoELayer": "layer",
+    "set_dispatch": "layer",
+    "train": "train",
+    "evaluate": "evaluate",
+    "export": "targets",
+    "count": "cost",
+    "SparsecraftError": "errors",
+}
+_MODULES = ("recipes", "data", "hub", "losses")
+
+__all__ = sorted((*_HOME, *_MODULES))
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(importlib.import_module(f"sparsecraft.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"sparsecraft.{name}")
+    raise AttributeError(f"module 'sparsecraft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+open_doors()

@@ -1,0 +1,417 @@
+"""A converted model on disk: `recipe.json`, `moe.safetensors`, and what other tools expect beside.
+
+    recipe.json       format_version, recipe, base (name, revision, fingerprint), digests
+    moe.safetensors   tensors that are new or differ from the base; all of them if standalone
+    report.json       certificate, parameter counts, training log
+    config.json       model_type "sparsecraft" with the base's configuration inside
+    README.md, tokenizer files, generation_config.json
+
+A folder is written under a temporary name, read back, and then renamed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+import sparsecraft
+from sparsecraft import cost, hub, tensorfile
+from sparsecraft.errors import CheckpointError, HubError, SparsecraftError
+from sparsecraft.layer import dense_name, dense_tensors, unique_tensors
+from sparsecraft.origin import Origin, combine, digest
+from sparsecraft.recipe import FORMAT_VERSION, Recipe, from_json, override as override_recipe, to_json
+from sparsecraft.surgery import apply, conversion_of, plan
+
+WEIGHTS = "moe.safetensors"
+MANIFEST = "recipe.json"
+
+# Copied byte for byte from the base's folder, so that they travel unchanged.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "*.jinja",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE*",
+)
+
+
+def save(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    standalone: bool = False,
+    overwrite: bool = False,
+    tokenizer: Any = None,
+) -> Path:
+    """Write a converted model as a checkpoint folder.
+
+    Args:
+        standalone: hold the base's tensors too, so that the folder needs nothing else. Always so
+            for a model whose base is not on disk.
+        overwrite: replace an existing folder once the new one is complete.
+        tokenizer: written beside the model; by default the base's own files are copied.
+
+    Raises:
+        SurgeryError: the model is dense.
+        CheckpointError: the folder exists, or the disk gives back other bytes than were written.
+        ResourceError: the disk is too small.
+    """
+    record = conversion_of(model)
+    out = Path(out)
+    origin = None if standalone else Origin.find(record.origin, record.revision)
+    tensors = new_or_changed(model, origin)
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    cost.require(out, disk=size, memory=0, task="Saving")
+    with replacing(out, overwrite) as folder:
+        weights_digest = tensorfile.write(folder / WEIGHTS, tensors)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "sparsecraft": sparsecraft.__version__,
+            "recipe": to_json(record.recipe),
+            "base": origin and {
+                "name": origin.name,
+                "revision": origin.revision,
+                "fingerprint": origin.fingerprint(),
+                "dtype": str(_base_dtype(model)).removeprefix("torch."),
+            },
+            "tensors": weights_digest,
+        }
+        _write_json(folder / MANIFEST, {**manifest, "digest": _self_digest(manifest)})
+        _write_json(folder / "report.json", record.report)
+        _write_json(folder / "config.json", _config(model))
+        _write_companions(model, folder, tokenizer)
+        (folder / "README.md").write_text(_readme(model, origin))
+    return out
+
+
+def load(
+    folder: str | Path,
+    base: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    override: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Read a checkpoint folder; the model comes back in evaluation mode.
+
+    Args:
+        base: name or folder of the dense model, if it has moved; its tensors must be the same.
+        dtype: cast the whole model after loading; None keeps what was saved.
+        device_map: as in transformers' `from_pretrained`.
+        override: changes to the recipe, dotted path -> value.
+        kwargs: passed to the dense model's `from_pretrained`.
+
+    Raises:
+        CheckpointError: the folder is incomplete, edited or truncated, or stands on another base.
+        RecipeError: a newer format, or an impossible override.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    recipe = from_json(manifest["recipe"])
+    if override:
+        recipe = override_recipe(recipe, override)
+    origin = _find_base(folder, manifest["base"], base)
+    if origin is None:
+        model = _from_config(folder, device_map, kwargs)
+    else:
+        model = hub.load_dense(
+            str(origin.folder),
+            dtype=getattr(torch, manifest["base"]["dtype"]),
+            device_map=device_map,
+            quantize=recipe.base_quantization,
+            **kwargs,
+        )
+    digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
+    record = apply(model, recipe, plan(model, recipe), on_meta=True)
+    record.digests = digests
+    record.origin, record.revision = (origin.name, origin.revision) if origin else (None, None)
+    record.report = _read_json(folder / "report.json")
+    read_tensors(model, folder / WEIGHTS, manifest["tensors"], complete=origin is None)
+    if dtype is not None:
+        model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    return model.eval()
+
+
+def save_pretrained(model: nn.Module, save_directory: str | Path, **kwargs: Any) -> None:
+    """What `model.save_pretrained` does once the model is converted: write our checkpoint."""
+    known = {"is_main_process", "safe_serialization", "standalone", "tokenizer"}
+    if unknown := sorted(set(kwargs) - known):
+        raise SparsecraftError(
+            f"save_pretrained of a converted model does not take {', '.join(unknown)}; "
+            "use sc.save(model, dir)."
+        )
+    if kwargs.get("is_main_process", True):
+        chosen = {k: v for k, v in kwargs.items() if k in ("standalone", "tokenizer")}
+        save(model, save_directory, overwrite=True, **chosen)
+
+
+def new_or_changed(model: nn.Module, origin: Origin | None) -> dict[str, torch.Tensor]:
+    """The tensors that a checkpoint has to hold: those that the base folder does not."""
+    kept = {}
+    for name, tensor in unique_tensors(model).items():
+        dense = dense_name(model, name)
+        if dense is not None and origin is not None:
+            if not tensor.is_floating_point():
+                continue  # quantized from the base, never trained
+            original = origin.tensor(model, dense)
+            if original is not None and digest(original.to(tensor.dtype)) == digest(tensor):
+                continue
+        kept[name] = tensor
+    return kept
+
+
+def read_tensors(model: nn.Module, path: Path, wanted_digest: str, complete: bool) -> None:
+    """Put the file's tensors into the model.
+
+    Args:
+        wanted_digest: of all tensors, from the manifest.
+        complete: the file must hold every tensor of the model, not only the new ones.
+    """
+    known = unique_tensors(model)
+    required = {n for n in known if complete or dense_name(model, n) is None}
+    devices = _devices(model)
+    digests = {}
+    for name, tensor in tensorfile.read(path):
+        digests[name] = digest(tensor)
+        if name not in known:
+            raise CheckpointError(f"{path} holds {name!r}, which this recipe has no place for.")
+        if known[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{path} holds {name!r} with shape {list(tensor.shape)}; this recipe has "
+                f"{list(known[name].shape)}."
+            )
+        _assign(model, name, tensor, devices.get(name, known[name].device))
+    if missing := sorted(required - set(digests)):
+        raise CheckpointError(f"{path} lacks {len(missing)} tensors, {missing[0]!r} among them.")
+    if combine(digests) != wanted_digest:
+        raise CheckpointError(
+            f"The tensors in {path} are not those that {MANIFEST} was written with; "
+            "copy or save the folder again."
+        )
+
+
+def _devices(model: nn.Module) -> dict[str, torch.device]:
+    """Name of every new tensor -> the device of the dense module that its layer stands on."""
+    record = conversion_of(model)
+    targets = {id(layer): device for layer, device in zip(record.layers, record.devices, strict=True)}
+    return {
+        f"{path}.{name}": targets[id(module)]
+        for path, module in model.named_modules()
+        if id(module) in targets
+        for part in ("experts", "router")
+        if getattr(module, part) is not None
+        for name in (f"{part}.{n}" for n, _ in getattr(module, part).named_parameters())
+    }
+
+
+def _assign(model: nn.Module, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        trainable = module._parameters[leaf].requires_grad
+        module._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=trainable)
+        if hasattr(model, "tie_weights") and module is model.get_input_embeddings():
+            model.tie_weights()
+    else:
+        module._buffers[leaf] = tensor.to(device)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The contents of recipe.json, checked against its own digest.
+
+    Raises:
+        CheckpointError: it is missing, no JSON, of another format, or edited.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no sparsecraft checkpoint: it has no {MANIFEST}.")
+    manifest = _read_json(path)
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {version!r} and this sparsecraft reads {FORMAT_VERSION}; "
+            "upgrade sparsecraft."
+        )
+    claimed = manifest.pop("digest", None)
+    if claimed != _self_digest(manifest):
+        raise CheckpointError(
+            f"{path} was edited after it was written; undo the edit and pass the change as "
+            "sc.load(dir, override={...}) instead."
+        )
+    return manifest
+
+
+def _find_base(folder: Path, saved: dict[str, Any] | None, base: str | None) -> Origin | None:
+    if saved is None:
+        if base is not None:
+            raise CheckpointError(f"{folder} is self-contained and takes no base; drop {base!r}.")
+        return None
+    name = base or saved["name"]
+    try:
+        resolved = hub.resolve(name, None if base else saved["revision"])
+    except HubError as error:
+        raise CheckpointError(f"The base of {folder} is {name!r}: {error}") from None
+    origin = Origin.find(str(resolved))
+    if origin is None:
+        raise CheckpointError(f"The base of {folder}, {name!r}, holds no safetensors.")
+    if origin.fingerprint() != saved["fingerprint"]:
+        raise CheckpointError(
+            f"{folder} stands on {saved['name']!r}, and {name!r} holds other tensors; "
+            "pass the right base as sc.load(dir, base=...)."
+        )
+    keep_name = base is None and not hub.is_alias(name)
+    return dataclasses.replace(origin, name=name, revision=saved["revision"]) if keep_name else origin
+
+
+@contextmanager
+def replacing(out: Path, overwrite: bool):
+    """A temporary folder beside `out` that takes its name once the block has succeeded.
+
+    Raises:
+        CheckpointError: `out` exists and `overwrite` is False.
+    """
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"{out} exists already; choose another folder or pass overwrite.")
+    if out.exists() and not (out.is_dir() and (_ours(out) or not any(out.iterdir()))):
+        raise CheckpointError(f"{out} exists and was not written by sparsecraft; it is left alone.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if out.exists():
+            retired = out.with_name(f".{out.name}.{os.getpid()}.old")
+            out.rename(retired)
+            temporary.rename(out)
+            shutil.rmtree(retired)
+        else:
+            temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _ours(folder: Path) -> bool:
+    """Whether a folder is a checkpoint or an export of ours, which may be overwritten."""
+    return (folder / MANIFEST).is_file() or (folder / "sparsecraft_export.json").is_file()
+
+
+def _from_config(folder: Path, device_map: Any, kwargs: dict[str, Any]) -> nn.Module:
+    data = _read_json(folder / "config.json")
+    config = base_config(data)
+    model = hub.model_class(data["base_config"])._from_config(
+        config, dtype=getattr(torch, data["dtype"]), **kwargs
+    )
+    if isinstance(device_map, (str, torch.device)) and device_map != "auto":
+        model.to(device_map)
+    elif device_map is not None:
+        raise CheckpointError(
+            f"{folder} is self-contained; device_map takes one device there, not {device_map!r}."
+        )
+    return model
+
+
+def base_config(data: dict[str, Any]) -> Any:
+    """The dense model's configuration out of our config.json."""
+    from transformers import AutoConfig
+
+    inner = dict(data["base_config"])
+    return AutoConfig.for_model(inner.pop("model_type"), **inner)
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    inner = model.config.to_dict()
+    inner["architectures"] = [type(model).__name__]
+    inner.pop("_name_or_path", None)
+    return {
+        "model_type": "sparsecraft",
+        "architectures": inner["architectures"],
+        "dtype": str(_base_dtype(model)).removeprefix("torch."),
+        "base_config": inner,
+    }
+
+
+def _base_dtype(model: nn.Module) -> torch.dtype:
+    """Most common floating dtype of the dense tensors (trained parts may be float32 masters)."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in dense_tensors(model).values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return max(sizes, key=sizes.get)
+
+
+def _write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> None:
+    source = Origin.find(conversion_of(model).origin, conversion_of(model).revision)
+    if source is not None:
+        for pattern in COMPANIONS:
+            for path in source.folder.glob(pattern):
+                shutil.copyfile(path, folder / path.name)
+    elif getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _readme(model: nn.Module, origin: Origin | None) -> str:
+    record = conversion_of(model)
+    recipe: Recipe = record.recipe
+    report = record.report.get("conversion", {})
+    base = origin.name if origin else "held in this folder"
+    license = hub.license_of(origin.folder) if origin else None
+    certificate = report.get("certificate")
+    measured = (
+        f"max |logit difference| {certificate['max_difference']:.1e} at the start "
+        f"(tolerance {certificate['tolerance']:.1e} in {certificate['dtype']})"
+        if certificate
+        else "not measured"
+    )
+    claim = "starts as the dense model" if recipe.exact_at_start else "does not start as the dense model"
+    return f"""---
+library_name: sparsecraft
+license: {license or "other"}
+---
+# {recipe.name} ({recipe.variant})
+
+{recipe.title}. {recipe.paper}.
+
+- Base model: {base}{f", revision {origin.revision}" if origin and origin.revision else ""}
+- License of the base: {license or "unknown; see the base model"}
+- Certificate: the recipe {claim}; measured: {measured}
+
+```python
+import sparsecraft as sc
+model = sc.load("path/to/this/folder")
+```
+After `import sparsecraft`, transformers' `AutoModelFor....from_pretrained` reads the folder too.
+"""
+
+
+def _self_digest(manifest: dict[str, Any]) -> str:
+    data = {key: value for key, value in manifest.items() if key != "digest"}
+    return f"xxh3_128:{xxhash.xxh3_128(json.dumps(data, sort_keys=True).encode()).hexdigest()}"
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}).") from None

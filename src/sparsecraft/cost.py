@@ -1,0 +1,111 @@
+"""What a converted model costs: parameters, active parameters, FLOPs and bytes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sparsecraft.errors import ResourceError
+from sparsecraft.layer import MoELayer, dense_name
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Parameter counts; each tied tensor counts once.
+
+    Attributes:
+        total: all parameters.
+        new: those that the dense model does not have.
+        trainable: those that require gradients.
+        active: those that one token uses; K of E experts per routed layer.
+        flops_per_token: multiply-adds times two of all matrices that one token meets in a
+            forward pass, without attention scores and without the embedding lookup.
+    """
+
+    total: int
+    new: int
+    trainable: int
+    active: int
+    flops_per_token: int
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def count(model: nn.Module) -> Cost:
+    """Count the parameters of a dense or converted model."""
+    parameters = dict(model.named_parameters())
+    idle = sum(_idle(module) for module in model.modules() if isinstance(module, MoELayer))
+    total = sum(_numel(p) for p in parameters.values())
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    looked_up = 0 if embedding is None or tied else sum(p.numel() for p in embedding.parameters())
+    return Cost(
+        total=total,
+        new=sum(_numel(p) for name, p in parameters.items() if dense_name(model, name) is None),
+        trainable=sum(_numel(p) for p in parameters.values() if p.requires_grad),
+        active=total - idle,
+        flops_per_token=2 * (total - idle - looked_up),
+    )
+
+
+def _idle(layer: MoELayer) -> int:
+    """Expert parameters of one layer that a token leaves untouched."""
+    if layer.router is None or layer.router.spec.top_k is None:
+        return 0
+    bank = sum(p.numel() for p in layer.experts.parameters())
+    return bank * (layer.experts.num_experts - layer.router.spec.top_k) // layer.experts.num_experts
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Values, not storage: a 4-bit weight keeps two in each byte."""
+    return 2 * parameter.numel() if parameter.dtype == torch.uint8 else parameter.numel()
+
+
+def bytes_of(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def require(folder: Path, disk: int, memory: int, task: str) -> str:
+    """Compare needs with what is free; return one line that says both.
+
+    Args:
+        folder: where the files will go.
+        disk: bytes to be written.
+        memory: bytes of main memory, beyond what is in use already.
+
+    Raises:
+        ResourceError: not enough disk. Too little memory is reported, not refused, because
+            swap and memory maps make it a guess.
+    """
+    existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    free_disk, free_memory = shutil.disk_usage(existing).free, available_memory()
+    if disk > free_disk:
+        raise ResourceError(
+            f"{task} needs {gigabytes(disk)} of disk at {folder} and {gigabytes(free_disk)} "
+            "are free; free some space or choose another --out."
+        )
+    short = free_memory is not None and memory > free_memory
+    known = "unknown" if free_memory is None else gigabytes(free_memory)
+    line = (
+        f"{task} needs about {gigabytes(memory)} of memory ({known} free) and "
+        f"{gigabytes(disk)} of disk ({gigabytes(free_disk)} free)."
+    )
+    return line + (" MEMORY MAY NOT SUFFICE." if short else "")
+
+
+def available_memory() -> int | None:
+    """Free main memory in bytes, or None where the system does not tell."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,86 @@
+"""A bank of experts, and the loop over them that specifies what every faster path computes.
+
+Shapes: T tokens, K slots per token, E experts, I input features, O output features,
+M first-layer features, H hidden features after the activation (M = 2H when gated).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparsecraft.routing import Routing
+
+
+@dataclass(frozen=True, slots=True)
+class TwoLayer:
+    """The form that the fast paths understand: scale * second(activate(first(x))) (+ x)."""
+
+    first_EMI: Tensor
+    second_EOH: Tensor
+    activate: Callable[[Tensor], Tensor]
+    first_bias_EM: Tensor | None = None
+    second_bias_EO: Tensor | None = None
+    scale: float = 1.0
+    residual: bool = False
+    input_dropout: float = 0.0
+    output_dropout: float = 0.0
+
+
+class Experts(nn.Module, ABC):
+    """E experts in stacked tensors. A kind writes `expert`; dispatch is inherited.
+
+    Attributes:
+        num_experts: E.
+        out_features: O.
+        dispatch: `auto`, `loop`, `grouped` or `dense`; see `sparsecraft.kernels`.
+        dense_tokens: up to this many tokens, `auto` computes all experts at once; small banks
+            set it, because fewer launches are worth more there than fewer multiplications.
+    """
+
+    num_experts: int
+    out_features: int
+    dispatch: str = "auto"
+    dense_tokens: int = 0
+
+    @abstractmethod
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        """Expert `e` on tokens x (n, I) -> (n, O)."""
+
+    def two_layer(self, dtype: torch.dtype) -> TwoLayer | None:
+        """The bank's tensors in `dtype` for the fast paths; None if it has no such form."""
+        return None
+
+    def forward(
+        self, x_TI: Tensor, routing: Routing | None = None, sums_to_one: bool = False
+    ) -> Tensor:
+        """Mix the experts' outputs, y_TO = sum_k w_k expert_k(x).
+
+        Args:
+            routing: None for a single expert that needs no router.
+            sums_to_one: the weights of every token are known to sum to one, so that a residual
+                expert's `x` passes through exactly.
+        """
+        if routing is None:
+            return self.expert(0, x_TI)
+        from sparsecraft.kernels import PATHS, choose_path
+
+        path = choose_path(self, x_TI, routing) if self.dispatch == "auto" else self.dispatch
+        return PATHS[path](self, x_TI, routing, sums_to_one)
+
+
+def loop(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = False) -> Tensor:
+    """The specification: one expert at a time, on the tokens that chose it."""
+    y_TO = x_TI.new_zeros(x_TI.shape[0], bank.out_features)
+    for e in range(bank.num_experts):
+        tokens, slots = torch.where(routing.indices_TK == e)
+        if tokens.numel() == 0:
+            continue
+        weight = routing.weights_TK[tokens, slots, None].to(x_TI.dtype)
+        y = bank.expert(e, x_TI[tokens]) * weight
+        y_TO = y_TO.index_add(0, tokens, y.to(y_TO.dtype))
+    return y_TO

@@ -1,0 +1,84 @@
+"""Full feed-forward experts (sparse upcycling, Komatsuzaki et al. 2023).
+
+Shapes: E experts, D width, F hidden width. Gated networks store gate and up fused, gate rows
+first, as transformers v5 does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsecraft.donor import FFN
+from sparsecraft.experts.base import Experts, TwoLayer
+from sparsecraft.recipe import FFNSpec
+
+
+class FFNExperts(Experts):
+    """E feed-forward networks of the donor's own form (gated or not, with or without biases).
+
+    Copies start as expanded views of one tensor: they cost no memory until `materialize`, which
+    `train()` calls because an optimizer cannot step a view.
+    """
+
+    def __init__(self, spec: FFNSpec, donor: FFN):
+        super().__init__()
+        self.num_experts = spec.num_experts
+        self.out_features = donor.width
+        self.gated = donor.gated
+        self.activation = donor.activation
+        self.hidden_dropout = donor.hidden_dropout
+        self.output_dropout = donor.output_dropout
+        first = "gate_up" if donor.gated else "up"
+        for name, tensor in {
+            first: donor.first_weight(),
+            f"{first}_bias": donor.first_bias(),
+            "down": donor.down_weight(),
+            "down_bias": donor.down_bias(),
+        }.items():
+            copies = None if tensor is None else tensor.detach().expand(spec.num_experts, *tensor.shape)
+            self.register_parameter(name, None if copies is None else nn.Parameter(copies))
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        first, first_bias = self._first()
+        hidden = F.linear(x, first[e].to(x.dtype), _row(first_bias, e, x.dtype))
+        y = F.linear(self._activate(hidden), self.down[e].to(x.dtype), _row(self.down_bias, e, x.dtype))
+        return F.dropout(y, self.output_dropout, self.training)
+
+    def two_layer(self, dtype: torch.dtype) -> TwoLayer:
+        first, first_bias = self._first()
+        return TwoLayer(
+            first_EMI=first.to(dtype),
+            second_EOH=self.down.to(dtype),
+            activate=self._activate,
+            first_bias_EM=None if first_bias is None else first_bias.to(dtype),
+            second_bias_EO=None if self.down_bias is None else self.down_bias.to(dtype),
+            output_dropout=self.output_dropout if self.training else 0.0,
+        )
+
+    def materialize(self) -> None:
+        """Give every copy memory of its own."""
+        for parameter in self.parameters():
+            if self.num_experts > 1 and parameter.stride(0) == 0:
+                parameter.data = parameter.data.contiguous()
+
+    def train(self, mode: bool = True) -> FFNExperts:
+        if mode:
+            self.materialize()
+        return super().train(mode)
+
+    def _first(self) -> tuple[Tensor, Tensor | None]:
+        return (self.gate_up, self.gate_up_bias) if self.gated else (self.up, self.up_bias)
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        if self.gated:
+            gate, up = hidden.chunk(2, dim=-1)
+            hidden = self.activation(gate) * up
+        else:
+            hidden = self.activation(hidden)
+        return F.dropout(hidden, self.hidden_dropout, self.training)
+
+
+def _row(bias: Tensor | None, e: int, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias[e].to(dtype)

@@ -1,0 +1,89 @@
+"""Parameter-efficient experts: bottleneck adapters and low-rank updates.
+
+Shapes: E experts, D width, H bottleneck width, I input features, O output features, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from sparsecraft.experts.base import Experts, TwoLayer
+from sparsecraft.recipe import AdapterSpec, LoRASpec
+
+
+class AdapterExperts(Experts):
+    """PESC's adapters (Wu et al. 2024, Eq. 8): x + s * up(GELU(down(dropout(x)))), no biases.
+
+    `up` starts at zero, so that every expert starts as the identity.
+    """
+
+    # On two CPU cores and on an H200 all experts at once beat sorting up to about this many
+    # tokens (benchmarks/pesc_layer.md).
+    dense_tokens = 64
+
+    def __init__(self, spec: AdapterSpec, width: int, *, device=None, dtype=None):
+        super().__init__()
+        self.num_experts, self.out_features = spec.num_experts, width
+        self.dropout, self.scale = spec.dropout, spec.scale
+        self.activation = ACT2FN[spec.activation]
+        self.down = nn.Parameter(
+            torch.empty(spec.num_experts, spec.dim, width, device=device, dtype=dtype)
+        )
+        self.up = nn.Parameter(
+            torch.zeros(spec.num_experts, width, spec.dim, device=device, dtype=dtype)
+        )
+        for down_HD in self.down:  # one at a time: the fan-in is D, not E * D
+            nn.init.kaiming_uniform_(down_HD, a=math.sqrt(5))
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        hidden = F.linear(F.dropout(x, self.dropout, self.training), self.down[e].to(x.dtype))
+        return x + self.scale * F.linear(self.activation(hidden), self.up[e].to(x.dtype))
+
+    def two_layer(self, dtype: torch.dtype) -> TwoLayer:
+        return TwoLayer(
+            first_EMI=self.down.to(dtype),
+            second_EOH=self.up.to(dtype),
+            activate=self.activation,
+            scale=self.scale,
+            residual=True,
+            input_dropout=self.dropout if self.training else 0.0,
+        )
+
+
+class LoRAExperts(Experts):
+    """Low-rank updates (Hu et al. 2022): (alpha / r) * B A dropout(x), B zero at the start."""
+
+    dense_tokens = 64
+
+    def __init__(
+        self, spec: LoRASpec, in_features: int, out_features: int, *, device=None, dtype=None
+    ):
+        super().__init__()
+        self.num_experts, self.out_features = spec.num_experts, out_features
+        self.dropout, self.scale = spec.dropout, spec.alpha / spec.rank
+        self.lora_A = nn.Parameter(
+            torch.empty(spec.num_experts, spec.rank, in_features, device=device, dtype=dtype)
+        )
+        self.lora_B = nn.Parameter(
+            torch.zeros(spec.num_experts, out_features, spec.rank, device=device, dtype=dtype)
+        )
+        for a_RI in self.lora_A:
+            nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5))
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A[e].to(x.dtype))
+        return F.linear(low * self.scale, self.lora_B[e].to(x.dtype))
+
+    def two_layer(self, dtype: torch.dtype) -> TwoLayer:
+        return TwoLayer(
+            first_EMI=self.lora_A.to(dtype),
+            second_EOH=self.lora_B.to(dtype),
+            activate=nn.Identity(),
+            scale=self.scale,
+            input_dropout=self.dropout if self.training else 0.0,
+        )

@@ -1,0 +1,35 @@
+"""Ways to run a bank of experts. Each equals `loop`, forward and backward, and is tested so."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+from torch import Tensor
+
+from sparsecraft.experts.base import Experts, loop
+from sparsecraft.kernels.dense import dense
+from sparsecraft.kernels.grouped import grouped, why_not_grouped
+from sparsecraft.routing import Routing
+
+PATHS = {"loop": loop, "grouped": grouped, "dense": dense}
+
+log = logging.getLogger("sparsecraft")
+
+
+def choose_path(bank: Experts, x_TI: Tensor, routing: Routing) -> str:
+    """The path that `dispatch="auto"` takes for these tokens."""
+    tokens, slots = routing.indices_TK.shape
+    if tokens <= bank.dense_tokens or (bank.dense_tokens and slots == bank.num_experts):
+        return "dense"
+    reason = why_not_grouped(bank, x_TI)
+    if reason is None:
+        return "grouped"
+    if "views of one tensor" not in reason:  # untrained copies: the loop is the plan, not news
+        _say_once(f"Experts run in a loop, one at a time: {reason}.")
+    return "loop"
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.warning(message)

@@ -1,0 +1,41 @@
+"""All experts on all tokens, mixed by a mostly zero weight; equals `experts.base.loop`.
+
+For a handful of tokens, or when every expert is chosen anyway, this costs fewer launches and no
+more bytes than sorting. It is not sparse, and nothing here is counted as a saving.
+Shapes: T tokens, E experts, I input features, O output features, M and H as in experts.base.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsecraft.experts.base import Experts
+from sparsecraft.kernels.grouped import add_residual, compute_dtype
+from sparsecraft.routing import Routing
+
+
+def dense(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = False) -> Tensor:
+    """Two batched GEMMs over all E experts."""
+    x_TI = x_TI.to(compute_dtype(x_TI))
+    net = bank.two_layer(x_TI.dtype)
+    num_experts, T = bank.num_experts, x_TI.shape[0]
+    weights_TK = routing.weights_TK * (routing.indices_TK < num_experts)
+    weights_TE = weights_TK.new_zeros(T, num_experts + 1)  # the last column takes "no expert"
+    weights_TE = weights_TE.scatter_add(1, routing.indices_TK, weights_TK)[:, :num_experts]
+
+    x_ETI = x_TI.expand(num_experts, *x_TI.shape)
+    if net.input_dropout:
+        x_ETI = F.dropout(x_ETI, net.input_dropout)
+    hidden_ETM = torch.bmm(x_ETI, net.first_EMI.transpose(-2, -1))
+    if net.first_bias_EM is not None:
+        hidden_ETM = hidden_ETM + net.first_bias_EM[:, None]
+    y_ETO = torch.bmm(net.activate(hidden_ETM), net.second_EOH.transpose(-2, -1))
+    if net.second_bias_EO is not None:
+        y_ETO = y_ETO + net.second_bias_EO[:, None]
+    if net.output_dropout:
+        y_ETO = F.dropout(y_ETO, net.output_dropout)
+    weights_ET1 = weights_TE.t().mul(net.scale).to(x_TI.dtype)[..., None]
+    y_TO = (y_ETO * weights_ET1).sum(0)
+    return add_residual(y_TO, x_TI, weights_TK, sums_to_one) if net.residual else y_TO

@@ -1,0 +1,124 @@
+"""Grouped GEMM over tokens sorted by expert; equals `experts.base.loop`.
+
+Shapes: T tokens, K slots per token, S = T*K sorted slots, E experts, I input features,
+O output features, M first-layer features, H hidden features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsecraft.experts.base import Experts
+from sparsecraft.routing import Routing
+
+# grouped_mm wants every row to start on a 16-byte boundary.
+ALIGNMENT_BYTES = 16
+
+
+def why_not_grouped(bank: Experts, x_TI: Tensor) -> str | None:
+    """The reason why `grouped` cannot run this bank on these tokens, or None."""
+    dtype = compute_dtype(x_TI)
+    if x_TI.is_cuda and dtype != torch.bfloat16:
+        return f"grouped_mm on CUDA takes bfloat16 and the tokens are {dtype}"
+    net = bank.two_layer(dtype)
+    if net is None:
+        return f"{type(bank).__name__} has no two-layer form"
+    if bank.num_experts > 1 and 0 in (net.first_EMI.stride(0), net.second_EOH.stride(0)):
+        return "the experts are views of one tensor, which grouped_mm does not take"
+    for width in (*net.first_EMI.shape[1:], *net.second_EOH.shape[1:]):
+        if width * dtype.itemsize % ALIGNMENT_BYTES:
+            return f"a width of {width} in {dtype} is no multiple of {ALIGNMENT_BYTES} bytes"
+    return None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that F.linear would compute in; grouped_mm itself ignores autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def grouped(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = False) -> Tensor:
+    """Two grouped GEMMs; the base model's own tensors are never repeated K times."""
+    x_TI = x_TI.to(compute_dtype(x_TI))
+    net = bank.two_layer(x_TI.dtype)
+    num_experts, (T, K) = bank.num_experts, routing.indices_TK.shape
+
+    # "No expert" slots go to the last expert with weight zero: rows beyond the last offset would
+    # be left uninitialized by grouped_mm, and a compaction would need a host synchronization.
+    filled_TK = routing.indices_TK < num_experts
+    weights_TK = routing.weights_TK * filled_TK
+    expert_S, order_S = routing.indices_TK.clamp(max=num_experts - 1).flatten().sort(stable=True)
+    experts_E = torch.arange(num_experts, device=x_TI.device)
+    ends_E = torch.searchsorted(expert_S, experts_E, right=True).to(torch.int32)
+    slot_TK = torch.empty_like(order_S).scatter_(
+        0, order_S, torch.arange(T * K, device=x_TI.device)
+    )
+    weight_S1 = weights_TK.flatten()[order_S, None].mul(net.scale).to(x_TI.dtype)
+
+    x_SI = _Scatter.apply(x_TI, order_S, slot_TK, K)
+    if net.input_dropout:
+        x_SI = F.dropout(x_SI, net.input_dropout)
+    hidden_SM = F.grouped_mm(x_SI, net.first_EMI.transpose(-2, -1), offs=ends_E)
+    if net.first_bias_EM is not None:
+        hidden_SM = hidden_SM + net.first_bias_EM[expert_S]
+    hidden_SH = net.activate(hidden_SM)
+    # Weigh on the narrower side: the mixing weight commutes with the second product.
+    early = hidden_SH.shape[-1] < bank.out_features and net.second_bias_EO is None
+    y_SO = F.grouped_mm(
+        hidden_SH * weight_S1 if early else hidden_SH,
+        net.second_EOH.transpose(-2, -1),
+        offs=ends_E,
+    )
+    if net.second_bias_EO is not None:
+        y_SO = y_SO + net.second_bias_EO[expert_S]
+    if net.output_dropout:
+        y_SO = F.dropout(y_SO, net.output_dropout)
+    y_TO = _Combine.apply(y_SO if early else y_SO * weight_S1, order_S, slot_TK, K)
+    return add_residual(y_TO, x_TI, weights_TK, sums_to_one) if net.residual else y_TO
+
+
+def add_residual(y_TO: Tensor, x_TO: Tensor, weights_TK: Tensor, sums_to_one: bool) -> Tensor:
+    """Add sum_k w_k * x; exactly x where the weights are known to sum to one."""
+    if sums_to_one:
+        return y_TO + x_TO
+    return y_TO + x_TO * weights_TK.sum(-1, keepdim=True).to(x_TO.dtype)
+
+
+class _Scatter(torch.autograd.Function):
+    """x_TI -> x_SI, each token to its K sorted slots. Its gradient is `_Combine`.
+
+    Written out because the gradient of plain indexing is an atomic scatter-add, which is slow
+    and not deterministic on CUDA.
+    """
+
+    @staticmethod
+    def forward(x_TI, order_S, slot_TK, K):
+        return x_TI[order_S // K]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, order_S, slot_TK, ctx.K = inputs
+        ctx.save_for_backward(order_S, slot_TK)
+
+    @staticmethod
+    def backward(ctx, grad_SI):
+        return _Combine.apply(grad_SI, *ctx.saved_tensors, ctx.K), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """y_SO -> y_TO, the sum of each token's K slots. Its gradient is `_Scatter`."""
+
+    @staticmethod
+    def forward(y_SO, order_S, slot_TK, K):
+        return y_SO[slot_TK].view(-1, K, y_SO.shape[-1]).sum(1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, order_S, slot_TK, ctx.K = inputs
+        ctx.save_for_backward(order_S, slot_TK)
+
+    @staticmethod
+    def backward(ctx, grad_TO):
+        return _Scatter.apply(grad_TO, *ctx.saved_tensors, ctx.K), None, None, None

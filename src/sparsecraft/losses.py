@@ -1,0 +1,116 @@
+"""Auxiliary losses: pure functions of what a trace recorded.
+
+Each is computed per layer in float32 and averaged over layers, with padding masked, in training
+only. T tokens, K slots per token, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsecraft.errors import RecipeError, did_you_mean
+from sparsecraft.routing import Routing
+
+Loss = Callable[[Routing, Tensor | None], Tensor]
+
+
+def switch_balance(
+    routing: Routing, mask_T: Tensor | None = None, normalize_by_topk: bool = True
+) -> Tensor:
+    """E * sum_e f_e p_e (Switch Eq. 4-6; PESC Eq. 10).
+
+    f is the fraction of tokens dispatched to each expert and p the mean router probability.
+
+    Args:
+        mask_T: True on real tokens.
+        normalize_by_topk: divide f by K, so that perfect balance gives 1 and a collapsed router
+            E/K; without it, transformers' Mixtral convention, balance gives K.
+    """
+    logits_TE, indices_TK = _kept(routing, mask_T)
+    num_experts = logits_TE.shape[-1]
+    probs_E = logits_TE.softmax(-1).mean(0)
+    chosen_TKE = F.one_hot(indices_TK, num_experts + 1)[..., :num_experts].float()
+    fraction_E = chosen_TKE.sum(1).mean(0)
+    if normalize_by_topk:
+        fraction_E = fraction_E / indices_TK.shape[1]
+    return num_experts * (fraction_E * probs_E).sum()
+
+
+def switch_balance_unnormalized(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """`switch_balance` in transformers' convention: K at balance."""
+    return switch_balance(routing, mask_T, normalize_by_topk=False)
+
+
+def router_z(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """Mean squared log-partition of the logits (ST-MoE, Zoph et al. 2022)."""
+    logits_TE, _ = _kept(routing, mask_T)
+    return logits_TE.logsumexp(-1).square().mean()
+
+
+def pesc_released_balance(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """The balance loss of PESC's released code: a constant, E/K, with zero gradient.
+
+    The code takes the softmax over the K kept logits only and averages it over those K, which
+    gives 1/K whatever the router does. Padding is not masked there. Kept as a named variant so
+    that the released recipe can be reproduced; it balances nothing.
+    """
+    num_experts, k = routing.num_experts, routing.indices_TK.shape[1]
+    top_TK = routing.logits_TE.gather(-1, routing.indices_TK.clamp(max=num_experts - 1))
+    mean_prob_T = top_TK.softmax(-1).mean(-1)
+    chosen_TKE = F.one_hot(routing.indices_TK, num_experts + 1)[..., :num_experts].float()
+    fraction_TE = chosen_TKE.amax(1)
+    return num_experts * (fraction_TE * mean_prob_T[:, None]).sum(-1).mean() / k
+
+
+LOSSES: dict[str, Loss] = {
+    "switch": switch_balance,
+    "switch_unnormalized": switch_balance_unnormalized,
+    "z": router_z,
+    "pesc_released": pesc_released_balance,
+}
+
+
+def auxiliary_loss(
+    traced: Mapping[str, Routing],
+    coefficients: Mapping[str, float],
+    masks: Callable[[str], Tensor | None] = lambda layer: None,
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """The weighted sum of the named losses, each the mean over the traced layers.
+
+    Args:
+        traced: layer name -> routing.
+        coefficients: loss name -> weight.
+        masks: layer name -> True on that layer's real tokens.
+
+    Returns:
+        The sum (None when there is nothing to add) and each unweighted loss by name.
+
+    Raises:
+        RecipeError: an unknown loss.
+    """
+    check_names(coefficients)
+    if not traced or not coefficients:
+        return None, {}
+    parts = {
+        name: torch.stack([LOSSES[name](r, masks(layer)) for layer, r in traced.items()]).mean()
+        for name in coefficients
+    }
+    return sum(coefficients[name] * value for name, value in parts.items()), parts
+
+
+def check_names(coefficients: Mapping[str, float]) -> None:
+    for name in coefficients:
+        if name not in LOSSES:
+            raise RecipeError(f"Unknown loss {name!r}." + did_you_mean(name, LOSSES))
+
+
+def _kept(routing: Routing, mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
+    logits_TE = routing.logits_TE.float()
+    if mask_T is None:
+        return logits_TE, routing.indices_TK
+    mask_T = mask_T.reshape(-1).to(torch.bool)
+    return logits_TE[mask_T], routing.indices_TK[mask_T]

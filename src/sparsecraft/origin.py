@@ -1,0 +1,115 @@
+"""The dense model's own folder: read its tensors one at a time, and tell one base from another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import xxhash
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from sparsecraft import hub
+from sparsecraft.errors import CheckpointError
+
+
+def digest(tensor: Tensor) -> str:
+    """xxh3_128 of a tensor's dtype, shape and bytes. It tells edits apart, it does not sign."""
+    state = xxhash.xxh3_128(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    state.update(tensor_bytes(tensor))
+    return state.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes in row-major order, as safetensors stores them."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def combine(digests: dict[str, str]) -> str:
+    """One digest for a set of named tensors, whatever their order."""
+    state = xxhash.xxh3_128()
+    for name in sorted(digests):
+        state.update(f"{name}={digests[name]}\n".encode())
+    return f"xxh3_128:{state.hexdigest()}"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the dense model came from.
+
+    Attributes:
+        name: what the user called it: a folder, a hub id or an alias.
+        folder: its local folder, with config.json and safetensors.
+        revision: the hub's commit, if it came from there.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None = None
+
+    @classmethod
+    def find(cls, name: str | None, revision: str | None = None) -> Origin | None:
+        """The origin called `name`, if it exists on disk and holds safetensors; else None."""
+        if not name:
+            return None
+        aliases = {str(hub.alias_folder(alias)): alias for alias in hub.ALIASES}
+        name = aliases.get(str(name), str(name))
+        if hub.is_alias(name):
+            folder = hub.alias_folder(name)
+        elif Path(name).is_dir():
+            folder = Path(name).resolve()
+            name = aliases.get(str(folder), str(folder))
+        else:
+            cached = try_to_load_from_cache(name, "config.json", revision=revision)
+            if not isinstance(cached, str):
+                return None
+            folder = Path(cached).parent
+        origin = cls(name, folder, revision)
+        return origin if origin._files else None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Origin | None:
+        """The origin of a model that transformers loaded; None for one built in memory."""
+        config = getattr(model, "config", None)
+        return cls.find(
+            getattr(model, "name_or_path", None), getattr(config, "_commit_hash", None)
+        )
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        """Tensor name -> the file that holds it."""
+        names = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                names |= dict.fromkeys(file.keys(), path)
+        return names
+
+    def tensor(self, model: nn.Module, name: str) -> Tensor | None:
+        """The folder's tensor for a dense tensor of `model`; None if the folder has none.
+
+        Hub files are written with or without the prefix of the base model (GPT-2, BERT).
+        """
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            if candidate in self._files:
+                with safe_open(self._files[candidate], "pt") as file:
+                    return file.get_tensor(candidate)
+        return None
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the folder in the order of its name, one in memory at a time."""
+        for name in sorted(self._files):
+            with safe_open(self._files[name], "pt") as file:
+                yield name, file.get_tensor(name)
+
+    def fingerprint(self) -> str:
+        """One hash over the names and bytes of every tensor in the folder."""
+        try:
+            return combine({name: digest(tensor) for name, tensor in self.tensors()})
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"The base in {self.folder} cannot be read: {error}.") from None

@@ -1,0 +1,29 @@
+"""Every published method as a function that returns a Recipe. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sparsecraft.errors import RecipeError, did_you_mean
+from sparsecraft.recipe import Recipe
+from sparsecraft.recipes.adapter import adapter
+from sparsecraft.recipes.camel import camel
+from sparsecraft.recipes.camelidae import camelidae
+from sparsecraft.recipes.upcycling import upcycling
+
+__all__ = ["adapter", "camel", "camelidae", "upcycling"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def by_name(name: str) -> Callable[..., Recipe]:
+    """The recipe function called `name`.
+
+    Raises:
+        RecipeError: there is none; the message names the nearest.
+    """
+    if name not in __all__:
+        raise RecipeError(f"Unknown recipe {name!r}." + did_you_mean(name, __all__))
+    return globals()[name]

@@ -1,0 +1,55 @@
+"""Sparse upcycling: every FFN becomes E copies of itself behind a top-k router.
+
+Paper: Komatsuzaki et al. Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints.
+ICLR 2023.
+Command: sparsecraft convert upcycling --model smollm2 --out runs/upcycled --num-experts 4
+"""
+
+from sparsecraft.recipe import Edit, FFNSpec, Recipe, RouterSpec, Stage
+
+
+def upcycling(
+    num_experts: int = 8,
+    top_k: int = 2,
+    renormalize: bool = True,
+    router_std: float = 0.02,
+    balance_coef: float = 0.01,
+    paths: str = "*",
+) -> Recipe:
+    """Copied experts; all parameters train.
+
+    Args:
+        num_experts: copies per feed-forward network.
+        top_k: experts per token.
+        renormalize: weights of the kept experts sum to one, so that the model starts as the
+            dense one but the router gets no language-model gradient until the copies differ;
+            without it the router learns at once and the start is not exact.
+        router_std: standard deviation of the normal router initialization (paper: 0.02).
+        balance_coef: weight of the Switch balance loss; 0 turns it off.
+        paths: glob over the paths of the feed-forward networks.
+    """
+    return Recipe(
+        name="upcycling",
+        title="Copies of every FFN behind a top-k router",
+        paper="Komatsuzaki et al., ICLR 2023 (Sparse Upcycling)",
+        exact_at_start=renormalize or top_k == num_experts,
+        edits=(
+            Edit(
+                site="ffn",
+                paths=paths,
+                place="replace",
+                experts=FFNSpec(num_experts=num_experts, init="copy"),
+                router=RouterSpec(
+                    top_k=top_k, renormalize=renormalize, init="normal", init_std=router_std
+                ),
+            ),
+        ),
+        stages=(
+            Stage(
+                trains=("all",),
+                losses={"switch": balance_coef} if balance_coef else {},
+                learning_rate=1e-4,
+                max_grad_norm=1.0,
+            ),
+        ),
+    )

@@ -1,0 +1,109 @@
+"""What a router decided, and how to look at it.
+
+Shapes: T tokens, K slots per token, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """The decision of one router for T tokens.
+
+    Attributes:
+        weights_TK: mixing weight of each slot.
+        indices_TK: the expert in each slot; the value E says "no expert in this slot", so that
+            top-k, soft, threshold and dynamic-k selection all fit one rectangular record.
+        logits_TE: the scorer's float32 output, which the auxiliary losses read.
+    """
+
+    weights_TK: Tensor
+    indices_TK: Tensor
+    logits_TE: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        return self.logits_TE.shape[-1]
+
+    def load_E(self, mask_T: Tensor | None = None) -> Tensor:
+        """Fraction of the filled slots that each expert received, float32, summing to one.
+
+        Args:
+            mask_T: True on the tokens that count; padding is False. None counts every token.
+        """
+        chosen_TE = torch.zeros_like(self.logits_TE, dtype=torch.float32)
+        chosen_TE = torch.cat([chosen_TE, chosen_TE[:, :1]], dim=-1)  # last column: no expert
+        ones_TK = torch.ones_like(self.indices_TK, dtype=torch.float32)
+        chosen_TE = chosen_TE.scatter_add(-1, self.indices_TK, ones_TK)[:, :-1]
+        if mask_T is not None:
+            chosen_TE = chosen_TE * mask_T.reshape(-1, 1)
+        counts_E = chosen_TE.sum(0)
+        return counts_E / counts_E.sum().clamp_min(1)
+
+
+class Trace(Mapping[str, Routing]):
+    """Layer name -> the routing of that layer's latest forward pass."""
+
+    def __init__(self, layers: dict[str, nn.Module]):
+        self._layers = layers
+        self._final: dict[str, Routing] | None = None
+
+    def _routings(self) -> dict[str, Routing]:
+        if self._final is not None:
+            return self._final
+        return {n: layer.routing for n, layer in self._layers.items() if layer.routing is not None}
+
+    def __getitem__(self, name: str) -> Routing:
+        return self._routings()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._routings())
+
+    def __len__(self) -> int:
+        return len(self._routings())
+
+    def clear(self) -> None:
+        """Forget what was recorded, so that a layer which does not run leaves no stale entry."""
+        for layer in self._layers.values():
+            layer.routing = None
+
+    def close(self) -> None:
+        self._final = self._routings()
+        for layer in self._layers.values():
+            layer.tracing, layer.routing = False, None
+
+
+@contextmanager
+def trace(model: nn.Module) -> Iterator[Trace]:
+    """Record the `Routing` of every routed layer of `model` while the block runs.
+
+    Each layer keeps its latest routing only (it is overwritten, never appended to), so that
+    recomputation under activation checkpointing cannot count a token twice. The record is a
+    plain attribute of the layer: a ContextVar would break `torch.compile` graphs.
+
+    Example:
+        with sc.trace(model) as routing:
+            model(input_ids)
+        routing["model.layers.0.mlp"].load_E()
+    """
+    from sparsecraft.layer import MoELayer
+
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, MoELayer) and module.router is not None
+    }
+    for layer in layers.values():
+        layer.tracing, layer.routing = True, None
+    record = Trace(layers)
+    try:
+        yield record
+    finally:
+        record.close()

@@ -1,0 +1,375 @@
+"""Plan the edits of a recipe on an untouched model, make them in place, take them back."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecraft import cost
+from sparsecraft.certificate import Certificate, compare, outputs, random_probe
+from sparsecraft.cost import Cost
+from sparsecraft.data import as_batches
+from sparsecraft.donor import FFN, FFNSpan, Linear, Site, find_sites, view
+from sparsecraft.errors import CertificateError, RecipeError, SurgeryError
+from sparsecraft.experts import build_experts
+from sparsecraft.layer import MoELayer, dense_tensors
+from sparsecraft.losses import check_names
+from sparsecraft.origin import Origin, digest
+from sparsecraft.recipe import Edit, Recipe
+from sparsecraft.routers import build_router
+
+
+# Batches of the user's data that enter the certificate.
+MAX_DATA_PROBES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedEdit:
+    """One edit at one site, with the view of the dense module taken before any change."""
+
+    site: Site
+    edit: Edit
+    donor: FFN | Linear
+
+
+@dataclass(slots=True)
+class Conversion:
+    """What `convert` remembers on the model, as `model.sparsecraft`.
+
+    Attributes:
+        recipe: the recipe that was applied.
+        plan: its edits, in the order in which they were made.
+        layers: the layers that were installed, one for each planned edit.
+        devices: where each layer's donor was.
+        dense: module path -> the module that stood there, for `revert`.
+        digests: dense tensor name -> its dtype and digest before the conversion.
+        trainable: names of the dense parameters that required gradients before.
+        origin: the folder, hub id or alias that the dense model came from, if any.
+        report: what `convert` and `train` measured, as written to report.json.
+    """
+
+    recipe: Recipe
+    plan: list[PlannedEdit]
+    layers: list[MoELayer] = field(default_factory=list)
+    devices: list[torch.device] = field(default_factory=list)
+    dense: dict[str, nn.Module] = field(default_factory=dict)
+    digests: dict[str, tuple[torch.dtype, str]] = field(default_factory=dict)
+    trainable: frozenset[str] = frozenset()
+    origin: str | None = None
+    revision: str | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        recipe: name and variant.
+        exact_at_start: what the recipe claims.
+        certificate: what was measured; None if `certify=False`.
+        layers: module path -> kind of experts installed there.
+        cost: parameter counts.
+    """
+
+    recipe: str
+    variant: str
+    exact_at_start: bool
+    certificate: Certificate | None
+    layers: dict[str, str]
+    cost: Cost
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def convert(
+    model: nn.Module,
+    recipe: Recipe,
+    data: Any = None,
+    *,
+    tokenizer: Any = None,
+    certify: bool = True,
+    seed: int = 0,
+) -> Report:
+    """Turn a dense transformers model into the MoE model of `recipe`, in place.
+
+    Args:
+        data: batches to compare on beside a random one: a dataset path (needs `tokenizer`), or
+            an iterable of (B, S) token ids or of dicts of model inputs.
+        certify: measure the largest output difference to the dense model.
+        seed: of the new parameters. The global random state is left as it was.
+
+    Raises:
+        SurgeryError, DonorError, RecipeError: the plan is impossible; nothing has been changed.
+        CertificateError: the recipe claims to start exactly as the dense model and does not; the
+            model has been given back.
+    """
+    if is_converted(model):
+        raise SurgeryError(
+            f"This model is already converted by {model.sparsecraft.recipe.name!r}; "
+            "call sc.revert first."
+        )
+    edits = plan(model, recipe)
+    check_names({name: 0.0 for stage in recipe.stages for name in stage.losses})
+    probes = [random_probe(model, seed)] if certify else []
+    if certify and data is not None:
+        probes += islice(as_batches(data, tokenizer), MAX_DATA_PROBES)
+    before = outputs(model, probes)
+    origin = Origin.of(model)
+    digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        record = apply(model, recipe, edits)
+    record.digests = digests
+    if origin:
+        record.origin, record.revision = origin.name, origin.revision
+    certificate = compare(before, outputs(model, probes)) if certify else None
+    if certificate and recipe.exact_at_start and not certificate.exact:
+        revert(model)
+        raise CertificateError(
+            f"Recipe {recipe.name!r} should start exactly as the dense model, and does not: "
+            f"{certificate}. The dense model was given back."
+        )
+    report = Report(
+        recipe=recipe.name,
+        variant=recipe.variant,
+        exact_at_start=recipe.exact_at_start,
+        certificate=certificate,
+        layers={item.site.path: item.edit.experts.kind for item in edits},
+        cost=cost.count(model),
+    )
+    record.report = {"conversion": report.to_dict()}
+    return report
+
+
+def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
+    """Every edit of `recipe` at every site of the untouched `model`, inner sites first.
+
+    Raises:
+        DonorError: the model's family has no feed-forward network that we can read.
+        SurgeryError: no site matches an edit, two edits claim one site, or an edit lies inside a
+            module that another edit replaces.
+        RecipeError: an unknown component, or a model that is quantized differently.
+    """
+    if not recipe.edits:
+        raise RecipeError(f"Recipe {recipe.name!r} has no edits; there is nothing to convert.")
+    planned = [
+        PlannedEdit(site, edit, view(model, site))
+        for edit in recipe.edits
+        for site in find_sites(model, edit.site, edit.paths)
+    ]
+    claims: dict[tuple[str, ...], PlannedEdit] = {}
+    for item in planned:
+        other = claims.setdefault(item.site.members, item)
+        if other is not item:
+            raise SurgeryError(
+                f"Two edits of recipe {recipe.name!r} claim {item.site.path!r}: "
+                f"{other.edit.experts.kind} experts {other.edit.place} it and "
+                f"{item.edit.experts.kind} experts {item.edit.place} it."
+            )
+    for outer in planned:
+        if outer.edit.place != "replace":
+            continue
+        for inner in planned:
+            if outer.site.contains(inner.site):
+                raise SurgeryError(
+                    f"The edit at {inner.site.path!r} ({inner.edit.experts.kind} experts) lies "
+                    f"inside {outer.site.path!r}, which another edit replaces by "
+                    f"{outer.edit.experts.kind} experts."
+                )
+    # A site inside another one has the deeper path, except where the outer one spans siblings.
+    return sorted(
+        planned, key=lambda p: sum(other.site.contains(p.site) for other in planned), reverse=True
+    )
+
+
+def is_converted(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "sparsecraft", None), Conversion)
+
+
+def conversion_of(model: nn.Module) -> Conversion:
+    """The record of a converted model.
+
+    Raises:
+        SurgeryError: the model is still dense.
+    """
+    if not is_converted(model):
+        raise SurgeryError(f"This {type(model).__name__} is dense; call sc.convert first.")
+    return model.sparsecraft
+
+
+def apply(
+    model: nn.Module, recipe: Recipe, edits: list[PlannedEdit], *, on_meta: bool = False
+) -> Conversion:
+    """Install the planned layers in place and freeze what the first stage does not train.
+
+    Args:
+        on_meta: leave the new tensors without memory, for a loader that brings their values.
+    """
+    check_quantization(model, recipe)
+    trainable = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
+    record = Conversion(recipe, edits, trainable=trainable)
+    # All layers are built before the first change, so that a failure leaves the model whole.
+    record.layers = [build_layer(model, i, device="meta" if on_meta else None) for i in edits]
+    record.devices = [_reference_tensor(item.donor).device for item in edits]
+    for item, layer in zip(edits, record.layers, strict=True):
+        _install(model, item, layer, record.dense)
+    model.sparsecraft = record
+    from sparsecraft.checkpoint import save_pretrained
+
+    model.save_pretrained = functools.partial(save_pretrained, model)
+    set_trainable(model, recipe.stages[0].trains)
+    return record
+
+
+def check_quantization(model: nn.Module, recipe: Recipe) -> None:
+    found = "nf4" if getattr(model, "is_loaded_in_4bit", False) else None
+    if recipe.base_quantization != found:
+        raise RecipeError(
+            f"Recipe {recipe.name!r} asks for base_quantization={recipe.base_quantization!r} and "
+            f"the model was loaded with {found!r}; load it with "
+            f"sparsecraft.hub.load_dense(name, quantize={recipe.base_quantization!r})."
+        )
+
+
+def build_layer(
+    model: nn.Module, item: PlannedEdit, *, device: torch.device | str | None = None
+) -> MoELayer:
+    """The layer for one planned edit, without its base, on the donor's device unless told."""
+    edit, donor = item.edit, item.donor
+    reference = _reference_tensor(donor)
+    device = reference.device if device is None else device
+    # Quantized donors hold integers; their tokens arrive in the model's floating dtype.
+    dtype = reference.dtype if reference.is_floating_point() else model.dtype
+    experts = build_experts(edit.experts, donor, device=device, dtype=dtype)
+    router = None
+    if edit.router is not None:
+        reads_output = edit.router.reads == "output"
+        width = donor.out_features if reads_output else donor.in_features
+        num_experts = edit.experts.num_experts
+        router = build_router(edit.router, width, num_experts, device=device, dtype=dtype)
+    return MoELayer(edit.place, experts, router)
+
+
+def _reference_tensor(donor: FFN | Linear) -> Tensor:
+    return (donor.down if isinstance(donor, FFN) else donor).module.weight
+
+
+def _install(
+    model: nn.Module, item: PlannedEdit, layer: MoELayer, dense: dict[str, nn.Module]
+) -> None:
+    site = item.site
+    training = model.get_submodule(site.path).training
+    base = FFNSpan(model, site) if site.spans_siblings else model.get_submodule(site.path)
+    if item.edit.place != "replace":
+        layer.base = base
+    layer.train(training)
+    if site.spans_siblings:
+        for path in base.paths.values():
+            dense[path] = dense.get(path, model.get_submodule(path))
+            model.set_submodule(path, nn.Identity())
+        base.train(training)
+    else:
+        dense[site.path] = dense.get(site.path, base)
+    model.set_submodule(site.path, layer)
+
+
+def new_bytes(model: nn.Module, plan: list[PlannedEdit]) -> int:
+    """Bytes of the parameters that a plan will add, counted without allocating them."""
+    layers = (build_layer(model, item, device="meta") for item in plan)
+    return sum(cost.bytes_of(layer) for layer in layers)
+
+
+def set_trainable(model: nn.Module, trains: tuple[str, ...]) -> list[str]:
+    """Let exactly the parameters that `trains` names require gradients; return their names.
+
+    Args:
+        trains: `experts`, `router`, `all`, or globs over parameter names.
+
+    Raises:
+        RecipeError: a word that names no parameter.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    chosen = {word: {n for n in names if matches(n, word)} for word in trains}
+    routed = any(e.router is not None for e in conversion_of(model).recipe.edits)
+    for word, found in chosen.items():
+        if not found and not (word == "router" and not routed):
+            raise RecipeError(f"The stage trains {word!r}, which names no parameter of the model.")
+    wanted = set().union(*chosen.values())
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(name in wanted)
+    return sorted(wanted)
+
+
+def matches(parameter_name: str, word: str) -> bool:
+    """Whether a word of `Stage.trains` covers the parameter."""
+    if word == "all":
+        return True
+    if word in ("experts", "router"):
+        return f".{word}." in f".{parameter_name}"
+    return fnmatch.fnmatch(parameter_name, word)
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Give the dense model back, bit for bit.
+
+    Shared tensors that have been trained since the conversion are read again from the base
+    folder.
+
+    Raises:
+        SurgeryError: the model is dense, or shared tensors have changed and no base folder holds
+            the original ones. The model is then left converted.
+    """
+    record = conversion_of(model)
+    shared = dense_tensors(model)
+    changed = [name for name, tensor in shared.items() if digest(tensor) != record.digests[name][1]]
+    originals = _originals(model, record, changed)
+    _take_out(model)
+    with torch.no_grad():
+        for name in changed:
+            shared[name].copy_(originals[name])
+    return model
+
+
+def _originals(model: nn.Module, record: Conversion, names: list[str]) -> dict[str, Tensor]:
+    """The tensors as they were before the conversion, read from the base folder."""
+    origin = Origin.find(record.origin, record.revision) if names else None
+    found = {}
+    for name in names:
+        dtype, wanted = record.digests[name]
+        tensor = origin.tensor(model, name) if origin else None
+        if tensor is None or digest(tensor.to(dtype)) != wanted:
+            where = f"its base {record.origin!r} no longer" if origin else "no base folder"
+            raise SurgeryError(
+                f"{len(names)} tensors shared with the dense model have changed since the "
+                f"conversion, {name} among them, and {where} holds the original; "
+                "load the dense model again instead of reverting."
+            )
+        found[name] = tensor
+    return found
+
+
+def _take_out(model: nn.Module) -> None:
+    """Put the dense modules back where they stood; their tensors are not touched."""
+    record = conversion_of(model)
+    # In the reverse order of installation: an outer module has to be back before its parts.
+    for path, module in reversed(record.dense.items()):
+        layer = model.get_submodule(path)
+        if isinstance(layer, MoELayer) and layer.place == "replace":
+            # A replaced module was out of the model's sight when that moved or was cast.
+            reference = next(layer.experts.parameters())
+            module.to(device=reference.device, dtype=reference.dtype)
+        model.set_submodule(path, module)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in record.trainable)
+    del model.sparsecraft
+    del model.save_pretrained

@@ -1,0 +1,546 @@
+"""Rows, masks, mixing, packing, collation and the demo corpus, on tokenizers made here."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sparsecraft import data
+from sparsecraft.encoding import IGNORED
+from sparsecraft.errors import DataError
+
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Like Qwen3's: the last answer alone gets an empty thinking block.
+THINKING = CHATML.replace(
+    "{{ m['content'] }}",
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}",
+)
+# Drops what an earlier turn thought: its tokens in the whole chat are not those it was made of.
+FORGETFUL = CHATML.replace(
+    "{{ m['content'] }}",
+    "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}",
+)
+SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+CHAT = [
+    {"role": "user", "content": "Name a fruit."},
+    {"role": "assistant", "content": "An apple."},
+    {"role": "user", "content": "And another?"},
+    {"role": "assistant", "content": "\nA pear, an apple."},
+]
+
+
+def make_tokenizer(template=CHATML, adds_bos=False, **kwargs):
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(["Name a fruit. An apple. And another? A pear.\n\n"] * 9, trainer)
+    if adds_bos:
+        core.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    eos = "<|im_end|>" if template else "</s>"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token=eos,
+        pad_token="<pad>",
+        chat_template=template,
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return make_tokenizer()
+
+
+def write(path, *rows):
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    return path
+
+
+def trained(example, tok):
+    """The runs of trained tokens, as text."""
+    runs, current = [], []
+    for token, label in zip(example["input_ids"], example["labels"], strict=True):
+        assert label in (token, IGNORED)
+        if label != IGNORED:
+            current.append(token)
+        elif current:
+            runs.append(tok.decode(current))
+            current = []
+    return [*runs, tok.decode(current)] if current else runs
+
+
+# ------------------------------------------------------------------ rows
+USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+SYSTEM = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"messages": [USER, REPLY], "source": "x"}, [USER, REPLY]),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "s"},
+                    {"from": "human", "value": "q"},
+                    {"from": "gpt", "value": "a"},
+                ]
+            },
+            [SYSTEM, USER, REPLY],
+        ),
+        ({"prompt": "q", "completion": "a"}, [USER, REPLY]),
+        ({"prompt": [SYSTEM, USER], "completion": [REPLY]}, [SYSTEM, USER, REPLY]),
+        ({"instruction": "q", "output": "a"}, [USER, REPLY]),
+        (
+            {"instruction": "q", "input": "i", "output": "a", "system": "s"},
+            [SYSTEM, {"role": "user", "content": "q\n\ni"}, REPLY],
+        ),
+        (
+            {"corpus": "", "instruction": "s", "conversation": [{"input": "q", "output": "a"}] * 2},
+            [SYSTEM, USER, REPLY, USER, REPLY],
+        ),
+    ],
+)
+def test_chat_shapes(tmp_path, row, messages):
+    rows = data.load_rows(write(tmp_path / "a.jsonl", row))
+    assert rows.to_list() == [{"messages": messages}]
+
+
+def test_text_shapes_and_containers(tmp_path):
+    labelled = [{"text": "one", "label": 1}, {"text": "2020-01-01", "label": 0}]
+    write(tmp_path / "a.jsonl.gz", *labelled)
+    (tmp_path / "b.json").write_text(json.dumps(labelled, indent=1))
+    write(tmp_path / "c.json", *labelled)  # JSON lines under the name .json
+    Dataset.from_list(labelled).to_parquet(tmp_path / "d.parquet")
+    (tmp_path / "d.parquet.gz").write_bytes(
+        gzip.compress((tmp_path / "d.parquet").read_bytes(), mtime=0)
+    )
+    for name in ("a.jsonl.gz", "b.json", "c.json", "d.parquet", "d.parquet.gz"):
+        assert data.load_rows(tmp_path / name).to_list() == labelled, name
+    (tmp_path / "e.txt").write_text("a line\n\nanother")
+    assert data.load_rows(tmp_path / "e.txt").to_list() == [{"text": "a line\n\nanother"}]
+    assert len(data.load_rows(tmp_path)) == 11
+
+
+def test_a_gz_that_changes_is_read_again(tmp_path):
+    for text in ("old", "new"):
+        assert data.load_rows(write(tmp_path / "a.jsonl.gz", {"text": text}))["text"] == [text]
+
+
+def test_a_folder_is_read_by_split(tmp_path):
+    write(tmp_path / "math.train.jsonl", {"text": "t"})
+    write(tmp_path / "math.heldout.jsonl", {"text": "h"})
+    write(tmp_path / "math.valid.jsonl", {"text": "v"})
+    for split, text in {"train": "t", "heldout": "h", "validation": "v"}.items():
+        assert data.load_rows(tmp_path, split)["text"] == [text]
+    with pytest.raises(DataError, match="no data file of the split 'test'"):
+        data.load_rows(tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    ("bad", "found"),
+    [
+        ('{"text": ', "not JSON"),
+        ('["text"]', "found list"),
+        ({"question": "q", "answer": None}, r"question, answer \(null\)"),
+        ({"messages": [USER, {"role": "assistant", "content": " "}]}, r"message 2 \(assistant\)"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "content None"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "role 'bot'"),
+        ({"messages": "hello"}, "found 'hello'"),
+        ({"messages": ["hello"]}, "where a message belongs"),
+        ({"conversations": []}, "non-empty list"),
+        ({"prompt": "q", "completion": ""}, "content ''"),
+        ({"text": "t", "label": "good"}, "label is 'good'"),
+        ({"text": 3}, "not text"),
+    ],
+)
+def test_a_bad_row_names_file_and_line(tmp_path, bad, found):
+    good = {"text": "x"}
+    path = write(tmp_path / "rows.jsonl", good, "", good, bad)
+    with pytest.raises(DataError, match=rf"rows\.jsonl, line 4: .*{found}"):
+        data.load_rows(path)
+
+
+def test_a_bad_parquet_row_is_numbered(tmp_path):
+    Dataset.from_dict({"text": ["a", "b"], "label": [0.5, 1.5]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet, row 1: the label is 0\.5"):
+        data.load_rows(tmp_path / "a.parquet")
+
+
+def test_bad_files(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "empty.json").write_text("")
+    (tmp_path / "broken.json").write_text('[{"text": "a"},\n oops]')
+    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 50)[:-9])
+    (tmp_path / "no.parquet").write_bytes(b"nonsense")
+    for name, found in {
+        "empty.jsonl": "holds no rows",
+        "empty.json": "holds no rows",
+        "broken.json": "line 2: not JSON",
+        "a.csv": "unknown extension '.csv'",
+        "torn.jsonl.gz": "cannot be read",
+        "no.parquet": "cannot be read as .parquet",
+        "missing.jsonl": "no such file",
+    }.items():
+        with pytest.raises(DataError, match=rf"{name}.*{found}"):
+            data.load_rows(tmp_path / name)
+    with pytest.raises(DataError, match="the hub gave no dataset"):
+        data.load_rows("nobody/no-such-dataset")
+
+
+def test_load_choices(tmp_path):
+    row = {"prompt": "2 + 2?", "choices": ["3", "4"], "answer": 1, "task": "sum"}
+    assert data.load_choices(write(tmp_path / "a.jsonl.gz", row)) == [row]
+    for change in ({"prompt": ""}, {"choices": ["4"]}, {"choices": ["", "4"]}, {"answer": 2}):
+        with pytest.raises(DataError, match=r"b\.jsonl, line 2"):
+            data.load_choices(write(tmp_path / "b.jsonl", row, row | change))
+
+
+# ------------------------------------------------------------------ encoding
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_every_assistant_turn_trains_and_nothing_else(adds_bos):
+    tok = make_tokenizer(adds_bos=adds_bos)
+    example = data.encode({"messages": CHAT}, tok)
+    assert trained(example, tok) == ["An apple.<|im_end|>", "\nA pear, an apple.<|im_end|>"]
+    text = tok.apply_chat_template(CHAT, tokenize=False)
+    assert tok.decode(example["input_ids"]) == ("<s>" if adds_bos else "") + text
+    # The training tokens begin with exactly those of the prompt that generation starts from.
+    prompt = data.prompt_ids(CHAT[:1], tok)
+    assert example["input_ids"][: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("row", [{"messages": CHAT}, {"text": "An apple."}, {"text": "<s>A pear."}])
+@pytest.mark.parametrize("template", [None, CHATML, "{{ bos_token }}" + CHATML])
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_one_bos(row, template, adds_bos):
+    tok = make_tokenizer(template, adds_bos)
+    written = ("messages" in row and "bos" in (template or "")) or "<s>" in row.get("text", "")
+    ids = data.encode(row, tok)["input_ids"]
+    assert ids.count(tok.bos_token_id) == int(adds_bos or written)
+    assert ids[-1] == tok.eos_token_id or "messages" in row
+
+
+def test_a_merge_across_the_boundary_belongs_to_the_answer():
+    tok = make_tokenizer(None)
+    example = data.encode({"messages": CHAT}, tok)
+    # "### Assistant:\n" + "\nA pear": the two line ends are one token here.
+    assert "\n\n" in tok.get_vocab() or "ĊĊ" in tok.get_vocab()
+    assert trained(example, tok) == ["An apple.</s>", "\n\nA pear, an apple.</s>"]
+
+
+def test_plain_template_for_a_tokenizer_without_one():
+    tok = make_tokenizer(None)
+    text = data.render([SYSTEM, *CHAT[:2]], tok)
+    expected = "### System:\ns\n### Human:\nName a fruit.\n### Assistant:\nAn apple.</s>\n"
+    assert text == expected
+    assert data.render(CHAT[:1], tok, generate=True).endswith("fruit.\n### Assistant:\n")
+
+
+def test_templates_that_change_earlier_turns():
+    tok = make_tokenizer(THINKING)
+    runs = trained(data.encode({"messages": CHAT}, tok), tok)
+    assert runs[0] == "An apple.<|im_end|>"
+    assert runs[1] == "<think>\n\n</think>\n\n\nA pear, an apple.<|im_end|>"
+    tok = make_tokenizer(FORGETFUL)
+    thinking = [CHAT[0], {"role": "assistant", "content": "Hm.</think>A pear."}, *CHAT[2:]]
+    with pytest.raises(DataError, match="message 2 differently"):
+        data.encode({"messages": thinking}, tok)
+    with pytest.raises(DataError, match="refuses the row"):
+        data.encode({"messages": [REPLY]}, make_tokenizer("{{ raise_exception('no') }}"))
+
+
+def test_a_tokenizer_without_offsets(tok):
+    class Slow:
+        is_fast = False
+
+        def __init__(self, fast):
+            self.fast = fast
+
+        def __getattr__(self, name):
+            return getattr(self.fast, name)
+
+        def __call__(self, *args, return_offsets_mapping=False, **kwargs):
+            assert not return_offsets_mapping
+            return self.fast(*args, **kwargs)
+
+    assert data.encode({"messages": CHAT}, Slow(tok)) == data.encode({"messages": CHAT}, tok)
+    with pytest.raises(DataError, match="merges characters"):
+        data.encode({"messages": CHAT}, Slow(make_tokenizer(None)))
+
+
+def test_encode_pair_and_label():
+    tok = make_tokenizer(None)
+    pair = data.encode_pair({"messages": CHAT[:2]}, tok, 64)
+    assert tok.decode(pair["input_ids"]) == "Name a fruit."
+    assert tok.decode(pair["labels"]) == "An apple.</s>"
+    assert pair["attention_mask"] == [1] * len(pair["input_ids"])
+    long = data.encode_pair({"messages": CHAT}, tok, 128)
+    assert tok.decode(long["input_ids"]).endswith("### Human:\nAnd another?\n### Assistant:\n")
+    assert tok.decode(long["labels"]) == "\nA pear, an apple.</s>"
+    assert data.encode_pair({"messages": CHAT[:2]}, tok, 3) is None
+    assert data.encode_pair({"messages": CHAT[:1]}, tok) is None
+    assert data.encode_label({"text": "A pear.", "label": 2}, tok)["labels"] == 2
+
+
+# ------------------------------------------------------------------ prepare, mix
+def test_prepare_counts_every_row(tmp_path, tok):
+    long = [USER, {"role": "assistant", "content": "An apple. " * 60}]
+    rows = [{"messages": CHAT}, {"messages": long}, {"messages": [USER]}, {"text": ""}]
+    path = write(tmp_path / "a.jsonl", *rows)
+    dataset, counts = data.prepare(path, tok, max_length=100)
+    assert (
+        counts.items()
+        >= {
+            "rows": 4,
+            "too_long": 1,
+            "no_trainable_token": 2,
+            "examples": 1,
+            "truncated": 0,
+        }.items()
+    )
+    assert dataset[0] == data.encode({"messages": CHAT}, tok)
+    dataset, counts = data.prepare(path, tok, max_length=100, overlong="truncate")
+    assert (counts["truncated"], counts["too_long"], len(dataset)) == (1, 0, 2)
+    with pytest.raises(DataError, match=r"remain of 4: 2 are longer .* 2 have no trainable"):
+        data.prepare(path, tok, max_length=10)
+    with pytest.raises(DataError, match=r"a\.jsonl, row 2: .*refuses"):
+        write(path, {"messages": CHAT}, {"messages": [REPLY]})
+        data.prepare(path, make_tokenizer(CHATML.replace("[0]", "[messages|length - 2]")))
+    with pytest.raises(DataError, match="Did you mean 'seq2seq'"):
+        data.prepare(path, tok, task="seq2sec")
+
+
+def test_long_text_is_split_and_every_token_is_a_target_once(tmp_path, tok):
+    text = "Name a fruit. An apple. And another? A pear."
+    path = write(tmp_path / "a.jsonl", {"text": text})
+    whole = data.encode({"text": text}, tok)["input_ids"]
+    for length in (2, 5, len(whole) - 1, len(whole)):
+        dataset, counts = data.prepare(path, tok, max_length=length)
+        assert max(map(len, dataset["input_ids"])) <= length
+        targets = [label for row in dataset["labels"] for label in row if label != IGNORED]
+        assert sorted(targets) == sorted(whole[1:])
+        assert counts["trained_tokens"] == len(targets)
+
+
+def parts(*sizes):
+    return [
+        Dataset.from_dict({"input_ids": [[source, row] for row in range(size)]})
+        for source, size in enumerate(sizes)
+    ]
+
+
+def test_mix_by_weight():
+    mixed = data.mix(parts(30, 40, 10), [2, 1, 1], seed=3)
+    ids = [tuple(row) for row in mixed["input_ids"]]
+    of = [[row for row in ids if row[0] == source] for source in range(3)]
+    assert [len(rows) for rows in of] == [80, 40, 40]
+    assert [len(set(rows)) for rows in of] == [30, 40, 10]  # every row at least once
+    assert {of[0].count(row) for row in of[0]} == {2, 3}  # and evenly
+    assert ids == [tuple(row) for row in data.mix(parts(30, 40, 10), [2, 1, 1], 3)["input_ids"]]
+    assert ids != [tuple(row) for row in data.mix(parts(30, 40, 10), [2, 1, 1], 4)["input_ids"]]
+    assert sorted(map(tuple, data.mix(parts(3, 4))["input_ids"])) == sorted(
+        tuple(row) for part in parts(3, 4) for row in part["input_ids"]
+    )
+    for weights in ([1, 1], [1, 1, 0]):
+        with pytest.raises(DataError, match="one number above 0"):
+            data.mix(parts(3, 4, 5), weights)
+
+
+# ------------------------------------------------------------------ pack, collate
+def documents(count, longest, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        size = int(torch.randint(2, longest + 1, (1,), generator=generator))
+        ids = torch.randint(5, 60, (size,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [IGNORED, *ids[1:]]})
+    return Dataset.from_list(rows)
+
+
+def unpack(dataset):
+    for row in dataset:
+        assert sum(row["seq_lengths"]) == len(row["input_ids"]) == len(row["labels"])
+        at = 0
+        for size in row["seq_lengths"]:
+            yield tuple(row["input_ids"][at : at + size]), tuple(row["labels"][at : at + size])
+            at += size
+
+
+def test_packing_loses_nothing_and_cuts_nothing():
+    dataset = documents(1500, 20)  # more than one of the 1,000-row batches that TRL packs
+    packed = data.pack(dataset, 32, seed=1)
+    assert len(packed) < 0.6 * len(dataset)
+    assert max(map(len, packed["input_ids"])) <= 32
+    rows = [(tuple(row["input_ids"]), tuple(row["labels"])) for row in dataset]
+    assert sorted(unpack(packed)) == sorted(rows)
+    with pytest.raises(DataError, match="the longest of 1500"):
+        data.pack(dataset, 10)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_documents_of_a_pack_do_not_see_each_other(attention):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation=attention,
+    )
+    model = LlamaForCausalLM(config).eval()
+    rows = data.pack(documents(7, 9), 16)
+    batch = data.collate(list(rows), pad_id=0, packed=True)
+    mask = batch.pop("token_mask")
+    assert len(rows) > 1 and "attention_mask" not in batch and not mask.all()
+    assert mask.sum() == sum(map(len, rows["input_ids"]))
+    assert (batch["labels"][~mask] == IGNORED).all()
+    with torch.no_grad():
+        packed = model(**batch, use_cache=False).logits
+        for index, row in enumerate(rows):
+            at = 0
+            for size in row["seq_lengths"]:
+                alone = model(torch.tensor([row["input_ids"][at : at + size]])).logits[0]
+                torch.testing.assert_close(packed[index, at : at + size], alone)
+                assert batch["position_ids"][index, at : at + size].tolist() == list(range(size))
+                at += size
+
+
+def test_collate_pads():
+    rows = [
+        {"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]},
+        {"input_ids": [8], "labels": [IGNORED]},
+    ]
+    batch = data.collate(rows, pad_id=9)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED] * 3]
+    assert batch["token_mask"].tolist() == [[True] * 3, [True, False, False]]
+    assert batch["token_mask"].dtype == torch.bool and batch["input_ids"].dtype == torch.long
+    assert torch.equal(batch["attention_mask"], batch["token_mask"].long())
+    labelled = [{"input_ids": [5], "labels": 1}, {"input_ids": [5, 6], "labels": 0}]
+    assert data.collate(labelled, pad_id=0)["labels"].tolist() == [1, 0]
+    pair = [
+        {"input_ids": [5], "labels": [1, 2]},
+        {"input_ids": [5, 6, 7], "labels": [3]},
+    ]
+    batch = data.collate(pair, pad_id=0)
+    assert batch["input_ids"].shape == (2, 3) and batch["labels"].tolist() == [[1, 2], [3, IGNORED]]
+
+
+def test_as_batches(tmp_path, tok):
+    path = write(tmp_path / "a.jsonl", *[{"messages": CHAT}] * 3)
+    batches = list(data.as_batches(path, tok, batch_size=2))
+    assert [batch["input_ids"].shape[0] for batch in batches] == [2, 1]
+    assert set(batches[0]) == {"input_ids", "labels", "attention_mask"}
+    ids = torch.ones(2, 4, dtype=torch.long)
+    assert [b["input_ids"].shape for b in data.as_batches(iter([ids, {"input_ids": ids}]))] == [
+        (2, 4)
+    ] * 2
+    with pytest.raises(DataError, match="a tokenizer is needed"):
+        next(data.as_batches(str(path)))
+    for bad in (3, [torch.ones(4)], ["x", 3]):
+        with pytest.raises(DataError, match="data"):
+            next(data.as_batches(bad))
+
+
+# ------------------------------------------------------------------ the demo corpus
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    paths = data.demo(tmp_path_factory.mktemp("demo"), rows=300)
+    return paths, {
+        domain: {
+            split: [row["messages"] for row in data.load_rows(path)]
+            for split, path in splits.items()
+        }
+        for domain, splits in paths.items()
+    }
+
+
+def test_demo_sizes_and_disjointness(demo):
+    _, corpus = demo
+    assert set(corpus) == {"math", "code", "general"}
+    for splits in corpus.values():
+        assert len(splits["train"]) == 300 and len(splits["heldout"]) == 30
+        train = {message["content"] for messages in splits["train"] for message in messages}
+        heldout = {message["content"] for messages in splits["heldout"] for message in messages}
+        assert not train & heldout and len(heldout) == 60
+        for messages in splits["train"]:
+            assert [message["role"] for message in messages] == ["user", "assistant"]
+            assert len(messages[1]["content"]) <= 700
+
+
+def test_demo_is_deterministic(demo, tmp_path):
+    paths, _ = demo
+    again = data.demo(tmp_path / "again", rows=300)
+    other = data.demo(tmp_path / "other", rows=300, seed=1)
+    for domain in paths:
+        for split in ("train", "heldout"):
+            assert paths[domain][split].read_bytes() == again[domain][split].read_bytes()
+            assert paths[domain][split].read_bytes() != other[domain][split].read_bytes()
+    with pytest.raises(DataError, match="at least 10"):
+        data.demo(tmp_path, rows=3)
+
+
+def test_demo_arithmetic_is_right(demo):
+    _, corpus = demo
+    for question, answer in corpus["math"]["train"] + corpus["math"]["heldout"]:
+        steps = re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", answer["content"])
+        assert steps and "{" not in question["content"] + answer["content"]
+        for left, sign, right, value in steps:
+            exact = {
+                "+": int(left) + int(right),
+                "-": int(left) - int(right),
+                "*": int(left) * int(right),
+                "/": int(left) / int(right),
+            }[sign]
+            assert exact == int(value) > 0
+        assert answer["content"].endswith(f"The answer is {steps[-1][3]}.")
+
+
+def test_demo_code_parses(demo):
+    import ast
+
+    _, corpus = demo
+    for _, answer in corpus["code"]["train"]:
+        if answer["content"].startswith("```python\n"):
+            ast.parse(answer["content"].removeprefix("```python\n").removesuffix("```"))
+
+
+def test_importing_data_is_cheap():
+    probe = (
+        "import sys, sparsecraft.data; "
+        "print([m for m in ('torch', 'transformers', 'datasets', 'trl') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
