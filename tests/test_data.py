@@ -151,11 +151,6 @@ def test_text_shapes_and_containers(tmp_path):
     assert len(data.load_rows(tmp_path)) == 11
 
 
-def test_a_gz_that_changes_is_read_again(tmp_path):
-    for text in ("old", "new"):
-        assert data.load_rows(write(tmp_path / "a.jsonl.gz", {"text": text}))["text"] == [text]
-
-
 def test_a_folder_is_read_by_split(tmp_path):
     write(tmp_path / "math.train.jsonl", {"text": "t"})
     write(tmp_path / "math.heldout.jsonl", {"text": "h"})
@@ -250,12 +245,14 @@ def test_one_bos(row, template, adds_bos):
     assert ids[-1] == tok.eos_token_id or "messages" in row
 
 
+MERGING = [*CHAT[:3], {"role": "assistant", "content": "\n\nA pear."}]
+
+
 def test_a_merge_across_the_boundary_belongs_to_the_answer():
     tok = make_tokenizer(None)
-    example = data.encode({"messages": CHAT}, tok)
-    # "### Assistant:\n" + "\nA pear": the two line ends are one token here.
-    assert "\n\n" in tok.get_vocab() or "ĊĊ" in tok.get_vocab()
-    assert trained(example, tok) == ["An apple.</s>", "\n\nA pear, an apple.</s>"]
+    # "### Assistant:\n" + "\n\nA pear": the first two of three line ends are one token.
+    runs = trained(data.encode({"messages": MERGING}, tok), tok)
+    assert runs == ["An apple.</s>", "\n\n\nA pear.</s>"]
 
 
 def test_plain_template_for_a_tokenizer_without_one():
@@ -295,7 +292,7 @@ def test_a_tokenizer_without_offsets(tok):
 
     assert data.encode({"messages": CHAT}, Slow(tok)) == data.encode({"messages": CHAT}, tok)
     with pytest.raises(DataError, match="merges characters"):
-        data.encode({"messages": CHAT}, Slow(make_tokenizer(None)))
+        data.encode({"messages": MERGING}, Slow(make_tokenizer(None)))
 
 
 def test_encode_pair_and_label():

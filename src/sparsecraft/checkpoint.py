@@ -175,15 +175,24 @@ def new_or_changed(model: nn.Module, origin: Origin | None) -> dict[str, torch.T
     return kept
 
 
-def read_tensors(model: nn.Module, path: Path, wanted_digest: str, complete: bool) -> None:
+def read_tensors(
+    model: nn.Module,
+    path: Path,
+    wanted_digest: str,
+    complete: bool = False,
+    in_place: bool = False,
+) -> None:
     """Put the file's tensors into the model.
 
     Args:
         wanted_digest: of all tensors, from the manifest.
         complete: the file must hold every tensor of the model, not only the new ones.
+        in_place: copy values into the existing tensors, whatever is in the file, so that
+            optimizers and wrappers keep their references.
     """
     known = unique_tensors(model)
-    required = {n for n in known if complete or dense_name(model, n) is None}
+    new = {n for n in known if dense_name(model, n) is None}
+    required = set() if in_place else set(known) if complete else new
     devices = _devices(model)
     digests = {}
     for name, tensor in tensorfile.read(path):
@@ -195,7 +204,11 @@ def read_tensors(model: nn.Module, path: Path, wanted_digest: str, complete: boo
                 f"{path} holds {name!r} with shape {list(tensor.shape)}; this recipe has "
                 f"{list(known[name].shape)}."
             )
-        _assign(model, name, tensor, devices.get(name, known[name].device))
+        if in_place:
+            with torch.no_grad():
+                known[name].copy_(tensor)
+        else:
+            _assign(model, name, tensor, devices.get(name, known[name].device))
     if missing := sorted(required - set(digests)):
         raise CheckpointError(f"{path} lacks {len(missing)} tensors, {missing[0]!r} among them.")
     if combine(digests) != wanted_digest:
@@ -285,10 +298,7 @@ def replacing(out: Path, overwrite: bool):
     Raises:
         CheckpointError: `out` exists and `overwrite` is False.
     """
-    if out.exists() and not overwrite:
-        raise CheckpointError(f"{out} exists already; choose another folder or pass overwrite.")
-    if out.exists() and not (out.is_dir() and (_ours(out) or not any(out.iterdir()))):
-        raise CheckpointError(f"{out} exists and was not written by sparsecraft; it is left alone.")
+    check_free(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -304,6 +314,14 @@ def replacing(out: Path, overwrite: bool):
             temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raise CheckpointError unless `out` may be written."""
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"{out} exists already; choose another folder or pass overwrite.")
+    if out.exists() and not (out.is_dir() and (_ours(out) or not any(out.iterdir()))):
+        raise CheckpointError(f"{out} exists and was not written by sparsecraft; it is left alone.")
 
 
 def _ours(folder: Path) -> bool:

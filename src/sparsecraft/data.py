@@ -95,10 +95,8 @@ def prepare(
     parts = []
     for source in sources:
         rows, own = load_rows(source, split), Counter()
-        limits = (max_length, overlong)
-        parts.append(
-            collect(_examples(rows, source, tokenizer, limits, task, own), _features(task))
-        )
+        examples = _examples(rows, source, tokenizer, (max_length, overlong), task, own)
+        parts.append(collect(examples, _features(task)))
         own.update(rows=len(rows), examples=len(parts[-1]))
         if not len(parts[-1]):
             raise DataError(
@@ -110,9 +108,7 @@ def prepare(
     counts["repeated"] = len(mixed) - counts["examples"]
     counts["tokens"] = sum(map(len, mixed["input_ids"]))
     if task != "label":
-        counts["trained_tokens"] = sum(
-            sum(label != IGNORED for label in labels) for labels in mixed["labels"]
-        )
+        counts["trained_tokens"] = sum(len(row) - row.count(IGNORED) for row in mixed["labels"])
     if packing:
         mixed = pack(mixed, max_length, seed)
         counts["packs"] = len(mixed)

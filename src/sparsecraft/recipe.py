@@ -64,6 +64,9 @@ class AdapterSpec:
     """On the adapter's input, in training."""
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check_adapter("dim", self.dim, self.dropout)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoRASpec:
@@ -75,6 +78,16 @@ class LoRASpec:
     alpha: float = 16.0
     dropout: float = 0.1
     """On the update's input, in training."""
+
+    def __post_init__(self) -> None:
+        _check_adapter("rank", self.rank, self.dropout)
+
+
+def _check_adapter(name: str, width: int, dropout: float) -> None:
+    if width < 1:
+        raise RecipeError(f"{name} is {width}; at least 1 is needed.")
+    if not 0 <= dropout < 1:
+        raise RecipeError(f"dropout is {dropout}; it must be at least 0 and less than 1.")
 
 
 ExpertsSpec = FFNSpec | AdapterSpec | LoRASpec
@@ -188,9 +201,9 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     Raises:
         RecipeError: no field, or more than one, has that path; or the value does not fit.
     """
+    leaves, data = _leaves(Recipe, recipe), dataclasses.asdict(recipe)
     for path, value in changes.items():
-        leaves = _leaves(Recipe, recipe)
-        found = [leaf for leaf in leaves if leaf == path or leaf.endswith("." + path)]
+        found = [leaf for leaf in leaves if leaf.endswith("." + path)]
         if path in leaves:
             found = [path]
         if not found:
@@ -199,16 +212,23 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
             )
         if len(found) > 1:
             raise RecipeError(f"{path!r} is ambiguous: say one of {', '.join(found)}.")
-        recipe = _replace(recipe, found[0].split("."), leaves[found[0]], value, path)
-    return recipe
+        *parents, last = found[0].split(".")
+        node = data
+        for key in parents:
+            node = node[int(key)] if isinstance(node, tuple) else node[key]
+        node[last] = _parse(leaves[found[0]], value) if isinstance(value, str) else value
+    # Checked once, when all changes are made: `select` and `top_k` can only change together.
+    return _read(Recipe, data, "recipe")
 
 
 def _leaves(hint: Any, value: Any) -> dict[str, Any]:
-    """Dotted path -> type of every field below `value` that is not itself a dataclass."""
+    """Dotted path -> type of every field below `value` that holds no dataclass."""
     leaves: dict[str, Any] = {}
     for key, child_hint, child in _children(hint, value):
         below = _leaves(child_hint, child)
-        leaves |= {f"{key}.{k}": h for k, h in below.items()} or {key: child_hint}
+        leaves |= {f"{key}.{k}": h for k, h in below.items()}
+        if not below or isinstance(child, dict):
+            leaves[key] = child_hint
     return leaves
 
 
@@ -222,18 +242,6 @@ def _children(hint: Any, value: Any) -> list[tuple[str, Any, Any]]:
         item = typing.get_args(hint)[0]
         return [(str(i), item, child) for i, child in enumerate(value)]
     return []
-
-
-def _replace(node: Any, keys: list[str], hint: Any, value: Any, path: str) -> Any:
-    if not keys:
-        return _read(hint, _parse(hint, value) if isinstance(value, str) else value, path)
-    key, *rest = keys
-    if isinstance(node, tuple):
-        index = int(key)
-        return (*node[:index], _replace(node[index], rest, hint, value, path), *node[index + 1 :])
-    if isinstance(node, dict):
-        return node | {key: _replace(node[key], rest, hint, value, path)}
-    return dataclasses.replace(node, **{key: _replace(getattr(node, key), rest, hint, value, path)})
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """Chat and text files -> canonical rows, each fault with its file and line.
 
 Files are read here rather than by `datasets.load_dataset`: that reader cannot name the line at
-fault, turns date-like strings into timestamps and serves a stale copy of a .gz that has changed.
+fault, and turns a column of date-like strings into timestamps.
 """
 
 from __future__ import annotations

@@ -37,8 +37,7 @@ class FFNExperts(Experts):
             "down": donor.down_weight(),
             "down_bias": donor.down_bias(),
         }.items():
-            copies = None if tensor is None else tensor.detach().expand(spec.num_experts, *tensor.shape)
-            self.register_parameter(name, None if copies is None else nn.Parameter(copies))
+            self.register_parameter(name, None if tensor is None else _copies(tensor, self.num_experts))
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         first, first_bias = self._first()
@@ -60,7 +59,7 @@ class FFNExperts(Experts):
     def materialize(self) -> None:
         """Give every copy memory of its own."""
         for parameter in self.parameters():
-            if self.num_experts > 1 and parameter.stride(0) == 0:
+            if parameter.stride(0) == 0:
                 parameter.data = parameter.data.contiguous()
 
     def train(self, mode: bool = True) -> FFNExperts:
@@ -78,6 +77,13 @@ class FFNExperts(Experts):
         else:
             hidden = self.activation(hidden)
         return F.dropout(hidden, self.hidden_dropout, self.training)
+
+
+def _copies(tensor: Tensor, count: int) -> nn.Parameter:
+    """`count` views of one tensor; a single one is copied at once, as its writes would go through."""
+    tensor = tensor.detach()
+    single = tensor.clone(memory_format=torch.contiguous_format)[None]
+    return nn.Parameter(single if count == 1 else tensor.expand(count, *tensor.shape))
 
 
 def _row(bias: Tensor | None, e: int, dtype: torch.dtype) -> Tensor | None:
