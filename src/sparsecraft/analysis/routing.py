@@ -1,0 +1,40 @@
+"""Summaries of routing: how even the load is, and how far experts follow domains. E experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsecraft.routing import Routing
+
+
+def first_choices_E(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """How many tokens chose each expert first, float64 on the CPU.
+
+    Args:
+        mask_T: True on the tokens that count.
+    """
+    best_TK = routing.weights_TK.argmax(-1, keepdim=True)
+    first_T = routing.indices_TK.gather(-1, best_TK).squeeze(-1)
+    if mask_T is not None:
+        first_T = first_T[mask_T.reshape(-1)]
+    return torch.bincount(first_T, minlength=routing.num_experts + 1)[:-1].double().cpu()
+
+
+def load_entropy(counts_E: Tensor) -> float:
+    """Entropy of the load divided by log E: 1 is even, 0 is one expert for all."""
+    share_E = counts_E.double() / counts_E.sum().clamp_min(1)
+    return (torch.special.entr(share_E).sum() / torch.tensor(float(len(share_E))).log()).item()
+
+
+def mutual_information(counts_DE: Tensor) -> float:
+    """I(expert; domain) in bits, domains equally likely; at most log2 of their number.
+
+    Args:
+        counts_DE: tokens of each domain (row) that each expert (column) received. A random
+            router is not at zero either: report it beside.
+    """
+    given_DE = counts_DE.double() / counts_DE.sum(-1, keepdim=True).clamp_min(1)
+    mean_E = given_DE.mean(0)
+    entropy = torch.special.entr(mean_E).sum() - torch.special.entr(given_DE).sum(-1).mean()
+    return (entropy / torch.tensor(2.0).log()).clamp_min(0).item()

@@ -1,0 +1,514 @@
+"""The command line: a verb and its function. Nothing here that Python users cannot call too.
+
+Heavy imports stand inside the functions, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from sparsecraft.errors import DataError, SparsecraftError, did_you_mean
+
+Paths = tuple[str, ...]
+
+
+def methods() -> None:
+    """Show every recipe: paper, placement, experts, router, and whether it starts exactly."""
+    from sparsecraft import recipes
+
+    for name in recipes.__all__:
+        recipe = recipes.by_name(name)()
+        edits = recipe.edits
+        facts = {
+            "paper": recipe.paper,
+            "placement": ", ".join(f"{e.place} {e.site}" for e in edits),
+            "experts": ", ".join(f"{e.experts.num_experts} {e.experts.kind}" for e in edits),
+            "router": ", ".join(_router(e.router) for e in edits if e.router) or "none",
+            "exact_at_start": "yes" if recipe.exact_at_start else "no",
+        }
+        _say(f"{name}: {recipe.title}")
+        for fact, value in facts.items():
+            _say(f"  {fact:<16}{value}")
+
+
+def convert(argv: list[str]) -> None:
+    """Convert a dense model by a recipe and save it: convert RECIPE --model NAME --out DIR."""
+    from sparsecraft import recipes
+
+    names = ", ".join(recipes.__all__)
+    if not argv or argv[0].startswith("-"):
+        asked = bool(argv) and argv[0] in ("-h", "--help")
+        text = (
+            "usage: sparsecraft convert RECIPE --model NAME --out DIR [options]\n\n"
+            f"RECIPE is one of: {names}.\n"
+            "`sparsecraft convert RECIPE --help` lists the options of one recipe,\n"
+            "`sparsecraft methods` compares them."
+        )
+        if not asked:
+            raise SparsecraftError(f"convert needs a recipe first: one of {names}.")
+        print(text)
+        return
+    function = recipes.by_name(argv[0])
+    options = _parse(_convert_options(function), f"convert {argv[0]}", argv[1:])
+    values = dataclasses.asdict(options)
+    parameters = {name: values[name] for name in inspect.signature(function).parameters}
+    _convert(function(**parameters), options)
+
+
+@dataclasses.dataclass(kw_only=True)
+class ConvertOptions:
+    """Options of every recipe."""
+
+    model: str
+    """Local folder, hub id, or the packaged `smollm2`."""
+    out: Path
+    """Checkpoint folder to write."""
+    data: Paths = ()
+    """Files whose rows enter the certificate beside random tokens."""
+    set: Paths = ()
+    """Deeper fields of the recipe, such as `router.temperature=0.5`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the dense model; auto keeps its own."""
+    device: str = "cpu"
+    """Where to convert."""
+    standalone: bool = False
+    """Hold the base's tensors too, so that the folder needs nothing else."""
+    overwrite: bool = False
+    """Replace an existing folder once the new one is complete."""
+    seed: int = 0
+    """Of the new parameters."""
+
+
+def _convert_options(function: Callable) -> type:
+    """The recipe function's parameters and the common options, as one dataclass for tyro."""
+    import tyro
+    from docstring_parser import parse
+
+    texts = {p.arg_name: p.description for p in parse(function.__doc__).params}
+    hints = typing.get_type_hints(function)
+    fields = [
+        (
+            name,
+            Annotated[hints[name], tyro.conf.arg(help=texts[name])],
+            dataclasses.field(default=parameter.default, kw_only=True),
+        )
+        for name, parameter in inspect.signature(function).parameters.items()
+    ]
+    options = dataclasses.make_dataclass(f"{function.__name__}_options", fields, bases=(ConvertOptions,))
+    options.__doc__ = parse(function.__doc__).short_description
+    return options
+
+
+def _convert(recipe: Any, options: ConvertOptions) -> None:
+    import torch
+
+    from sparsecraft import checkpoint, cost, hub, preflight, surgery
+    from sparsecraft.recipe import override
+
+    changes = dict(_assignment(text) for text in options.set)
+    recipe = override(recipe, changes) if changes else recipe
+    checkpoint.check_free(options.out, options.overwrite)
+    folder = hub.resolve(options.model)
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    needs = preflight.needs(folder, recipe, dtype)
+    disk = needs.new + (needs.base if options.standalone else 0)
+    _say(cost.require(options.out, disk=disk, memory=needs.base + needs.new, task="Conversion"))
+    model = hub.load_dense(
+        options.model,
+        dtype=dtype,
+        device_map=options.device,
+        quantize=recipe.base_quantization,
+    )
+    tokenizer = hub.load_tokenizer(folder) if options.data else None
+    report = surgery.convert(
+        model, recipe, options.data or None, tokenizer=tokenizer, seed=options.seed
+    )
+    checkpoint.save(model, options.out, standalone=options.standalone, overwrite=options.overwrite)
+    claim = "exact at start" if recipe.exact_at_start else "not exact at start"
+    _print_cost(report.cost)
+    _say(f"Claim: {claim}. Certificate: {report.certificate}.")
+    _say(f"Saved and read back: {options.out}")
+
+
+def train(
+    folder: str,
+    data: Paths,
+    out: Path,
+    weights: tuple[float, ...] = (),
+    steps: int | None = None,
+    epochs: float = 1.0,
+    batch_size: int | None = None,
+    micro_batch: int | None = None,
+    max_length: int | None = None,
+    learning_rate: float | None = None,
+    router_learning_rate: float | None = None,
+    schedule: Literal["constant", "linear", "cosine"] | None = None,
+    packing: bool = True,
+    activation_checkpointing: bool = False,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    save_every: int | None = None,
+    log_every: int = 10,
+    trackers: Paths = (),
+    dtype: Literal["saved", "float32", "bfloat16"] = "saved",
+) -> None:
+    """Train a converted model on chat, text or classification rows.
+
+    Args:
+        folder: checkpoint of a converted model.
+        data: files, folders or hub datasets.
+        out: checkpoint folder to write.
+        weights: relative sampling rates of the sources, in rows.
+        steps: optimizer steps; by default one epoch.
+        epochs: passes over the data when steps is not given.
+        batch_size: sequences per step over all devices; the recipe's by default, 8 on a CPU.
+        micro_batch: sequences per forward pass and device.
+        max_length: tokens per sequence; the recipe's by default, 512 on a CPU.
+        learning_rate: the recipe's by default.
+        router_learning_rate: the learning rate by default.
+        schedule: the recipe's by default; linear and cosine decay to zero.
+        packing: put several documents into one sequence.
+        activation_checkpointing: recompute activations to save memory.
+        seed: of data order and dropout.
+        resume: continue an interrupted run exactly.
+        overwrite: replace an existing folder once the new one is complete.
+        save_every: steps between two states for resume.
+        log_every: steps between two log entries.
+        trackers: tensorboard, wandb and what else transformers reports to.
+        dtype: cast the frozen parameters; those that train are float32.
+    """
+    from sparsecraft import checkpoint, hub, training
+
+    model = checkpoint.load(folder, dtype=None if dtype == "saved" else dtype)
+    report = training.train(
+        model, data, out, tokenizer=hub.load_tokenizer(folder), weights=weights or None,
+        steps=steps, epochs=epochs, batch_size=batch_size, micro_batch=micro_batch,
+        max_length=max_length, learning_rate=learning_rate,
+        router_learning_rate=router_learning_rate, schedule=schedule, packing=packing,
+        activation_checkpointing=activation_checkpointing, seed=seed, resume=resume,
+        overwrite=overwrite, save_every=save_every, log_every=log_every, trackers=trackers,
+    )  # fmt: skip
+    dropped = {k: v for k, v in report.counts.items() if v and k in ("too_long", "no_trainable_token")}
+    _say(
+        f"{report.steps} steps, mean loss {report.loss:.3f}, {report.seconds:.0f} s, "
+        f"{report.tokens_per_second:.0f} tokens/s."
+        + (f" Rows dropped: {dropped}." if dropped else "")
+    )
+    _say(f"Saved and read back: {out}")
+
+
+def evaluate(
+    folder: str,
+    data: Paths = (),
+    choice: Paths = (),
+    tasks: Paths = (),
+    json: Path | None = None,
+    limit: int | None = None,
+    max_length: int = 1024,
+) -> None:
+    """Held-out loss, rank classification and lm-eval tasks of a checkpoint or a dense model.
+
+    Args:
+        folder: checkpoint, or the name of a dense model.
+        data: files to take the held-out loss on, each by itself.
+        choice: files of rows prompt, choices, answer, template.
+        tasks: names of lm-eval tasks.
+        json: write all results to this file.
+        limit: rows of each file at most.
+        max_length: longer rows are dropped and counted.
+    """
+    import json as json_module
+
+    from rich.table import Table
+
+    from sparsecraft import evaluation
+
+    if not (data or choice or tasks):
+        raise DataError("There is nothing to evaluate on; pass --data, --choice or --tasks.")
+    model, tokenizer = _load(folder)
+    results = evaluation.evaluate(
+        model, data or None, choices=choice, tasks=tasks, tokenizer=tokenizer,
+        max_length=max_length, limit=limit,
+    )  # fmt: skip
+    for kind in ("loss", "choice", "tasks"):
+        rows = results.get(kind, {})
+        if not rows:
+            continue
+        keys = list(dict.fromkeys(key for row in rows.values() for key in row))
+        table = Table(kind, *keys, box=None, header_style="bold", pad_edge=False)
+        for name, row in rows.items():
+            table.add_row(name, *(_number(row.get(key, "")) for key in keys))
+        _console().print(table)
+    for key, value in results.get("routing", {}).items():
+        _say(f"{key}: {value:.3f}")
+    if json:
+        json.write_text(json_module.dumps(results, indent=2, default=str) + "\n")
+
+
+def generate(
+    folder: str,
+    prompt: str,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    stream: bool = False,
+    seed: int = 0,
+) -> None:
+    """Answer one prompt.
+
+    Args:
+        folder: checkpoint, or the name of a dense model.
+        prompt: the user's message.
+        system: a system message before it.
+        max_new_tokens: longest answer.
+        temperature: 0 takes the most likely token each time.
+        stream: print tokens as they come.
+        seed: of sampling.
+    """
+    model, tokenizer = _load_generator(folder)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    text = _answer(model, tokenizer, messages, max_new_tokens, temperature, stream, seed)
+    if not stream:
+        print(text)
+
+
+def chat(
+    folder: str, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0
+) -> None:
+    """Talk with a model; an empty line ends it.
+
+    Args:
+        folder: checkpoint, or the name of a dense model.
+        system: a system message before the conversation.
+        max_new_tokens: longest answer.
+        temperature: 0 takes the most likely token each time.
+    """
+    model, tokenizer = _load_generator(folder)
+    messages = [{"role": "system", "content": system}] if system else []
+    while True:
+        try:
+            line = input("you: ").strip()
+        except EOFError:
+            line = ""
+        if not line:
+            return
+        messages.append({"role": "user", "content": line})
+        print("model: ", end="", flush=True)
+        text = _answer(model, tokenizer, messages, max_new_tokens, temperature, True, 0)
+        messages.append({"role": "assistant", "content": text})
+
+
+def show(folder: str) -> None:
+    """What a checkpoint is: parameters, exactness, base, training, routing.
+
+    Args:
+        folder: checkpoint of a converted model.
+    """
+    from sparsecraft import checkpoint, cost
+
+    manifest = checkpoint.read_manifest(Path(folder))
+    model = checkpoint.load(folder)
+    record, recipe = model.sparsecraft, model.sparsecraft.recipe
+    _say(f"{recipe.name} ({recipe.variant}): {recipe.title}. {recipe.paper}.")
+    base = manifest["base"]
+    _say(f"Base: {base['name']}, {base['fingerprint']}" if base else "Base: held in the folder")
+    for edit in recipe.edits:
+        router = f", router {_router(edit.router)}" if edit.router else ""
+        experts = edit.experts
+        _say(f"  {experts.num_experts} {experts.kind} {edit.place} every {edit.site}{router}")
+    _print_cost(cost.count(model))
+    certificate = record.report.get("conversion", {}).get("certificate")
+    claim = "exact" if recipe.exact_at_start else "not exact"
+    measured = f"{certificate['max_difference']:.1e}" if certificate else "not measured"
+    _say(f"At the start: claimed {claim}, measured max |logit difference| {measured}.")
+    for run in record.report.get("training", []):
+        last = [entry for entry in run["log"] if "loss" in entry][-1]
+        routing = "".join(
+            f", {key.replace('_', ' ')} {last[key]:.3f}"
+            for key in ("load_entropy", "router_entropy")
+            if key in last
+        )
+        _say(f"Trained ({run['stage']}): {last['step']} steps, last loss {last['loss']:.3f}{routing}")
+    if not record.report.get("training"):
+        _say("Not trained yet.")
+
+
+def export(folder: str, to: str, out: Path, overwrite: bool = False) -> None:
+    """Write a checkpoint in a standard architecture that loads without sparsecraft.
+
+    Args:
+        folder: checkpoint of a converted model.
+        to: mixtral.
+        out: folder to write.
+        overwrite: replace an existing export once the new one is complete.
+    """
+    from sparsecraft import checkpoint, hub, targets
+
+    checkpoint.check_free(out, overwrite)
+    model = checkpoint.load(folder)
+    tokenizer = hub.load_tokenizer(folder)
+    record = targets.export(model, to, out, tokenizer=tokenizer, overwrite=overwrite)
+    _say(
+        f"{out}: {record['parameters']:,} parameters as {to}; read back by plain transformers, "
+        f"max |logit difference| {record['difference']:.1e} at scale {record['scale']:.1f}."
+    )
+
+
+def demo(out: Path = Path("runs/demo"), steps: int = 60, seed: int = 0) -> None:
+    """SmolLM2 becomes an 8-expert PESC model, learns three domains, and answers. No GPU needed.
+
+    Args:
+        out: folder for data and checkpoints.
+        steps: optimizer steps of training.
+        seed: of data, new parameters and training.
+    """
+    from sparsecraft.demo import run
+
+    run(out, steps, seed, _say)
+
+
+VERBS: dict[str, Callable] = {
+    "methods": methods,
+    "convert": convert,
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+    "chat": chat,
+    "inspect": show,
+    "export": export,
+    "demo": demo,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit status. Errors of ours are one sentence on standard error."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = "\n".join(f"  {v:<10}{f.__doc__.splitlines()[0]}" for v, f in VERBS.items())
+        print(f"usage: sparsecraft VERB [options]\n\n{lines}\n\nsparsecraft VERB --help tells more.")
+        return 0
+    if argv[0] == "--version":
+        import sparsecraft
+
+        print(sparsecraft.__version__)
+        return 0
+    verb, *rest = argv
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("sparsecraft").setLevel(logging.INFO)
+    try:
+        if verb not in VERBS:
+            raise SparsecraftError(f"Unknown verb {verb!r}." + did_you_mean(verb, VERBS))
+        if verb == "convert":
+            convert(rest)
+        else:
+            _parse(VERBS[verb], verb, rest)
+    except SparsecraftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parse(target: Callable, verb: str, argv: list[str]) -> Any:
+    import tyro
+
+    if "-h" not in argv and "--help" not in argv:
+        _quiet_transformers()
+    positional = {"folder": tyro.conf.Positional[str]}
+    if inspect.isfunction(target) and "folder" in inspect.signature(target).parameters:
+        target.__annotations__["folder"] = positional["folder"]
+    return tyro.cli(target, prog=f"sparsecraft {verb}", args=argv)
+
+
+def _quiet_transformers() -> None:
+    """No bars for each loaded tensor: our own lines and the training bar say enough."""
+    import os
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise SparsecraftError(f"--set takes field=value; {text!r} has no '='.")
+    return key, value
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    import torch
+
+    from sparsecraft import checkpoint, hub
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (Path(name) / checkpoint.MANIFEST).is_file():
+        return checkpoint.load(name, device_map=device), hub.load_tokenizer(name)
+    folder = hub.resolve(name)
+    return hub.load_dense(name, device_map=device), hub.load_tokenizer(folder)
+
+
+def _load_generator(name: str) -> tuple[Any, Any]:
+    model, tokenizer = _load(name)
+    if not model.can_generate():
+        raise SparsecraftError(
+            f"{name} is a {type(model).__name__}, which does not generate text; eval takes it."
+        )
+    return model, tokenizer
+
+
+def _answer(model, tokenizer, messages, max_new_tokens, temperature, stream, seed) -> str:
+    import torch
+    from transformers import TextStreamer
+
+    from sparsecraft.data import prompt_ids
+
+    ids = torch.tensor([prompt_ids(messages, tokenizer)], device=model.device)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        **sampling,
+    )
+    new = output[0] if model.config.is_encoder_decoder else output[0, ids.shape[1] :]
+    return tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def _router(router: Any) -> str:
+    if router.select == "soft":
+        return f"{router.scorer}, soft"
+    return f"{router.scorer}, top-{router.top_k}{' renormalized' if router.renormalize else ''}"
+
+
+def _print_cost(cost: Any) -> None:
+    for key, value in cost.to_dict().items():
+        share = f" ({value / cost.total:.1%})" if key in ("new", "trainable", "active") else ""
+        _say(f"  {key.replace('_', ' '):<16}{value:>16,}{share}")
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(soft_wrap=not sys.stdout.isatty())
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

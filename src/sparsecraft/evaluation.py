@@ -1,0 +1,256 @@
+"""Held-out loss, rank classification, and lm-eval tasks, for dense and converted models alike.
+
+Auxiliary losses never enter: they belong to training.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsecraft import checkpoint, data as data_module, hub
+from sparsecraft.analysis.routing import first_choices_E, load_entropy, mutual_information
+from sparsecraft.certificate import evaluation_mode
+from sparsecraft.errors import DataError, SparsecraftError
+from sparsecraft.origin import Origin
+from sparsecraft.routing import trace
+
+# Tokens in one forward pass: the logits of a large vocabulary in float32 are the largest tensor.
+BATCH_TOKENS = 4096
+
+
+def evaluate(
+    model: nn.Module | str | Path,
+    data: Any = None,
+    *,
+    choices: str | Path | Sequence[str | Path] = (),
+    tasks: Sequence[str] = (),
+    tokenizer: Any = None,
+    max_length: int = 1024,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Measure a model.
+
+    Args:
+        model: any transformers model, converted or dense, or a checkpoint folder.
+        data: files to take the held-out loss on, each by itself; or an iterable of (B, S) token
+            ids or of dicts of model inputs.
+        choices: files of rows `prompt`, `choices`, `answer`, `template`, for rank classification.
+        tasks: names of lm-eval tasks (needs `sparsecraft[eval]`).
+        max_length: longer rows are dropped, and counted under `dropped`.
+        limit: rows of each file at most.
+
+    Returns:
+        `loss`: file -> loss in nats per label token, tokens, rows, dropped (and accuracy for
+        classifiers); `choice`: file -> accuracies, median over templates; `tasks`: lm-eval's
+        results; `routing`: load entropy and, for several files, the mutual information of expert
+        and file, mean over layers.
+    """
+    if isinstance(model, (str, Path)):
+        tokenizer = tokenizer or hub.load_tokenizer(model)
+        model = checkpoint.load(model)
+    if tokenizer is None and (origin := Origin.of(model)):
+        tokenizer = hub.load_tokenizer(origin.folder)
+    results: dict[str, Any] = {}
+    with evaluation_mode(model), torch.no_grad():
+        if data is not None:
+            sources = _sources(data, tokenizer, max_length, limit, _task(model))
+            results["loss"], results["routing"] = _losses(model, sources)
+        if choices:
+            results["choice"] = {
+                str(path): _choice(model, tokenizer, path, max_length, limit)
+                for path in _listed(choices)
+            }
+        if tasks:
+            results["tasks"] = _lm_eval(model, tokenizer, tasks, limit)
+    return results
+
+
+def _listed(paths: Any) -> list:
+    return [paths] if isinstance(paths, (str, Path)) else list(paths)
+
+
+def _task(model: nn.Module) -> str:
+    description = {"architectures": [type(model).__name__], "model_type": model.config.model_type}
+    return {"causal": "causal", "seq2seq": "seq2seq"}.get(hub.task_of(description), "label")
+
+
+def _sources(
+    data: Any, tokenizer: Any, max_length: int, limit: int | None, task: str
+) -> dict[str, tuple[Iterable[dict[str, Tensor]], dict[str, int]]]:
+    """Name -> batches with labels and token_mask, and counts of rows."""
+    listed = _listed(data) if isinstance(data, (str, Path, list, tuple)) else []
+    if not listed or not all(isinstance(item, (str, Path)) for item in listed):
+        return {"data": ((_labelled(b) for b in data_module.as_batches(data)), {})}
+    if tokenizer is None:
+        raise DataError("The model came without a tokenizer; pass tokenizer=...")
+    sources = {}
+    for path in listed:
+        rows, counts = data_module.prepare(
+            path, tokenizer, max_length=max_length, task=task, split="test"
+        )
+        rows = rows.select(range(min(limit, len(rows)))) if limit else rows
+        sources[str(path)] = (list(_batches(list(rows), tokenizer)), counts)
+    return sources
+
+
+def _labelled(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of model inputs with labels: its own, or its token ids."""
+    labels = batch.get("labels")
+    if labels is None:
+        labels = batch["input_ids"].clone()
+        if "attention_mask" in batch:
+            labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
+    return {**batch, "labels": labels}
+
+
+def _batches(rows: list[dict], tokenizer: Any) -> Iterator[dict[str, Tensor]]:
+    """Rows by length, so that padding is short, in batches of at most BATCH_TOKENS."""
+    batch: list[dict] = []
+    for row in sorted(rows, key=lambda row: len(row["input_ids"])):
+        if batch and (len(batch) + 1) * len(row["input_ids"]) > BATCH_TOKENS:
+            yield data_module.collate(batch, data_module.pad_id(tokenizer))
+            batch = []
+        batch.append(row)
+    if batch:
+        yield data_module.collate(batch, data_module.pad_id(tokenizer))
+
+
+def _losses(model: nn.Module, sources: dict) -> tuple[dict[str, Any], dict[str, float]]:
+    losses, loads = {}, defaultdict(list)
+    for name, (batches, counts) in sources.items():
+        total, tokens, correct, rows = 0.0, 0, 0, 0
+        load: dict[str, Tensor] = {}
+        for batch in batches:
+            mask = batch.pop("token_mask", None)
+            with trace(model) as traced:
+                logprobs_N, right_N = label_logprobs(model, batch)
+            total -= logprobs_N.sum().item()
+            tokens += logprobs_N.numel()
+            correct += right_N.sum().item()
+            rows += len(batch["labels"])
+            for layer, routing in traced.items():
+                fits = mask is not None and mask.numel() == len(routing.logits_TE)
+                counted = first_choices_E(routing, mask.to(model.device) if fits else None)
+                load[layer] = load.get(layer, 0) + counted
+        if not tokens:
+            raise DataError(f"{name} has no label to predict.")
+        losses[name] = {"loss": total / tokens, "tokens": tokens, "rows": rows}
+        if counts:
+            losses[name]["dropped"] = counts["too_long"] + counts["no_trainable_token"]
+        if batch["labels"].ndim == 1:
+            losses[name]["accuracy"] = correct / tokens
+        for layer, counts_E in load.items():
+            loads[layer].append(counts_E)
+    return losses, _routing_summary(loads)
+
+
+def _routing_summary(loads: dict[str, list[Tensor]]) -> dict[str, float]:
+    if not loads:
+        return {}
+    entropies = [load_entropy(torch.stack(counts).sum(0)) for counts in loads.values()]
+    summary = {"load_entropy": statistics.mean(entropies), "load_entropy_min": min(entropies)}
+    if len(next(iter(loads.values()))) > 1:
+        information = [mutual_information(torch.stack(counts)) for counts in loads.values()]
+        summary["mutual_information_bits"] = statistics.mean(information)
+    return summary
+
+
+def label_logprobs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Log-probability of every label, and whether it is the model's first choice.
+
+    Labels of -100 are skipped; causal models predict label i + 1 from position i.
+    """
+    batch = {key: value.to(model.device) for key, value in batch.items()}
+    labels = batch.pop("labels")
+    decoder = getattr(model.config, "is_encoder_decoder", False)
+    if decoder:
+        batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    # A cache would hide the document borders of packed batches from the attention mask.
+    options = {"use_cache": False} if labels.ndim == 2 else {}
+    logits = model(**batch, **options).logits
+    if labels.ndim == 2 and not decoder:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    kept = labels != -100
+    logits_NV, labels_N = logits[kept].float(), labels[kept]
+    logprobs_N = -F.cross_entropy(logits_NV, labels_N, reduction="none")
+    return logprobs_N, logits_NV.argmax(-1) == labels_N
+
+
+def _choice(
+    model: nn.Module, tokenizer: Any, path: str | Path, max_length: int, limit: int | None
+) -> dict[str, float]:
+    """Rank classification: the choice with the largest log-likelihood after the prompt wins."""
+    if tokenizer is None:
+        raise DataError("Rank classification needs a tokenizer; pass tokenizer=...")
+    rows = data_module.load_choices(path)[:limit]
+    encode = data_module.encode_pair if _task(model) == "seq2seq" else data_module.encode
+    examples, dropped = [], set()
+    for number, row in enumerate(rows):
+        for choice_number, choice in enumerate(row["choices"]):
+            messages = [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": choice},
+            ]
+            example = encode({"messages": messages}, tokenizer, max_length)
+            if example is None:
+                dropped.add(number)
+            else:
+                examples.append({**example, "row": number, "choice": choice_number})
+    scores: dict[int, dict[int, tuple[float, int]]] = defaultdict(dict)
+    examples = [e for e in examples if e["row"] not in dropped]
+    examples.sort(key=lambda e: len(e["input_ids"]))
+    step = max(1, BATCH_TOKENS // max((len(e["input_ids"]) for e in examples), default=1))
+    for start in range(0, len(examples), step):
+        part = examples[start : start + step]
+        batch = data_module.collate(part, data_module.pad_id(tokenizer))
+        del batch["token_mask"]
+        logprobs_N, _ = label_logprobs(model, batch)
+        first = 0 if _task(model) == "seq2seq" else 1
+        lengths = (batch["labels"][:, first:] != -100).sum(-1).tolist()
+        for example, own in zip(part, logprobs_N.cpu().split(lengths), strict=True):
+            scores[example["row"]][example["choice"]] = (own.sum().item(), len(own))
+    return _accuracies(rows, scores, len(dropped))
+
+
+def _accuracies(rows: list[dict], scores: dict, dropped: int) -> dict[str, float]:
+    """Accuracy by summed and by per-token log-likelihood: per template, then their median."""
+    by_sum, by_mean, by_label = defaultdict(list), defaultdict(list), defaultdict(list)
+    for number, own in scores.items():
+        row = rows[number]
+        answer, template = row["answer"], str(row.get("template", ""))
+        best = max(own, key=lambda c: own[c][0])
+        by_sum[template].append(best == answer)
+        by_mean[template].append(max(own, key=lambda c: own[c][0] / own[c][1]) == answer)
+        by_label[row["choices"][answer]].append(best == answer)
+    if not scores:
+        raise DataError("No row of the choice file fits into max_length.")
+    result = {
+        "accuracy": statistics.median(map(statistics.mean, by_sum.values())),
+        "accuracy_per_token": statistics.median(map(statistics.mean, by_mean.values())),
+        "templates": len(by_sum),
+        "rows": len(scores),
+        "dropped": dropped,
+    }
+    if len(by_label) < len(scores) / 4:  # the same labels over and over: classes
+        result["balanced_accuracy"] = statistics.mean(map(statistics.mean, by_label.values()))
+    return result
+
+
+def _lm_eval(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int | None) -> dict:
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise SparsecraftError(
+            "lm-eval tasks need lm-eval: pip install 'sparsecraft[eval]'."
+        ) from None
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer)
+    return lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit)["results"]

@@ -1,0 +1,204 @@
+"""Export to standard architectures: reversible weight maps, checked by the logits they give.
+
+A target says which converted models have exactly its mathematics, and refuses the others with the
+reason. Shapes: E experts, D width, F hidden width; experts.gate_up (E, 2F, D), experts.down
+(E, D, F), as in transformers v5.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecraft import cost
+from sparsecraft.certificate import compare, outputs, random_probe
+from sparsecraft.checkpoint import replacing, write_companions
+from sparsecraft.errors import ExportError, did_you_mean
+from sparsecraft.layer import dense_tensors
+from sparsecraft.recipe import FFNSpec
+from sparsecraft.surgery import conversion_of
+
+# Largest relative logit difference between ours and the exported model, read back.
+EXPORT_TOLERANCE = 1e-4
+
+
+def export(
+    model: nn.Module,
+    target: str,
+    out: str | Path,
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a converted model in a standard architecture, which loads without sparsecraft.
+
+    Args:
+        target: `mixtral`.
+        out: the folder to write; it appears once the exported model has given our logits.
+
+    Returns:
+        `difference`: largest |logit difference| of the model read back to ours; `scale`;
+        `parameters`.
+
+    Raises:
+        ExportError: the target's mathematics is not the model's, and why; or the logits differ.
+    """
+    if target not in TARGETS:
+        raise ExportError(f"Unknown target {target!r}." + did_you_mean(target, TARGETS))
+    out = Path(out)
+    chosen = TARGETS[target]
+    if reason := chosen.why_not(model):
+        raise ExportError(f"This model has no exact form as {target}: {reason}")
+    config = chosen.config(model)
+    tensors = chosen.to_target(model)
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    cost.require(out, disk=size, memory=2 * size, task="Exporting")
+    probes = [random_probe(model)]
+    ours = outputs(model, probes)
+    with replacing(out, overwrite) as folder:
+        exported_class = chosen.model_class()
+        with torch.device("meta"):
+            exported = exported_class(config)
+        exported.load_state_dict(tensors, strict=False, assign=True)
+        exported.tie_weights()
+        _check_complete(exported, tensors)
+        # None makes transformers write its per-expert names, which vLLM and llama.cpp read.
+        exported._weight_conversions = None
+        exported.save_pretrained(folder)
+        write_companions(model, folder, tokenizer)
+        del exported, tensors
+        gc.collect()
+        dtype = ours[0].dtype
+        again = exported_class.from_pretrained(folder, dtype=dtype).to(model.device)
+        certificate = compare(ours, outputs(again, probes))
+        if certificate.max_difference > max(
+            EXPORT_TOLERANCE * certificate.scale, certificate.tolerance
+        ):
+            raise ExportError(
+                f"The exported {target} model differs from ours: {certificate}. Nothing was kept."
+            )
+        record = {
+            "target": target,
+            "recipe": conversion_of(model).recipe.name,
+            "difference": certificate.max_difference,
+            "scale": certificate.scale,
+            "parameters": cost.count(again).total,
+        }
+        (folder / "sparsecraft_export.json").write_text(json.dumps(record, indent=2) + "\n")
+        for path in folder.iterdir():
+            path.chmod(0o644)  # transformers writes weights for the owner alone
+    return record
+
+
+class MixtralTarget:
+    """Llama or Mistral with copied experts and renormalized top-k routing, as Mixtral.
+
+    Mixtral's router: softmax over all, top-k, renormalized; the same function as ours, which
+    takes the softmax over the k kept.
+    """
+
+    BASES = ("llama", "mistral")
+
+    def why_not(self, model: nn.Module) -> str | None:
+        """The reason why the model has no exact Mixtral form, with the nearest one that has."""
+        recipe = conversion_of(model).recipe
+        nearest = "`upcycling` with renormalize=True on a Llama or Mistral model exports exactly."
+        for edit in recipe.edits:
+            if not isinstance(edit.experts, FFNSpec) or edit.place != "replace":
+                return (
+                    f"its {edit.experts.kind!r} experts stand {edit.place} a dense module, and Mixtral has "
+                    f"nothing but full feed-forward experts. {nearest}"
+                )
+            if edit.router.select != "top_k" or not edit.router.renormalize:
+                return (
+                    "its routing weights do not sum to one, and Mixtral always renormalizes them. "
+                    + nearest
+                )
+        config = model.config
+        if config.model_type not in self.BASES:
+            return f"Mixtral's attention is not that of {config.model_type!r}. {nearest}"
+        for name in ("attention_bias", "mlp_bias"):
+            if getattr(config, name, False):
+                return f"the model has {name}=True, and Mixtral has no biases there."
+        layers = [n for n, k in conversion_of(model).report["conversion"]["layers"].items()]
+        if len(layers) != config.num_hidden_layers:
+            return (
+                f"{len(layers)} of {config.num_hidden_layers} layers are converted, and Mixtral's "
+                "are all alike; convert with paths='*'."
+            )
+        return None
+
+    def model_class(self) -> type:
+        from transformers import MixtralForCausalLM
+
+        return MixtralForCausalLM
+
+    def config(self, model: nn.Module) -> Any:
+        from transformers import MixtralConfig
+
+        edit = conversion_of(model).recipe.edits[0]
+        base = model.config.to_dict()
+        shared = (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+            "num_key_value_heads head_dim hidden_act max_position_embeddings initializer_range "
+            "rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id tie_word_embeddings "
+            "rope_parameters sliding_window attention_dropout"
+        ).split()
+        return MixtralConfig(
+            **{key: base[key] for key in shared if base.get(key) is not None},
+            num_local_experts=edit.experts.num_experts,
+            num_experts_per_tok=edit.router.top_k,
+            router_jitter_noise=0.0,
+            output_router_logits=False,
+            dtype=_dtype(model),
+        )
+
+    RENAMES = (
+        (".mlp.router.scorer.weight", ".mlp.gate.weight"),
+        (".mlp.experts.gate_up", ".mlp.experts.gate_up_proj"),
+        (".mlp.experts.down", ".mlp.experts.down_proj"),
+    )
+
+    def to_target(self, model: nn.Module) -> dict[str, Tensor]:
+        """Our tensors under Mixtral's names; the router's temperature folded into its weight."""
+        temperature = conversion_of(model).recipe.edits[0].router.temperature
+        dtype = _dtype(model)
+        tensors = {}
+        for name, tensor in model.state_dict().items():
+            for ours, theirs in self.RENAMES:
+                name = name.removesuffix(ours) + theirs if name.endswith(ours) else name
+            if name.endswith(".gate.weight"):
+                tensor = tensor / temperature
+            # Experts that are still views of one tensor must become real for the writer.
+            tensors[name] = tensor.to(dtype).contiguous()
+        return tensors
+
+    def from_target(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `to_target` for a router temperature of 1."""
+        renamed = {}
+        for name, tensor in tensors.items():
+            for ours, theirs in self.RENAMES:
+                name = name.removesuffix(theirs) + ours if name.endswith(theirs) else name
+            renamed[name] = tensor
+        return renamed
+
+
+TARGETS = {"mixtral": MixtralTarget()}
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The dense tensors' dtype: standard architectures have one for all."""
+    return next(t.dtype for t in dense_tensors(model).values() if t.is_floating_point())
+
+
+def _check_complete(exported: nn.Module, tensors: dict[str, Tensor]) -> None:
+    expected = set(exported.state_dict())
+    if missing := sorted(expected - set(tensors) - set(exported.all_tied_weights_keys)):
+        raise ExportError(f"The weight map leaves {len(missing)} tensors empty: {missing[:3]}.")
+    if extra := sorted(set(tensors) - expected):
+        raise ExportError(f"The weight map has no place for {len(extra)} tensors: {extra[:3]}.")
