@@ -14,7 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tyro
+from tyro.conf import Positional
+
 from sparsecraft.errors import DataError, SparsecraftError, did_you_mean
+from sparsecraft.options import TrainOptions
 
 Paths = tuple[str, ...]
 
@@ -22,6 +26,7 @@ Paths = tuple[str, ...]
 def methods() -> None:
     """Show every recipe: paper, placement, experts, router, and whether it starts exactly."""
     from sparsecraft import recipes
+    from sparsecraft.recipe import router_words
 
     for name in recipes.__all__:
         recipe = recipes.by_name(name)()
@@ -30,7 +35,7 @@ def methods() -> None:
             "paper": recipe.paper,
             "placement": ", ".join(f"{e.place} {e.site}" for e in edits),
             "experts": ", ".join(f"{e.experts.num_experts} {e.experts.kind}" for e in edits),
-            "router": ", ".join(_router(e.router) for e in edits if e.router) or "none",
+            "router": ", ".join(router_words(e.router) for e in edits if e.router) or "none",
             "exact_at_start": "yes" if recipe.exact_at_start else "no",
         }
         _say(f"{name}: {recipe.title}")
@@ -88,7 +93,6 @@ class ConvertOptions:
 
 def _convert_options(function: Callable) -> type:
     """The recipe function's parameters and the common options, as one dataclass for tyro."""
-    import tyro
     from docstring_parser import parse
 
     texts = {p.arg_name: p.description for p in parse(function.__doc__).params}
@@ -101,7 +105,9 @@ def _convert_options(function: Callable) -> type:
         )
         for name, parameter in inspect.signature(function).parameters.items()
     ]
-    options = dataclasses.make_dataclass(f"{function.__name__}_options", fields, bases=(ConvertOptions,))
+    options = dataclasses.make_dataclass(
+        f"{function.__name__}_options", fields, bases=(ConvertOptions,)
+    )
     options.__doc__ = parse(function.__doc__).short_description
     return options
 
@@ -110,6 +116,7 @@ def _convert(recipe: Any, options: ConvertOptions) -> None:
     import torch
 
     from sparsecraft import checkpoint, cost, hub, preflight, surgery
+    from sparsecraft.analysis.report import cost_lines
     from sparsecraft.recipe import override
 
     changes = dict(_assignment(text) for text in options.set)
@@ -132,81 +139,60 @@ def _convert(recipe: Any, options: ConvertOptions) -> None:
     )
     checkpoint.save(model, options.out, standalone=options.standalone, overwrite=options.overwrite)
     claim = "exact at start" if recipe.exact_at_start else "not exact at start"
-    _print_cost(report.cost)
+    _say("\n".join(cost_lines(report.cost)))
     _say(f"Claim: {claim}. Certificate: {report.certificate}.")
     _say(f"Saved and read back: {options.out}")
 
 
-def train(
-    folder: str,
-    data: Paths,
-    out: Path,
-    weights: tuple[float, ...] = (),
-    steps: int | None = None,
-    epochs: float = 1.0,
-    batch_size: int | None = None,
-    micro_batch: int | None = None,
-    max_length: int | None = None,
-    learning_rate: float | None = None,
-    router_learning_rate: float | None = None,
-    schedule: Literal["constant", "linear", "cosine"] | None = None,
-    packing: bool = True,
-    activation_checkpointing: bool = False,
-    seed: int = 0,
-    resume: bool = False,
-    overwrite: bool = False,
-    save_every: int | None = None,
-    log_every: int = 10,
-    trackers: Paths = (),
-    dtype: Literal["saved", "float32", "bfloat16"] = "saved",
-) -> None:
-    """Train a converted model on chat, text or classification rows.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainCommand(TrainOptions):
+    """Train a converted model on chat, text or classification rows."""
 
-    Args:
-        folder: checkpoint of a converted model.
-        data: files, folders or hub datasets.
-        out: checkpoint folder to write.
-        weights: relative sampling rates of the sources, in rows.
-        steps: optimizer steps; by default one epoch.
-        epochs: passes over the data when steps is not given.
-        batch_size: sequences per step over all devices; the recipe's by default, 8 on a CPU.
-        micro_batch: sequences per forward pass and device.
-        max_length: tokens per sequence; the recipe's by default, 512 on a CPU.
-        learning_rate: the recipe's by default.
-        router_learning_rate: the learning rate by default.
-        schedule: the recipe's by default; linear and cosine decay to zero.
-        packing: put several documents into one sequence.
-        activation_checkpointing: recompute activations to save memory.
-        seed: of data order and dropout.
-        resume: continue an interrupted run exactly.
-        overwrite: replace an existing folder once the new one is complete.
-        save_every: steps between two states for resume.
-        log_every: steps between two log entries.
-        trackers: tensorboard, wandb and what else transformers reports to.
-        dtype: cast the frozen parameters; those that train are float32.
-    """
+    folder: Positional[str]
+    """Checkpoint of a converted model."""
+    data: Paths
+    """Files, folders or hub datasets."""
+    out: Path
+    """Checkpoint folder to write."""
+    resume: bool = False
+    """Continue an interrupted run exactly."""
+    overwrite: bool = False
+    """Replace an existing folder once the new one is complete."""
+    dtype: Literal["saved", "float32", "bfloat16"] = "saved"
+    """Cast the frozen parameters; those that train are float32."""
+
+
+def train(argv: list[str]) -> None:
+    """Train a converted model on chat, text or classification rows."""
+    command = _parse(TrainCommand, "train", argv)
     from sparsecraft import checkpoint, hub, training
 
-    model = checkpoint.load(folder, dtype=None if dtype == "saved" else dtype)
+    checkpoint.check_free(command.out, command.overwrite)
+    model = checkpoint.load(
+        command.folder, dtype=None if command.dtype == "saved" else command.dtype
+    )
+    options = {f.name: getattr(command, f.name) for f in dataclasses.fields(TrainOptions)}
     report = training.train(
-        model, data, out, tokenizer=hub.load_tokenizer(folder), weights=weights or None,
-        steps=steps, epochs=epochs, batch_size=batch_size, micro_batch=micro_batch,
-        max_length=max_length, learning_rate=learning_rate,
-        router_learning_rate=router_learning_rate, schedule=schedule, packing=packing,
-        activation_checkpointing=activation_checkpointing, seed=seed, resume=resume,
-        overwrite=overwrite, save_every=save_every, log_every=log_every, trackers=trackers,
-    )  # fmt: skip
-    dropped = {k: v for k, v in report.counts.items() if v and k in ("too_long", "no_trainable_token")}
+        model,
+        command.data,
+        command.out,
+        tokenizer=hub.load_tokenizer(command.folder),
+        resume=command.resume,
+        overwrite=command.overwrite,
+        **options,
+    )
+    reasons = ("too_long", "no_trainable_token")
+    dropped = {key: report.counts[key] for key in reasons if report.counts[key]}
     _say(
         f"{report.steps} steps, mean loss {report.loss:.3f}, {report.seconds:.0f} s, "
         f"{report.tokens_per_second:.0f} tokens/s."
         + (f" Rows dropped: {dropped}." if dropped else "")
     )
-    _say(f"Saved and read back: {out}")
+    _say(f"Saved and read back: {command.out}")
 
 
 def evaluate(
-    folder: str,
+    folder: Positional[str],
     data: Paths = (),
     choice: Paths = (),
     tasks: Paths = (),
@@ -229,11 +215,11 @@ def evaluate(
 
     from rich.table import Table
 
-    from sparsecraft import evaluation
+    from sparsecraft import evaluation, generation
 
     if not (data or choice or tasks):
         raise DataError("There is nothing to evaluate on; pass --data, --choice or --tasks.")
-    model, tokenizer = _load(folder)
+    model, tokenizer = generation.load_any(folder)
     results = evaluation.evaluate(
         model, data or None, choices=choice, tasks=tasks, tokenizer=tokenizer,
         max_length=max_length, limit=limit,
@@ -254,7 +240,7 @@ def evaluate(
 
 
 def generate(
-    folder: str,
+    folder: Positional[str],
     prompt: str,
     system: str | None = None,
     max_new_tokens: int = 256,
@@ -273,16 +259,24 @@ def generate(
         stream: print tokens as they come.
         seed: of sampling.
     """
-    model, tokenizer = _load_generator(folder)
+    from sparsecraft import generation
+
+    model, tokenizer = generation.load_generator(folder)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    text = _answer(model, tokenizer, messages, max_new_tokens, temperature, stream, seed)
+    text = generation.answer(
+        model, tokenizer, messages, max_new_tokens=max_new_tokens, temperature=temperature,
+        stream=stream, seed=seed,
+    )  # fmt: skip
     if not stream:
         print(text)
 
 
 def chat(
-    folder: str, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0
+    folder: Positional[str],
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
 ) -> None:
     """Talk with a model; an empty line ends it.
 
@@ -292,7 +286,9 @@ def chat(
         max_new_tokens: longest answer.
         temperature: 0 takes the most likely token each time.
     """
-    model, tokenizer = _load_generator(folder)
+    from sparsecraft import generation
+
+    model, tokenizer = generation.load_generator(folder)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -303,46 +299,25 @@ def chat(
             return
         messages.append({"role": "user", "content": line})
         print("model: ", end="", flush=True)
-        text = _answer(model, tokenizer, messages, max_new_tokens, temperature, True, 0)
+        text = generation.answer(
+            model, tokenizer, messages, max_new_tokens=max_new_tokens, temperature=temperature,
+            stream=True,
+        )  # fmt: skip
         messages.append({"role": "assistant", "content": text})
 
 
-def show(folder: str) -> None:
+def show(folder: Positional[str]) -> None:
     """What a checkpoint is: parameters, exactness, base, training, routing.
 
     Args:
         folder: checkpoint of a converted model.
     """
-    from sparsecraft import checkpoint, cost
+    from sparsecraft.analysis.report import describe
 
-    manifest = checkpoint.read_manifest(Path(folder))
-    model = checkpoint.load(folder)
-    record, recipe = model.sparsecraft, model.sparsecraft.recipe
-    _say(f"{recipe.name} ({recipe.variant}): {recipe.title}. {recipe.paper}.")
-    base = manifest["base"]
-    _say(f"Base: {base['name']}, {base['fingerprint']}" if base else "Base: held in the folder")
-    for edit in recipe.edits:
-        router = f", router {_router(edit.router)}" if edit.router else ""
-        experts = edit.experts
-        _say(f"  {experts.num_experts} {experts.kind} {edit.place} every {edit.site}{router}")
-    _print_cost(cost.count(model))
-    certificate = record.report.get("conversion", {}).get("certificate")
-    claim = "exact" if recipe.exact_at_start else "not exact"
-    measured = f"{certificate['max_difference']:.1e}" if certificate else "not measured"
-    _say(f"At the start: claimed {claim}, measured max |logit difference| {measured}.")
-    for run in record.report.get("training", []):
-        last = [entry for entry in run["log"] if "loss" in entry][-1]
-        routing = "".join(
-            f", {key.replace('_', ' ')} {last[key]:.3f}"
-            for key in ("load_entropy", "router_entropy")
-            if key in last
-        )
-        _say(f"Trained ({run['stage']}): {last['step']} steps, last loss {last['loss']:.3f}{routing}")
-    if not record.report.get("training"):
-        _say("Not trained yet.")
+    _say("\n".join(describe(folder)))
 
 
-def export(folder: str, to: str, out: Path, overwrite: bool = False) -> None:
+def export(folder: Positional[str], to: str, out: Path, overwrite: bool = False) -> None:
     """Write a checkpoint in a standard architecture that loads without sparsecraft.
 
     Args:
@@ -394,7 +369,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         lines = "\n".join(f"  {v:<10}{f.__doc__.splitlines()[0]}" for v, f in VERBS.items())
-        print(f"usage: sparsecraft VERB [options]\n\n{lines}\n\nsparsecraft VERB --help tells more.")
+        print(
+            f"usage: sparsecraft VERB [options]\n\n{lines}\n\nsparsecraft VERB --help tells more."
+        )
         return 0
     if argv[0] == "--version":
         import sparsecraft
@@ -407,8 +384,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise SparsecraftError(f"Unknown verb {verb!r}." + did_you_mean(verb, VERBS))
-        if verb == "convert":
-            convert(rest)
+        if verb in ("convert", "train"):  # these parse their own arguments
+            VERBS[verb](rest)
         else:
             _parse(VERBS[verb], verb, rest)
     except SparsecraftError as error:
@@ -420,13 +397,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(target: Callable, verb: str, argv: list[str]) -> Any:
-    import tyro
-
     if "-h" not in argv and "--help" not in argv:
         _quiet_transformers()
-    positional = {"folder": tyro.conf.Positional[str]}
-    if inspect.isfunction(target) and "folder" in inspect.signature(target).parameters:
-        target.__annotations__["folder"] = positional["folder"]
     return tyro.cli(target, prog=f"sparsecraft {verb}", args=argv)
 
 
@@ -444,60 +416,6 @@ def _assignment(text: str) -> tuple[str, str]:
     if not equals:
         raise SparsecraftError(f"--set takes field=value; {text!r} has no '='.")
     return key, value
-
-
-def _load(name: str) -> tuple[Any, Any]:
-    import torch
-
-    from sparsecraft import checkpoint, hub
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if (Path(name) / checkpoint.MANIFEST).is_file():
-        return checkpoint.load(name, device_map=device), hub.load_tokenizer(name)
-    folder = hub.resolve(name)
-    return hub.load_dense(name, device_map=device), hub.load_tokenizer(folder)
-
-
-def _load_generator(name: str) -> tuple[Any, Any]:
-    model, tokenizer = _load(name)
-    if not model.can_generate():
-        raise SparsecraftError(
-            f"{name} is a {type(model).__name__}, which does not generate text; eval takes it."
-        )
-    return model, tokenizer
-
-
-def _answer(model, tokenizer, messages, max_new_tokens, temperature, stream, seed) -> str:
-    import torch
-    from transformers import TextStreamer
-
-    from sparsecraft.data import prompt_ids
-
-    ids = torch.tensor([prompt_ids(messages, tokenizer)], device=model.device)
-    torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        **sampling,
-    )
-    new = output[0] if model.config.is_encoder_decoder else output[0, ids.shape[1] :]
-    return tokenizer.decode(new, skip_special_tokens=True).strip()
-
-
-def _router(router: Any) -> str:
-    if router.select == "soft":
-        return f"{router.scorer}, soft"
-    return f"{router.scorer}, top-{router.top_k}{' renormalized' if router.renormalize else ''}"
-
-
-def _print_cost(cost: Any) -> None:
-    for key, value in cost.to_dict().items():
-        share = f" ({value / cost.total:.1%})" if key in ("new", "trainable", "active") else ""
-        _say(f"  {key.replace('_', ' '):<16}{value:>16,}{share}")
 
 
 def _number(value: Any) -> str:

@@ -6,9 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from sparsecraft import checkpoint, data, evaluation, hub, recipes, surgery, training
+from sparsecraft import checkpoint, data, evaluation, generation, hub, recipes, surgery, training
 from sparsecraft.errors import CheckpointError
 
 # A CPU's minutes: a narrower LoRA and no dropout, whose random numbers cost a CPU as much as a
@@ -78,23 +76,13 @@ def run(out: Path, steps: int, seed: int, say: Callable[[str], None]) -> None:
         verdict = "falls" if after[domain] < before[domain] else "DOES NOT FALL"
         say(f"          {domain:<8} {before[domain]:.3f} -> {after[domain]:.3f}  {verdict}")
     for question in QUESTIONS.values():
+        messages = [{"role": "user", "content": question}]
+        text = generation.answer(model, tokenizer, messages, max_new_tokens=80)
         say(f"\n  you:   {question}")
-        say(f"  model: {_answer(model, tokenizer, question)}")
+        say("  model: " + text.replace("\n", "\n         "))
     say(f"\nMore: sparsecraft chat {out / 'trained'}    sparsecraft inspect {out / 'trained'}")
     step("Done.")
 
 
 def _line(losses: dict[str, float]) -> str:
     return ", ".join(f"{domain} {loss:.3f}" for domain, loss in losses.items())
-
-
-def _answer(model: torch.nn.Module, tokenizer, question: str) -> str:
-    ids = torch.tensor([data.prompt_ids([{"role": "user", "content": question}], tokenizer)])
-    output = model.generate(
-        ids.to(model.device),
-        attention_mask=torch.ones_like(ids).to(model.device),
-        max_new_tokens=80,
-        do_sample=False,
-    )
-    text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
-    return text.replace("\n", "\n         ")

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsecraft import checkpoint, data as data_module, hub
+from sparsecraft import checkpoint, hub
+from sparsecraft import data as data_module
 from sparsecraft.analysis.routing import first_choices_E, load_entropy, mutual_information
 from sparsecraft.certificate import evaluation_mode
 from sparsecraft.errors import DataError, SparsecraftError

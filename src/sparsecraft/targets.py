@@ -143,12 +143,27 @@ class MixtralTarget:
 
         edit = conversion_of(model).recipe.edits[0]
         base = model.config.to_dict()
-        shared = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-            "num_key_value_heads head_dim hidden_act max_position_embeddings initializer_range "
-            "rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id tie_word_embeddings "
-            "rope_parameters sliding_window attention_dropout"
-        ).split()
+        shared = [
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "hidden_act",
+            "max_position_embeddings",
+            "initializer_range",
+            "rms_norm_eps",
+            "use_cache",
+            "pad_token_id",
+            "bos_token_id",
+            "eos_token_id",
+            "tie_word_embeddings",
+            "rope_parameters",
+            "sliding_window",
+            "attention_dropout",
+        ]
         return MixtralConfig(
             **{key: base[key] for key in shared if base.get(key) is not None},
             num_local_experts=edit.experts.num_experts,

@@ -179,8 +179,13 @@ class Progress(TrainerCallback):
         if not (self.enabled and state.is_world_process_zero):
             return
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         self._bar = Progress(
             TextColumn("training"),
@@ -191,7 +196,9 @@ class Progress(TrainerCallback):
             console=Console(stderr=True),
         )
         self._bar.start()
-        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, note="")
+        self._task = self._bar.add_task(
+            "", total=state.max_steps, completed=state.global_step, note=""
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
         if getattr(self, "_bar", None):

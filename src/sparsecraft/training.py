@@ -16,14 +16,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, Seq2SeqTrainingArguments
-from transformers import TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Seq2SeqTrainingArguments,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
-from sparsecraft import checkpoint, cost, data as data_module, hub
-from sparsecraft.errors import DataError, SparsecraftError
+from sparsecraft import checkpoint, cost, hub
+from sparsecraft import data as data_module
+from sparsecraft.errors import DataError, SparsecraftError, did_you_mean
 from sparsecraft.layer import dense_name
+from sparsecraft.options import TrainOptions
 from sparsecraft.recipe import Stage
 from sparsecraft.surgery import conversion_of, set_trainable
 from sparsecraft.trainers import Progress, RoutedSeq2SeqTrainer, RoutedSFTTrainer, RoutedTrainer
@@ -33,29 +39,6 @@ log = logging.getLogger("sparsecraft")
 # On a CPU the papers' batches would take hours a step.
 CPU_BATCH_SIZE, CPU_MAX_LENGTH = 8, 512
 MICRO_BATCH_TOKENS = 16_384
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a run uses; None in a field of `train` means the recipe's value.
-
-    Attributes:
-        batch_size: sequences per optimizer step over all devices.
-        micro_batch: sequences per forward pass and device.
-        max_length: tokens per sequence.
-        steps: optimizer steps; None runs `epochs`.
-    """
-
-    batch_size: int
-    micro_batch: int
-    max_length: int
-    steps: int | None
-    epochs: float
-    learning_rate: float
-    router_learning_rate: float
-    schedule: str
-    packing: bool
-    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,25 +67,10 @@ def train(
     data: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
-    weights: Sequence[float] | None = None,
     tokenizer: Any = None,
-    steps: int | None = None,
-    epochs: float = 1.0,
-    batch_size: int | None = None,
-    micro_batch: int | None = None,
-    max_length: int | None = None,
-    learning_rate: float | None = None,
-    router_learning_rate: float | None = None,
-    schedule: str | None = None,
-    packing: bool = True,
-    activation_checkpointing: bool = False,
-    seed: int = 0,
     resume: bool = False,
     overwrite: bool = False,
-    save_every: int | None = None,
-    log_every: int = 10,
-    trackers: Sequence[str] = (),
-    progress: bool = True,
+    **options: Any,
 ) -> TrainReport:
     """Train a converted model as its recipe says and save it as a new checkpoint.
 
@@ -115,71 +83,81 @@ def train(
         data: files, folders or hub datasets; see `sparsecraft.data`.
         out: the checkpoint folder to write. The state for `resume` is kept beside it, in
             `OUT.training`, until the run is complete.
-        weights: relative sampling rates of the sources, in rows.
-        steps: optimizer steps per stage; None trains for `epochs`.
-        batch_size: sequences per step over all devices. Default: the recipe's on CUDA, 8 on a CPU.
-        micro_batch: sequences per forward pass and device. Default: as many as 16384 tokens hold.
-        max_length: tokens per sequence. Default: the recipe's on CUDA, 512 on a CPU.
-        learning_rate, router_learning_rate, schedule: the recipe's by default; schedules are
-            constant, linear and cosine, the latter two down to zero.
-        packing: put several documents into one sequence (causal models); they do not see each
-            other.
-        activation_checkpointing: recompute activations in the backward pass to save memory.
-        resume: continue from the last state in `OUT.training`.
-        save_every: steps between two states for `resume`; None: none for runs under 100 steps,
-            else ten in a run.
-        trackers: names that Trainer's `report_to` knows, such as `tensorboard` or `wandb`.
-        progress: show a progress bar on standard error.
+        tokenizer: by default the checkpoint's or the base's own.
+        resume: continue from the last state in `OUT.training`, exactly.
+        overwrite: replace an existing folder once the new one is complete.
+        options: fields of `sparsecraft.options.TrainOptions`, such as `steps` and `weights`.
 
     Raises:
         DataError, CheckpointError, ResourceError: before anything is written.
     """
-    out = Path(out)
+    asked, out = _options(options), Path(out)
     if isinstance(model, (str, Path)):
         tokenizer = tokenizer or hub.load_tokenizer(model)
         model = checkpoint.load(model)
     record = conversion_of(model)
     checkpoint.check_free(out, overwrite)
+    states = out.with_name(f"{out.name}.training")
+    _check_states(states, resume)
+    own_tokenizer = tokenizer
     tokenizer = tokenizer or _tokenizer_of(record.origin)
-    task = _task(model)
-    state_folder = out.with_name(f"{out.name}.training")
-    _check_state(state_folder, resume)
-    reports = []
     for number, stage in enumerate(record.recipe.stages):
-        settings = _settings(
-            model, task, stage, steps=steps, epochs=epochs, batch_size=batch_size,
-            micro_batch=micro_batch, max_length=max_length, learning_rate=learning_rate,
-            router_learning_rate=router_learning_rate, schedule=schedule, packing=packing, seed=seed,
-        )  # fmt: skip
-        dataset, counts = data_module.prepare(
-            data,
-            tokenizer,
-            max_length=settings.max_length,
-            weights=weights,
-            packing=settings.packing,
-            seed=seed,
-            task={"causal": "causal", "seq2seq": "seq2seq"}.get(task, "label"),
-        )
+        settings = _settings(model, stage, asked)
+        dataset, counts = _dataset(model, data, tokenizer, settings)
         _prepare_parameters(model, stage)
         log.info(_needs(model, settings, out))
         trainer = _trainer(
-            model, task, stage, settings, dataset, tokenizer,
-            folder=state_folder / f"{number}-{stage.name}", save_every=save_every,
-            log_every=log_every, trackers=trackers, progress=progress,
-            activation_checkpointing=activation_checkpointing,
-        )  # fmt: skip
-        reports.append(_run(trainer, settings, counts, out, resume))
-        record.report.setdefault("training", []).append(_history(trainer, stage, settings, counts))
-        _restore_forward(model)
+            model, stage, settings, dataset, tokenizer, states / f"{number}-{stage.name}"
+        )
+        report = _run(trainer, settings, counts, out, resume)
+        history = {
+            "stage": stage.name,
+            "settings": dataclasses.asdict(settings),
+            "counts": counts,
+            "log": trainer.state.log_history,
+        }
+        record.report.setdefault("training", []).append(history)
+        # SFTTrainer patches the model's forward with its fused head; give the class's own back.
+        model.__dict__.pop("forward", None)
     model.eval()
     if trainer.is_world_process_zero():
-        checkpoint.save(model, out, overwrite=overwrite, tokenizer=None if record.origin else tokenizer)
-        shutil.rmtree(state_folder, ignore_errors=True)
+        checkpoint.save(model, out, overwrite=overwrite, tokenizer=own_tokenizer)
+        shutil.rmtree(states, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    return reports[-1]
+    return report
 
 
-def _run(trainer, settings: Settings, counts: dict[str, int], out: Path, resume: bool) -> TrainReport:
+def _options(options: dict[str, Any]) -> TrainOptions:
+    known = {field.name for field in dataclasses.fields(TrainOptions)}
+    for name in options:
+        if name not in known:
+            raise SparsecraftError(f"train has no option {name!r}." + did_you_mean(name, known))
+    asked = TrainOptions(**options)
+    for name in ("steps", "batch_size", "micro_batch", "max_length", "save_every"):
+        value = getattr(asked, name)
+        if value is not None and value < 1:
+            raise SparsecraftError(f"{name} is {value}; it must be at least 1.")
+    return asked
+
+
+def _dataset(
+    model: nn.Module, data: Any, tokenizer: Any, settings: TrainOptions
+) -> tuple[Any, dict[str, int]]:
+    task = {"causal": "causal", "seq2seq": "seq2seq"}.get(_task(model), "label")
+    return data_module.prepare(
+        data,
+        tokenizer,
+        max_length=settings.max_length,
+        weights=settings.weights or None,
+        packing=settings.packing,
+        seed=settings.seed,
+        task=task,
+    )
+
+
+def _run(
+    trainer, settings: TrainOptions, counts: dict[str, int], out: Path, resume: bool
+) -> TrainReport:
     last = get_last_checkpoint(trainer.args.output_dir) if resume else None
     first_step = int(last.rpartition("-")[2]) if last else 0
     start = time.perf_counter()
@@ -191,35 +169,38 @@ def _run(trainer, settings: Settings, counts: dict[str, int], out: Path, resume:
     return TrainReport(out, steps, result.training_loss, seconds, tokens / seconds, counts)
 
 
-def _settings(model: nn.Module, task: str, stage: Stage, **asked: Any) -> Settings:
+def _on_cpu() -> bool:
+    """Whether Trainer will run on the CPU; it moves the model to a GPU if there is one."""
+    return not torch.cuda.is_available()
+
+
+def _settings(model: nn.Module, stage: Stage, asked: TrainOptions) -> TrainOptions:
     """The user's values, and the recipe's for what was left open."""
-    on_cpu = next(model.parameters()).device.type == "cpu"
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = CPU_MAX_LENGTH if _on_cpu() else stage.max_length
     defaults = {
-        "batch_size": CPU_BATCH_SIZE if on_cpu else stage.batch_size,
-        "max_length": CPU_MAX_LENGTH if on_cpu else stage.max_length,
+        "batch_size": CPU_BATCH_SIZE if _on_cpu() else stage.batch_size,
+        "max_length": min(length, longest) if longest else length,
         "learning_rate": stage.learning_rate,
         "schedule": stage.schedule,
     }
-    values = {key: defaults.get(key) if value is None else value for key, value in asked.items()}
-    if asked["max_length"] is None and longest:
-        values["max_length"] = min(values["max_length"], longest)
-    if values["router_learning_rate"] is None:
-        own = stage.router_learning_rate if asked["learning_rate"] is None else None
-        values["router_learning_rate"] = own or values["learning_rate"]
-    if values["micro_batch"] is None:
-        fits = max(1, MICRO_BATCH_TOKENS // values["max_length"])
-        values["micro_batch"] = min(values["batch_size"], fits)
-    if on_cpu and (asked["batch_size"] is None or asked["max_length"] is None):
+    if _on_cpu() and (asked.batch_size is None or asked.max_length is None):
         log.info(
-            "On a CPU: %d sequences of up to %d tokens a step; the recipe says %d of %d.",
-            values["batch_size"], values["max_length"], stage.batch_size, stage.max_length,
-        )  # fmt: skip
-    for key in ("batch_size", "micro_batch", "max_length"):
-        if values[key] < 1:
-            raise DataError(f"{key} is {values[key]}; it must be at least 1.")
-    values["packing"] = values["packing"] and task == "causal"
-    return Settings(**values)
+            f"On a CPU, unless told: {CPU_BATCH_SIZE} sequences of up to {CPU_MAX_LENGTH} tokens "
+            f"a step; the recipe says {stage.batch_size} of {stage.max_length}."
+        )
+    filled = {key: value for key, value in defaults.items() if getattr(asked, key) is None}
+    settings = dataclasses.replace(asked, **filled)
+    router = settings.router_learning_rate
+    if router is None and asked.learning_rate is None:
+        router = stage.router_learning_rate
+    fits = max(1, MICRO_BATCH_TOKENS // settings.max_length)
+    return dataclasses.replace(
+        settings,
+        packing=settings.packing and _task(model) == "causal",
+        router_learning_rate=settings.learning_rate if router is None else router,
+        micro_batch=settings.micro_batch or min(settings.batch_size, fits),
+    )
 
 
 def _prepare_parameters(model: nn.Module, stage: Stage) -> None:
@@ -233,69 +214,38 @@ def _prepare_parameters(model: nn.Module, stage: Stage) -> None:
 
 
 def _trainer(
-    model, task, stage, settings, dataset, tokenizer, *, folder, save_every, log_every, trackers,
-    progress, activation_checkpointing,
-):  # fmt: skip
-    kinds = {
+    model: nn.Module,
+    stage: Stage,
+    settings: TrainOptions,
+    dataset: Any,
+    tokenizer: Any,
+    folder: Path,
+) -> Any:
+    """The trainer of the model's task, for one stage."""
+    trainer_class, arguments_class = {
         "causal": (RoutedSFTTrainer, SFTConfig),
         "seq2seq": (RoutedSeq2SeqTrainer, Seq2SeqTrainingArguments),
         "classification": (RoutedTrainer, TrainingArguments),
-    }
-    trainer_class, arguments_class = kinds[task]
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    world = _world_size()
-    micro_batch = min(settings.micro_batch, max(1, settings.batch_size // world))
-    accumulation = max(1, settings.batch_size // (micro_batch * world))
-    per_epoch = max(1, math.ceil(len(dataset) / (micro_batch * accumulation * world)))
-    steps = settings.steps or max(1, math.ceil(per_epoch * settings.epochs))
-    every = save_every or (max(1, steps // 10) if steps >= 100 else None)
-    warmup = stage.warmup_steps or math.ceil(stage.warmup_ratio * steps)
-    common = {
-        "output_dir": str(folder),
-        "max_steps": steps,
-        "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
-        "warmup_steps": min(warmup, steps),
-        "weight_decay": stage.weight_decay,
-        "max_grad_norm": stage.max_grad_norm,
-        "optim": "adamw_torch",
-        "use_cpu": on_cpu,
-        "bf16": not on_cpu and torch.cuda.is_bf16_supported(),
-        "seed": settings.seed,
-        "data_seed": settings.seed,
-        "logging_steps": log_every,
-        "logging_first_step": True,
-        "save_strategy": "steps" if every else "no",
-        "save_steps": every or steps,
-        "save_total_limit": 1,
-        "report_to": list(trackers) or "none",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": not on_cpu,
-    }
+    }[_task(model)]
+    arguments = _arguments(stage, settings, len(dataset), folder)
     # transformers 5.2x renames gradient_checkpointing; TRL turns it on unless told otherwise.
     known = {field.name for field in dataclasses.fields(arguments_class)}
     name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
-    common[name] = activation_checkpointing
-    if activation_checkpointing:
-        common[f"{name}_kwargs"] = {"use_reentrant": False}
-    collate = functools.partial(
-        data_module.collate, pad_id=data_module.pad_id(tokenizer), packed=settings.packing
-    )
-    if task == "causal":
-        common |= {
-            "max_length": settings.max_length,
-            "dataset_kwargs": {"skip_prepare_dataset": True},
-        }
+    arguments[name] = settings.activation_checkpointing
+    if settings.activation_checkpointing:
+        arguments[f"{name}_kwargs"] = {"use_reentrant": False}
+    if arguments_class is SFTConfig:
+        arguments["max_length"] = settings.max_length
+        arguments["dataset_kwargs"] = {"skip_prepare_dataset": True}
     trainer = trainer_class(
         model=model,
-        args=arguments_class(**common),
+        args=arguments_class(**arguments),
         train_dataset=dataset,
-        data_collator=collate,
+        data_collator=functools.partial(
+            data_module.collate, pad_id=data_module.pad_id(tokenizer), packed=settings.packing
+        ),
         processing_class=tokenizer,
-        callbacks=[Progress(progress)],
+        callbacks=[Progress(settings.progress)],
     )
     for callback in (PrinterCallback, ProgressCallback):  # they write to standard output
         trainer.remove_callback(callback)
@@ -303,8 +253,41 @@ def _trainer(
     return trainer
 
 
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def _arguments(stage: Stage, settings: TrainOptions, rows: int, folder: Path) -> dict[str, Any]:
+    """What all of transformers' training arguments classes take."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    micro_batch = min(settings.micro_batch, max(1, settings.batch_size // world))
+    accumulation = max(1, settings.batch_size // (micro_batch * world))
+    per_epoch = math.ceil(rows / (micro_batch * accumulation * world))
+    steps = settings.steps or max(1, math.ceil(per_epoch * settings.epochs))
+    every = settings.save_every or (steps // 10 if steps >= 100 else None)
+    warmup = stage.warmup_steps or math.ceil(stage.warmup_ratio * steps)
+    schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+    return {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": schedule,
+        "warmup_steps": min(warmup, steps),
+        "weight_decay": stage.weight_decay,
+        "max_grad_norm": stage.max_grad_norm,
+        "optim": "adamw_torch",
+        "use_cpu": _on_cpu(),
+        "bf16": not _on_cpu() and torch.cuda.is_bf16_supported(),
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "logging_steps": settings.log_every,
+        "logging_first_step": True,
+        "save_strategy": "steps" if every else "no",
+        "save_steps": every or steps,
+        "save_total_limit": 1,
+        "report_to": list(settings.trackers) or "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": not _on_cpu(),
+    }
 
 
 def _task(model: nn.Module) -> str:
@@ -326,7 +309,7 @@ def _tokenizer_of(origin: str | None) -> Any:
     return tokenizer
 
 
-def _check_state(folder: Path, resume: bool) -> None:
+def _check_states(folder: Path, resume: bool) -> None:
     states = list(folder.glob("*/checkpoint-*"))
     if resume and not states:
         raise SparsecraftError(
@@ -339,7 +322,7 @@ def _check_state(folder: Path, resume: bool) -> None:
         )
 
 
-def _needs(model: nn.Module, settings: Settings, out: Path) -> str:
+def _needs(model: nn.Module, settings: TrainOptions, out: Path) -> str:
     """One line about memory and disk: weights, gradients, two AdamW moments, activations."""
     counted = cost.count(model)
     config = model.config.get_text_config()
@@ -355,17 +338,3 @@ def _needs(model: nn.Module, settings: Settings, out: Path) -> str:
     )
     states = 3 * new  # weights and two moments, for resume
     return cost.require(out, disk=new + states, memory=memory, task="Training")
-
-
-def _history(trainer, stage: Stage, settings: Settings, counts: dict[str, int]) -> dict[str, Any]:
-    return {
-        "stage": stage.name,
-        "settings": dataclasses.asdict(settings),
-        "counts": counts,
-        "log": trainer.state.log_history,
-    }
-
-
-def _restore_forward(model: nn.Module) -> None:
-    """SFTTrainer patches the model's forward with its fused head; give the class's own back."""
-    model.__dict__.pop("forward", None)

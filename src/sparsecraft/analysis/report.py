@@ -1,0 +1,60 @@
+"""A checkpoint in words: what it is, what it costs, how it was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparsecraft import checkpoint, cost
+from sparsecraft.recipe import Recipe, router_words
+
+
+def describe(folder: str | Path) -> list[str]:
+    """Lines about a checkpoint: recipe, base, parameters, exactness, training, routing."""
+    manifest = checkpoint.read_manifest(Path(folder))
+    model = checkpoint.load(folder)
+    recipe, report, base = model.sparsecraft.recipe, model.sparsecraft.report, manifest["base"]
+    return [
+        f"{recipe.name} ({recipe.variant}): {recipe.title}. {recipe.paper}.",
+        f"Base: {base['name']}, {base['fingerprint']}" if base else "Base: held in the folder",
+        *edit_lines(recipe),
+        *cost_lines(cost.count(model)),
+        *_history_lines(recipe, report),
+    ]
+
+
+def edit_lines(recipe: Recipe) -> list[str]:
+    """One line for each edit of a recipe."""
+    return [
+        f"  {e.experts.num_experts} {e.experts.kind} {e.place} every {e.site}"
+        + (f", router {router_words(e.router)}" if e.router else "")
+        for e in recipe.edits
+    ]
+
+
+def cost_lines(counted: cost.Cost) -> list[str]:
+    """One line for each count, with its share of all parameters."""
+    lines = []
+    for key, value in counted.to_dict().items():
+        share = f" ({value / counted.total:.1%})" if key in ("new", "trainable", "active") else ""
+        lines.append(f"  {key.replace('_', ' '):<16}{value:>16,}{share}")
+    return lines
+
+
+def _history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
+    certificate = report.get("conversion", {}).get("certificate")
+    claim = "exact" if recipe.exact_at_start else "not exact"
+    measured = f"{certificate['max_difference']:.1e}" if certificate else "not measured"
+    lines = [f"At the start: claimed {claim}, measured max |logit difference| {measured}."]
+    for run in report.get("training", []):
+        last = [entry for entry in run["log"] if "loss" in entry][-1]
+        routing = "".join(
+            f", {key.replace('_', ' ')} {last[key]:.3f}"
+            for key in ("load_entropy", "router_entropy")
+            if key in last
+        )
+        lines.append(
+            f"Trained ({run['stage']}): {last['step']} steps, "
+            f"last loss {last['loss']:.3f}{routing}."
+        )
+    return lines if report.get("training") else [*lines, "Not trained yet."]
