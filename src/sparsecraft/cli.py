@@ -113,6 +113,7 @@ def _convert_options(function: Callable) -> type:
 
 
 def _convert(recipe: Any, options: ConvertOptions) -> None:
+    _quiet()
     import torch
 
     from sparsecraft import checkpoint, cost, hub, preflight, surgery
@@ -165,6 +166,7 @@ class TrainCommand(TrainOptions):
 def train(argv: list[str]) -> None:
     """Train a converted model on chat, text or classification rows."""
     command = _parse(TrainCommand, "train", argv)
+    _quiet()
     from sparsecraft import checkpoint, hub, training
 
     checkpoint.check_free(command.out, command.overwrite)
@@ -217,6 +219,7 @@ def evaluate(
 
     from sparsecraft import evaluation, generation
 
+    _quiet()
     if not (data or choice or tasks):
         raise DataError("There is nothing to evaluate on; pass --data, --choice or --tasks.")
     model, tokenizer = generation.load_any(folder)
@@ -261,6 +264,7 @@ def generate(
     """
     from sparsecraft import generation
 
+    _quiet()
     model, tokenizer = generation.load_generator(folder)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
@@ -288,6 +292,7 @@ def chat(
     """
     from sparsecraft import generation
 
+    _quiet()
     model, tokenizer = generation.load_generator(folder)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
@@ -314,6 +319,7 @@ def show(folder: Positional[str]) -> None:
     """
     from sparsecraft.analysis.report import describe
 
+    _quiet()
     _say("\n".join(describe(folder)))
 
 
@@ -328,6 +334,7 @@ def export(folder: Positional[str], to: str, out: Path, overwrite: bool = False)
     """
     from sparsecraft import checkpoint, hub, targets
 
+    _quiet()
     checkpoint.check_free(out, overwrite)
     model = checkpoint.load(folder)
     tokenizer = hub.load_tokenizer(folder)
@@ -348,6 +355,7 @@ def demo(out: Path = Path("runs/demo"), steps: int = 60, seed: int = 0) -> None:
     """
     from sparsecraft.demo import run
 
+    _quiet()
     run(out, steps, seed, _say)
 
 
@@ -397,18 +405,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(target: Callable, verb: str, argv: list[str]) -> Any:
-    if "-h" not in argv and "--help" not in argv:
-        _quiet_transformers()
     return tyro.cli(target, prog=f"sparsecraft {verb}", args=argv)
 
 
-def _quiet_transformers() -> None:
-    """No bars for each loaded tensor: our own lines and the training bar say enough."""
-    import os
+def _quiet() -> None:
+    """No bars and notes of other libraries: our own lines and the training bar say enough."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
 
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 def _assignment(text: str) -> tuple[str, str]:

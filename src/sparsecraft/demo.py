@@ -12,11 +12,11 @@ from sparsecraft.errors import CheckpointError
 # A CPU's minutes: a narrower LoRA and no dropout, whose random numbers cost a CPU as much as a
 # layer does. The recipe's own defaults are the paper's.
 RECIPE = {"num_experts": 8, "top_k": 2, "adapter_dim": 64, "lora_rank": 8, "dropout": 0.0}
-TRAINING = {"batch_size": 4, "max_length": 256, "learning_rate": 2e-3, "schedule": "linear"}
+TRAINING = {"batch_size": 4, "max_length": 256, "learning_rate": 1e-3, "schedule": "linear"}
 HELD_OUT_ROWS = 32
 
 QUESTIONS = {
-    "math": "Tom has 14 apples. He buys 3 bags with 6 apples each. How many apples does he have now?",
+    "math": "Tom has 14 apples. He buys 3 bags with 6 apples each. How many has he now?",
     "code": "Write a Python function `double(x)` that returns twice its argument.",
     "general": "What does the HTTP status code 404 mean?",
 }

@@ -111,8 +111,8 @@ class MixtralTarget:
         for edit in recipe.edits:
             if not isinstance(edit.experts, FFNSpec) or edit.place != "replace":
                 return (
-                    f"its {edit.experts.kind!r} experts stand {edit.place} a dense module, and Mixtral has "
-                    f"nothing but full feed-forward experts. {nearest}"
+                    f"its {edit.experts.kind!r} experts stand {edit.place} a dense module, and "
+                    f"Mixtral has nothing but full feed-forward experts. {nearest}"
                 )
             if edit.router.select != "top_k" or not edit.router.renormalize:
                 return (
@@ -125,10 +125,10 @@ class MixtralTarget:
         for name in ("attention_bias", "mlp_bias"):
             if getattr(config, name, False):
                 return f"the model has {name}=True, and Mixtral has no biases there."
-        layers = [n for n, k in conversion_of(model).report["conversion"]["layers"].items()]
-        if len(layers) != config.num_hidden_layers:
+        layers = len(conversion_of(model).layers)
+        if layers != config.num_hidden_layers:
             return (
-                f"{len(layers)} of {config.num_hidden_layers} layers are converted, and Mixtral's "
+                f"{layers} of {config.num_hidden_layers} layers are converted, and Mixtral's "
                 "are all alike; convert with paths='*'."
             )
         return None
@@ -143,27 +143,12 @@ class MixtralTarget:
 
         edit = conversion_of(model).recipe.edits[0]
         base = model.config.to_dict()
-        shared = [
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "hidden_act",
-            "max_position_embeddings",
-            "initializer_range",
-            "rms_norm_eps",
-            "use_cache",
-            "pad_token_id",
-            "bos_token_id",
-            "eos_token_id",
-            "tie_word_embeddings",
-            "rope_parameters",
-            "sliding_window",
-            "attention_dropout",
-        ]
+        shared = (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+            "num_key_value_heads head_dim hidden_act max_position_embeddings initializer_range "
+            "rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id tie_word_embeddings "
+            "rope_parameters sliding_window attention_dropout"
+        ).split()
         return MixtralConfig(
             **{key: base[key] for key in shared if base.get(key) is not None},
             num_local_experts=edit.experts.num_experts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -75,8 +76,8 @@ def train(
     """Train a converted model as its recipe says and save it as a new checkpoint.
 
     Causal models train on chat rows (every assistant turn) or text, encoder-decoder models on
-    prompts and completions, classifiers on rows of `text` and `label`. Several processes
-    (`torchrun`, `accelerate launch`) share the work as in Trainer.
+    prompts and completions, classifiers (with their head) on rows of `text` and `label`. Several
+    processes (`torchrun`, `accelerate launch`) share the work as in Trainer.
 
     Args:
         model: a converted model or its checkpoint folder.
@@ -105,6 +106,7 @@ def train(
         settings = _settings(model, stage, asked)
         dataset, counts = _dataset(model, data, tokenizer, settings)
         _prepare_parameters(model, stage)
+        untouched = _configurations(model)
         log.info(_needs(model, settings, out))
         trainer = _trainer(
             model, stage, settings, dataset, tokenizer, states / f"{number}-{stage.name}"
@@ -112,13 +114,18 @@ def train(
         report = _run(trainer, settings, counts, out, resume)
         history = {
             "stage": stage.name,
+            "steps": report.steps,
+            "loss": report.loss,
             "settings": dataclasses.asdict(settings),
             "counts": counts,
             "log": trainer.state.log_history,
         }
         record.report.setdefault("training", []).append(history)
-        # SFTTrainer patches the model's forward with its fused head; give the class's own back.
+        # SFTTrainer patches the model's forward with its fused head, and the trainers write the
+        # tokenizer's special tokens into the configuration: give back what was there.
         model.__dict__.pop("forward", None)
+        for configuration, fields in untouched:
+            configuration.__dict__ = fields
     model.eval()
     if trainer.is_world_process_zero():
         checkpoint.save(model, out, overwrite=overwrite, tokenizer=own_tokenizer)
@@ -203,10 +210,23 @@ def _settings(model: nn.Module, stage: Stage, asked: TrainOptions) -> TrainOptio
     )
 
 
+def _configurations(model: nn.Module) -> list[tuple[Any, dict[str, Any]]]:
+    """The model's configuration objects with copies of their fields."""
+    found = (model.config, getattr(model, "generation_config", None))
+    return [(c, copy.deepcopy(c.__dict__)) for c in found if c is not None]
+
+
 def _prepare_parameters(model: nn.Module, stage: Stage) -> None:
-    """Let the stage's parameters require gradients, as float32 masters, in training mode."""
+    """Let the stage's parameters require gradients, as float32 masters, in training mode.
+
+    A classifier's head trains too: it is new for its task.
+    """
     model.train()
     set_trainable(model, stage.trains)
+    if _task(model) == "classification":
+        for name, parameter in model.named_parameters():
+            if not name.startswith(f"{model.base_model_prefix}."):
+                parameter.requires_grad_(True)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             # Steps of 1e-4 relative size vanish in bf16; the layers compute in their input's dtype.

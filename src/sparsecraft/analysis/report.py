@@ -54,7 +54,7 @@ def _history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
             if key in last
         )
         lines.append(
-            f"Trained ({run['stage']}): {last['step']} steps, "
-            f"last loss {last['loss']:.3f}{routing}."
+            f"Trained ({run['stage']}): {run['steps']} steps, mean loss {run['loss']:.3f}, "
+            f"last logged {last['loss']:.3f}{routing}."
         )
     return lines if report.get("training") else [*lines, "Not trained yet."]

@@ -1,0 +1,268 @@
+"""The command line, run as a user runs it: results on standard output, errors in one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import sparsecraft as sc
+import tiny
+from sparsecraft import cli, hub
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--num-experts", "4", "--adapter-dim", "16", "--lora-rank", "4"]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> str:
+    return tiny.save_dense(tmp_path_factory.mktemp("dense") / "model")
+
+
+@pytest.fixture(scope="module")
+def converted(dense, tmp_path_factory) -> str:
+    out = str(tmp_path_factory.mktemp("converted") / "camelid")
+    assert cli.main(["convert", "camelidae", "--model", dense, "--out", out, *SMALL]) == 0
+    return out
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*arguments: object) -> str:
+        status = cli.main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        assert status == 0, captured.err
+        return captured.out
+
+    capsys.readouterr()
+    return run
+
+
+@pytest.fixture
+def fails(capsys):
+    def fails(*arguments: object) -> str:
+        capsys.readouterr()
+        assert cli.main([str(a) for a in arguments]) == 1
+        captured = capsys.readouterr()
+        sentence = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+        assert len(sentence) == 1 and "Traceback" not in captured.err
+        return sentence[0]
+
+    return fails
+
+
+def rows_file(folder: Path, count: int = 40) -> str:
+    return tiny.write_rows(folder / "rows.jsonl", tiny.chat_rows(count))
+
+
+def test_convert_prints_needs_counts_claim_and_certificate(run, dense, tmp_path):
+    out = tmp_path / "camelid"
+    data = rows_file(tmp_path)
+    text = run("convert", "camelidae", "--model", dense, "--out", out, *SMALL, "--data", data)
+    assert "GB of memory" in text and "GB of disk" in text
+    assert "Claim: exact at start" in text
+    # One random batch and five batches of eight rows, of which the certificate takes four.
+    assert "max |logit difference| 0.0e+00 on 5 probe batch(es)" in text
+    report = json.loads((out / "report.json").read_text())["conversion"]
+    assert report["certificate"]["max_difference"] == 0 and f"{report['cost']['new']:,}" in text
+    readme = (out / "README.md").read_text()
+    assert dense in readme and "license: apache-2.0" in readme
+
+
+def test_recipe_parameters_are_flags_and_deeper_fields_are_set(run, dense, tmp_path):
+    run(
+        "convert", "camelidae", "--model", dense, "--out", tmp_path / "out", *SMALL,
+        "--top-k", "3", "--variant", "released", "--set", "router.temperature=0.5",
+    )  # fmt: skip
+    recipe = sc.load(tmp_path / "out").sparsecraft.recipe
+    router = recipe.edits[0].router
+    assert (router.top_k, router.temperature, recipe.variant) == (3, 0.5, "released")
+
+
+def test_train_evaluate_inspect_generate(run, converted, tmp_path):
+    rows, out = rows_file(tmp_path), tmp_path / "sft"
+    text = run(
+        "train", converted, "--data", rows, rows, "--weights", "2", "1", "--out", out,
+        "--steps", "6", "--batch-size", "4", "--max-length", "64", "--learning-rate", "1e-2",
+        "--no-progress",
+    )  # fmt: skip
+    assert text.startswith("6 steps, mean loss") and f"Saved and read back: {out}" in text
+    text = run("eval", out, "--data", rows, "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert f"{found['loss'][rows]['loss']:.4f}" in text and "load_entropy" in text
+    text = run("inspect", out)
+    cost = sc.count(sc.load(out))
+    for name in ("total", "new", "trainable", "active"):
+        assert f"{getattr(cost, name):,}" in text
+    assert "claimed exact" in text and "6 steps" in text and "load entropy" in text
+    answer = run("generate", out, "--prompt", "say red", "--max-new-tokens", "5")
+    streamed = run("generate", out, "--prompt", "say red", "--max-new-tokens", "5", "--stream")
+    assert answer.strip() == streamed.strip()
+
+
+def test_chat_keeps_the_conversation(run, converted, monkeypatch):
+    lines = iter(["say red", "say blue", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    seen = []
+    from sparsecraft import generation
+
+    answer = generation.answer
+    monkeypatch.setattr(
+        generation,
+        "answer",
+        lambda model, tokenizer, messages, **k: (
+            seen.append(len(messages))
+            or answer(model, tokenizer, messages, **{**k, "max_new_tokens": 3})
+        ),
+    )
+    run("chat", converted)
+    assert seen == [1, 3]
+
+
+def test_export(run, fails, dense, converted, tmp_path):
+    run("convert", "upcycling", "--model", dense, "--out", tmp_path / "up", "--num-experts", "4")
+    text = run("export", tmp_path / "up", "--to", "mixtral", "--out", tmp_path / "mixtral")
+    assert "as mixtral" in text and (tmp_path / "mixtral" / "config.json").exists()
+    said = fails("export", converted, "--to", "mixtral", "--out", tmp_path / "no")
+    assert "no exact form as mixtral" in said and not (tmp_path / "no").exists()
+
+
+def test_methods_lists_every_recipe(run):
+    text = run("methods")
+    for name in sc.recipes.__all__:
+        assert f"{name}: " in text
+    for word in ("paper", "placement", "experts", "router", "exact_at_start"):
+        assert word in text
+
+
+def test_bad_input_is_one_sentence_and_writes_nothing(fails, dense, converted, tmp_path):
+    out = tmp_path / "out"
+    base = ("--model", dense, "--out", out)
+    assert "Did you mean 'camelidae'" in fails("convert", "camelida", *base)
+    assert "one of adapter" in fails("convert", *base)
+    assert "top_k is 9" in fails("convert", "camelidae", *base, "--top-k", "9")
+    said = fails("convert", "camelidae", *base, "--set", "router.temprature=1")
+    assert "temperature" in said
+    assert "no '='" in fails("convert", "camelidae", *base, "--set", "router.temperature")
+    assert "mlp" in fails("convert", "camelidae", *base, "--paths", "model.layer.*.mlp")
+    assert "matches none" in fails("convert", "camelidae", *base, "--paths", "nowhere")
+    missing = tmp_path / "missing"
+    assert "missing" in fails("convert", "camelidae", "--model", missing, "--out", out)
+    said = fails("convert", "camelidae", "--model", dense, "--out", converted)
+    assert "exists already" in said
+    said = fails("train", dense, "--data", rows_file(tmp_path), "--out", out)
+    assert "no sparsecraft checkpoint" in said
+    assert "no.jsonl" in fails("train", converted, "--data", tmp_path / "no.jsonl", "--out", out)
+    assert "nothing to evaluate" in fails("eval", converted)
+    assert "Did you mean 'train'" in fails("trian")
+    assert not out.exists()
+
+
+def test_no_disk_no_conversion(fails, dense, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    said = fails("convert", "camelidae", "--model", dense, "--out", tmp_path / "out", *SMALL)
+    assert "of disk" in said and "free" in said and not (tmp_path / "out").exists()
+
+
+def test_an_unreachable_hub_is_one_sentence(fails, tmp_path):
+    said = fails("convert", "camelidae", "--model", "owner/model", "--out", tmp_path / "out")
+    assert len(said) < 300 and "owner/model" in said
+
+
+def test_a_family_without_a_donor(fails, tmp_path):
+    import transformers
+
+    folder = tmp_path / "mamba"
+    config = transformers.MambaConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4
+    )
+    transformers.MambaForCausalLM(config).save_pretrained(folder)
+    said = fails("convert", "camelidae", "--model", folder, "--out", tmp_path / "out")
+    assert "no feed-forward network of a known form" in said
+
+
+def test_generate_refuses_encoders(fails, tmp_path):
+    import cases
+
+    folder = tmp_path / "bert"
+    cases.dense("bert").save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    assert "does not generate" in fails("generate", folder, "--prompt", "x")
+
+
+def test_help_is_quick_and_imports_no_torch():
+    script = (
+        "import sys, time; start = time.perf_counter()\n"
+        "from sparsecraft.cli import main\n"
+        "assert main({argv}) == 0\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    for argv, seconds in ((["--help"], 1.0), (["convert", "--help"], 3.0)):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", script.format(argv=argv)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert time.perf_counter() - start < seconds
+        assert "usage: sparsecraft" in done.stdout
+
+
+def test_python_dash_m():
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsecraft", "--version"], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == sc.__version__
+
+
+def readme_commands() -> list[list[str]]:
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.partition("#")[0] for block in blocks for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("sparsecraft ")]
+
+
+def test_the_readme_shows_commands():
+    assert {command[0] for command in readme_commands()} >= {"convert", "train", "eval", "generate"}
+
+
+@pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
+def test_readme_commands_parse(command, capsys):
+    verb, *arguments = command
+    assert verb in cli.VERBS
+    help_of = [verb, arguments[0], "--help"] if verb == "convert" else [verb, "--help"]
+    try:
+        cli.main(help_of)
+    except SystemExit as ended:
+        assert ended.code == 0
+    text = capsys.readouterr().out
+    for word in arguments:
+        if word.startswith("--"):
+            assert word in text, f"sparsecraft {verb} has no option {word}"
+
+
+@pytest.mark.smollm2
+def test_smollm2_becomes_camelidae_exactly_and_answers(run, tmp_path):
+    if not hub.alias_folder("smollm2").exists():
+        pytest.skip("`make test` fetches SmolLM2 first; its cache folder is empty")
+    out = tmp_path / "camelid"
+    text = run("convert", "camelidae", "--model", "smollm2", "--out", out, "--adapter-dim", "64")
+    assert "max |logit difference| 0.0e+00" in text and "37,370,880" in text
+    text = run(
+        "generate", out, "--prompt", "What is the capital of France?", "--max-new-tokens", "16"
+    )
+    assert "Paris" in text
+    for name in os.listdir(hub.resolve("smollm2")):
+        if "token" in name or "template" in name or name == "generation_config.json":
+            assert (out / name).read_bytes() == (hub.resolve("smollm2") / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_demo_lowers_every_held_out_loss(run, tmp_path):
+    text = run("demo", "--out", tmp_path / "demo")
+    assert text.count("falls") == 3 and "DOES NOT FALL" not in text

@@ -1,0 +1,327 @@
+"""Training: losses fall, the right things move, resume is exact, bad input writes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import cases
+import sparsecraft as sc
+import tiny
+from sparsecraft import trainers
+from sparsecraft.errors import CheckpointError, DataError, SparsecraftError
+
+FAST = {"steps": 12, "batch_size": 4, "micro_batch": 2, "max_length": 64, "learning_rate": 1e-2,
+        "log_every": 3, "progress": False}  # fmt: skip
+
+
+def recipe(**changes):
+    return sc.recipes.camelidae(num_experts=4, adapter_dim=16, lora_rank=4, **changes)
+
+
+def converted(**changes):
+    model = tiny.llama()
+    sc.convert(model, recipe(**changes))
+    return model
+
+
+@pytest.fixture
+def rows(tmp_path) -> str:
+    return tiny.write_rows(tmp_path / "rows.jsonl", tiny.chat_rows())
+
+
+def parameters(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_training_lowers_the_loss_moves_only_new_parameters_and_saves(tmp_path, rows, capsys):
+    model = converted()
+    before = parameters(model)
+    tiny.tokenizer()  # building it writes empty lines
+    capsys.readouterr()
+    report = sc.train(model, rows, tmp_path / "out", tokenizer=tiny.tokenizer(), **FAST)
+    log = model.sparsecraft.report["training"][0]["log"]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.1
+    assert report.steps == 12 and report.counts["rows"] == 40
+    for name, value in parameters(model).items():
+        moved = not torch.equal(value, before[name])
+        assert moved == (".experts." in name or ".router." in name), name
+    assert not model.training
+    assert "forward" not in model.__dict__
+    assert capsys.readouterr().out == ""
+    loaded = sc.load(tmp_path / "out")
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert not list(tmp_path.glob("out.training"))
+    assert not [p for p in (tmp_path / "out").iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+
+
+def test_routing_statistics_stand_beside_the_loss(tmp_path, rows):
+    model = converted()
+    sc.train(model, rows, tmp_path / "out", tokenizer=tiny.tokenizer(), **FAST)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    entry = report["training"][0]["log"][-2]
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp"
+        assert 1 <= entry[f"max_load/{name}"] <= 4
+        assert 0 <= entry[f"load_entropy/{name}"] <= 1
+        assert 0 <= entry[f"router_entropy/{name}"] <= 1
+    assert entry["switch_loss"] >= 0.9
+
+
+def test_the_auxiliary_loss_is_added_in_training_and_only_there(tmp_path, rows):
+    gradients = {}
+    for coefficient in (0.0, 1.0):
+        model = converted(balance_coef=coefficient)
+        cases.randomize_new(model)
+        trainer = make_trainer(model, rows)
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.current_gradient_accumulation_steps = 1
+        model.train()
+        with_auxiliary = trainer.compute_loss(model, dict(batch))
+        with_auxiliary.backward()
+        gradients[coefficient] = model.model.layers[0].mlp.router.scorer.weight.grad.clone()
+        model.eval()
+        evaluated = trainer.compute_loss(model, dict(batch))
+        expected = sc.evaluate(model, [{"input_ids": batch["input_ids"], "labels": batch["labels"],
+                                        "attention_mask": batch["attention_mask"]}])  # fmt: skip
+        assert evaluated.item() == pytest.approx(expected["loss"]["data"]["loss"], abs=1e-5)
+        difference = with_auxiliary.item() - evaluated.item()
+        if coefficient:  # at least 1 for a perfectly balanced router
+            assert 0.9 < difference < 2.5
+        else:
+            assert difference == pytest.approx(0, abs=1e-6)
+    assert (gradients[0.0] - gradients[1.0]).abs().max() > 1e-6
+
+
+def make_trainer(model, rows, **options):
+    from sparsecraft import training
+
+    asked = training._options({**FAST, "packing": False, **options})
+    stage = model.sparsecraft.recipe.stages[0]
+    # Dropout would make the training and the evaluation loss differ by more than the auxiliary.
+    for module in model.modules():
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.0
+    settings = training._settings(model, stage, asked)
+    dataset, _ = training._dataset(model, rows, tiny.tokenizer(), settings)
+    training._prepare_parameters(model, stage)
+    folder = Path(rows).parent / "state"
+    return training._trainer(model, stage, settings, dataset, tiny.tokenizer(), folder)
+
+
+def test_padding_does_not_enter_the_auxiliary_loss(rows):
+    model = converted()
+    cases.randomize_new(model)
+    trainer = make_trainer(model, rows)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.current_gradient_accumulation_steps = 1
+    model.train()
+    trainer.compute_loss(model, dict(batch))
+    short = {k: v.item() for k, v in summary(trainer).items()}
+    padded = {
+        key: torch.nn.functional.pad(value, (0, 30), value=-100 if key == "labels" else 0)
+        for key, value in batch.items()
+    }
+    trainer.compute_loss(model, padded)
+    assert {k: v.item() for k, v in summary(trainer).items()} == pytest.approx(short, abs=1e-5)
+
+
+def summary(trainer) -> dict[str, torch.Tensor]:
+    values = {key: torch.stack(items).mean() for key, items in trainer._statistics.items()}
+    trainer._statistics.clear()
+    return values
+
+
+def test_router_and_experts_have_their_own_learning_rates(rows):
+    trainer = make_trainer(converted(), rows, router_learning_rate=5e-4)
+    groups = trainer.create_optimizer().param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for name, parameter in trainer.model.named_parameters():
+        expected = 5e-4 if ".router." in name else 1e-2 if ".experts." in name else None
+        assert rates.get(id(parameter)) == expected, name
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_resume_continues_exactly(tmp_path, rows, monkeypatch, packing):
+    options = {**FAST, "packing": packing, "save_every": 5}
+    whole = converted()
+    sc.train(whole, rows, tmp_path / "whole", tokenizer=tiny.tokenizer(), **options)
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 8:
+            raise Interrupted
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(trainers.Progress, "on_step_end", interrupt)
+        sc.train(converted(), rows, tmp_path / "out", tokenizer=tiny.tokenizer(), **options)
+    assert not (tmp_path / "out").exists()
+    states = tmp_path / "out.training" / "0-train" / "checkpoint-5"
+    assert (states / "optimizer.pt").exists() and not (states / "training_args.bin").exists()
+
+    with pytest.raises(SparsecraftError, match="interrupted run"):
+        sc.train(converted(), rows, tmp_path / "out", tokenizer=tiny.tokenizer(), **options)
+    resumed = converted()
+    sc.train(resumed, rows, tmp_path / "out", tokenizer=tiny.tokenizer(), resume=True, **options)
+    for name, value in parameters(resumed).items():
+        assert torch.equal(value, whole.get_parameter(name)), name
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path, rows):
+    runs = []
+    for number, seed in enumerate((0, 0, 1)):
+        model = converted()
+        out = tmp_path / str(number)
+        sc.train(model, rows, out, tokenizer=tiny.tokenizer(), seed=seed, **{**FAST, "steps": 4})
+        runs.append(parameters(model)["model.layers.0.mlp.experts.up"])
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_upcycling_trains_everything_and_reverts_to_the_base_folder(tmp_path, rows):
+    base = tiny.save_dense(tmp_path / "dense")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    original = parameters(model)
+    sc.convert(model, sc.recipes.upcycling(num_experts=4))
+    sc.train(model, rows, tmp_path / "out", **FAST)
+    assert not torch.equal(model.model.embed_tokens.weight, original["model.embed_tokens.weight"])
+    bank = model.model.layers[0].mlp.experts.down
+    assert not torch.equal(bank[0], bank[1])
+    sc.revert(model)
+    assert all(torch.equal(p, original[n]) for n, p in model.named_parameters())
+    assert sc.load(tmp_path / "out").sparsecraft.recipe.name == "upcycling"
+
+
+def test_bf16_models_train_float32_masters(tmp_path, rows):
+    base = tiny.save_dense(tmp_path / "dense")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    sc.convert(model, recipe())
+    sc.train(model, rows, tmp_path / "out", **{**FAST, "steps": 3})
+    assert model.model.layers[0].mlp.experts.up.dtype == torch.float32
+    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+    loaded = sc.load(tmp_path / "out")
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_t5_trains_with_decoder_tokens_masked_by_labels(tmp_path):
+    model = cases.dense("t5")
+    model.resize_token_embeddings(len(tiny.tokenizer()))
+    sc.convert(model, recipe())
+    path = tiny.write_rows(
+        tmp_path / "pairs.jsonl",
+        [{"prompt": f"say {w}", "completion": w} for w in tiny.WORDS * 4],
+    )
+    sc.train(model, path, tmp_path / "out", tokenizer=tiny.tokenizer(), **FAST)
+    losses = [e["loss"] for e in model.sparsecraft.report["training"][0]["log"] if "loss" in e]
+    assert losses[-1] < losses[0] - 0.3
+    entry = model.sparsecraft.report["training"][0]["log"][0]
+    assert "load_entropy/decoder.block.0.layer.2.DenseReluDense" in entry
+
+
+def test_a_classifier_trains_on_text_and_label(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(tiny.tokenizer()), hidden_size=32, intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=4, num_labels=2, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config).eval()
+    before = parameters(model)
+    sc.convert(model, recipe())
+    rows = [{"text": f"say {w}", "label": int(i < 5)} for i, w in enumerate(tiny.WORDS)] * 6
+    path = tiny.write_rows(tmp_path / "labels.jsonl", rows)
+    options = {**FAST, "steps": 80, "learning_rate": 3e-3}
+    sc.train(model, path, tmp_path / "out", tokenizer=tiny.tokenizer(), **options)
+    found = sc.evaluate(model, path, tokenizer=tiny.tokenizer())["loss"][path]
+    assert found["accuracy"] > 0.9 and found["rows"] == 60
+    assert not torch.equal(model.classifier.weight, before["classifier.weight"])  # a new head
+    assert torch.equal(model.bert.pooler.dense.weight, before["bert.pooler.dense.weight"])
+    found = sc.evaluate(tmp_path / "out", path, tokenizer=tiny.tokenizer())["loss"][path]
+    assert found["accuracy"] > 0.9
+
+
+def test_training_leaves_the_configuration_alone(tmp_path, rows):
+    model = converted()
+    config, generation = model.config.to_dict(), model.generation_config.to_dict()
+    sc.train(model, rows, tmp_path / "out", tokenizer=tiny.tokenizer(), **{**FAST, "steps": 2})
+    assert model.config.to_dict() == config
+    assert model.generation_config.to_dict() == generation
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("", "holds no rows"), ('{"messages": [}\n', "line 1"), ('{"nothing": 1}\n', "line 1")],
+)
+def test_bad_data_is_one_sentence_and_writes_nothing(tmp_path, content, said):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError) as caught:
+        sc.train(converted(), path, tmp_path / "out", tokenizer=tiny.tokenizer(), **FAST)
+    assert said in str(caught.value) and "bad.jsonl" in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_no_row_left_after_filtering(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "a " * 200},
+                          {"role": "assistant", "content": "b"}]}]  # fmt: skip
+    path = tiny.write_rows(tmp_path / "long.jsonl", rows)
+    with pytest.raises(DataError, match="no training rows remain"):
+        sc.train(converted(), path, tmp_path / "out", tokenizer=tiny.tokenizer(), **FAST)
+
+
+def test_refusals_come_before_training(tmp_path, rows):
+    tokenizer = tiny.tokenizer()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("mine")
+    for overwrite in (False, True):  # not ours: never overwritten
+        with pytest.raises(CheckpointError):
+            sc.train(
+                converted(), rows, tmp_path / "taken", tokenizer=tokenizer, overwrite=overwrite
+            )
+    with pytest.raises(SparsecraftError, match="dense"):
+        sc.train(tiny.llama(), rows, tmp_path / "out", tokenizer=tokenizer)
+    with pytest.raises(SparsecraftError, match="Did you mean 'learning_rate'"):
+        sc.train(converted(), rows, tmp_path / "out", tokenizer=tokenizer, learningrate=1)
+    with pytest.raises(SparsecraftError, match="steps is 0"):
+        sc.train(converted(), rows, tmp_path / "out", tokenizer=tokenizer, steps=0)
+    with pytest.raises(SparsecraftError, match="nothing to resume"):
+        sc.train(converted(), rows, tmp_path / "out", tokenizer=tokenizer, resume=True)
+    with pytest.raises(DataError, match="tokenizer"):
+        sc.train(converted(), rows, tmp_path / "out")
+    encoder = cases.dense("bert")
+    sc.convert(encoder, recipe())
+    with pytest.raises(SparsecraftError, match="without a training objective"):
+        sc.train(encoder, rows, tmp_path / "out", tokenizer=tokenizer)
+    assert not (tmp_path / "out").exists()
+
+
+def test_reentrant_checkpointing_is_refused(rows):
+    model = converted()
+    trainer = make_trainer(model, rows)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    trainer.current_gradient_accumulation_steps = 1
+    batch = next(iter(trainer.get_train_dataloader()))
+    with pytest.raises(SparsecraftError, match="use_reentrant=False"):
+        trainer.compute_loss(model, dict(batch))
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path, rows):
+    found = []
+    for on in (False, True):
+        model = converted(dropout=0.0)
+        out = tmp_path / f"out{on}"
+        options = {**FAST, "steps": 4, "activation_checkpointing": on}
+        sc.train(model, rows, out, tokenizer=tiny.tokenizer(), **options)
+        found.append(parameters(model)["model.layers.1.mlp.experts.up"])
+    assert torch.allclose(found[0], found[1], atol=1e-6)

@@ -1,0 +1,80 @@
+"""A tiny tokenizer, tiny rows, and a tiny dense model folder, all made here."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WORDS = ["red", "blue", "green", "one", "two", "three", "cat", "dog", "sun", "sea"]
+
+
+def chat_rows(count: int = 40) -> list[dict]:
+    """Question and answer pairs that a tiny model can learn: the answer repeats the question."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {WORDS[i % 10]} {WORDS[i * 3 % 10]}"},
+                {"role": "assistant", "content": f"{WORDS[i % 10]} {WORDS[i * 3 % 10]}"},
+            ]
+        }
+        for i in range(count)
+    ]
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@functools.cache
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    special = ["<pad>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    backend.train_from_iterator([" ".join(WORDS), "user assistant system say"] * 4, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        chat_template=CHATML,
+        model_max_length=128,
+    )
+
+
+def llama() -> transformers.LlamaForCausalLM:
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def save_dense(folder: Path) -> str:
+    """A dense model folder as from_pretrained reads it: weights, tokenizer, license."""
+    llama().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    return str(folder)
