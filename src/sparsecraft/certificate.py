@@ -1,4 +1,4 @@
-"""The certificate of a conversion: how far the converted model's outputs are from the dense ones."""
+"""The certificate: how far the converted model's outputs are from the dense ones."""
 
 from __future__ import annotations
 
@@ -89,7 +89,9 @@ def outputs(model: nn.Module, batches: Iterable[dict[str, Any]]) -> list[Tensor]
 def compare(dense: list[Tensor], converted: list[Tensor]) -> Certificate:
     """The largest difference between two lists of outputs."""
     dtype = dense[0].dtype
-    difference = max((c.double() - d.double()).abs().max().item() for d, c in zip(dense, converted, strict=True))
+    difference = max(
+        (c.double() - d.double()).abs().max().item() for d, c in zip(dense, converted, strict=True)
+    )
     scale = max(d.double().abs().max().item() for d in dense)
     return Certificate(
         max_difference=difference,

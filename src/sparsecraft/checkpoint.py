@@ -12,42 +12,31 @@ A folder is written under a temporary name, read back, and then renamed.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import shutil
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import nn
 
 import sparsecraft
 from sparsecraft import cost, hub, tensorfile
 from sparsecraft.errors import CheckpointError, HubError, SparsecraftError
+from sparsecraft.folder import (
+    MANIFEST,
+    json_digest,
+    read_json,
+    readme,
+    replacing,
+    write_companions,
+    write_json,
+)
 from sparsecraft.layer import dense_name, dense_tensors, unique_tensors
 from sparsecraft.origin import Origin, combine, digest
-from sparsecraft.recipe import FORMAT_VERSION, Recipe, from_json, override as override_recipe, to_json
+from sparsecraft.recipe import FORMAT_VERSION, Recipe, from_json, to_json
+from sparsecraft.recipe import override as override_recipe
 from sparsecraft.surgery import apply, conversion_of, plan
 
 WEIGHTS = "moe.safetensors"
-MANIFEST = "recipe.json"
-
-# Copied byte for byte from the base's folder, so that they travel unchanged.
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "*.jinja",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE*",
-)
 
 
 def save(
@@ -62,7 +51,7 @@ def save(
 
     Args:
         standalone: hold the base's tensors too, so that the folder needs nothing else. Always so
-            for a model whose base is not on disk.
+            for a model that cannot be built from a base on disk (another head, another size).
         overwrite: replace an existing folder once the new one is complete.
         tokenizer: written beside the model; by default the base's own files are copied.
 
@@ -74,28 +63,33 @@ def save(
     record = conversion_of(model)
     out = Path(out)
     origin = None if standalone else Origin.find(record.origin, record.revision)
+    if origin is not None and not origin.holds(model, _dense_shapes(model)):
+        origin = None
     tensors = new_or_changed(model, origin)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     cost.require(out, disk=size, memory=0, task="Saving")
+    config = _config(model)
     with replacing(out, overwrite) as folder:
         weights_digest = tensorfile.write(folder / WEIGHTS, tensors)
         manifest = {
             "format_version": FORMAT_VERSION,
             "sparsecraft": sparsecraft.__version__,
             "recipe": to_json(record.recipe),
-            "base": origin and {
+            "base": origin
+            and {
                 "name": origin.name,
                 "revision": origin.revision,
                 "fingerprint": origin.fingerprint(),
                 "dtype": str(_base_dtype(model)).removeprefix("torch."),
             },
             "tensors": weights_digest,
+            "config": json_digest(config),
         }
-        _write_json(folder / MANIFEST, {**manifest, "digest": _self_digest(manifest)})
-        _write_json(folder / "report.json", record.report)
-        _write_json(folder / "config.json", _config(model))
-        _write_companions(model, folder, tokenizer)
-        (folder / "README.md").write_text(_readme(model, origin))
+        write_json(folder / MANIFEST, {**manifest, "digest": json_digest(manifest)})
+        write_json(folder / "report.json", record.report)
+        write_json(folder / "config.json", config)
+        write_companions(model, folder, tokenizer)
+        (folder / "README.md").write_text(readme(model, origin))
     return out
 
 
@@ -126,24 +120,38 @@ def load(
     if override:
         recipe = override_recipe(recipe, override)
     origin = _find_base(folder, manifest["base"], base)
+    # Not the base folder's: the model may have been loaded with other settings.
+    saved_config = read_json(folder / "config.json")
+    if json_digest(saved_config) != manifest["config"]:
+        raise CheckpointError(
+            f"{folder / 'config.json'} was edited after it was written; undo the edit, and pass "
+            "settings of the dense model as arguments of sc.load instead."
+        )
+    config = base_config(saved_config)
+    config.update({key: kwargs.pop(key) for key in list(kwargs) if key in config.to_dict()})
     if origin is None:
-        model = _from_config(folder, device_map, kwargs)
+        model = _from_config(folder, config, device_map, kwargs)
     else:
         model = hub.load_dense(
             str(origin.folder),
             dtype=getattr(torch, manifest["base"]["dtype"]),
             device_map=device_map,
             quantize=recipe.base_quantization,
+            config=config,
             **kwargs,
         )
-    digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
     record = apply(model, recipe, plan(model, recipe), on_meta=True)
-    record.digests = digests
+    record.digests = _snapshot(model) if origin else {}
     record.origin, record.revision = (origin.name, origin.revision) if origin else (None, None)
-    record.report = _read_json(folder / "report.json")
+    record.folder, record.report = folder.absolute(), read_json(folder / "report.json")
     read_tensors(model, folder / WEIGHTS, manifest["tensors"], complete=origin is None)
+    if origin is None and _keeps_dense(recipe):
+        record.digests = _snapshot(model)
     if dtype is not None:
-        model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        # Not model.to(dtype): that would round the rotary frequencies, which are not saved.
+        for tensor in unique_tensors(model).values():
+            tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
     return model.eval()
 
 
@@ -173,6 +181,11 @@ def new_or_changed(model: nn.Module, origin: Origin | None) -> dict[str, torch.T
                 continue
         kept[name] = tensor
     return kept
+
+
+def _dense_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Dense name -> shape of what is not quantized (that is packed, and in the base anyway)."""
+    return {n: t.shape for n, t in dense_tensors(model).items() if t.is_floating_point()}
 
 
 def read_tensors(
@@ -218,10 +231,23 @@ def read_tensors(
         )
 
 
+def _snapshot(model: nn.Module) -> dict[str, tuple[torch.dtype, str]]:
+    """Dense name -> dtype and digest, for `revert`; of a converted model what it shares."""
+    return {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
+
+
+def _keeps_dense(recipe: Recipe) -> bool:
+    """Whether a checkpoint of this recipe holds every dense tensor as it was."""
+    trains = {word for stage in recipe.stages for word in stage.trains}
+    return trains <= {"experts", "router"} and all(e.place != "replace" for e in recipe.edits)
+
+
 def _devices(model: nn.Module) -> dict[str, torch.device]:
     """Name of every new tensor -> the device of the dense module that its layer stands on."""
     record = conversion_of(model)
-    targets = {id(layer): device for layer, device in zip(record.layers, record.devices, strict=True)}
+    targets = {
+        id(layer): device for layer, device in zip(record.layers, record.devices, strict=True)
+    }
     return {
         f"{path}.{name}": targets[id(module)]
         for path, module in model.named_modules()
@@ -235,13 +261,11 @@ def _devices(model: nn.Module) -> dict[str, torch.device]:
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor, device: torch.device) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if leaf in module._parameters:
-        trainable = module._parameters[leaf].requires_grad
-        module._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=trainable)
-        if hasattr(model, "tie_weights") and module is model.get_input_embeddings():
-            model.tie_weights()
+    old = module.get_parameter(leaf) if leaf in module._parameters else module._buffers[leaf]
+    if old.is_meta:
+        module._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=old.requires_grad)
     else:
-        module._buffers[leaf] = tensor.to(device)
+        old.data = tensor.to(device)  # in place, so that whatever is tied to it stays tied
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -253,7 +277,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder} is no sparsecraft checkpoint: it has no {MANIFEST}.")
-    manifest = _read_json(path)
+    manifest = read_json(path)
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -261,7 +285,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "upgrade sparsecraft."
         )
     claimed = manifest.pop("digest", None)
-    if claimed != _self_digest(manifest):
+    if claimed != json_digest(manifest):
         raise CheckpointError(
             f"{path} was edited after it was written; undo the edit and pass the change as "
             "sc.load(dir, override={...}) instead."
@@ -288,50 +312,13 @@ def _find_base(folder: Path, saved: dict[str, Any] | None, base: str | None) -> 
             "pass the right base as sc.load(dir, base=...)."
         )
     keep_name = base is None and not hub.is_alias(name)
-    return dataclasses.replace(origin, name=name, revision=saved["revision"]) if keep_name else origin
+    return (
+        dataclasses.replace(origin, name=name, revision=saved["revision"]) if keep_name else origin
+    )
 
 
-@contextmanager
-def replacing(out: Path, overwrite: bool):
-    """A temporary folder beside `out` that takes its name once the block has succeeded.
-
-    Raises:
-        CheckpointError: `out` exists and `overwrite` is False.
-    """
-    check_free(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        if out.exists():
-            retired = out.with_name(f".{out.name}.{os.getpid()}.old")
-            out.rename(retired)
-            temporary.rename(out)
-            shutil.rmtree(retired)
-        else:
-            temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_free(out: Path, overwrite: bool) -> None:
-    """Raise CheckpointError unless `out` may be written."""
-    if out.exists() and not overwrite:
-        raise CheckpointError(f"{out} exists already; choose another folder or pass overwrite.")
-    if out.exists() and not (out.is_dir() and (_ours(out) or not any(out.iterdir()))):
-        raise CheckpointError(f"{out} exists and was not written by sparsecraft; it is left alone.")
-
-
-def _ours(folder: Path) -> bool:
-    """Whether a folder is a checkpoint or an export of ours, which may be overwritten."""
-    return (folder / MANIFEST).is_file() or (folder / "sparsecraft_export.json").is_file()
-
-
-def _from_config(folder: Path, device_map: Any, kwargs: dict[str, Any]) -> nn.Module:
-    data = _read_json(folder / "config.json")
-    config = base_config(data)
+def _from_config(folder: Path, config: Any, device_map: Any, kwargs: dict[str, Any]) -> nn.Module:
+    data = read_json(folder / "config.json")
     model = hub.model_class(data["base_config"])._from_config(
         config, dtype=getattr(torch, data["dtype"]), **kwargs
     )
@@ -349,6 +336,7 @@ def base_config(data: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     inner = dict(data["base_config"])
+    inner.pop("quantization_config", None)  # the recipe's base_quantization says it
     return AutoConfig.for_model(inner.pop("model_type"), **inner)
 
 
@@ -371,65 +359,3 @@ def _base_dtype(model: nn.Module) -> torch.dtype:
         if tensor.is_floating_point():
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
     return max(sizes, key=sizes.get)
-
-
-def _write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> None:
-    source = Origin.find(conversion_of(model).origin, conversion_of(model).revision)
-    if source is not None:
-        for pattern in COMPANIONS:
-            for path in source.folder.glob(pattern):
-                shutil.copyfile(path, folder / path.name)
-    elif getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-
-
-def _readme(model: nn.Module, origin: Origin | None) -> str:
-    record = conversion_of(model)
-    recipe: Recipe = record.recipe
-    report = record.report.get("conversion", {})
-    base = origin.name if origin else "held in this folder"
-    license = hub.license_of(origin.folder) if origin else None
-    certificate = report.get("certificate")
-    measured = (
-        f"max |logit difference| {certificate['max_difference']:.1e} at the start "
-        f"(tolerance {certificate['tolerance']:.1e} in {certificate['dtype']})"
-        if certificate
-        else "not measured"
-    )
-    claim = "starts as the dense model" if recipe.exact_at_start else "does not start as the dense model"
-    return f"""---
-library_name: sparsecraft
-license: {license or "other"}
----
-# {recipe.name} ({recipe.variant})
-
-{recipe.title}. {recipe.paper}.
-
-- Base model: {base}{f", revision {origin.revision}" if origin and origin.revision else ""}
-- License of the base: {license or "unknown; see the base model"}
-- Certificate: the recipe {claim}; measured: {measured}
-
-```python
-import sparsecraft as sc
-model = sc.load("path/to/this/folder")
-```
-After `import sparsecraft`, transformers' `AutoModelFor....from_pretrained` reads the folder too.
-"""
-
-
-def _self_digest(manifest: dict[str, Any]) -> str:
-    data = {key: value for key, value in manifest.items() if key != "digest"}
-    return f"xxh3_128:{xxhash.xxh3_128(json.dumps(data, sort_keys=True).encode()).hexdigest()}"
-
-
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}).") from None

@@ -18,7 +18,7 @@ import tyro
 from tyro.conf import Positional
 
 from sparsecraft.errors import DataError, SparsecraftError, did_you_mean
-from sparsecraft.options import TrainOptions
+from sparsecraft.options import ConvertOptions, TrainOptions
 
 Paths = tuple[str, ...]
 
@@ -26,20 +26,12 @@ Paths = tuple[str, ...]
 def methods() -> None:
     """Show every recipe: paper, placement, experts, router, and whether it starts exactly."""
     from sparsecraft import recipes
-    from sparsecraft.recipe import router_words
+    from sparsecraft.recipe import facts
 
     for name in recipes.__all__:
         recipe = recipes.by_name(name)()
-        edits = recipe.edits
-        facts = {
-            "paper": recipe.paper,
-            "placement": ", ".join(f"{e.place} {e.site}" for e in edits),
-            "experts": ", ".join(f"{e.experts.num_experts} {e.experts.kind}" for e in edits),
-            "router": ", ".join(router_words(e.router) for e in edits if e.router) or "none",
-            "exact_at_start": "yes" if recipe.exact_at_start else "no",
-        }
         _say(f"{name}: {recipe.title}")
-        for fact, value in facts.items():
+        for fact, value in facts(recipe).items():
             _say(f"  {fact:<16}{value}")
 
 
@@ -48,47 +40,20 @@ def convert(argv: list[str]) -> None:
     from sparsecraft import recipes
 
     names = ", ".join(recipes.__all__)
-    if not argv or argv[0].startswith("-"):
-        asked = bool(argv) and argv[0] in ("-h", "--help")
-        text = (
+    if argv in (["-h"], ["--help"]):
+        return _say(
             "usage: sparsecraft convert RECIPE --model NAME --out DIR [options]\n\n"
             f"RECIPE is one of: {names}.\n"
             "`sparsecraft convert RECIPE --help` lists the options of one recipe,\n"
             "`sparsecraft methods` compares them."
         )
-        if not asked:
-            raise SparsecraftError(f"convert needs a recipe first: one of {names}.")
-        print(text)
-        return
+    if not argv or argv[0].startswith("-"):
+        raise SparsecraftError(f"convert needs a recipe first: one of {names}.")
     function = recipes.by_name(argv[0])
     options = _parse(_convert_options(function), f"convert {argv[0]}", argv[1:])
     values = dataclasses.asdict(options)
     parameters = {name: values[name] for name in inspect.signature(function).parameters}
     _convert(function(**parameters), options)
-
-
-@dataclasses.dataclass(kw_only=True)
-class ConvertOptions:
-    """Options of every recipe."""
-
-    model: str
-    """Local folder, hub id, or the packaged `smollm2`."""
-    out: Path
-    """Checkpoint folder to write."""
-    data: Paths = ()
-    """Files whose rows enter the certificate beside random tokens."""
-    set: Paths = ()
-    """Deeper fields of the recipe, such as `router.temperature=0.5`."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the dense model; auto keeps its own."""
-    device: str = "cpu"
-    """Where to convert."""
-    standalone: bool = False
-    """Hold the base's tensors too, so that the folder needs nothing else."""
-    overwrite: bool = False
-    """Replace an existing folder once the new one is complete."""
-    seed: int = 0
-    """Of the new parameters."""
 
 
 def _convert_options(function: Callable) -> type:
@@ -118,11 +83,12 @@ def _convert(recipe: Any, options: ConvertOptions) -> None:
 
     from sparsecraft import checkpoint, cost, hub, preflight, surgery
     from sparsecraft.analysis.report import cost_lines
+    from sparsecraft.folder import check_free
     from sparsecraft.recipe import override
 
     changes = dict(_assignment(text) for text in options.set)
     recipe = override(recipe, changes) if changes else recipe
-    checkpoint.check_free(options.out, options.overwrite)
+    check_free(options.out, options.overwrite)
     folder = hub.resolve(options.model)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     needs = preflight.needs(folder, recipe, dtype)
@@ -167,9 +133,10 @@ def train(argv: list[str]) -> None:
     """Train a converted model on chat, text or classification rows."""
     command = _parse(TrainCommand, "train", argv)
     _quiet()
-    from sparsecraft import checkpoint, hub, training
+    from sparsecraft import checkpoint, training
+    from sparsecraft.folder import check_free
 
-    checkpoint.check_free(command.out, command.overwrite)
+    check_free(command.out, command.overwrite)
     model = checkpoint.load(
         command.folder, dtype=None if command.dtype == "saved" else command.dtype
     )
@@ -178,7 +145,6 @@ def train(argv: list[str]) -> None:
         model,
         command.data,
         command.out,
-        tokenizer=hub.load_tokenizer(command.folder),
         resume=command.resume,
         overwrite=command.overwrite,
         **options,
@@ -215,6 +181,7 @@ def evaluate(
     """
     import json as json_module
 
+    from rich.console import Console
     from rich.table import Table
 
     from sparsecraft import evaluation, generation
@@ -235,7 +202,7 @@ def evaluate(
         table = Table(kind, *keys, box=None, header_style="bold", pad_edge=False)
         for name, row in rows.items():
             table.add_row(name, *(_number(row.get(key, "")) for key in keys))
-        _console().print(table)
+        Console().print(table)
     for key, value in results.get("routing", {}).items():
         _say(f"{key}: {value:.3f}")
     if json:
@@ -332,13 +299,13 @@ def export(folder: Positional[str], to: str, out: Path, overwrite: bool = False)
         out: folder to write.
         overwrite: replace an existing export once the new one is complete.
     """
-    from sparsecraft import checkpoint, hub, targets
+    from sparsecraft import checkpoint, targets
+    from sparsecraft.folder import check_free
 
     _quiet()
-    checkpoint.check_free(out, overwrite)
+    check_free(out, overwrite)
     model = checkpoint.load(folder)
-    tokenizer = hub.load_tokenizer(folder)
-    record = targets.export(model, to, out, tokenizer=tokenizer, overwrite=overwrite)
+    record = targets.export(model, to, out, overwrite=overwrite)
     _say(
         f"{out}: {record['parameters']:,} parameters as {to}; read back by plain transformers, "
         f"max |logit difference| {record['difference']:.1e} at scale {record['scale']:.1f}."
@@ -427,12 +394,6 @@ def _assignment(text: str) -> tuple[str, str]:
 
 def _number(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(soft_wrap=not sys.stdout.isatty())
 
 
 def _say(text: str) -> None:

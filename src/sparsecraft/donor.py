@@ -99,7 +99,11 @@ class FFNSpan(nn.Module):
 
     def __init__(self, model: nn.Module, site: Site):
         super().__init__()
-        paths = {"first": site.form.up, "activation": site.form.activation, "second": site.form.down}
+        paths = {
+            "first": site.form.up,
+            "activation": site.form.activation,
+            "second": site.form.down,
+        }
         self.paths = {name: _join(site.owner, part) for name, part in paths.items()}
         for name, path in self.paths.items():
             setattr(self, name, model.get_submodule(path))

@@ -19,6 +19,8 @@ AUTO_CLASSES = (
     "AutoModelForSeq2SeqLM",
     "AutoModelForMaskedLM",
     "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
     "AutoModelForImageClassification",
 )
 
@@ -79,6 +81,8 @@ def _loader_class(auto_class: str) -> type:
             )
         kwargs = {k: v for k, v in kwargs.items() if k not in HUB_ARGUMENTS}
         dtype = kwargs.pop("dtype", torch_dtype)
+        if config._attn_implementation is not None:  # AutoConfig has taken the argument
+            kwargs["attn_implementation"] = config._attn_implementation
         return checkpoint.load(folder, dtype=None if dtype == "auto" else dtype, **kwargs)
 
     members = {

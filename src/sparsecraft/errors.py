@@ -1,4 +1,4 @@
-"""The errors that sparsecraft raises. Every message says what was asked, what was found, what to do."""
+"""The errors that sparsecraft raises: each says what was asked, what was found, what to do."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class MoELayer(nn.Module):
         raise SparsecraftError(f"Unknown place {self.place!r}.")
 
     def _mix(self, inputs: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The experts' mixture on `inputs`; the router reads the layer's input x or its output y."""
+        """The experts' mixture on `inputs`; the router reads the layer's input x or output y."""
         inputs_TI = inputs.reshape(-1, inputs.shape[-1])
         if self.router is None:
             mixed_TO = self.experts(inputs_TI)
@@ -126,7 +126,12 @@ def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Name -> parameter or persistent buffer, tied ones once."""
-    parameters = dict(model.named_parameters())
-    keys = set(model.state_dict(keep_vars=True))
-    buffers = {name: b for name, b in model.named_buffers() if name in keys}
-    return parameters | buffers
+    # Not by the keys of state_dict(): bitsandbytes repacks a 4-bit weight to write it, which on
+    # the CPU changes its values.
+    hidden = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    buffers = {name: b for name, b in model.named_buffers() if name not in hidden}
+    return dict(model.named_parameters()) | buffers

@@ -1,8 +1,9 @@
-"""The knobs of a training run, for Python and the command line alike. Torch-free."""
+"""The knobs of a conversion and of a training run. Torch-free."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -42,3 +43,27 @@ class TrainOptions:
     """What transformers reports to: tensorboard, wandb, ..."""
     progress: bool = True
     """Show a progress bar on standard error."""
+
+
+@dataclass(kw_only=True)
+class ConvertOptions:
+    """What `sparsecraft convert` takes beside the recipe's own parameters."""
+
+    model: str
+    """Local folder, hub id, or the packaged `smollm2`."""
+    out: Path
+    """Checkpoint folder to write."""
+    data: tuple[str, ...] = ()
+    """Files whose rows enter the certificate beside random tokens."""
+    set: tuple[str, ...] = ()
+    """Deeper fields of the recipe, such as `router.temperature=0.5`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the dense model; auto keeps its own."""
+    device: str = "cpu"
+    """Where to convert."""
+    standalone: bool = False
+    """Hold the base's tensors too, so that the folder needs nothing else."""
+    overwrite: bool = False
+    """Replace an existing folder once the new one is complete."""
+    seed: int = 0
+    """Of the new parameters."""

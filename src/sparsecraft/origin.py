@@ -12,6 +12,7 @@ import xxhash
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from sparsecraft import hub
 from sparsecraft.errors import CheckpointError
@@ -76,29 +77,50 @@ class Origin:
     def of(cls, model: nn.Module) -> Origin | None:
         """The origin of a model that transformers loaded; None for one built in memory."""
         config = getattr(model, "config", None)
-        return cls.find(
-            getattr(model, "name_or_path", None), getattr(config, "_commit_hash", None)
-        )
+        return cls.find(getattr(model, "name_or_path", None), getattr(config, "_commit_hash", None))
 
     @cached_property
     def _files(self) -> dict[str, Path]:
         """Tensor name -> the file that holds it."""
         names = {}
         for path in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(path, "pt") as file:
-                names |= dict.fromkeys(file.keys(), path)
+            try:
+                with safe_open(path, "pt") as file:
+                    names |= dict.fromkeys(file.keys(), path)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"The base file {path} cannot be read: {error}.") from None
         return names
 
     def tensor(self, model: nn.Module, name: str) -> Tensor | None:
-        """The folder's tensor for a dense tensor of `model`; None if the folder has none.
+        """The folder's tensor for a dense tensor of `model`; None if the folder has none."""
+        if (found := self._find(model, name)) is None:
+            return None
+        with safe_open(self._files[found], "pt") as file:
+            return file.get_tensor(found)
 
-        Hub files are written with or without the prefix of the base model (GPT-2, BERT).
+    def holds(self, model: nn.Module, shapes: dict[str, torch.Size]) -> bool:
+        """Whether the dense `model` can be built from this folder: its class and its shapes."""
+        if hub.model_class(self.folder) is not type(model):
+            return False
+        for name, shape in shapes.items():
+            if (found := self._find(model, name)) is None:
+                return False
+            with safe_open(self._files[found], "pt") as file:
+                if tuple(file.get_slice(found).get_shape()) != tuple(shape):
+                    return False
+        return True
+
+    def _find(self, model: nn.Module, name: str) -> str | None:
+        """What the folder's files call a dense tensor of `model`.
+
+        Hub files are written with or without the prefix of the base model (GPT-2, BERT), and
+        under the names of older versions of transformers (ViT).
         """
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
+        written = name if name in self._files else _name_in_files(model, name)
+        for candidate in (written, written.removeprefix(prefix), prefix + written):
             if candidate in self._files:
-                with safe_open(self._files[candidate], "pt") as file:
-                    return file.get_tensor(candidate)
+                return candidate
         return None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -113,3 +135,9 @@ class Origin:
             return combine({name: digest(tensor) for name, tensor in self.tensors()})
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"The base in {self.folder} cannot be read: {error}.") from None
+
+
+def _name_in_files(model: nn.Module, name: str) -> str:
+    """What transformers calls the model's tensor `name` when it saves it."""
+    names = revert_weight_conversion(model, {name: torch.empty(0, device="meta")})
+    return next(iter(names), name)

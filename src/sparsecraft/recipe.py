@@ -1,4 +1,4 @@
-"""A recipe: a published method as pure data (which edits, which experts, which router, what trains).
+"""A recipe: a published method as pure data (which edits, experts and router, and what trains).
 
 Nothing here imports torch; a recipe is written to JSON and read back field by field, and an
 unknown field is an error.
@@ -170,6 +170,25 @@ class Recipe:
     stages: tuple[Stage, ...]
 
 
+def router_words(router: RouterSpec) -> str:
+    """A router in a few words, for tables."""
+    if router.select == "soft":
+        return f"{router.scorer}, soft"
+    return f"{router.scorer}, top-{router.top_k}{' renormalized' if router.renormalize else ''}"
+
+
+def facts(recipe: Recipe) -> dict[str, str]:
+    """What distinguishes a recipe from another, in a few words each."""
+    edits = recipe.edits
+    return {
+        "paper": recipe.paper,
+        "placement": ", ".join(f"{e.place} {e.site}" for e in edits),
+        "experts": ", ".join(f"{e.experts.num_experts} {e.experts.kind}" for e in edits),
+        "router": ", ".join(router_words(e.router) for e in edits if e.router) or "none",
+        "exact_at_start": "yes" if recipe.exact_at_start else "no",
+    }
+
+
 def to_json(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain JSON data, `format_version` first."""
     return {"format_version": FORMAT_VERSION, **dataclasses.asdict(recipe)}
@@ -207,8 +226,10 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
         if path in leaves:
             found = [path]
         if not found:
+            names = {leaf.rpartition(".")[2] for leaf in leaves}
             raise RecipeError(
-                f"Recipe {recipe.name!r} has no field {path!r}." + did_you_mean(path, leaves)
+                f"Recipe {recipe.name!r} has no field {path!r}."
+                + did_you_mean(path.rpartition(".")[2], names)
             )
         if len(found) > 1:
             raise RecipeError(f"{path!r} is ambiguous: say one of {', '.join(found)}.")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +27,6 @@ from sparsecraft.losses import check_names
 from sparsecraft.origin import Origin, digest
 from sparsecraft.recipe import Edit, Recipe
 from sparsecraft.routers import build_router
-
 
 # Batches of the user's data that enter the certificate.
 MAX_DATA_PROBES = 4
@@ -52,6 +54,7 @@ class Conversion:
         digests: dense tensor name -> its dtype and digest before the conversion.
         trainable: names of the dense parameters that required gradients before.
         origin: the folder, hub id or alias that the dense model came from, if any.
+        folder: the checkpoint that the model was loaded from, if it was.
         report: what `convert` and `train` measured, as written to report.json.
     """
 
@@ -64,6 +67,7 @@ class Conversion:
     trainable: frozenset[str] = frozenset()
     origin: str | None = None
     revision: str | None = None
+    folder: Path | None = None
     report: dict[str, Any] = field(default_factory=dict)
 
 
@@ -125,19 +129,19 @@ def convert(
     before = outputs(model, probes)
     origin = Origin.of(model)
     digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        record = apply(model, recipe, edits)
-    record.digests = digests
-    if origin:
-        record.origin, record.revision = origin.name, origin.revision
-    certificate = compare(before, outputs(model, probes)) if certify else None
-    if certificate and recipe.exact_at_start and not certificate.exact:
-        revert(model)
-        raise CertificateError(
-            f"Recipe {recipe.name!r} should start exactly as the dense model, and does not: "
-            f"{certificate}. The dense model was given back."
-        )
+    with _dense_on_failure(model):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            record = apply(model, recipe, edits)
+        record.digests = digests
+        if origin:
+            record.origin, record.revision = origin.name, origin.revision
+        certificate = compare(before, outputs(model, probes)) if certify else None
+        if certificate and recipe.exact_at_start and not certificate.exact:
+            raise CertificateError(
+                f"Recipe {recipe.name!r} should start exactly as the dense model, and does not: "
+                f"{certificate}. The dense model was given back."
+            )
     report = Report(
         recipe=recipe.name,
         variant=recipe.variant,
@@ -148,6 +152,17 @@ def convert(
     )
     record.report = {"conversion": report.to_dict()}
     return report
+
+
+@contextmanager
+def _dense_on_failure(model: nn.Module) -> Iterator[None]:
+    """Give the dense model back when the block fails, however far it came."""
+    try:
+        yield
+    except BaseException:
+        if is_converted(model):
+            _take_out(model)
+        raise
 
 
 def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
@@ -220,9 +235,9 @@ def apply(
     # All layers are built before the first change, so that a failure leaves the model whole.
     record.layers = [build_layer(model, i, device="meta" if on_meta else None) for i in edits]
     record.devices = [_reference_tensor(item.donor).device for item in edits]
+    model.sparsecraft = record
     for item, layer in zip(edits, record.layers, strict=True):
         _install(model, item, layer, record.dense)
-    model.sparsecraft = record
     from sparsecraft.checkpoint import save_pretrained
 
     model.save_pretrained = functools.partial(save_pretrained, model)
@@ -282,12 +297,6 @@ def _install(
     model.set_submodule(site.path, layer)
 
 
-def new_bytes(model: nn.Module, plan: list[PlannedEdit]) -> int:
-    """Bytes of the parameters that a plan will add, counted without allocating them."""
-    layers = (build_layer(model, item, device="meta") for item in plan)
-    return sum(cost.bytes_of(layer) for layer in layers)
-
-
 def set_trainable(model: nn.Module, trains: tuple[str, ...]) -> list[str]:
     """Let exactly the parameters that `trains` names require gradients; return their names.
 
@@ -331,7 +340,8 @@ def revert(model: nn.Module) -> nn.Module:
     """
     record = conversion_of(model)
     shared = dense_tensors(model)
-    changed = [name for name, tensor in shared.items() if digest(tensor) != record.digests[name][1]]
+    known = {name: wanted for name, (_, wanted) in record.digests.items()}
+    changed = [name for name, tensor in shared.items() if digest(tensor) != known.get(name)]
     originals = _originals(model, record, changed)
     _take_out(model)
     with torch.no_grad():
@@ -345,7 +355,7 @@ def _originals(model: nn.Module, record: Conversion, names: list[str]) -> dict[s
     origin = Origin.find(record.origin, record.revision) if names else None
     found = {}
     for name in names:
-        dtype, wanted = record.digests[name]
+        dtype, wanted = record.digests.get(name, (None, None))
         tensor = origin.tensor(model, name) if origin else None
         if tensor is None or digest(tensor.to(dtype)) != wanted:
             where = f"its base {record.origin!r} no longer" if origin else "no base folder"
@@ -361,15 +371,24 @@ def _originals(model: nn.Module, record: Conversion, names: list[str]) -> dict[s
 def _take_out(model: nn.Module) -> None:
     """Put the dense modules back where they stood; their tensors are not touched."""
     record = conversion_of(model)
+    _follow(model, record)
     # In the reverse order of installation: an outer module has to be back before its parts.
     for path, module in reversed(record.dense.items()):
-        layer = model.get_submodule(path)
-        if isinstance(layer, MoELayer) and layer.place == "replace":
-            # A replaced module was out of the model's sight when that moved or was cast.
-            reference = next(layer.experts.parameters())
-            module.to(device=reference.device, dtype=reference.dtype)
         model.set_submodule(path, module)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in record.trainable)
     del model.sparsecraft
-    del model.save_pretrained
+    vars(model).pop("save_pretrained", None)
+
+
+def _follow(model: nn.Module, record: Conversion) -> None:
+    """Move and cast the replaced modules, which were out of sight when the model was."""
+    shared = dense_tensors(model)
+    now = {d: shared[name].dtype for name, (d, _) in record.digests.items() if name in shared}
+    for item, layer in zip(record.plan, record.layers, strict=True):
+        if item.edit.place != "replace":
+            continue
+        device = next(layer.experts.parameters()).device
+        for module in (record.dense[path] for path in item.site.members if path in record.dense):
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.data = tensor.data.to(device, now.get(tensor.dtype, tensor.dtype))

@@ -7,8 +7,6 @@ reason. Shapes: E experts, D width, F hidden width; experts.gate_up (E, 2F, D), 
 
 from __future__ import annotations
 
-import gc
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,8 @@ from torch import Tensor, nn
 
 from sparsecraft import cost
 from sparsecraft.certificate import compare, outputs, random_probe
-from sparsecraft.checkpoint import replacing, write_companions
 from sparsecraft.errors import ExportError, did_you_mean
+from sparsecraft.folder import EXPORT_RECORD, replacing, write_companions, write_json
 from sparsecraft.layer import dense_tensors
 from sparsecraft.recipe import FFNSpec
 from sparsecraft.surgery import conversion_of
@@ -54,30 +52,19 @@ def export(
     chosen = TARGETS[target]
     if reason := chosen.why_not(model):
         raise ExportError(f"This model has no exact form as {target}: {reason}")
-    config = chosen.config(model)
     tensors = chosen.to_target(model)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     cost.require(out, disk=size, memory=2 * size, task="Exporting")
     probes = [random_probe(model)]
     ours = outputs(model, probes)
     with replacing(out, overwrite) as folder:
-        exported_class = chosen.model_class()
-        with torch.device("meta"):
-            exported = exported_class(config)
-        exported.load_state_dict(tensors, strict=False, assign=True)
-        exported.tie_weights()
-        _check_complete(exported, tensors)
-        # None makes transformers write its per-expert names, which vLLM and llama.cpp read.
-        exported._weight_conversions = None
-        exported.save_pretrained(folder)
+        _write(chosen.model_class(), chosen.config(model), tensors, folder)
         write_companions(model, folder, tokenizer)
-        del exported, tensors
-        gc.collect()
-        dtype = ours[0].dtype
-        again = exported_class.from_pretrained(folder, dtype=dtype).to(model.device)
-        certificate = compare(ours, outputs(again, probes))
-        if certificate.max_difference > max(
-            EXPORT_TOLERANCE * certificate.scale, certificate.tolerance
+        again = chosen.model_class().from_pretrained(folder, dtype=ours[0].dtype)
+        certificate = compare(ours, outputs(again.to(model.device), probes))
+        if (
+            certificate.max_difference
+            > EXPORT_TOLERANCE * certificate.scale + certificate.tolerance
         ):
             raise ExportError(
                 f"The exported {target} model differs from ours: {certificate}. Nothing was kept."
@@ -89,10 +76,22 @@ def export(
             "scale": certificate.scale,
             "parameters": cost.count(again).total,
         }
-        (folder / "sparsecraft_export.json").write_text(json.dumps(record, indent=2) + "\n")
-        for path in folder.iterdir():
-            path.chmod(0o644)  # transformers writes weights for the owner alone
+        write_json(folder / EXPORT_RECORD, record)
     return record
+
+
+def _write(model_class: type, config: Any, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Let transformers write `tensors` in its own format, under the names on its disk."""
+    with torch.device("meta"):
+        exported = model_class(config)
+    exported.load_state_dict(tensors, strict=False, assign=True)
+    exported.tie_weights()
+    _check_complete(exported, tensors)
+    # None makes transformers write its per-expert names, which vLLM and llama.cpp read.
+    exported._weight_conversions = None
+    exported.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # transformers writes weights for the owner alone
 
 
 class MixtralTarget:

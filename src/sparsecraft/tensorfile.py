@@ -70,7 +70,10 @@ def read(path: Path) -> Iterator[tuple[str, Tensor]]:
     """
     try:
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            names = list(file.keys())
+        for name in names:
+            # Opened anew each time: one memory map would keep every page it has touched.
+            with safe_open(path, "pt") as file:
                 yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); copy or save it again.") from None

@@ -10,7 +10,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ from trl import SFTConfig
 from sparsecraft import checkpoint, cost, hub
 from sparsecraft import data as data_module
 from sparsecraft.errors import DataError, SparsecraftError, did_you_mean
+from sparsecraft.folder import check_free
 from sparsecraft.layer import dense_name
 from sparsecraft.options import TrainOptions
 from sparsecraft.recipe import Stage
-from sparsecraft.surgery import conversion_of, set_trainable
+from sparsecraft.surgery import Conversion, conversion_of, set_trainable
 from sparsecraft.trainers import Progress, RoutedSeq2SeqTrainer, RoutedSFTTrainer, RoutedTrainer
 
 log = logging.getLogger("sparsecraft")
@@ -84,7 +86,7 @@ def train(
         data: files, folders or hub datasets; see `sparsecraft.data`.
         out: the checkpoint folder to write. The state for `resume` is kept beside it, in
             `OUT.training`, until the run is complete.
-        tokenizer: by default the checkpoint's or the base's own.
+        tokenizer: by default the checkpoint's or the base's own; one that is given is saved.
         resume: continue from the last state in `OUT.training`, exactly.
         overwrite: replace an existing folder once the new one is complete.
         options: fields of `sparsecraft.options.TrainOptions`, such as `steps` and `weights`.
@@ -93,45 +95,59 @@ def train(
         DataError, CheckpointError, ResourceError: before anything is written.
     """
     asked, out = _options(options), Path(out)
-    if isinstance(model, (str, Path)):
-        tokenizer = tokenizer or hub.load_tokenizer(model)
-        model = checkpoint.load(model)
+    model = checkpoint.load(model) if isinstance(model, (str, Path)) else model
     record = conversion_of(model)
-    checkpoint.check_free(out, overwrite)
+    check_free(out, overwrite)
     states = out.with_name(f"{out.name}.training")
     _check_states(states, resume)
-    own_tokenizer = tokenizer
-    tokenizer = tokenizer or _tokenizer_of(record.origin)
+    reads = tokenizer or _tokenizer_of(record)
     for number, stage in enumerate(record.recipe.stages):
         settings = _settings(model, stage, asked)
-        dataset, counts = _dataset(model, data, tokenizer, settings)
+        dataset, counts = _dataset(model, data, reads, settings)
         _prepare_parameters(model, stage)
-        untouched = _configurations(model)
         log.info(_needs(model, settings, out))
-        trainer = _trainer(
-            model, stage, settings, dataset, tokenizer, states / f"{number}-{stage.name}"
-        )
-        report = _run(trainer, settings, counts, out, resume)
-        history = {
-            "stage": stage.name,
-            "steps": report.steps,
-            "loss": report.loss,
-            "settings": dataclasses.asdict(settings),
-            "counts": counts,
-            "log": trainer.state.log_history,
-        }
+        with _untouched(model):
+            folder = states / f"{number}-{stage.name}"
+            trainer = _trainer(model, stage, settings, dataset, reads, folder)
+            report = _run(trainer, settings, counts, out, resume)
+        history = _history(trainer, stage, settings, report)
         record.report.setdefault("training", []).append(history)
-        # SFTTrainer patches the model's forward with its fused head, and the trainers write the
-        # tokenizer's special tokens into the configuration: give back what was there.
-        model.__dict__.pop("forward", None)
-        for configuration, fields in untouched:
-            configuration.__dict__ = fields
     model.eval()
     if trainer.is_world_process_zero():
-        checkpoint.save(model, out, overwrite=overwrite, tokenizer=own_tokenizer)
+        checkpoint.save(model, out, overwrite=overwrite, tokenizer=tokenizer)
         shutil.rmtree(states, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return report
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Give back what trainers leave changed.
+
+    SFTTrainer patches the model's forward with its fused head, and both write the tokenizer's
+    special tokens into the configurations.
+    """
+    configurations = [c for c in (model.config, getattr(model, "generation_config", None)) if c]
+    fields = [copy.deepcopy(c.__dict__) for c in configurations]
+    try:
+        yield
+    finally:
+        vars(model).pop("forward", None)
+        for configuration, before in zip(configurations, fields, strict=True):
+            configuration.__dict__ = before
+
+
+def _history(
+    trainer: Any, stage: Stage, settings: TrainOptions, report: TrainReport
+) -> dict[str, Any]:
+    return {
+        "stage": stage.name,
+        "steps": report.steps,
+        "loss": report.loss,
+        "settings": dataclasses.asdict(settings),
+        "counts": report.counts,
+        "log": trainer.state.log_history,
+    }
 
 
 def _options(options: dict[str, Any]) -> TrainOptions:
@@ -208,12 +224,6 @@ def _settings(model: nn.Module, stage: Stage, asked: TrainOptions) -> TrainOptio
         router_learning_rate=settings.learning_rate if router is None else router,
         micro_batch=settings.micro_batch or min(settings.batch_size, fits),
     )
-
-
-def _configurations(model: nn.Module) -> list[tuple[Any, dict[str, Any]]]:
-    """The model's configuration objects with copies of their fields."""
-    found = (model.config, getattr(model, "generation_config", None))
-    return [(c, copy.deepcopy(c.__dict__)) for c in found if c is not None]
 
 
 def _prepare_parameters(model: nn.Module, stage: Stage) -> None:
@@ -322,8 +332,9 @@ def _task(model: nn.Module) -> str:
     )
 
 
-def _tokenizer_of(origin: str | None) -> Any:
-    tokenizer = hub.load_tokenizer(hub.resolve(origin)) if origin else None
+def _tokenizer_of(record: Conversion) -> Any:
+    folder = record.folder or (record.origin and hub.resolve(record.origin, record.revision))
+    tokenizer = hub.load_tokenizer(folder) if folder else None
     if tokenizer is None:
         raise DataError("The model came without a tokenizer; pass tokenizer=...")
     return tokenizer

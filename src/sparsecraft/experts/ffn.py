@@ -37,12 +37,16 @@ class FFNExperts(Experts):
             "down": donor.down_weight(),
             "down_bias": donor.down_bias(),
         }.items():
-            self.register_parameter(name, None if tensor is None else _copies(tensor, self.num_experts))
+            self.register_parameter(
+                name, None if tensor is None else _copies(tensor, self.num_experts)
+            )
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         first, first_bias = self._first()
         hidden = F.linear(x, first[e].to(x.dtype), _row(first_bias, e, x.dtype))
-        y = F.linear(self._activate(hidden), self.down[e].to(x.dtype), _row(self.down_bias, e, x.dtype))
+        y = F.linear(
+            self._activate(hidden), self.down[e].to(x.dtype), _row(self.down_bias, e, x.dtype)
+        )
         return F.dropout(y, self.output_dropout, self.training)
 
     def two_layer(self, dtype: torch.dtype) -> TwoLayer:
@@ -80,10 +84,10 @@ class FFNExperts(Experts):
 
 
 def _copies(tensor: Tensor, count: int) -> nn.Parameter:
-    """`count` views of one tensor; a single one is copied at once, as its writes would go through."""
-    tensor = tensor.detach()
-    single = tensor.clone(memory_format=torch.contiguous_format)[None]
-    return nn.Parameter(single if count == 1 else tensor.expand(count, *tensor.shape))
+    """`count` views of one tensor, or a copy if one: writes to a single view would go through."""
+    # In one layout from the start: a GEMM on GPT-2's transposed weights rounds differently.
+    tensor = tensor.detach().contiguous()
+    return nn.Parameter(tensor.clone()[None] if count == 1 else tensor.expand(count, *tensor.shape))
 
 
 def _row(bias: Tensor | None, e: int, dtype: torch.dtype) -> Tensor | None:

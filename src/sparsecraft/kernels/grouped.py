@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsecraft.experts.base import Experts
+from sparsecraft.kernels.fused import combine, plan
 from sparsecraft.routing import Routing
 
 # grouped_mm wants every row to start on a 16-byte boundary.
@@ -22,6 +23,8 @@ def why_not_grouped(bank: Experts, x_TI: Tensor) -> str | None:
     dtype = compute_dtype(x_TI)
     if x_TI.is_cuda and dtype != torch.bfloat16:
         return f"grouped_mm on CUDA takes bfloat16 and the tokens are {dtype}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"grouped_mm takes no {dtype}"
     net = bank.two_layer(dtype)
     if net is None:
         return f"{type(bank).__name__} has no two-layer form"
@@ -43,19 +46,18 @@ def grouped(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = F
     """Two grouped GEMMs; the base model's own tensors are never repeated K times."""
     x_TI = x_TI.to(compute_dtype(x_TI))
     net = bank.two_layer(x_TI.dtype)
-    num_experts, (T, K) = bank.num_experts, routing.indices_TK.shape
+    num_experts, K = bank.num_experts, routing.indices_TK.shape[1]
 
     # "No expert" slots go to the last expert with weight zero: rows beyond the last offset would
     # be left uninitialized by grouped_mm, and a compaction would need a host synchronization.
     filled_TK = routing.indices_TK < num_experts
     weights_TK = routing.weights_TK * filled_TK
-    expert_S, order_S = routing.indices_TK.clamp(max=num_experts - 1).flatten().sort(stable=True)
-    experts_E = torch.arange(num_experts, device=x_TI.device)
-    ends_E = torch.searchsorted(expert_S, experts_E, right=True).to(torch.int32)
-    slot_TK = torch.empty_like(order_S).scatter_(
-        0, order_S, torch.arange(T * K, device=x_TI.device)
-    )
-    weight_S1 = weights_TK.flatten()[order_S, None].mul(net.scale).to(x_TI.dtype)
+    expert_TK = routing.indices_TK.clamp(max=num_experts - 1)
+    ends_E, order_S, slot_TK = plan(expert_TK, num_experts)
+    scaled_TK = weights_TK if net.scale == 1.0 else weights_TK * net.scale
+    weight_S1 = _Permute.apply(scaled_TK.flatten(), order_S, slot_TK)[:, None].to(x_TI.dtype)
+    biased = net.first_bias_EM is not None or net.second_bias_EO is not None
+    expert_S = expert_TK.flatten()[order_S] if biased else None
 
     x_SI = _Scatter.apply(x_TI, order_S, slot_TK, K)
     if net.input_dropout:
@@ -75,7 +77,10 @@ def grouped(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = F
         y_SO = y_SO + net.second_bias_EO[expert_S]
     if net.output_dropout:
         y_SO = F.dropout(y_SO, net.output_dropout)
-    y_TO = _Combine.apply(y_SO if early else y_SO * weight_S1, order_S, slot_TK, K)
+    y_SO = y_SO if early else y_SO * weight_S1
+    if net.residual and sums_to_one:
+        return _Combine.apply(y_SO, x_TI, order_S, slot_TK, K)
+    y_TO = _Combine.apply(y_SO, None, order_S, slot_TK, K)
     return add_residual(y_TO, x_TI, weights_TK, sums_to_one) if net.residual else y_TO
 
 
@@ -84,6 +89,24 @@ def add_residual(y_TO: Tensor, x_TO: Tensor, weights_TK: Tensor, sums_to_one: bo
     if sums_to_one:
         return y_TO + x_TO
     return y_TO + x_TO * weights_TK.sum(-1, keepdim=True).to(x_TO.dtype)
+
+
+class _Permute(torch.autograd.Function):
+    """w_S -> w_S[order]. Its gradient is the inverse gather, not an accumulating index_put."""
+
+    @staticmethod
+    def forward(w_S, order_S, slot_TK):
+        return w_S[order_S]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, order_S, slot_TK = inputs
+        ctx.save_for_backward(order_S, slot_TK)
+
+    @staticmethod
+    def backward(ctx, grad_S):
+        order_S, slot_TK = ctx.saved_tensors
+        return _Permute.apply(grad_S, slot_TK, order_S), None, None
 
 
 class _Scatter(torch.autograd.Function):
@@ -104,21 +127,23 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_SI):
-        return _Combine.apply(grad_SI, *ctx.saved_tensors, ctx.K), None, None, None
+        return _Combine.apply(grad_SI, None, *ctx.saved_tensors, ctx.K), None, None, None
 
 
 class _Combine(torch.autograd.Function):
-    """y_SO -> y_TO, the sum of each token's K slots. Its gradient is `_Scatter`."""
+    """y_SO -> y_TO, the sum of each token's K slots, plus x_TO. Its gradient is `_Scatter`."""
 
     @staticmethod
-    def forward(y_SO, order_S, slot_TK, K):
-        return y_SO[slot_TK].view(-1, K, y_SO.shape[-1]).sum(1)
+    def forward(y_SO, x_TO, order_S, slot_TK, K):
+        return combine(y_SO, slot_TK, K, x_TO)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, order_S, slot_TK, ctx.K = inputs
+        _, x_TO, order_S, slot_TK, ctx.K = inputs
+        ctx.residual = x_TO is not None
         ctx.save_for_backward(order_S, slot_TK)
 
     @staticmethod
     def backward(ctx, grad_TO):
-        return _Scatter.apply(grad_TO, *ctx.saved_tensors, ctx.K), None, None, None
+        grad_SO = _Scatter.apply(grad_TO, *ctx.saved_tensors, ctx.K)
+        return grad_SO, grad_TO if ctx.residual else None, None, None, None

