@@ -112,7 +112,7 @@ def prepare(
     if packing:
         mixed = pack(mixed, max_length, seed)
         counts["packs"] = len(mixed)
-    log.info("data: %s", ", ".join(f"{value} {key}" for key, value in counts.items()))
+    log.info("data: %s", ", ".join(f"{value} {key}" for key, value in counts.items() if value))
     return mixed, dict(counts)
 
 
