@@ -1,0 +1,23 @@
+"""Tables for the pages in this folder: Markdown between two markers, made from the JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+BEGIN, END = "<!-- tables: written by the script -->", "<!-- end of tables -->"
+
+
+def markdown(header: list[str], rows: list[list]) -> str:
+    """A Markdown table; None becomes a dash."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join("-" if c is None else str(c) for c in r) + " |" for r in lines
+    )
+
+
+def insert(page: Path, tables: str) -> None:
+    """Put `tables` between the markers of `page`; the reading around them stays."""
+    text = page.read_text() if page.exists() else f"# {page.stem}\n\n{BEGIN}\n{END}\n"
+    head, _, rest = text.partition(BEGIN)
+    tail = rest.partition(END)[2]
+    page.write_text(f"{head}{BEGIN}\n\n{tables.strip()}\n\n{END}{tail}")
