@@ -18,7 +18,10 @@ from sparsecraft.routing import Routing
 
 @dataclass(frozen=True, slots=True)
 class TwoLayer:
-    """The form that the fast paths understand: scale * second(activate(first(x))) (+ x)."""
+    """The form that the fast paths understand: scale * second(activate(first(x))).
+
+    A residual bank adds x.
+    """
 
     first_EMI: Tensor
     second_EOH: Tensor
@@ -26,7 +29,6 @@ class TwoLayer:
     first_bias_EM: Tensor | None = None
     second_bias_EO: Tensor | None = None
     scale: float = 1.0
-    residual: bool = False
     input_dropout: float = 0.0
     output_dropout: float = 0.0
 
@@ -38,6 +40,7 @@ class Experts(nn.Module, ABC):
         num_experts: E.
         out_features: O.
         dispatch: `auto`, `loop`, `grouped` or `dense`; see `sparsecraft.kernels`.
+        residual: every expert is x plus something; see `loop`.
         dense_tokens: up to this many tokens, `auto` computes all experts at once; small banks
             set it, because fewer launches are worth more there than fewer multiplications.
     """
@@ -45,6 +48,7 @@ class Experts(nn.Module, ABC):
     num_experts: int
     out_features: int
     dispatch: str = "auto"
+    residual: bool = False
     dense_tokens: int = 0
 
     @abstractmethod
@@ -74,13 +78,19 @@ class Experts(nn.Module, ABC):
 
 
 def loop(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = False) -> Tensor:
-    """The specification: one expert at a time, on the tokens that chose it."""
-    y_TO = x_TI.new_zeros(x_TI.shape[0], bank.out_features)
+    """The specification: one expert at a time, on the tokens that chose it.
+
+    Where the weights are known to sum to one, sum_k w_k (x + A_k) is computed as
+    x + sum_k w_k ((x + A_k) - x), so that x passes through without rounding.
+    """
+    passes = bank.residual and sums_to_one
+    y_TO = x_TI if passes else x_TI.new_zeros(x_TI.shape[0], bank.out_features)
     for e in range(bank.num_experts):
         tokens, slots = torch.where(routing.indices_TK == e)
         if tokens.numel() == 0:
             continue
         weight = routing.weights_TK[tokens, slots, None].to(x_TI.dtype)
-        y = bank.expert(e, x_TI[tokens]) * weight
-        y_TO = y_TO.index_add(0, tokens, y.to(y_TO.dtype))
+        x = x_TI[tokens]
+        y = bank.expert(e, x) - x if passes else bank.expert(e, x)
+        y_TO = y_TO.index_add(0, tokens, (y * weight).to(y_TO.dtype))
     return y_TO

@@ -22,9 +22,10 @@ class AdapterExperts(Experts):
     `up` starts at zero, so that every expert starts as the identity.
     """
 
-    # On two CPU cores and on an H200 all experts at once beat sorting up to about this many
-    # tokens (benchmarks/pesc_layer.md).
-    dense_tokens = 64
+    residual = True
+    # The largest count at which all experts at once lose nowhere on an H200, with a CUDA graph or
+    # without (benchmarks/pesc_layer.md).
+    dense_tokens = 128
 
     def __init__(self, spec: AdapterSpec, width: int, *, device=None, dtype=None):
         super().__init__()
@@ -50,7 +51,6 @@ class AdapterExperts(Experts):
             second_EOH=self.up.to(dtype),
             activate=self.activation,
             scale=self.scale,
-            residual=True,
             input_dropout=self.dropout if self.training else 0.0,
         )
 

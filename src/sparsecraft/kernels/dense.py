@@ -38,4 +38,4 @@ def dense(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = Fal
         y_ETO = F.dropout(y_ETO, net.output_dropout)
     weights_ET1 = weights_TE.t().mul(net.scale).to(x_TI.dtype)[..., None]
     y_TO = (y_ETO * weights_ET1).sum(0)
-    return add_residual(y_TO, x_TI, weights_TK, sums_to_one) if net.residual else y_TO
+    return add_residual(y_TO, x_TI, weights_TK, sums_to_one) if bank.residual else y_TO

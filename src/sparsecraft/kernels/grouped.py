@@ -25,7 +25,8 @@ def why_not_grouped(bank: Experts, x_TI: Tensor) -> str | None:
         return f"grouped_mm on CUDA takes bfloat16 and the tokens are {dtype}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"grouped_mm takes no {dtype}"
-    net = bank.two_layer(dtype)
+    # In the bank's own dtype: only shapes are read here, and a cast would copy the bank.
+    net = bank.two_layer(next(bank.parameters()).dtype)
     if net is None:
         return f"{type(bank).__name__} has no two-layer form"
     if bank.num_experts > 1 and 0 in (net.first_EMI.stride(0), net.second_EOH.stride(0)):
@@ -78,10 +79,10 @@ def grouped(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = F
     if net.output_dropout:
         y_SO = F.dropout(y_SO, net.output_dropout)
     y_SO = y_SO if early else y_SO * weight_S1
-    if net.residual and sums_to_one:
+    if bank.residual and sums_to_one:
         return _Combine.apply(y_SO, x_TI, order_S, slot_TK, K)
     y_TO = _Combine.apply(y_SO, None, order_S, slot_TK, K)
-    return add_residual(y_TO, x_TI, weights_TK, sums_to_one) if net.residual else y_TO
+    return add_residual(y_TO, x_TI, weights_TK, sums_to_one) if bank.residual else y_TO
 
 
 def add_residual(y_TO: Tensor, x_TO: Tensor, weights_TK: Tensor, sums_to_one: bool) -> Tensor:
