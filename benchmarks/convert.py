@@ -72,8 +72,9 @@ def main() -> None:
         f"Command: `python benchmarks/convert.py --runs {runs}`; {machine}. float32, certificate,\n"
         "save and read-back included; the package's files were in the page cache.\n\n"
         + "\n".join(lines)
-        + "\n\nPeers, measured earlier on a machine of the same size, same four copies: MixtureKit\n"
-        "15.9 s, mergekit-moe 20.9 to 24.6 s and 2.19 GB; neither certifies nor reads back.\n"
+        + "\n\nPeers, measured earlier on a machine of this size, the same four copies:\n"
+        "MixtureKit 15.9 s, mergekit-moe 20.9 to 24.6 s and 2.19 GB; neither certifies nor\n"
+        "reads back.\n"
     )
     (HERE / "convert.md").write_text(page)
     print(page)

@@ -54,12 +54,12 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def llama() -> transformers.LlamaForCausalLM:
+def llama(width: int = 32) -> transformers.LlamaForCausalLM:
     torch.manual_seed(1)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer()),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -72,9 +72,9 @@ def llama() -> transformers.LlamaForCausalLM:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def save_dense(folder: Path) -> str:
+def save_dense(folder: Path, width: int = 32) -> str:
     """A dense model folder as from_pretrained reads it: weights, tokenizer, license."""
-    llama().save_pretrained(folder)
+    llama(width).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     return str(folder)

@@ -8,6 +8,8 @@ private method of Trainer stands under "Private hooks".
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -139,6 +141,17 @@ class RoutedTrainerMixin:
         folder = Path(resume_from_checkpoint)
         model = self.accelerator.unwrap_model(self.model if model is None else model)
         read_tensors(model, folder / WEIGHTS, (folder / "digest").read_text(), in_place=True)
+
+
+@contextmanager
+def adapters_known(model: torch.nn.Module) -> Iterator[None]:
+    """Tell Trainer that a quantized model has something to train: it knows PEFT's adapters only."""
+    if getattr(model, "is_quantized", False):
+        model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        vars(model).pop("_hf_peft_config_loaded", None)
 
 
 class RoutedSFTTrainer(RoutedTrainerMixin, SFTTrainer):

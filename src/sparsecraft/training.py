@@ -35,7 +35,13 @@ from sparsecraft.layer import dense_name
 from sparsecraft.options import TrainOptions
 from sparsecraft.recipe import Stage
 from sparsecraft.surgery import Conversion, conversion_of, set_trainable
-from sparsecraft.trainers import Progress, RoutedSeq2SeqTrainer, RoutedSFTTrainer, RoutedTrainer
+from sparsecraft.trainers import (
+    Progress,
+    RoutedSeq2SeqTrainer,
+    RoutedSFTTrainer,
+    RoutedTrainer,
+    adapters_known,
+)
 
 log = logging.getLogger("sparsecraft")
 
@@ -106,7 +112,7 @@ def train(
         dataset, counts = _dataset(model, data, reads, settings)
         _prepare_parameters(model, stage)
         log.info(_needs(model, settings, out))
-        with _untouched(model):
+        with _untouched(model), adapters_known(model):
             folder = states / f"{number}-{stage.name}"
             trainer = _trainer(model, stage, settings, dataset, reads, folder)
             report = _run(trainer, settings, counts, out, resume)
@@ -237,9 +243,13 @@ def _prepare_parameters(model: nn.Module, stage: Stage) -> None:
         for name, parameter in model.named_parameters():
             if not name.startswith(f"{model.base_model_prefix}."):
                 parameter.requires_grad_(True)
+    _float32_masters(model)
+
+
+def _float32_masters(model: nn.Module) -> None:
+    """Steps of 1e-4 relative size vanish in bf16; the layers compute in their input's dtype."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            # Steps of 1e-4 relative size vanish in bf16; the layers compute in their input's dtype.
             parameter.data = parameter.data.float()
 
 
@@ -280,6 +290,7 @@ def _trainer(
     for callback in (PrinterCallback, ProgressCallback):  # they write to standard output
         trainer.remove_callback(callback)
     trainer.stage, trainer.router_learning_rate = stage, settings.router_learning_rate
+    _float32_masters(model)  # SFTTrainer rounds what trains on a quantized base to bf16
     return trainer
 
 
