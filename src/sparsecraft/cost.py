@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 
@@ -84,27 +84,17 @@ def require(folder: Path, disk: int, memory: int, task: str) -> str:
             swap and memory maps make it a guess.
     """
     existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
-    free_disk, free_memory = shutil.disk_usage(existing).free, available_memory()
+    free_disk, free_memory = shutil.disk_usage(existing).free, psutil.virtual_memory().available
     if disk > free_disk:
         raise ResourceError(
             f"{task} needs {gigabytes(disk)} of disk at {folder} and {gigabytes(free_disk)} "
             "are free; free some space or choose another --out."
         )
-    short = free_memory is not None and memory > free_memory
-    known = "unknown" if free_memory is None else gigabytes(free_memory)
     line = (
-        f"{task} needs about {gigabytes(memory)} of memory ({known} free) and "
+        f"{task} needs about {gigabytes(memory)} of memory ({gigabytes(free_memory)} free) and "
         f"{gigabytes(disk)} of disk ({gigabytes(free_disk)} free)."
     )
-    return line + (" MEMORY MAY NOT SUFFICE." if short else "")
-
-
-def available_memory() -> int | None:
-    """Free main memory in bytes, or None where the system does not tell."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None
+    return line + (" MEMORY MAY NOT SUFFICE." if memory > free_memory else "")
 
 
 def gigabytes(size: int) -> str:
