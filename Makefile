@@ -32,12 +32,13 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The methods table of the README, from the recipes themselves.
+# What the recipes say of themselves; the README's table must agree with it.
 docs: install
 	$(BIN)/sparsecraft methods
 
-bench:
-	@cat benchmarks/README.md
+# The benchmark that needs no GPU; benchmarks/README.md lists the others.
+bench: model
+	$(BIN)/python benchmarks/convert.py
 
 clean:
 	rm -rf .venv runs build dist

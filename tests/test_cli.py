@@ -262,6 +262,16 @@ def test_smollm2_becomes_camelidae_exactly_and_answers(run, tmp_path):
             assert (out / name).read_bytes() == (hub.resolve("smollm2") / name).read_bytes()
 
 
+@pytest.mark.smollm2
+def test_smollm2_upcycled_is_within_a_ten_thousandth(run, tmp_path):
+    if not hub.alias_folder("smollm2").exists():
+        pytest.skip("`make test` fetches SmolLM2 first; its cache folder is empty")
+    out = tmp_path / "upcycled"
+    run("convert", "upcycling", "--model", "smollm2", "--out", out, "--num-experts", "4")
+    certificate = json.loads((out / "report.json").read_text())["conversion"]["certificate"]
+    assert certificate["max_difference"] <= 1e-4 and certificate["scale"] > 30
+
+
 @pytest.mark.slow
 def test_the_demo_lowers_every_held_out_loss(run, tmp_path):
     text = run("demo", "--out", tmp_path / "demo")

@@ -161,6 +161,26 @@ def test_a_folder_is_read_by_split(tmp_path):
         data.load_rows(tmp_path, "test")
 
 
+def test_split_words_are_whole_words(tmp_path, tok, caplog):
+    names = ("constraints", "latest", "math", "retrieval")
+    for name in names:
+        write(tmp_path / f"{name}.jsonl", {"text": name})
+    for split in ("train", "test"):  # no file has a split word: all are taken
+        assert tuple(data.load_rows(tmp_path, split)["text"]) == names
+    assert not caplog.records
+    write(tmp_path / "math_Test-0.jsonl", {"text": "t"})
+    write(tmp_path / "math.val.jsonl.gz", {"text": "v"})
+    assert tuple(data.load_rows(tmp_path)["text"]) == names
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().endswith("the split 'train': math.val.jsonl.gz, math_Test-0.jsonl")
+    for split, text in {"test": "t", "validation": "v", "valid": "v"}.items():
+        assert data.load_rows(tmp_path, split)["text"] == [text]
+    # A single file is read whole, whatever its name and the split.
+    for name in ("math.jsonl", "math.val.jsonl.gz"):
+        assert data.prepare(tmp_path / name, tok, split="test")[1]["rows"] == 1
+
+
 @pytest.mark.parametrize(
     ("bad", "found"),
     [
@@ -175,6 +195,13 @@ def test_a_folder_is_read_by_split(tmp_path):
         ({"conversations": []}, "non-empty list"),
         ({"prompt": "q", "completion": ""}, "content ''"),
         ({"text": "t", "label": "good"}, "label is 'good'"),
+        ({"text": "t", "label": -1}, "label is -1"),
+        ({"text": "t", "label": True}, "label is True"),
+        ({"text": "t", "label": 2**63}, "label is 9223372036854775808"),
+        ({"text": "a\ud800"}, r"lone surrogate '\\ud800' stands at character 1"),
+        ({"messages": [{"role": "user", "content": "\udfff"}, REPLY]}, "lone surrogate"),
+        ({"instruction": "q", "input": "\ud800", "output": "a"}, "lone surrogate"),
+        ('{"text": "a", "x": ' + "[" * 200_000 + "]" * 200_000 + "}", "nested too deeply"),
         ({"text": 3}, "not text"),
     ],
 )
@@ -183,6 +210,28 @@ def test_a_bad_row_names_file_and_line(tmp_path, bad, found):
     path = write(tmp_path / "rows.jsonl", good, "", good, bad)
     with pytest.raises(DataError, match=rf"rows\.jsonl, line 4: .*{found}"):
         data.load_rows(path)
+
+
+def test_a_deeply_nested_json_document_names_its_line(tmp_path):
+    deep = "[" * 200_000 + "]" * 200_000
+    for content in (f'[{{"text": "[[["}},\n\n {deep}]', f'{{"text": "a"}}\n\n{deep}\n'):
+        (tmp_path / "a.json").write_text(content)
+        with pytest.raises(DataError, match=r"a\.json, line 3: .*nested too deeply"):
+            data.load_rows(tmp_path / "a.json")
+
+
+def test_what_is_no_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", {"text": "of the current folder"})
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in ("/dev/null", tmp_path / "pipe.jsonl"):
+        with pytest.raises(DataError, match="neither a regular file nor a folder"):
+            data.load_rows(path)
+    for read in (data.load_rows, data.load_choices):
+        for name in ("", " "):
+            with pytest.raises(DataError, match=f"data path is '{name}'"):
+                read(name)
+    assert len(data.load_rows(".")) == 1
 
 
 def test_a_bad_parquet_row_is_numbered(tmp_path):
@@ -216,7 +265,14 @@ def test_bad_files(tmp_path):
 def test_load_choices(tmp_path):
     row = {"prompt": "2 + 2?", "choices": ["3", "4"], "answer": 1, "task": "sum"}
     assert data.load_choices(write(tmp_path / "a.jsonl.gz", row)) == [row]
-    for change in ({"prompt": ""}, {"choices": ["4"]}, {"choices": ["", "4"]}, {"answer": 2}):
+    for change in (
+        {"prompt": ""},
+        {"prompt": "\ud800"},
+        {"choices": ["4"]},
+        {"choices": ["", "4"]},
+        {"choices": ["\ud800", "4"]},
+        {"answer": 2},
+    ):
         with pytest.raises(DataError, match=r"b\.jsonl, line 2"):
             data.load_choices(write(tmp_path / "b.jsonl", row, row | change))
 
@@ -368,9 +424,13 @@ def test_mix_by_weight():
     assert sorted(map(tuple, data.mix(parts(3, 4))["input_ids"])) == sorted(
         tuple(row) for part in parts(3, 4) for row in part["input_ids"]
     )
-    for weights in ([1, 1], [1, 1, 0]):
+    for weights in ([1, 1], [1, 1, 0], [1, 1, -1], [1, 1, float("inf")], [1, 1, float("nan")]):
         with pytest.raises(DataError, match="one number above 0"):
             data.mix(parts(3, 4, 5), weights)
+    for weights in ([1e-9, 1], [1, 1e-320], [200, 1]):
+        with pytest.raises(DataError, match=r"out of the 7 read, more than 100 times"):
+            data.mix(parts(3, 4), weights)
+    assert len(data.mix(parts(1, 1), [199, 1])) == 200
 
 
 # ------------------------------------------------------------------ pack, collate
@@ -466,6 +526,10 @@ def test_as_batches(tmp_path, tok):
     ] * 2
     with pytest.raises(DataError, match="a tokenizer is needed"):
         next(data.as_batches(str(path)))
+    with pytest.raises(DataError, match=r"^data is a\.jsonl: a tokenizer"):
+        next(data.as_batches(("a.jsonl",)))
+    with pytest.raises(DataError, match=r"^data is a\.jsonl, b\.jsonl: a tokenizer"):
+        next(data.as_batches(["a.jsonl", "b.jsonl"]))
     for bad in (3, [torch.ones(4)], ["x", 3]):
         with pytest.raises(DataError, match="data"):
             next(data.as_batches(bad))

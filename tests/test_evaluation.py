@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 
 import cases
 import sparsecraft as sc
 import tiny
-from sparsecraft import data
+from sparsecraft import data, evaluation
+from sparsecraft.analysis.report import edit_lines
 from sparsecraft.analysis.routing import first_choices_E, load_entropy, mutual_information
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.routing import Routing
@@ -171,3 +174,112 @@ def test_first_choices_entropy_and_information():
     assert mutual_information(torch.eye(2) * 7) == pytest.approx(1)
     assert mutual_information(torch.ones(3, 4)) == pytest.approx(0)
     assert mutual_information(torch.eye(3)) == pytest.approx(math.log2(3))
+
+
+def classifier(**changes) -> transformers.BertForSequenceClassification:
+    config = cases.FAMILIES["bert"].config()
+    config.vocab_size, config.num_labels = len(tiny.tokenizer()), 3
+    config.update(changes)
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+def test_tasks_without_a_held_out_loss_are_refused(tmp_path):
+    choice = tiny.write_rows(tmp_path / "choice.jsonl", [choice_row("x", ["a", "b"], 0)])
+    for name, task in (("bert", "encoder"), ("vit", "image")):
+        with pytest.raises(SparsecraftError, match=f"is an {task} model.*ForCausalLM"):
+            sc.evaluate(cases.dense(name), [cases.batch(name, labels=True)])
+    with pytest.raises(SparsecraftError, match="is an encoder model"):
+        sc.evaluate(cases.dense("bert"), choices=choice, tokenizer=tiny.tokenizer())
+    with pytest.raises(SparsecraftError, match=r"is a classifier.*text and label"):
+        sc.evaluate(classifier(), choices=choice, tokenizer=tiny.tokenizer())
+    for model in (cases.dense("t5"), classifier()):
+        with pytest.raises(DataError, match="no labels"):
+            sc.evaluate(model, [torch.arange(3, 15).view(2, 6)])
+
+
+def test_classes_that_the_classifier_lacks_are_named(tmp_path):
+    rows = [{"text": f"say {w}", "label": i % 3} for i, w in enumerate(tiny.WORDS)]
+    path = tiny.write_rows(tmp_path / "good.jsonl", rows)
+    found = sc.evaluate(classifier(), path, tokenizer=tiny.tokenizer())["loss"][path]
+    assert found["rows"] == 10 and 0 <= found["accuracy"] <= 1
+    rows[4]["label"] = 3
+    path = tiny.write_rows(tmp_path / "bad.jsonl", rows)
+    with pytest.raises(DataError, match=r"bad\.jsonl has the label 3 .*num_labels=3"):
+        sc.evaluate(classifier(), path, tokenizer=tiny.tokenizer())
+    batch = {"input_ids": torch.arange(3, 15).view(2, 6), "labels": torch.tensor([0, -1])}
+    with pytest.raises(DataError, match=r"data has the label -1 "):
+        sc.evaluate(classifier(), [batch])
+
+
+def test_load_entropy_is_of_all_slots_and_of_real_tokens(tmp_path, model):
+    rows = tiny.chat_rows(6)
+    rows[3]["messages"][1]["content"] = "a much longer answer " * 3
+    path = tiny.write_rows(tmp_path / "a.jsonl", rows)
+    found = sc.evaluate(model, path, tokenizer=tiny.tokenizer())["routing"]
+    counts: dict[str, torch.Tensor] = {}
+    for row in rows:  # one by one: no padding
+        ids = torch.tensor([data.encode(row, tiny.tokenizer())["input_ids"]])
+        with sc.trace(model) as traced, torch.no_grad():
+            model(ids)
+        for layer, routing in traced.items():
+            slots = torch.bincount(routing.indices_TK.flatten(), minlength=4).double()
+            counts[layer] = counts.get(layer, 0) + slots
+    expected = [load_entropy(count) for count in counts.values()]
+    assert found["load_entropy"] == pytest.approx(sum(expected) / len(expected), abs=1e-6)
+    assert found["load_entropy_min"] == pytest.approx(min(expected), abs=1e-6)
+
+
+def test_one_expert_has_an_even_load_and_json_holds_no_nan(tmp_path):
+    model = tiny.llama()
+    sc.convert(model, sc.recipes.upcycling(num_experts=1, top_k=1))
+    files = [tiny.write_rows(tmp_path / f"{n}.jsonl", tiny.chat_rows(2)) for n in "ab"]
+    found = sc.evaluate(model, files, tokenizer=tiny.tokenizer())
+    assert found["routing"]["load_entropy"] == found["routing"]["load_entropy_min"] == 1
+    assert json.dumps(found, allow_nan=False)
+    model.lm_head.weight.data[5] = math.nan
+    with pytest.raises(SparsecraftError, match="not finite"):
+        sc.evaluate(model, files, tokenizer=tiny.tokenizer())
+
+
+def test_max_length_stays_within_the_positions(tmp_path):
+    model = cases.dense("gpt2")
+    model.resize_token_embeddings(len(tiny.tokenizer()))
+    rows = tiny.chat_rows(3)
+    rows[0]["messages"][1]["content"] = "long " * 60
+    path = tiny.write_rows(tmp_path / "a.jsonl", rows)
+    for length in (None, cases.POSITIONS):
+        found = sc.evaluate(model, path, tokenizer=tiny.tokenizer(), max_length=length)
+        assert found["loss"][path]["dropped"] == 1 and found["loss"][path]["rows"] == 2
+    with pytest.raises(DataError, match="max_length is 65 and GPT2LMHeadModel has 64 positions"):
+        sc.evaluate(model, path, tokenizer=tiny.tokenizer(), max_length=65)
+    with pytest.raises(DataError, match="max_length is 1;"):
+        sc.evaluate(model, path, tokenizer=tiny.tokenizer(), max_length=1)
+
+
+def test_positions():
+    assert evaluation.positions_of(cases.dense("opt")) == cases.POSITIONS
+    assert evaluation.positions_of(cases.dense("t5")) is None
+    config = transformers.RobertaConfig(
+        **cases.BERT_LIKE, vocab_size=96, max_position_embeddings=20, pad_token_id=1
+    )
+    model = transformers.RobertaForSequenceClassification(config).eval()
+    assert evaluation.positions_of(model) == 18
+    model(torch.full((1, 18), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, 19), 5))
+
+
+@pytest.mark.parametrize("limit", [0, -2])
+def test_limits_below_one_are_refused(tmp_path, model, limit):
+    path = tiny.write_rows(tmp_path / "a.jsonl", tiny.chat_rows(2))
+    choice = tiny.write_rows(tmp_path / "choice.jsonl", [choice_row("x", ["a", "b"], 0)])
+    for where in ({"data": path}, {"choices": choice}):
+        with pytest.raises(SparsecraftError, match=f"limit is {limit}; .* at least 1"):
+            sc.evaluate(model, **where, tokenizer=tiny.tokenizer(), limit=limit)
+
+
+def test_edits_say_where_they_stand():
+    recipe = sc.recipes.camelidae(num_experts=4, lora_rank=0)
+    assert "4 adapter after every ffn, router" in edit_lines(recipe)[0]
+    recipe = sc.recipes.camelidae(num_experts=4, lora_rank=0, paths="model.layers.1.mlp")
+    assert "4 adapter after ffn at model.layers.1.mlp, router" in edit_lines(recipe)[0]

@@ -12,6 +12,7 @@ import sparsecraft as sc
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "sparsecraft"
+README = (ROOT / "README.md").read_text()
 FILES = sorted(SOURCE.rglob("*.py"))
 MODULES = {str(p.relative_to(SOURCE).with_suffix("")).replace("/", "."): p for p in FILES}
 
@@ -23,6 +24,7 @@ RANKS = (
     ("experts", "routers", "kernels", "data", "losses"),
     ("layer",),
     ("cost", "certificate", "origin", "tensorfile"),
+    ("planning",),
     ("surgery",),
     ("folder",),
     ("checkpoint", "preflight"),
@@ -171,3 +173,38 @@ def test_the_readme_shows_the_tree():
     top = {package(m) for m in MODULES} - {"__init__", "__main__"}
     missing = sorted(n for n in top if f"{n}.py" not in readme and f"{n}/" not in readme)
     assert not missing, f"README.md does not mention {', '.join(missing)}"
+
+
+def test_the_methods_table_of_the_readme_agrees_with_the_recipes():
+    from sparsecraft.recipe import facts
+
+    rows = {
+        cells[0].split("`")[1]: cells
+        for line in README.splitlines()
+        if line.startswith("| [`")
+        for cells in [[cell.strip() for cell in line.strip("|").split("|")]]
+    }
+    assert set(rows) == set(sc.recipes.__all__)
+    for name, (_, _, placement, experts, router, exact) in rows.items():
+        recipe = sc.recipes.__dict__[name]()
+        for edit in recipe.edits:
+            assert {"replace": "replaces"}.get(edit.place, edit.place) in placement
+        assert str(recipe.edits[0].experts.num_experts) in experts
+        routed = recipe.edits[0].router
+        assert (f"top-{routed.top_k}" in router) if routed else router == "none"
+        assert exact.startswith("yes" if name != "upcycling" else "if renormalized")
+        assert facts(recipe)["exact_at_start"] == "yes"
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    import tiny
+
+    block = README.split("```python\n")[1].split("```")[0]
+    base = tiny.save_dense(tmp_path / "dense")
+    for name in ("math", "code"):
+        tiny.write_rows(tmp_path / f"{name}.jsonl", tiny.chat_rows())
+    monkeypatch.chdir(tmp_path)
+    block = block.replace('"smollm2"', repr(base)).replace("steps=100", "steps=1, max_length=64")
+    names: dict = {}
+    exec(block, names)
+    assert names["model"].sparsecraft.recipe.name == "camelidae"

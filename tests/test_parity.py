@@ -14,7 +14,7 @@ from cases import LLAMA_LIKE, RECIPES, D, E, batch, dense, logits, randomize_new
 from reference import papers
 from sparsecraft.donor import find_sites
 from sparsecraft.layer import MoELayer
-from sparsecraft.surgery import build_layer, plan
+from sparsecraft.planning import build_layer, plan
 
 PATHS = pytest.mark.parametrize("path", ["loop", "grouped", "dense"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -211,3 +212,20 @@ def test_published_defaults():
 
 def test_stages_default_to_experts_and_router():
     assert Stage().trains == ("experts", "router")
+
+
+def test_values_that_make_no_sense_are_refused():
+    for changes in (
+        {"learning_rate": -1.0},
+        {"batch_size": 0},
+        {"warmup_ratio": 7.0},
+        {"losses": {"switch": float("nan")}},
+        {"router.temperature": float("inf")},
+        {"num_experts": 2.5},
+    ):
+        with pytest.raises(RecipeError):
+            sc.override(sc.recipes.upcycling(), changes)
+    with pytest.raises(RecipeError, match="variant"):
+        sc.recipes.camelidae(variant="Released")
+    with pytest.raises(RecipeError, match="no stages"):
+        dataclasses.replace(sc.recipes.upcycling(), stages=())

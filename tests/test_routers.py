@@ -111,8 +111,6 @@ def test_a_trace_holds_the_latest_routing_of_every_routed_layer():
         assert first.indices_TK.shape == (inputs["input_ids"].numel(), 2)
         model(input_ids=inputs["input_ids"][:1])
         assert len(routing) == 2 and len(routing[names[0]].indices_TK) == 12, "overwritten"
-        routing.clear()
-        assert len(routing) == 0
         model(**inputs)
     assert torch.equal(routing[names[0]].logits_TE, first.logits_TE), "readable after the block"
     layers = [model.get_submodule(name) for name in names]

@@ -22,6 +22,7 @@ from cases import (
     logits,
     randomize_new,
 )
+from sparsecraft.certificate import compare
 from sparsecraft.donor import find_sites, view
 from sparsecraft.errors import (
     CertificateError,
@@ -32,10 +33,10 @@ from sparsecraft.errors import (
     SurgeryError,
 )
 from sparsecraft.experts import AdapterExperts, FFNExperts
-from sparsecraft.layer import MoELayer, dense_name
+from sparsecraft.layer import MoELayer, dense_name, matches
 from sparsecraft.preflight import needs
 from sparsecraft.recipe import AdapterSpec, Edit, FFNSpec, LoRASpec, Recipe, RouterSpec, Stage
-from sparsecraft.surgery import conversion_of, matches, set_trainable
+from sparsecraft.surgery import conversion_of, set_trainable
 
 ADAPTERS = AdapterSpec(num_experts=E, dim=16)
 ROUTER = RouterSpec(top_k=2)
@@ -119,7 +120,8 @@ def test_an_edit_inside_attention_lives_beside_a_replaced_network():
 
 def test_what_else_is_refused():
     model, router = dense("llama"), Edit(experts=FFNSpec(num_experts=E), router=ROUTER)
-    refused(RecipeError, model, recipe_of(), "'mine' has no edits")
+    with pytest.raises(RecipeError, match="'mine' has no edits"):
+        recipe_of()
     stage = Stage(losses={"swich": 1.0})
     refused(RecipeError, model, recipe_of(router, stages=(stage,)), "'swich'", "'switch'")
     stage = Stage(trains=("nothing.*",))
@@ -480,7 +482,9 @@ def test_a_trained_base_without_a_folder_is_not_reverted():
         for parameter in model.parameters():
             parameter.data = parameter + 0.01
     after, modules = logits(model, inputs), list(model.modules())
-    with pytest.raises(SurgeryError, match=r"tensors shared .* changed .*no base folder") as caught:
+    with pytest.raises(
+        SurgeryError, match=r"tensors of the dense model .*no base folder"
+    ) as caught:
         sc.revert(model)
     assert "embed_tokens" in str(caught.value)
     assert list(model.modules()) == modules
@@ -548,3 +552,33 @@ def test_a_deep_copy_is_a_model_of_its_own(recipe):
     sc.revert(twin)
     assert torch.equal(logits(twin, inputs), logits(dense("llama"), inputs))
     assert torch.equal(logits(model, inputs), before)
+
+
+def test_a_nested_trace_leaves_the_outer_one_alone():
+    model, inputs = dense("llama"), batch("llama")
+    sc.convert(model, RECIPES["camelidae"].make())
+    with sc.trace(model) as outer:
+        model(**inputs)
+        with sc.trace(model) as inner:
+            model(**inputs)
+        assert len(outer) == len(inner) == 2
+        model(**inputs)
+        assert len(outer) == 2
+    assert all(layer.routing is None for layer in model.modules() if isinstance(layer, MoELayer))
+
+
+def test_a_nan_in_any_probe_is_no_equality():
+    zeros = torch.zeros(2, 3)
+    certificate = compare([zeros, zeros], [zeros, torch.full((2, 3), float("nan"))])
+    assert not certificate.exact and certificate.max_difference != 0
+
+
+def test_what_is_no_model_or_no_recipe_is_refused():
+    for model, recipe in (
+        (dense("llama"), "camelidae"),
+        (dense("llama"), sc.recipes.camelidae),
+        (torch.nn.Linear(2, 2), sc.recipes.camelidae()),
+        (None, sc.recipes.camelidae()),
+    ):
+        with pytest.raises(SurgeryError, match="a transformers model and a recipe"):
+            sc.convert(model, recipe)

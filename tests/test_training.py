@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,7 +165,7 @@ def test_resume_continues_exactly(tmp_path, rows, monkeypatch, packing):
             raise Interrupted
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(trainers.Progress, "on_step_end", interrupt)
+        patch.setattr(trainers.ProgressBar, "on_step_end", interrupt)
         sc.train(converted(), rows, tmp_path / "out", tokenizer=tiny.tokenizer(), **options)
     assert not (tmp_path / "out").exists()
     states = tmp_path / "out.training" / "0-train" / "checkpoint-5"
@@ -325,3 +328,112 @@ def test_activation_checkpointing_changes_nothing(tmp_path, rows):
         sc.train(model, rows, out, tokenizer=tiny.tokenizer(), **options)
         found.append(parameters(model)["model.layers.1.mlp.experts.up"])
     assert torch.allclose(found[0], found[1], atol=1e-6)
+
+
+def interrupted(tmp_path, rows, monkeypatch, at=8, **options):
+    """A run killed at step `at`, with a state every 5 steps."""
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == at:
+            raise Interrupted
+
+    options = {**FAST, "save_every": 5, **options}
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(trainers.ProgressBar, "on_step_end", interrupt)
+        sc.train(converted(), rows, tmp_path / "out", tokenizer=tiny.tokenizer(), **options)
+    return options
+
+
+def test_a_run_is_resumed_with_its_own_arguments_only(tmp_path, rows, monkeypatch):
+    options = interrupted(tmp_path, rows, monkeypatch)
+    other = tiny.write_rows(tmp_path / "other.jsonl", tiny.chat_rows(30))
+    again = {"tokenizer": tiny.tokenizer(), "resume": True}
+    for changes in ({"learning_rate": 0.5}, {"seed": 1}, {"batch_size": 2}, {"steps": 20}):
+        name = next(iter(changes))
+        with pytest.raises(SparsecraftError, match=f"another {name}"):
+            sc.train(converted(), rows, tmp_path / "out", **again, **{**options, **changes})
+    with pytest.raises(SparsecraftError, match="another data"):
+        sc.train(converted(), other, tmp_path / "out", **again, **options)
+    with pytest.raises(SparsecraftError, match="another recipe"):
+        sc.train(converted(balance_coef=0.5), rows, tmp_path / "out", **again, **options)
+    moved = converted()
+    cases.randomize_new(moved)
+    with pytest.raises(SparsecraftError, match="another starting tensors"):
+        sc.train(moved, rows, tmp_path / "out", **again, **options)
+
+
+def test_a_state_cut_short_is_passed_over(tmp_path, rows, monkeypatch):
+    whole = converted()
+    sc.train(
+        whole, rows, tmp_path / "whole", tokenizer=tiny.tokenizer(), **{**FAST, "save_every": 5}
+    )
+    options = interrupted(tmp_path, rows, monkeypatch)
+    states = tmp_path / "out.training" / "0-train"
+    for number, missing in ((10, "trainer_state.json"), (11, "optimizer.pt")):
+        shutil.copytree(states / "checkpoint-5", states / f"checkpoint-{number}")
+        (states / f"checkpoint-{number}" / missing).unlink()
+    model = converted()
+    sc.train(model, rows, tmp_path / "out", tokenizer=tiny.tokenizer(), resume=True, **options)
+    assert torch.equal(model.model.layers[0].mlp.experts.up, whole.model.layers[0].mlp.experts.up)
+
+
+def test_a_run_whose_save_failed_is_resumed_from_its_end(tmp_path, rows, monkeypatch):
+    whole = converted()
+    sc.train(whole, rows, tmp_path / "whole", tokenizer=tiny.tokenizer(), **FAST)
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError):
+        patch.setattr("sparsecraft.checkpoint.write_companions", no_space)
+        sc.train(converted(), rows, tmp_path / "out", tokenizer=tiny.tokenizer(), **FAST)
+    model = converted()
+    report = sc.train(
+        model, rows, tmp_path / "out", tokenizer=tiny.tokenizer(), resume=True, **FAST
+    )
+    assert report.steps == 12 and report.loss > 1
+    for name, value in parameters(model).items():
+        assert torch.equal(value, whole.get_parameter(name)), name
+
+
+def no_space(*args, **kwargs):
+    raise OSError("No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "expected"), [(6, 4, (3, 2)), (7, 4, (1, 7)), (8, 8, (8, 1))]
+)
+def test_the_batch_is_the_one_asked_for(rows, batch, micro, expected):
+    trainer = make_trainer(converted(), rows, batch_size=batch, micro_batch=micro)
+    found = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
+    assert found == expected
+
+
+def test_odd_options_are_refused(tmp_path, rows):
+    odd = [("learning_rate", -1), ("learning_rate", float("nan")), ("steps", 2.5), ("epochs", 0)]
+    for name, value in [*odd, ("seed", -1), ("log_every", 0), ("max_length", 4096)]:
+        with pytest.raises(SparsecraftError, match=name):
+            sc.train(
+                converted(), rows, tmp_path / "out", tokenizer=tiny.tokenizer(), **{name: value}
+            )
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_two_processes_train_as_one(tmp_path, rows):
+    base = tiny.save_dense(tmp_path / "dense")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    sc.convert(model, recipe(dropout=0.0))
+    sc.save(model, tmp_path / "camelid")
+    options = ["--steps", "3", "--batch-size", "4", "--micro-batch", "2", "--max-length", "64",
+               "--learning-rate", "1e-2", "--no-packing", "--no-progress"]  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+              "--master-port", "29611", "-m", "sparsecraft"]  # fmt: skip
+    command = ["train", str(tmp_path / "camelid"), "--data", rows, *options]
+    two = [*launch, *command, "--out", str(tmp_path / "two")]
+    done = subprocess.run(two, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Saved and read back") == 1
+    from sparsecraft import cli
+
+    assert cli.main([*command, "--out", str(tmp_path / "one")]) == 0
+    one, other = sc.load(tmp_path / "one"), sc.load(tmp_path / "two")
+    for name, value in parameters(one).items():
+        assert torch.allclose(value, other.get_parameter(name), atol=2e-4), name
+    up = "model.layers.0.mlp.experts.up"
+    assert (parameters(one)[up] - parameters(model)[up]).abs().max() > 1e-3

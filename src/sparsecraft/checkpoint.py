@@ -17,14 +17,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 import sparsecraft
 from sparsecraft import cost, hub, tensorfile
 from sparsecraft.errors import CheckpointError, HubError, SparsecraftError
 from sparsecraft.folder import (
+    COMPANIONS,
     MANIFEST,
     json_digest,
     read_json,
+    read_manifest,
     readme,
     replacing,
     write_companions,
@@ -32,9 +35,10 @@ from sparsecraft.folder import (
 )
 from sparsecraft.layer import dense_name, dense_tensors, unique_tensors
 from sparsecraft.origin import Origin, combine, digest
-from sparsecraft.recipe import FORMAT_VERSION, Recipe, from_json, to_json
+from sparsecraft.planning import plan
+from sparsecraft.recipe import FORMAT_VERSION, from_json, to_json
 from sparsecraft.recipe import override as override_recipe
-from sparsecraft.surgery import apply, conversion_of, plan
+from sparsecraft.surgery import apply, conversion_of
 
 WEIGHTS = "moe.safetensors"
 
@@ -46,6 +50,7 @@ def save(
     standalone: bool = False,
     overwrite: bool = False,
     tokenizer: Any = None,
+    keep: tuple[str, ...] = (),
 ) -> Path:
     """Write a converted model as a checkpoint folder.
 
@@ -54,13 +59,16 @@ def save(
             for a model that cannot be built from a base on disk (another head, another size).
         overwrite: replace an existing folder once the new one is complete.
         tokenizer: written beside the model; by default the base's own files are copied.
+        keep: globs of files of an existing folder that win over ours.
 
     Raises:
         SurgeryError: the model is dense.
         CheckpointError: the folder exists, or the disk gives back other bytes than were written.
         ResourceError: the disk is too small.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     record = conversion_of(model)
+    _check_loadable(model)
     out = Path(out)
     origin = None if standalone else Origin.find(record.origin, record.revision)
     if origin is not None and not origin.holds(model, _dense_shapes(model)):
@@ -69,7 +77,7 @@ def save(
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     cost.require(out, disk=size, memory=0, task="Saving")
     config = _config(model)
-    with replacing(out, overwrite) as folder:
+    with replacing(out, overwrite, keep, foreign=bool(keep)) as folder:
         weights_digest = tensorfile.write(folder / WEIGHTS, tensors)
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -80,8 +88,11 @@ def save(
                 "name": origin.name,
                 "revision": origin.revision,
                 "fingerprint": origin.fingerprint(),
-                "dtype": str(_base_dtype(model)).removeprefix("torch."),
+                "dtype": _word(_base_dtype(model)),
             },
+            "base_card": record.base_card,
+            # What `revert` compares with, where there is no base to read the originals from.
+            "dense": None if origin else {n: [_word(d), h] for n, (d, h) in record.digests.items()},
             "tensors": weights_digest,
             "config": json_digest(config),
         }
@@ -114,20 +125,12 @@ def load(
         CheckpointError: the folder is incomplete, edited or truncated, or stands on another base.
         RecipeError: a newer format, or an impossible override.
     """
-    folder = Path(folder)
+    folder, dtype = Path(folder), _dtype(dtype)
     manifest = read_manifest(folder)
-    recipe = from_json(manifest["recipe"])
-    if override:
-        recipe = override_recipe(recipe, override)
+    recipe = override_recipe(from_json(manifest["recipe"]), override or {})
     origin = _find_base(folder, manifest["base"], base)
     # Not the base folder's: the model may have been loaded with other settings.
-    saved_config = read_json(folder / "config.json")
-    if json_digest(saved_config) != manifest["config"]:
-        raise CheckpointError(
-            f"{folder / 'config.json'} was edited after it was written; undo the edit, and pass "
-            "settings of the dense model as arguments of sc.load instead."
-        )
-    config = base_config(saved_config)
+    config = base_config(_checked_config(folder, manifest))
     config.update({key: kwargs.pop(key) for key in list(kwargs) if key in config.to_dict()})
     if origin is None:
         model = _from_config(folder, config, device_map, kwargs)
@@ -140,32 +143,76 @@ def load(
             config=config,
             **kwargs,
         )
+    digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
     record = apply(model, recipe, plan(model, recipe), on_meta=True)
-    record.digests = _snapshot(model) if origin else {}
-    record.origin, record.revision = (origin.name, origin.revision) if origin else (None, None)
+    if origin is None:
+        digests = {n: (getattr(torch, d), h) for n, (d, h) in manifest["dense"].items()}
+    else:
+        record.origin, record.revision = origin.name, origin.revision
+    record.digests, record.base_card = digests, manifest["base_card"]
     record.folder, record.report = folder.absolute(), read_json(folder / "report.json")
     read_tensors(model, folder / WEIGHTS, manifest["tensors"], complete=origin is None)
-    if origin is None and _keeps_dense(recipe):
-        record.digests = _snapshot(model)
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     if dtype is not None:
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         # Not model.to(dtype): that would round the rotary frequencies, which are not saved.
         for tensor in unique_tensors(model).values():
             tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
     return model.eval()
 
 
+def _checked_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    config = read_json(folder / "config.json")
+    if json_digest(config) != manifest["config"]:
+        raise CheckpointError(
+            f"{folder / 'config.json'} was edited after it was written; undo the edit, and pass "
+            "settings of the dense model as arguments of sc.load instead."
+        )
+    return config
+
+
 def save_pretrained(model: nn.Module, save_directory: str | Path, **kwargs: Any) -> None:
     """What `model.save_pretrained` does once the model is converted: write our checkpoint."""
-    known = {"is_main_process", "safe_serialization", "standalone", "tokenizer"}
-    if unknown := sorted(set(kwargs) - known):
+    ours = {"standalone", "tokenizer"}
+    # What transformers' own takes and what changes nothing about a checkpoint of ours.
+    ignored = {
+        "is_main_process",
+        "safe_serialization",
+        "max_shard_size",
+        "save_peft_format",
+        "token",
+    }
+    given = {name for name, value in kwargs.items() if value not in (None, False)}
+    if unknown := sorted(given - ours - ignored):
         raise SparsecraftError(
             f"save_pretrained of a converted model does not take {', '.join(unknown)}; "
             "use sc.save(model, dir)."
         )
     if kwargs.get("is_main_process", True):
-        chosen = {k: v for k, v in kwargs.items() if k in ("standalone", "tokenizer")}
-        save(model, save_directory, overwrite=True, **chosen)
+        chosen = {name: kwargs[name] for name in ours & given}
+        # As in transformers: into a folder of the user's too, beside a tokenizer saved before.
+        save(model, save_directory, overwrite=True, keep=COMPANIONS, **chosen)
+
+
+def _check_loadable(model: nn.Module) -> None:
+    """Refuse what `load` could not build again: a class or a tie that the config cannot tell."""
+    description = {"architectures": [type(model).__name__], "model_type": model.config.model_type}
+    try:
+        found = hub.model_class(description)
+    except HubError:
+        found = None
+    if found is not type(model):
+        raise CheckpointError(
+            f"{type(model).__name__} is no class of transformers, so that a checkpoint of it could "
+            "not be loaded again; save a model of a transformers class."
+        )
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    head = model.get_output_embeddings() if tied else None
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        raise CheckpointError(
+            "The configuration says tie_word_embeddings=True and the head has a weight of its own; "
+            "set model.config.tie_word_embeddings = False, or tie them."
+        )
 
 
 def new_or_changed(model: nn.Module, origin: Origin | None) -> dict[str, torch.Tensor]:
@@ -174,8 +221,8 @@ def new_or_changed(model: nn.Module, origin: Origin | None) -> dict[str, torch.T
     for name, tensor in unique_tensors(model).items():
         dense = dense_name(model, name)
         if dense is not None and origin is not None:
-            if not tensor.is_floating_point():
-                continue  # quantized from the base, never trained
+            if conversion_of(model).recipe.base_quantization and not tensor.is_floating_point():
+                continue  # packed from the base, never trained
             original = origin.tensor(model, dense)
             if original is not None and digest(original.to(tensor.dtype)) == digest(tensor):
                 continue
@@ -231,15 +278,18 @@ def read_tensors(
         )
 
 
-def _snapshot(model: nn.Module) -> dict[str, tuple[torch.dtype, str]]:
-    """Dense name -> dtype and digest, for `revert`; of a converted model what it shares."""
-    return {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _keeps_dense(recipe: Recipe) -> bool:
-    """Whether a checkpoint of this recipe holds every dense tensor as it was."""
-    trains = {word for stage in recipe.stages for word in stage.trains}
-    return trains <= {"experts", "router"} and all(e.place != "replace" for e in recipe.edits)
+def _dtype(asked: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating dtype from what the user asked; None and "auto" keep what was saved."""
+    found = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    if asked is None or asked == "auto":
+        return None
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise CheckpointError(f"dtype is {asked!r}; it must be a floating type such as 'bfloat16'.")
+    return found
 
 
 def _devices(model: nn.Module) -> dict[str, torch.device]:
@@ -266,31 +316,6 @@ def _assign(model: nn.Module, name: str, tensor: torch.Tensor, device: torch.dev
         module._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=old.requires_grad)
     else:
         old.data = tensor.to(device)  # in place, so that whatever is tied to it stays tied
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The contents of recipe.json, checked against its own digest.
-
-    Raises:
-        CheckpointError: it is missing, no JSON, of another format, or edited.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is no sparsecraft checkpoint: it has no {MANIFEST}.")
-    manifest = read_json(path)
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format_version {version!r} and this sparsecraft reads {FORMAT_VERSION}; "
-            "upgrade sparsecraft."
-        )
-    claimed = manifest.pop("digest", None)
-    if claimed != json_digest(manifest):
-        raise CheckpointError(
-            f"{path} was edited after it was written; undo the edit and pass the change as "
-            "sc.load(dir, override={...}) instead."
-        )
-    return manifest
 
 
 def _find_base(folder: Path, saved: dict[str, Any] | None, base: str | None) -> Origin | None:
@@ -347,7 +372,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
     return {
         "model_type": "sparsecraft",
         "architectures": inner["architectures"],
-        "dtype": str(_base_dtype(model)).removeprefix("torch."),
+        "dtype": _word(_base_dtype(model)),
         "base_config": inner,
     }
 

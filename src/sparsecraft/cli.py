@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import os
 import sys
 import typing
 from collections.abc import Callable
@@ -86,14 +87,24 @@ def _convert(recipe: Any, options: ConvertOptions) -> None:
     from sparsecraft.folder import check_free
     from sparsecraft.recipe import override
 
-    changes = dict(_assignment(text) for text in options.set)
-    recipe = override(recipe, changes) if changes else recipe
+    for text in options.set:
+        if "=" not in text:
+            raise SparsecraftError(f"--set takes field=value; {text!r} has no '='.")
+    recipe = override(recipe, dict(text.split("=", 1) for text in options.set))
     check_free(options.out, options.overwrite)
+    if options.device != "cpu" and not torch.cuda.is_available():
+        raise SparsecraftError(
+            f"--device {options.device}: torch sees no such device here; use cpu."
+        )
     folder = hub.resolve(options.model)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    needs = preflight.needs(folder, recipe, dtype)
+    needs = preflight.needs(folder, recipe, dtype, data=bool(options.data))
     disk = needs.new + (needs.base if options.standalone else 0)
-    _say(cost.require(options.out, disk=disk, memory=needs.base + needs.new, task="Conversion"))
+    _say(
+        cost.require(
+            options.out, disk=disk, memory=sum(dataclasses.astuple(needs)), task="Conversion"
+        )
+    )
     model = hub.load_dense(
         options.model,
         dtype=dtype,
@@ -133,13 +144,17 @@ def train(argv: list[str]) -> None:
     """Train a converted model on chat, text or classification rows."""
     command = _parse(TrainCommand, "train", argv)
     _quiet()
+    import torch
+
     from sparsecraft import checkpoint, training
     from sparsecraft.folder import check_free
 
     check_free(command.out, command.overwrite)
-    model = checkpoint.load(
-        command.folder, dtype=None if command.dtype == "saved" else command.dtype
-    )
+    model = checkpoint.load(command.folder)
+    if command.dtype != "saved":
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(getattr(torch, command.dtype))
     options = {f.name: getattr(command, f.name) for f in dataclasses.fields(TrainOptions)}
     report = training.train(
         model,
@@ -166,7 +181,7 @@ def evaluate(
     tasks: Paths = (),
     json: Path | None = None,
     limit: int | None = None,
-    max_length: int = 1024,
+    max_length: int | None = None,
 ) -> None:
     """Held-out loss, rank classification and lm-eval tasks of a checkpoint or a dense model.
 
@@ -182,11 +197,13 @@ def evaluate(
     import json as json_module
 
     from rich.console import Console
-    from rich.table import Table
 
     from sparsecraft import evaluation, generation
+    from sparsecraft.analysis.report import result_tables
 
     _quiet()
+    if json and not (json.absolute().parent.is_dir() and not json.is_dir()):
+        raise DataError(f"--json {json} cannot be written; name a file in an existing folder.")
     if not (data or choice or tasks):
         raise DataError("There is nothing to evaluate on; pass --data, --choice or --tasks.")
     model, tokenizer = generation.load_any(folder)
@@ -194,19 +211,12 @@ def evaluate(
         model, data or None, choices=choice, tasks=tasks, tokenizer=tokenizer,
         max_length=max_length, limit=limit,
     )  # fmt: skip
-    for kind in ("loss", "choice", "tasks"):
-        rows = results.get(kind, {})
-        if not rows:
-            continue
-        keys = list(dict.fromkeys(key for row in rows.values() for key in row))
-        table = Table(kind, *keys, box=None, header_style="bold", pad_edge=False)
-        for name, row in rows.items():
-            table.add_row(name, *(_number(row.get(key, "")) for key in keys))
+    for table in result_tables(results):
         Console().print(table)
     for key, value in results.get("routing", {}).items():
         _say(f"{key}: {value:.3f}")
     if json:
-        json.write_text(json_module.dumps(results, indent=2, default=str) + "\n")
+        json.write_text(json_module.dumps(results, indent=2, default=str, allow_nan=False) + "\n")
 
 
 def generate(
@@ -235,10 +245,8 @@ def generate(
     model, tokenizer = generation.load_generator(folder)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    text = generation.answer(
-        model, tokenizer, messages, max_new_tokens=max_new_tokens, temperature=temperature,
-        stream=stream, seed=seed,
-    )  # fmt: skip
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "stream": stream}
+    text = generation.answer(model, tokenizer, messages, seed=seed, **options)
     if not stream:
         print(text)
 
@@ -271,10 +279,8 @@ def chat(
             return
         messages.append({"role": "user", "content": line})
         print("model: ", end="", flush=True)
-        text = generation.answer(
-            model, tokenizer, messages, max_new_tokens=max_new_tokens, temperature=temperature,
-            stream=True,
-        )  # fmt: skip
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        text = generation.answer(model, tokenizer, messages, stream=True, **options)
         messages.append({"role": "assistant", "content": text})
 
 
@@ -363,10 +369,14 @@ def main(argv: list[str] | None = None) -> int:
             VERBS[verb](rest)
         else:
             _parse(VERBS[verb], verb, rest)
-    except SparsecraftError as error:
+    except BrokenPipeError:  # `sparsecraft methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (SparsecraftError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("interrupted; a training run continues with --resume.", file=sys.stderr)
         return 130
     return 0
 
@@ -385,16 +395,6 @@ def _quiet() -> None:
     transformers_logging.set_verbosity_error()
 
 
-def _assignment(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise SparsecraftError(f"--set takes field=value; {text!r} has no '='.")
-    return key, value
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
 def _say(text: str) -> None:
-    print(text, flush=True)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, one speaks
+        print(text, flush=True)

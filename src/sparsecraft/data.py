@@ -8,6 +8,7 @@ public functions are re-exported here.
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,6 +50,8 @@ __all__ = [
 ]
 
 log = logging.getLogger("sparsecraft")
+
+MAX_REPEATS = 100  # of the rows read: a mixed epoch beyond it comes from a mistaken weight
 
 # What becomes of rows that do not train as they are: keys of the counts.
 TOO_LONG, TRUNCATED, NO_TARGET = "too_long", "truncated", "no_trainable_token"
@@ -163,19 +166,28 @@ def mix(
     epoch is the shortest that holds those rates and still every row of every source; a source that
     is too small for its share is sampled again, each of its rows equally often up to one. Without
     weights: every row once. (`datasets.interleave_datasets` draws, so its rates are approximate,
-    and with "first_exhausted" it drops rows.) Raises DataError for bad weights.
+    and with "first_exhausted" it drops rows.) Raises DataError for bad weights and for such as
+    make the epoch more than 100 times the rows of the sources.
     """
     from datasets import concatenate_datasets
 
     if weights is not None:
-        if len(weights) != len(parts) or not all(weight > 0 for weight in weights):
+        if len(weights) != len(parts) or not all(0 < weight < math.inf for weight in weights):
             raise DataError(
-                f"weights {list(weights)} for {len(parts)} sources: one number above 0 per source."
+                f"weights {list(weights)} for {len(parts)} sources: one number above 0, and "
+                "finite, per source."
             )
         rng = random.Random(seed)
         rows_per_weight = max(
             len(part) / weight for part, weight in zip(parts, weights, strict=True)
         )
+        read, wanted = sum(map(len, parts)), sum(weight * rows_per_weight for weight in weights)
+        if wanted > MAX_REPEATS * read:
+            raise DataError(
+                f"weights {list(weights)} make an epoch of {wanted:.3g} rows out of the {read} "
+                f"read, more than {MAX_REPEATS} times as many; choose weights closer to the "
+                f"sources' sizes ({', '.join(str(len(part)) for part in parts)})."
+            )
         parts = [
             part.select(_resample(len(part), round(weight * rows_per_weight), rng))
             for part, weight in zip(parts, weights, strict=True)
@@ -261,7 +273,8 @@ def as_batches(
     )
     if isinstance(data, (str, Path)) or paths:
         if tokenizer is None:
-            raise DataError(f"data is the path {str(data)!r}: a tokenizer is needed to read it.")
+            names = ", ".join(map(str, data)) if paths else str(data)
+            raise DataError(f"data is {names}: a tokenizer is needed to read it.")
         rows, _ = prepare(data, tokenizer, max_length=max_length, seed=seed, task=task)
         for start in range(0, len(rows), batch_size):
             part = rows.select(range(start, min(start + batch_size, len(rows))))

@@ -85,7 +85,16 @@ def _loader_class(auto_class: str) -> type:
             kwargs["attn_implementation"] = config._attn_implementation
         return checkpoint.load(folder, dtype=None if dtype == "auto" else dtype, **kwargs)
 
+    def from_config(cls, config, **kwargs):
+        from sparsecraft.errors import CheckpointError
+
+        raise CheckpointError(
+            f"{auto_class}.from_config would give a sparsecraft model random weights; build the "
+            "dense model from its own configuration and call sc.convert."
+        )
+
     members = {
+        "_from_config": classmethod(from_config),
         "config_class": _config_class(),
         "from_pretrained": classmethod(from_pretrained),
         "__doc__": f"Loads a sparsecraft checkpoint for {auto_class}.",

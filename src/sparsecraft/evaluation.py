@@ -5,6 +5,7 @@ Auxiliary losses never enter: they belong to training.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,10 +22,11 @@ from sparsecraft.analysis.routing import first_choices_E, load_entropy, mutual_i
 from sparsecraft.certificate import evaluation_mode
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.origin import Origin
-from sparsecraft.routing import trace
+from sparsecraft.routing import Routing, trace
 
 # Tokens in one forward pass: the logits of a large vocabulary in float32 are the largest tensor.
 BATCH_TOKENS = 4096
+DEFAULT_MAX_LENGTH = 1024
 
 
 def evaluate(
@@ -34,39 +36,48 @@ def evaluate(
     choices: str | Path | Sequence[str | Path] = (),
     tasks: Sequence[str] = (),
     tokenizer: Any = None,
-    max_length: int = 1024,
+    max_length: int | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
     """Measure a model.
 
     Args:
         model: any transformers model, converted or dense, or a checkpoint folder.
-        data: files to take the held-out loss on, each by itself; or an iterable of (B, S) token
-            ids or of dicts of model inputs.
+        data: files to take the held-out loss on, each by itself; or an iterable of dicts of model
+            inputs or, for causal models, of (B, S) token ids.
         choices: files of rows `prompt`, `choices`, `answer`, `template`, for rank classification.
         tasks: names of lm-eval tasks (needs `sparsecraft[eval]`).
-        max_length: longer rows are dropped, and counted under `dropped`.
-        limit: rows of each file at most.
+        max_length: longer rows are dropped, and counted under `dropped`; None is 1024, or the
+            model's number of positions if that is less.
+        limit: rows of each file at most; None is all.
 
     Returns:
         `loss`: file -> loss in nats per label token, tokens, rows, dropped (and accuracy for
         classifiers); `choice`: file -> accuracies, median over templates; `tasks`: lm-eval's
-        results; `routing`: load entropy and, for several files, the mutual information of expert
-        and file, mean over layers.
+        results; `routing`: load entropy over all slots and, for several files, the mutual
+        information of a token's first expert and its file, mean over layers.
+
+    Raises:
+        DataError: rows that are malformed or that the model has no class or position for.
+        SparsecraftError: a model whose task has no such measure, or a limit below 1.
     """
+    if limit is not None and limit < 1:
+        raise SparsecraftError(f"limit is {limit}; it must be at least 1, or None for all rows.")
     if isinstance(model, (str, Path)):
         tokenizer = tokenizer or hub.load_tokenizer(model)
         model = checkpoint.load(model)
     if tokenizer is None and (origin := Origin.of(model)):
         tokenizer = hub.load_tokenizer(origin.folder)
     results: dict[str, Any] = {}
+    if data is not None or choices:
+        task, max_length = _task(model), _max_length(model, max_length)
     with evaluation_mode(model), torch.no_grad():
         if data is not None:
-            sources = _sources(data, tokenizer, max_length, limit, _task(model))
+            sources = _sources(data, tokenizer, max_length, limit, task)
             results["loss"], results["routing"] = _losses(model, sources)
         if choices:
             results["choice"] = {
-                str(path): _choice(model, tokenizer, path, max_length, limit)
+                str(path): _choice(model, tokenizer, path, max_length, limit, task)
                 for path in _listed(choices)
             }
         if tasks:
@@ -79,8 +90,42 @@ def _listed(paths: Any) -> list:
 
 
 def _task(model: nn.Module) -> str:
-    description = {"architectures": [type(model).__name__], "model_type": model.config.model_type}
-    return {"causal": "causal", "seq2seq": "seq2seq"}.get(hub.task_of(description), "label")
+    """What `data.prepare` calls the model's task."""
+    task = hub.task_of(model)
+    known = {"causal": "causal", "seq2seq": "seq2seq", "classification": "label"}
+    if task not in known:
+        raise SparsecraftError(
+            f"{type(model).__name__} is an {task} model, for which there is no held-out loss here; "
+            "use a ...ForCausalLM, ...ForConditionalGeneration or ...ForSequenceClassification."
+        )
+    return known[task]
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """The longest sequence the model was made for; None where nothing bounds it."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not positions or positions < 1:
+        return None
+    for name, module in model.named_modules():
+        # RoBERTa's family counts positions from the padding's own onwards.
+        offset = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and offset is not None:
+            positions = min(positions, module.num_embeddings - offset - 1)
+    return positions
+
+
+def _max_length(model: nn.Module, asked: int | None) -> int:
+    positions = positions_of(model)
+    if asked is None:
+        return min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
+    if asked < 2:
+        raise DataError(f"max_length is {asked}; it must be at least 2.")
+    if positions and asked > positions:
+        raise DataError(
+            f"max_length is {asked} and {type(model).__name__} has {positions} positions; "
+            f"ask for at most {positions}."
+        )
+    return asked
 
 
 def _sources(
@@ -89,7 +134,7 @@ def _sources(
     """Name -> batches with labels and token_mask, and counts of rows."""
     listed = _listed(data) if isinstance(data, (str, Path, list, tuple)) else []
     if not listed or not all(isinstance(item, (str, Path)) for item in listed):
-        return {"data": ((_labelled(b) for b in data_module.as_batches(data)), {})}
+        return {"data": ((_labelled(b, task) for b in data_module.as_batches(data)), {})}
     if tokenizer is None:
         raise DataError("The model came without a tokenizer; pass tokenizer=...")
     sources = {}
@@ -97,15 +142,17 @@ def _sources(
         rows, counts = data_module.prepare(
             path, tokenizer, max_length=max_length, task=task, split="test"
         )
-        rows = rows.select(range(min(limit, len(rows)))) if limit else rows
+        rows = rows.select(range(min(limit or len(rows), len(rows))))
         sources[str(path)] = (list(_batches(list(rows), tokenizer)), counts)
     return sources
 
 
-def _labelled(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch of model inputs with labels: its own, or its token ids."""
+def _labelled(batch: dict[str, Tensor], task: str) -> dict[str, Tensor]:
+    """A batch of model inputs with labels: its own, or a causal model's token ids."""
     labels = batch.get("labels")
     if labels is None:
+        if task != "causal":
+            raise DataError("A batch has no labels; only causal models predict their own inputs.")
         labels = batch["input_ids"].clone()
         if "attention_mask" in batch:
             labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
@@ -131,6 +178,7 @@ def _losses(model: nn.Module, sources: dict) -> tuple[dict[str, Any], dict[str, 
         load: dict[str, Tensor] = {}
         for batch in batches:
             mask = batch.pop("token_mask", None)
+            _check_classes(name, batch["labels"], model)
             with trace(model) as traced:
                 logprobs_N, right_N = label_logprobs(model, batch)
             total -= logprobs_N.sum().item()
@@ -138,9 +186,7 @@ def _losses(model: nn.Module, sources: dict) -> tuple[dict[str, Any], dict[str, 
             correct += right_N.sum().item()
             rows += len(batch["labels"])
             for layer, routing in traced.items():
-                fits = mask is not None and mask.numel() == len(routing.logits_TE)
-                counted = first_choices_E(routing, mask.to(model.device) if fits else None)
-                load[layer] = load.get(layer, 0) + counted
+                load[layer] = load.get(layer, 0) + _load_2E(routing, mask)
         if not tokens:
             raise DataError(f"{name} has no label to predict.")
         losses[name] = {"loss": total / tokens, "tokens": tokens, "rows": rows}
@@ -148,18 +194,45 @@ def _losses(model: nn.Module, sources: dict) -> tuple[dict[str, Any], dict[str, 
             losses[name]["dropped"] = counts["too_long"] + counts["no_trainable_token"]
         if batch["labels"].ndim == 1:
             losses[name]["accuracy"] = correct / tokens
-        for layer, counts_E in load.items():
-            loads[layer].append(counts_E)
+        for layer, load_2E in load.items():
+            loads[layer].append(load_2E)
     return losses, _routing_summary(loads)
 
 
+def _check_classes(name: str, labels: Tensor, model: nn.Module) -> None:
+    """Raise DataError for a class that the classifier does not have."""
+    if labels.ndim > 1:
+        return
+    classes = model.config.num_labels
+    for label in (labels.min().item(), labels.max().item()):
+        if not 0 <= label < classes:
+            raise DataError(
+                f"{name} has the label {label} and the model has num_labels={classes}; labels must "
+                f"lie between 0 and {classes - 1}."
+            )
+
+
+def _load_2E(routing: Routing, mask: Tensor | None) -> Tensor:
+    """For each expert: its share of all slots, times tokens; and the tokens that chose it first."""
+    routed = len(routing.logits_TE)
+    if mask is None or mask.numel() != routed:
+        mask_T, tokens = None, routed
+    else:
+        mask_T = mask.reshape(-1).to(routing.logits_TE.device)
+        tokens = mask_T.sum().item()
+    slots_E = routing.load_E(mask_T).double().cpu() * tokens
+    return torch.stack([slots_E, first_choices_E(routing, mask_T)])
+
+
 def _routing_summary(loads: dict[str, list[Tensor]]) -> dict[str, float]:
+    """Of each layer's `_load_2E`, one for each of D files."""
     if not loads:
         return {}
-    entropies = [load_entropy(torch.stack(counts).sum(0)) for counts in loads.values()]
+    loads_D2E = [torch.stack(load) for load in loads.values()]
+    entropies = [load_entropy(load_D2E[:, 0].sum(0)) for load_D2E in loads_D2E]
     summary = {"load_entropy": statistics.mean(entropies), "load_entropy_min": min(entropies)}
-    if len(next(iter(loads.values()))) > 1:
-        information = [mutual_information(torch.stack(counts)) for counts in loads.values()]
+    if len(loads_D2E[0]) > 1:
+        information = [mutual_information(load_D2E[:, 1]) for load_D2E in loads_D2E]
         summary["mutual_information_bits"] = statistics.mean(information)
     return summary
 
@@ -182,17 +255,32 @@ def label_logprobs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, 
     kept = labels != -100
     logits_NV, labels_N = logits[kept].float(), labels[kept]
     logprobs_N = -F.cross_entropy(logits_NV, labels_N, reduction="none")
+    if not logprobs_N.isfinite().all():
+        raise SparsecraftError(
+            f"{type(model).__name__} gives probabilities that are not finite numbers; check its "
+            "weights, or load it in float32."
+        )
     return logprobs_N, logits_NV.argmax(-1) == labels_N
 
 
 def _choice(
-    model: nn.Module, tokenizer: Any, path: str | Path, max_length: int, limit: int | None
+    model: nn.Module,
+    tokenizer: Any,
+    path: str | Path,
+    max_length: int,
+    limit: int | None,
+    task: str,
 ) -> dict[str, float]:
     """Rank classification: the choice with the largest log-likelihood after the prompt wins."""
+    if task == "label":
+        raise SparsecraftError(
+            f"{type(model).__name__} is a classifier and gives choices no likelihood; pass rows of "
+            "text and label as data instead."
+        )
     if tokenizer is None:
         raise DataError("Rank classification needs a tokenizer; pass tokenizer=...")
     rows = data_module.load_choices(path)[:limit]
-    encode = data_module.encode_pair if _task(model) == "seq2seq" else data_module.encode
+    encode = data_module.encode_pair if task == "seq2seq" else data_module.encode
     examples, dropped = [], set()
     for number, row in enumerate(rows):
         for choice_number, choice in enumerate(row["choices"]):
@@ -214,7 +302,7 @@ def _choice(
         batch = data_module.collate(part, data_module.pad_id(tokenizer))
         del batch["token_mask"]
         logprobs_N, _ = label_logprobs(model, batch)
-        first = 0 if _task(model) == "seq2seq" else 1
+        first = 0 if task == "seq2seq" else 1
         lengths = (batch["labels"][:, first:] != -100).sum(-1).tolist()
         for example, own in zip(part, logprobs_N.cpu().split(lengths), strict=True):
             scores[example["row"]][example["choice"]] = (own.sum().item(), len(own))
@@ -254,4 +342,10 @@ def _lm_eval(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int 
             "lm-eval tasks need lm-eval: pip install 'sparsecraft[eval]'."
         ) from None
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer)
-    return lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit)["results"]
+    results = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit)["results"]
+    return {  # a metric that does not apply is NaN there, which JSON does not have
+        task: {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in m.items()
+        }
+        for task, m in results.items()
+    }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +15,9 @@ from typing import Any
 import xxhash
 from torch import nn
 
-from sparsecraft import hub
 from sparsecraft.errors import CheckpointError
 from sparsecraft.origin import Origin
+from sparsecraft.recipe import FORMAT_VERSION
 from sparsecraft.surgery import conversion_of
 
 MANIFEST = "recipe.json"
@@ -29,6 +31,9 @@ COMPANIONS = (
     "vocab.*",
     "merges.txt",
     "spiece.model",
+    "sentencepiece*.model",
+    "chat_template.json",
+    "additional_chat_templates",
     "*.jinja",
     "generation_config.json",
     "preprocessor_config.json",
@@ -37,63 +42,119 @@ COMPANIONS = (
 )
 
 
+# What a checkpoint or an export of ours holds; anything else in a folder is the user's.
+OWN = (
+    *COMPANIONS,
+    MANIFEST,
+    EXPORT_RECORD,
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "report.json",
+    "config.json",
+    "README.md",
+)
+
+
 @contextmanager
-def replacing(out: Path, overwrite: bool) -> Iterator[Path]:
+def replacing(
+    out: Path, overwrite: bool, keep: tuple[str, ...] = (), foreign: bool = False
+) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its name once the block has succeeded.
 
+    Files of the old folder that are not ours move into the new one.
+
+    Args:
+        keep: globs of old files that win over new ones.
+        foreign: overwrite a folder that is no checkpoint or export of ours, too.
+
     Raises:
-        CheckpointError: `out` exists and `overwrite` is False.
+        CheckpointError: `out` exists and `overwrite` is False, or the disk refuses.
     """
-    check_free(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    out = out.resolve()  # a link stays a link, and "." gets a name
+    check_free(out, overwrite, foreign)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
+        temporary.mkdir(parents=True)
         yield temporary
-        if out.exists():
-            retired = out.with_name(f".{out.name}.{os.getpid()}.old")
-            out.rename(retired)
-            try:
-                temporary.rename(out)
-            except BaseException:
-                retired.rename(out)
-                raise
-            shutil.rmtree(retired)
-        else:
-            temporary.rename(out)
+        _swap(temporary, out, keep)
+    except OSError as error:
+        raise CheckpointError(
+            f"{out} could not be written ({error}); nothing was changed."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_free(out: Path, overwrite: bool) -> None:
-    """Raise CheckpointError unless `out` may be written."""
+def _swap(new: Path, out: Path, keep: tuple[str, ...]) -> None:
+    if not out.exists():
+        new.rename(out)
+        return
+    old = new.with_suffix(".old")
+    out.rename(old)
+    try:
+        new.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    for path in old.iterdir():
+        if _matches(path.name, keep) or not _matches(path.name, OWN):
+            path.replace(out / path.name)
+    shutil.rmtree(old)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def check_free(out: Path, overwrite: bool, foreign: bool = False) -> None:
+    """Raise CheckpointError unless `out` may be written, before any work is done."""
+    out = out.resolve()
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists already; choose another folder or pass overwrite.")
-    if out.exists() and not (out.is_dir() and (_ours(out) or not any(out.iterdir()))):
+    ours = out.is_dir() and (foreign or _ours(out) or not any(out.iterdir()))
+    if out.exists() and not ours:
         raise CheckpointError(f"{out} exists and was not written by sparsecraft; it is left alone.")
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise CheckpointError(f"{out} cannot be written: {existing} is no writable folder.")
 
 
 def _ours(folder: Path) -> bool:
     """Whether a folder is a checkpoint or an export of ours, which may be overwritten."""
-    return (folder / MANIFEST).is_file() or (folder / EXPORT_RECORD).is_file()
+    if (folder / EXPORT_RECORD).is_file():
+        return True
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and {"format_version", "recipe", "tensors"} <= set(manifest)
 
 
 def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> None:
     """Tokenizer, chat template, generation settings and license, unchanged.
 
-    They are copied from where the model came from: its checkpoint, or the base's folder.
+    They are copied from where the model came from, its checkpoint or the base's folder; generation
+    settings that differ from those there are the model's own.
     """
     record = conversion_of(model)
     origin = Origin.find(record.origin, record.revision)
     source = record.folder if record.folder and record.folder.is_dir() else origin and origin.folder
     if source is not None:
         for path in (path for pattern in COMPANIONS for path in source.glob(pattern)):
-            shutil.copyfile(path, folder / path.name)
-    elif getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, folder / path.name)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and generation != _generation_config(folder, model):
+        generation.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _generation_config(folder: Path, model: nn.Module) -> Any:
+    """The generation settings in a folder, read as from_pretrained reads them; None if absent."""
+    if not (folder / "generation_config.json").is_file():
+        return None
+    return type(model.generation_config).from_pretrained(folder)
 
 
 def readme(model: nn.Module, origin: Origin | None) -> str:
@@ -101,8 +162,8 @@ def readme(model: nn.Module, origin: Origin | None) -> str:
     record = conversion_of(model)
     recipe = record.recipe
     report = record.report.get("conversion", {})
-    base = origin.name if origin else "held in this folder"
-    license = hub.license_of(origin.folder) if origin else None
+    name, license = record.base_card or ("a model built in memory", None)
+    held = "" if origin else ", held in this folder"
     certificate = report.get("certificate")
     measured = (
         f"max |logit difference| {certificate['max_difference']:.1e} at the start "
@@ -123,7 +184,7 @@ license: {license or "other"}
 
 {recipe.title}. {recipe.paper}.
 
-- Base model: {base}{f", revision {origin.revision}" if origin and origin.revision else ""}
+- Base model: {name}{held}{f", revision {origin.revision}" if origin and origin.revision else ""}
 - License of the base: {license or "unknown; see the base model"}
 - Certificate: the recipe {claim}; measured: {measured}
 
@@ -144,8 +205,41 @@ def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, no JSON, or no object.
+    """
     try:
-        return json.loads(path.read_text())
+        data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}).") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds {data!r:.40}, no JSON object; save it again.")
+    return data
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The contents of recipe.json, checked against its own digest.
+
+    Raises:
+        CheckpointError: it is missing, no JSON, of another format, or edited.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no sparsecraft checkpoint: it has no {MANIFEST}.")
+    manifest = read_json(path)
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {version!r} and this sparsecraft reads {FORMAT_VERSION}; "
+            "upgrade sparsecraft."
+        )
+    claimed = manifest.pop("digest", None)
+    if claimed != json_digest(manifest):
+        raise CheckpointError(
+            f"{path} was edited after it was written; undo the edit and pass the change as "
+            "sc.load(dir, override={...}) instead."
+        )
+    return manifest

@@ -2,40 +2,62 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from sparsecraft import checkpoint, hub
 from sparsecraft.data import prompt_ids
-from sparsecraft.errors import SparsecraftError
+from sparsecraft.errors import CheckpointError, DataError, SparsecraftError
+from sparsecraft.evaluation import positions_of
+from sparsecraft.folder import read_json
 
 
 def load_any(name: str) -> tuple[nn.Module, Any]:
     """Model and tokenizer of a checkpoint folder, or of a dense model by name.
 
     On the GPU if there is one.
+
+    Raises:
+        CheckpointError: a checkpoint folder that lacks its recipe.
+        HubError: no such model, or weights or a tokenizer that cannot be read.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if (Path(name) / checkpoint.MANIFEST).is_file():
-        return checkpoint.load(name, device_map=device), hub.load_tokenizer(name)
-    folder = hub.resolve(name)
-    return hub.load_dense(name, device_map=device), hub.load_tokenizer(folder)
+    folder = Path(name).expanduser()
+    if not (folder / checkpoint.MANIFEST).is_file():
+        folder = hub.resolve(name)
+    tokenizer = hub.load_tokenizer(folder)  # before the weights, which take long
+    if (folder / checkpoint.MANIFEST).is_file():
+        return checkpoint.load(folder, device_map=device), tokenizer
+    config = read_json(folder / "config.json")
+    if isinstance(config, dict) and config.get("model_type") == "sparsecraft":
+        raise CheckpointError(
+            f"{folder} is a sparsecraft checkpoint whose {checkpoint.MANIFEST} is missing; "
+            "copy or save the folder again."
+        )
+    return hub.load_dense(name, device_map=device), tokenizer
 
 
 def load_generator(name: str) -> tuple[nn.Module, Any]:
-    """As `load_any`; refuses models that do not generate text.
+    """As `load_any`; refuses models that do not generate text, or have no tokenizer to do so.
 
     Raises:
-        SparsecraftError: an encoder or classifier.
+        SparsecraftError: an encoder or classifier, or no usable tokenizer.
     """
     model, tokenizer = load_any(name)
     if not model.can_generate():
         raise SparsecraftError(
             f"{name} is a {type(model).__name__}, which does not generate text; eval takes it."
+        )
+    # transformers makes an empty tokenizer where the vocabulary file is missing.
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.tokenize("a"):
+        found = "no tokenizer" if tokenizer is None else "a tokenizer without a vocabulary"
+        raise SparsecraftError(
+            f"{name} has {found}, which text needs; copy the tokenizer's files into its folder."
         )
     return model, tokenizer
 
@@ -53,11 +75,21 @@ def answer(
     """The model's next turn in a chat.
 
     Args:
+        max_new_tokens: longest answer; less where the model's positions end before.
         temperature: 0 takes the most likely token each time.
         stream: print tokens to standard output as they come.
         seed: of sampling.
+
+    Raises:
+        DataError: the prompt leaves no position for an answer.
+        SparsecraftError: `max_new_tokens` below 1, or a temperature that is negative or not finite.
     """
+    if max_new_tokens < 1:
+        raise SparsecraftError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise SparsecraftError(f"temperature is {temperature}; it must be 0 or a positive number.")
     ids = torch.tensor([prompt_ids(messages, tokenizer)], device=model.device)
+    max_new_tokens = min(max_new_tokens, _room(model, ids.shape[1]))
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     options = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -76,3 +108,19 @@ def answer(
         )
     new = output[0] if model.config.is_encoder_decoder else output[0, ids.shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def _room(model: nn.Module, prompt: int) -> float:
+    """How many tokens the model's positions leave for the answer to a prompt of so many."""
+    positions = positions_of(model)
+    if positions is None:
+        return math.inf
+    decoder = model.config.is_encoder_decoder
+    # A decoder of its own begins with one start token.
+    room = positions - 1 if decoder else positions - prompt
+    if room < 1 or prompt > positions:
+        raise DataError(
+            f"The prompt has {prompt} tokens and {type(model).__name__} has {positions} positions "
+            "for prompt and answer; shorten the prompt."
+        )
+    return room

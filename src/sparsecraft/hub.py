@@ -165,14 +165,19 @@ def model_class(config: Any) -> type:
     return found
 
 
-def task_of(config: Any) -> Task:
-    """The task of a folder's, dict's or config's first architecture, by transformers' own tables.
+def task_of(model: Any) -> Task:
+    """The task of a model, by transformers' own tables.
 
+    `model` is a transformers model (its class decides: one built in memory names no architecture
+    in its config), or a folder, a config.json's dict or a config (its first architecture decides).
     Raises HubError when the architecture is absent or none of the five tasks covers it.
     """
+    from torch import nn
     from transformers.models.auto import modeling_auto as auto
 
-    name, kind = _architecture(config)
+    if isinstance(model, nn.Module):
+        model = {"architectures": [type(model).__name__], "model_type": model.config.model_type}
+    name, kind = _architecture(model)
     tables: tuple[tuple[Task, dict], ...] = (  # the first that lists the class decides
         ("seq2seq", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
         ("causal", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -245,7 +250,10 @@ def _nf4(quantize: str) -> Any:
 
 
 def load_tokenizer(folder: str | Path) -> Any | None:
-    """The tokenizer of `folder` or the image processor of an image model; None if it has none."""
+    """The tokenizer of `folder` or the image processor of an image model; None if it has none.
+
+    Raises HubError when its files are corrupt or incomplete.
+    """
     folder = Path(folder)
     if any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
         from transformers import AutoTokenizer as Auto
@@ -253,4 +261,11 @@ def load_tokenizer(folder: str | Path) -> Any | None:
         from transformers import AutoImageProcessor as Auto
     else:
         return None
-    return Auto.from_pretrained(folder)
+    try:
+        return Auto.from_pretrained(folder)
+    except Exception as error:  # every tokenizer class reads its files in its own way
+        why = (str(error).strip().splitlines() or [""])[0]
+        why = f"{type(error).__name__}: {why:.200}"
+        kind = "tokenizer" if Auto.__name__ == "AutoTokenizer" else "image processor"
+        message = f"The {kind} in {str(folder)!r} cannot be read ({why}): fetch or save it again."
+        raise HubError(message) from None

@@ -5,6 +5,8 @@ Shapes: T tokens, I input features, O output features.
 
 from __future__ import annotations
 
+import fnmatch
+
 import torch
 from torch import Tensor, nn
 
@@ -135,3 +137,12 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
     buffers = {name: b for name, b in model.named_buffers() if name not in hidden}
     return dict(model.named_parameters()) | buffers
+
+
+def matches(parameter_name: str, word: str) -> bool:
+    """Whether a word of `Stage.trains` covers the parameter."""
+    if word == "all":
+        return True
+    if word in ("experts", "router"):
+        return f".{word}." in f".{parameter_name}"
+    return fnmatch.fnmatch(parameter_name, word)

@@ -9,24 +9,30 @@ import torch
 from transformers import AutoConfig
 
 from sparsecraft import cost, hub
+from sparsecraft.certificate import PROBE_SHAPE
+from sparsecraft.planning import build_layer, plan
 from sparsecraft.recipe import Recipe
-from sparsecraft.surgery import build_layer, plan
+from sparsecraft.surgery import DATA_LENGTH, MAX_DATA_PROBES
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Bytes of the dense model and of the parameters that a recipe adds to it."""
+    """Bytes of the dense model, of what a recipe adds to it, and of the certificate's logits."""
 
     base: int
     new: int
+    probes: int
 
 
-def needs(folder: Path, recipe: Recipe, dtype: torch.dtype | None = None) -> Needs:
+def needs(
+    folder: Path, recipe: Recipe, dtype: torch.dtype | None = None, data: bool = False
+) -> Needs:
     """Plan `recipe` on a model without weights.
 
     Args:
         folder: of the dense model.
         dtype: that it will be loaded in; None takes its own.
+        data: whether the user's rows enter the certificate.
 
     Raises:
         SurgeryError, DonorError, RecipeError: the plan is impossible for this model.
@@ -36,4 +42,10 @@ def needs(folder: Path, recipe: Recipe, dtype: torch.dtype | None = None) -> Nee
     with torch.device("meta"):
         model = hub.model_class(folder)._from_config(config, dtype=dtype)
     layers = (build_layer(model, item, device="meta") for item in plan(model, recipe))
-    return Needs(base=cost.bytes_of(model), new=sum(cost.bytes_of(layer) for layer in layers))
+    tokens = PROBE_SHAPE[0] * (PROBE_SHAPE[1] + (MAX_DATA_PROBES * DATA_LENGTH if data else 0))
+    width = getattr(config.get_text_config(), "vocab_size", None) or config.hidden_size
+    return Needs(
+        base=cost.bytes_of(model),
+        new=sum(cost.bytes_of(layer) for layer in layers),
+        probes=2 * tokens * width * dtype.itemsize,  # before and after
+    )

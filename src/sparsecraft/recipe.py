@@ -7,6 +7,7 @@ unknown field is an error.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -83,9 +84,13 @@ class LoRASpec:
         _check_adapter("rank", self.rank, self.dropout)
 
 
+def _check_whole(name: str, value: int) -> None:
+    if type(value) is not int or value < 1:
+        raise RecipeError(f"{name} is {value!r}; it must be a whole number from 1.")
+
+
 def _check_adapter(name: str, width: int, dropout: float) -> None:
-    if width < 1:
-        raise RecipeError(f"{name} is {width}; at least 1 is needed.")
+    _check_whole(name, width)
     if not 0 <= dropout < 1:
         raise RecipeError(f"dropout is {dropout}; it must be at least 0 and less than 1.")
 
@@ -107,8 +112,7 @@ class Edit:
 
     def __post_init__(self) -> None:
         experts, router = self.experts, self.router
-        if experts.num_experts < 1:
-            raise RecipeError(f"num_experts is {experts.num_experts}; at least 1 is needed.")
+        _check_whole("num_experts", experts.num_experts)
         if router is None:
             if experts.num_experts != 1:
                 raise RecipeError(
@@ -116,8 +120,10 @@ class Edit:
                     "only a single expert can do without one."
                 )
             return
-        if router.temperature <= 0:
+        if not 0 < router.temperature < math.inf:
             raise RecipeError(f"router.temperature is {router.temperature}; it must be positive.")
+        if not 0 <= router.init_std < math.inf:
+            raise RecipeError(f"router.init_std is {router.init_std}; it must not be negative.")
         if (router.select == "soft") != (router.top_k is None):
             raise RecipeError(
                 f"router.select is {router.select!r} with top_k={router.top_k}: "
@@ -149,9 +155,25 @@ class Stage:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     batch_size: int = 128
-    """Sequences per optimizer step in the paper."""
+    """Sequences per optimizer step."""
     max_length: int = 2048
-    """Tokens per sequence in the paper."""
+    """Tokens per sequence."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_length"):
+            _check_whole(name, getattr(self, name))
+        for name in ("learning_rate", "router_learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise RecipeError(f"{name} is {value}; it must be positive.")
+        if not (0 <= self.warmup_ratio <= 1 and self.warmup_steps >= 0):
+            raise RecipeError(
+                f"warmup_ratio is {self.warmup_ratio} and warmup_steps {self.warmup_steps}; the "
+                "ratio must lie between 0 and 1, the steps must not be negative."
+            )
+        for name, coefficient in self.losses.items():
+            if not 0 <= coefficient < math.inf:
+                raise RecipeError(f"losses.{name} is {coefficient}; it must be a number from 0.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,6 +190,11 @@ class Recipe:
     base_quantization: Literal["nf4"] | None = None
     edits: tuple[Edit, ...]
     stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        if not self.edits or not self.stages:
+            missing = "stages" if self.edits else "edits"
+            raise RecipeError(f"Recipe {self.name!r} has no {missing}; at least one is needed.")
 
 
 def router_words(router: RouterSpec) -> str:

@@ -54,6 +54,7 @@ class Trace(Mapping[str, Routing]):
     def __init__(self, layers: dict[str, nn.Module]):
         self._layers = layers
         self._final: dict[str, Routing] | None = None
+        self._traced_before = {name: layer.tracing for name, layer in layers.items()}
 
     def _routings(self) -> dict[str, Routing]:
         if self._final is not None:
@@ -69,15 +70,13 @@ class Trace(Mapping[str, Routing]):
     def __len__(self) -> int:
         return len(self._routings())
 
-    def clear(self) -> None:
-        """Forget what was recorded, so that a layer which does not run leaves no stale entry."""
-        for layer in self._layers.values():
-            layer.routing = None
-
     def close(self) -> None:
+        """Freeze the record and leave the layers as they were: an outer trace goes on."""
         self._final = self._routings()
-        for layer in self._layers.values():
-            layer.tracing, layer.routing = False, None
+        for name, layer in self._layers.items():
+            layer.tracing = self._traced_before[name]
+            if not layer.tracing:
+                layer.routing = None
 
 
 @contextmanager
@@ -100,9 +99,9 @@ def trace(model: nn.Module) -> Iterator[Trace]:
         for name, module in model.named_modules()
         if isinstance(module, MoELayer) and module.router is not None
     }
+    record = Trace(layers)
     for layer in layers.values():
         layer.tracing, layer.routing = True, None
-    record = Trace(layers)
     try:
         yield record
     finally:

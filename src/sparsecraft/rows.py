@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,20 @@ SHAPES = (
 )
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # its other roles bear the usual names
 ROLES = ("system", "developer", "user", "assistant", "tool")
+TOO_DEEP = "the JSON is nested too deeply to be read; flatten it"
+CHOICE_SHAPE = "{prompt, choices, answer}"
+# Words of a file name that tell its split, each with the split it stands for.
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "valid": "validation",
+    "validation": "validation",
+    "val": "validation",
+    "test": "test",
+    "heldout": "heldout",
+    "eval": "eval",
+    "dev": "dev",
+}
 
 
 def load_rows(source: str | Path, split: str = "train") -> datasets.Dataset:
@@ -38,19 +52,19 @@ def load_rows(source: str | Path, split: str = "train") -> datasets.Dataset:
 
     `source` is a .json, .jsonl, .parquet or .txt file (one document each), any of them .gz, a
     folder of such files, or a dataset name on the hub. `split` picks the split on the hub and, in
-    a folder whose file names carry split words (`math.train.jsonl`), the files of that split; a
-    single file is read whole. No row is dropped: row n is the n-th of the source. Columns that
-    belong to no known row shape are ignored.
+    a folder where a file name carries a split word (`math.train.jsonl`), the files of that split; a
+    file without such a word is then for training. A single file is read whole. No row is dropped:
+    row n is the n-th of the source. Columns that belong to no known row shape are ignored.
 
     Raises DataError, with file and line (row for parquet and JSON arrays), for what is missing,
     empty or malformed.
     """
-    path = Path(source).expanduser()
+    path = _path(source)
     if path.exists():
         placed = (item for file in _files(path, split) for item in _read(file))
     else:
         placed = _read_hub(str(source), split)
-    return collect(_canonical_rows(placed), row_features())
+    return collect(_checked(placed, _canonical, SHAPES), row_features())
 
 
 def load_choices(path: str | Path) -> list[dict]:
@@ -58,23 +72,25 @@ def load_choices(path: str | Path) -> list[dict]:
 
     A .jsonl, .json or .parquet file, each also .gz. Raises DataError with file and line.
     """
-    rows = []
-    for place, row in _read(Path(path).expanduser()):
-        row = row if isinstance(row, dict) else {}
-        prompt, choices, answer = (row.get(key) for key in ("prompt", "choices", "answer"))
-        fault = None
-        if not isinstance(prompt, str) or not prompt.strip():
-            fault = f"the prompt is {prompt!r:.40}, not text"
-        elif not isinstance(choices, list) or len(choices) < 2:
-            fault = f"the choices are {choices!r:.40}, not a list of two or more"
-        elif not all(isinstance(choice, str) and choice.strip() for choice in choices):
-            fault = f"one of the choices {choices!r:.60} is not text"
-        elif type(answer) is not int or not 0 <= answer < len(choices):
-            fault = f"the answer is {answer!r}, not an index into {len(choices)} choices"
-        if fault:
-            raise DataError(f"{place}: {fault}. Known: {{prompt, choices, answer}}.")
-        rows.append(row)
-    return rows
+    return list(_checked(_read(_path(path)), _choice, CHOICE_SHAPE))
+
+
+def _choice(row: Any) -> dict:
+    """The row itself; DataError says what is wrong with it."""
+    row = row if isinstance(row, dict) else {}
+    prompt, choices, answer = (row.get(key) for key in ("prompt", "choices", "answer"))
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise DataError(f"the prompt is {prompt!r:.40}, not text")
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise DataError(f"the choices are {choices!r:.40}, not a list of two or more")
+    if not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise DataError(f"one of the choices {choices!r:.60} is not text")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise DataError(f"the answer is {answer!r:.40}, not an index into {len(choices)} choices")
+    for text in (prompt, *choices, row.get("template"), row.get("task")):
+        if isinstance(text, str):
+            _unicode(text)
+    return row
 
 
 def collect(rows: Iterable[dict], features: dict, chunk: int = 10_000) -> datasets.Dataset:
@@ -103,28 +119,42 @@ def row_features() -> dict:
     return {"messages": List(turn), "text": Value("string"), "label": Value("int64")}
 
 
-def _canonical_rows(placed: Iterable[tuple[str, Any]]) -> Iterator[dict]:
+def _checked(
+    placed: Iterable[tuple[str, Any]], check: Callable[[Any], dict], known: str
+) -> Iterator[dict]:
+    """What `check` makes of every row; its faults get their place and the `known` shapes."""
     for place, row in placed:
         try:
-            yield _canonical(row)
+            checked = check(row)
         except DataError as err:
-            raise DataError(f"{place}: {err}. Known row shapes: {SHAPES}.") from None
+            raise DataError(f"{place}: {err}. Known row shapes: {known}.") from None
+        except RecursionError:  # a nested value that the reader could hold, but no message show
+            raise DataError(f"{place}: {TOO_DEEP}. Known row shapes: {known}.") from None
+        yield checked
+
+
+def _path(source: str | Path) -> Path:
+    if not str(source).strip():
+        raise DataError(f"The data path is {str(source)!r}; name a file, a folder or a dataset.")
+    return Path(source).expanduser()
 
 
 def _files(path: Path, split: str) -> list[Path]:
     """The data files of a folder that belong to `split`, or the one file."""
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise DataError(f"{path}: neither a regular file nor a folder; write its rows to a file.")
     files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
     known = [p for p in files if _extension(p) in EXTENSIONS]
     for file in sorted(set(files) - set(known)):
         log.warning("%s: ignored, its extension is not one of %s", file, ", ".join(EXTENSIONS))
-    words = {p: re.findall(r"train|valid|test|heldout|eval|dev", p.name.lower()) for p in known}
-    if any(words.values()):
-        chosen = [p for p in known if split.removesuffix("ation") in words[p]]
-        for file in sorted(set(known) - set(chosen)):
-            log.info("%s: not of the split %r", file, split)
-        known = chosen
+    splits = {p: _splits(p.name) for p in known}
+    if any(splits.values()):
+        wanted = SPLIT_WORDS.get(split, split)
+        known = [p for p in known if wanted in (splits[p] or {"train"})]
+        if left_out := ", ".join(p.name for p in splits if p not in known):
+            log.warning("%s: left out, not of the split %r: %s", path, split, left_out)
     if not known:
         names = ", ".join(p.name for p in files) or "nothing"
         raise DataError(
@@ -132,6 +162,12 @@ def _files(path: Path, split: str) -> list[Path]:
             f"known extensions: {', '.join(EXTENSIONS)}, each also .gz)."
         )
     return known
+
+
+def _splits(name: str) -> set[str]:
+    """The splits that the whole words of a file name tell: `constraints` holds no `train`."""
+    words = re.split(r"[^a-z]+", re.sub(r"held[-_ ]out", "heldout", name.lower()))
+    return {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
 
 
 def _extension(path: Path) -> str:
@@ -186,6 +222,8 @@ def _read_json(file, extension: str) -> Iterator[tuple[str, Any]]:
             if err.msg != "Extra data":
                 raise DataError(f"line {err.lineno}: not JSON ({err.msg})") from None
             file = content.splitlines()  # several values after each other: one a line
+        except RecursionError:
+            raise DataError(f"line {_deepest_line(content)}: {TOO_DEEP}.") from None
         else:
             rows = value if isinstance(value, list) else [value]
             yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
@@ -196,7 +234,20 @@ def _read_json(file, extension: str) -> Iterator[tuple[str, Any]]:
                 row = json.loads(line)
             except ValueError as err:
                 raise DataError(f"line {number}: not JSON ({err}): {line[:60]!r}") from None
+            except RecursionError:
+                raise DataError(f"line {number}: {TOO_DEEP}: {line[:60]!r}") from None
             yield f"line {number}", row
+
+
+def _deepest_line(content: bytes) -> int:
+    """The line of JSON where most brackets are open; strings, which may hold some, are passed."""
+    depth, line, deepest = 0, 1, (0, 1)
+    for token in re.findall(rb'"(?:[^"\\]|\\.)*"|[\[\]{}\n]', content):
+        line += token == b"\n"
+        depth += (token in (b"[", b"{")) - (token in (b"]", b"}"))
+        if depth > deepest[0]:
+            deepest = depth, line
+    return deepest[1]
 
 
 def _read_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
@@ -243,8 +294,9 @@ def _canonical(row: Any) -> dict:
         return {"messages": _system(have, "system") + pair}
     if "text" in have:
         label = have.get("label")
-        if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
-            raise DataError(f"the label is {label!r}; labels are whole numbers from 0")
+        # type, not isinstance: True is an int. Labels are stored in 64 bits.
+        if label is not None and (type(label) is not int or not 0 <= label < 2**63):
+            raise DataError(f"the label is {label!r:.40}; labels are whole numbers from 0")
         # An empty text is legal (text corpora hold blank lines): it counts as untrainable later.
         return {"text": _string(have, "text", empty=True)} | (
             {} if label is None else {"label": label}
@@ -277,7 +329,7 @@ def _messages(messages: Any) -> list[dict]:
             raise DataError(f"message {number} has the role {role!r}; known: {known}")
         if not isinstance(content, str) or (role == "assistant" and not content.strip()):
             raise DataError(f"message {number} ({role}) has the content {content!r}")
-        checked.append({"role": role, "content": content})
+        checked.append({"role": role, "content": _unicode(content)})
     return checked
 
 
@@ -296,4 +348,16 @@ def _list(value: Any) -> list:
 def _string(row: dict, key: str, empty: bool = False) -> str:
     if not isinstance(row[key], str) or not (empty or row[key].strip()):
         raise DataError(f"{key!r} is {row[key]!r:.40}, not text")
-    return row[key]
+    return _unicode(row[key])
+
+
+def _unicode(text: str) -> str:
+    """`text`, refused if it holds half of a surrogate pair: no tokenizer and no file takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as err:
+        found, at = text[err.start], err.start
+        raise DataError(
+            f"the lone surrogate {found!r} stands at character {at} of a text; remove it"
+        ) from None
+    return text

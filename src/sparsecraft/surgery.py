@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,31 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from sparsecraft import cost
-from sparsecraft.certificate import Certificate, compare, outputs, random_probe
+from sparsecraft import cost, hub
+from sparsecraft.certificate import PROBE_SHAPE, Certificate, compare, outputs, random_probe
 from sparsecraft.cost import Cost
 from sparsecraft.data import as_batches
-from sparsecraft.donor import FFN, FFNSpan, Linear, Site, find_sites, view
+from sparsecraft.donor import FFNSpan
 from sparsecraft.errors import CertificateError, RecipeError, SurgeryError
-from sparsecraft.experts import build_experts
-from sparsecraft.layer import MoELayer, dense_tensors
+from sparsecraft.layer import MoELayer, dense_tensors, matches
 from sparsecraft.losses import check_names
 from sparsecraft.origin import Origin, digest
-from sparsecraft.recipe import Edit, Recipe
-from sparsecraft.routers import build_router
+from sparsecraft.planning import PlannedEdit, build_layer, plan, reference_tensor
+from sparsecraft.recipe import Recipe
 
-# Batches of the user's data that enter the certificate.
-MAX_DATA_PROBES = 4
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedEdit:
-    """One edit at one site, with the view of the dense module taken before any change."""
-
-    site: Site
-    edit: Edit
-    donor: FFN | Linear
+# What of the user's data enters the certificate: all logits are kept until the comparison.
+MAX_DATA_PROBES, DATA_LENGTH = 4, 128
 
 
 @dataclass(slots=True)
@@ -54,6 +44,7 @@ class Conversion:
         digests: dense tensor name -> its dtype and digest before the conversion.
         trainable: names of the dense parameters that required gradients before.
         origin: the folder, hub id or alias that the dense model came from, if any.
+        base_card: name and license of the base, for the checkpoint's README.
         folder: the checkpoint that the model was loaded from, if it was.
         report: what `convert` and `train` measured, as written to report.json.
     """
@@ -68,6 +59,7 @@ class Conversion:
     origin: str | None = None
     revision: str | None = None
     folder: Path | None = None
+    base_card: tuple[str, str | None] | None = None
     report: dict[str, Any] = field(default_factory=dict)
 
 
@@ -116,26 +108,24 @@ def convert(
         CertificateError: the recipe claims to start exactly as the dense model and does not; the
             model has been given back.
     """
-    if is_converted(model):
-        raise SurgeryError(
-            f"This model is already converted by {model.sparsecraft.recipe.name!r}; "
-            "call sc.revert first."
-        )
+    _check_arguments(model, recipe)
     edits = plan(model, recipe)
-    check_names({name: 0.0 for stage in recipe.stages for name in stage.losses})
     probes = [random_probe(model, seed)] if certify else []
     if certify and data is not None:
-        probes += islice(as_batches(data, tokenizer), MAX_DATA_PROBES)
+        batches = as_batches(data, tokenizer, batch_size=PROBE_SHAPE[0], max_length=DATA_LENGTH)
+        probes += islice(batches, MAX_DATA_PROBES)
     before = outputs(model, probes)
     origin = Origin.of(model)
     digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
     with _dense_on_failure(model):
-        with torch.random.fork_rng():
+        cuda = {p.device for p in model.parameters() if p.is_cuda}
+        with torch.random.fork_rng(devices=list(cuda)):
             torch.manual_seed(seed)
             record = apply(model, recipe, edits)
         record.digests = digests
         if origin:
             record.origin, record.revision = origin.name, origin.revision
+            record.base_card = (origin.name, hub.license_of(origin.folder))
         certificate = compare(before, outputs(model, probes)) if certify else None
         if certificate and recipe.exact_at_start and not certificate.exact:
             raise CertificateError(
@@ -154,6 +144,20 @@ def convert(
     return report
 
 
+def _check_arguments(model: Any, recipe: Any) -> None:
+    if not (isinstance(model, PreTrainedModel) and isinstance(recipe, Recipe)):
+        raise SurgeryError(
+            f"convert takes a transformers model and a recipe such as sc.recipes.camelidae(); it "
+            f"got {type(model).__name__} and {type(recipe).__name__}."
+        )
+    if is_converted(model):
+        raise SurgeryError(
+            f"This model is already converted by {model.sparsecraft.recipe.name!r}; "
+            "call sc.revert first."
+        )
+    check_names({name: 0.0 for stage in recipe.stages for name in stage.losses})
+
+
 @contextmanager
 def _dense_on_failure(model: nn.Module) -> Iterator[None]:
     """Give the dense model back when the block fails, however far it came."""
@@ -163,47 +167,6 @@ def _dense_on_failure(model: nn.Module) -> Iterator[None]:
         if is_converted(model):
             _take_out(model)
         raise
-
-
-def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
-    """Every edit of `recipe` at every site of the untouched `model`, inner sites first.
-
-    Raises:
-        DonorError: the model's family has no feed-forward network that we can read.
-        SurgeryError: no site matches an edit, two edits claim one site, or an edit lies inside a
-            module that another edit replaces.
-        RecipeError: an unknown component, or a model that is quantized differently.
-    """
-    if not recipe.edits:
-        raise RecipeError(f"Recipe {recipe.name!r} has no edits; there is nothing to convert.")
-    planned = [
-        PlannedEdit(site, edit, view(model, site))
-        for edit in recipe.edits
-        for site in find_sites(model, edit.site, edit.paths)
-    ]
-    claims: dict[tuple[str, ...], PlannedEdit] = {}
-    for item in planned:
-        other = claims.setdefault(item.site.members, item)
-        if other is not item:
-            raise SurgeryError(
-                f"Two edits of recipe {recipe.name!r} claim {item.site.path!r}: "
-                f"{other.edit.experts.kind} experts {other.edit.place} it and "
-                f"{item.edit.experts.kind} experts {item.edit.place} it."
-            )
-    for outer in planned:
-        if outer.edit.place != "replace":
-            continue
-        for inner in planned:
-            if outer.site.contains(inner.site):
-                raise SurgeryError(
-                    f"The edit at {inner.site.path!r} ({inner.edit.experts.kind} experts) lies "
-                    f"inside {outer.site.path!r}, which another edit replaces by "
-                    f"{outer.edit.experts.kind} experts."
-                )
-    # A site inside another one has the deeper path, except where the outer one spans siblings.
-    return sorted(
-        planned, key=lambda p: sum(other.site.contains(p.site) for other in planned), reverse=True
-    )
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -234,7 +197,7 @@ def apply(
     record = Conversion(recipe, edits, trainable=trainable)
     # All layers are built before the first change, so that a failure leaves the model whole.
     record.layers = [build_layer(model, i, device="meta" if on_meta else None) for i in edits]
-    record.devices = [_reference_tensor(item.donor).device for item in edits]
+    record.devices = [reference_tensor(item.donor).device for item in edits]
     model.sparsecraft = record
     for item, layer in zip(edits, record.layers, strict=True):
         _install(model, item, layer, record.dense)
@@ -253,29 +216,6 @@ def check_quantization(model: nn.Module, recipe: Recipe) -> None:
             f"the model was loaded with {found!r}; load it with "
             f"sparsecraft.hub.load_dense(name, quantize={recipe.base_quantization!r})."
         )
-
-
-def build_layer(
-    model: nn.Module, item: PlannedEdit, *, device: torch.device | str | None = None
-) -> MoELayer:
-    """The layer for one planned edit, without its base, on the donor's device unless told."""
-    edit, donor = item.edit, item.donor
-    reference = _reference_tensor(donor)
-    device = reference.device if device is None else device
-    # Quantized donors hold integers; their tokens arrive in the model's floating dtype.
-    dtype = reference.dtype if reference.is_floating_point() else model.dtype
-    experts = build_experts(edit.experts, donor, device=device, dtype=dtype)
-    router = None
-    if edit.router is not None:
-        reads_output = edit.router.reads == "output"
-        width = donor.out_features if reads_output else donor.in_features
-        num_experts = edit.experts.num_experts
-        router = build_router(edit.router, width, num_experts, device=device, dtype=dtype)
-    return MoELayer(edit.place, experts, router)
-
-
-def _reference_tensor(donor: FFN | Linear) -> Tensor:
-    return (donor.down if isinstance(donor, FFN) else donor).module.weight
 
 
 def _install(
@@ -319,15 +259,6 @@ def set_trainable(model: nn.Module, trains: tuple[str, ...]) -> list[str]:
     return sorted(wanted)
 
 
-def matches(parameter_name: str, word: str) -> bool:
-    """Whether a word of `Stage.trains` covers the parameter."""
-    if word == "all":
-        return True
-    if word in ("experts", "router"):
-        return f".{word}." in f".{parameter_name}"
-    return fnmatch.fnmatch(parameter_name, word)
-
-
 def revert(model: nn.Module) -> nn.Module:
     """Give the dense model back, bit for bit.
 
@@ -339,15 +270,26 @@ def revert(model: nn.Module) -> nn.Module:
             the original ones. The model is then left converted.
     """
     record = conversion_of(model)
-    shared = dense_tensors(model)
+    tensors = dense_tensors(model) | _replaced_tensors(record)
     known = {name: wanted for name, (_, wanted) in record.digests.items()}
-    changed = [name for name, tensor in shared.items() if digest(tensor) != known.get(name)]
+    changed = [name for name, tensor in tensors.items() if digest(tensor) != known.get(name)]
     originals = _originals(model, record, changed)
     _take_out(model)
     with torch.no_grad():
         for name in changed:
-            shared[name].copy_(originals[name])
+            tensors[name].copy_(originals[name])
     return model
+
+
+def _replaced_tensors(record: Conversion) -> dict[str, Tensor]:
+    """Dense name -> tensor of the modules that experts took the place of."""
+    replaced = [path for i in record.plan if i.edit.place == "replace" for path in i.site.members]
+    modules = {path: record.dense[path] for path in replaced if path in record.dense}
+    return {
+        f"{path}.{name}": tensor
+        for path, module in modules.items()
+        for name, tensor in module.named_parameters()
+    }
 
 
 def _originals(model: nn.Module, record: Conversion, names: list[str]) -> dict[str, Tensor]:
@@ -360,7 +302,7 @@ def _originals(model: nn.Module, record: Conversion, names: list[str]) -> dict[s
         if tensor is None or digest(tensor.to(dtype)) != wanted:
             where = f"its base {record.origin!r} no longer" if origin else "no base folder"
             raise SurgeryError(
-                f"{len(names)} tensors shared with the dense model have changed since the "
+                f"{len(names)} tensors of the dense model are not as they were before the "
                 f"conversion, {name} among them, and {where} holds the original; "
                 "load the dense model again instead of reverting."
             )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparsecraft import cost
 from sparsecraft.certificate import compare, outputs, random_probe
 from sparsecraft.errors import ExportError, did_you_mean
-from sparsecraft.folder import EXPORT_RECORD, replacing, write_companions, write_json
+from sparsecraft.folder import EXPORT_RECORD, MANIFEST, replacing, write_companions, write_json
 from sparsecraft.layer import dense_tensors
 from sparsecraft.recipe import FFNSpec
 from sparsecraft.surgery import conversion_of
@@ -48,8 +48,11 @@ def export(
     """
     if target not in TARGETS:
         raise ExportError(f"Unknown target {target!r}." + did_you_mean(target, TARGETS))
-    out = Path(out)
-    chosen = TARGETS[target]
+    out, chosen = Path(out), TARGETS[target]
+    if (out / MANIFEST).is_file():
+        raise ExportError(
+            f"{out} holds a checkpoint, which an export would replace; choose another."
+        )
     if reason := chosen.why_not(model):
         raise ExportError(f"This model has no exact form as {target}: {reason}")
     tensors = chosen.to_target(model)

@@ -1,30 +1,34 @@
 """What our training adds to transformers' and TRL's trainers, in one mixin.
 
 Auxiliary losses from the trace, router and experts in their own optimizer groups, routing
-statistics beside the loss, and checkpoints without pickle: everything here that overrides a
-private method of Trainer stands under "Private hooks".
+statistics beside the loss, and states for resuming that hold only what trains. Everything that
+overrides or calls a private method of Trainer stands under "Private hooks".
 """
 
 from __future__ import annotations
 
+import math
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerState
 from trl import SFTTrainer
 
 from sparsecraft import tensorfile
 from sparsecraft.checkpoint import WEIGHTS, read_tensors
 from sparsecraft.errors import SparsecraftError
-from sparsecraft.layer import unique_tensors
+from sparsecraft.layer import matches, unique_tensors
 from sparsecraft.losses import auxiliary_loss
+from sparsecraft.options import TrainOptions
 from sparsecraft.recipe import Stage
 from sparsecraft.routing import Routing, trace
-from sparsecraft.surgery import matches
+from sparsecraft.surgery import conversion_of
 
 TOKEN_MASK = "token_mask"
 
@@ -46,6 +50,11 @@ class RoutedTrainerMixin:
             routings = dict(traced)
         if not training:
             return result
+        if self.stage.losses and not routings and self._has_routers():
+            raise SparsecraftError(
+                "The stage has routing losses, and no router was seen in the forward pass: the "
+                "model runs as copies. Launch one process for each GPU with torchrun."
+            )
         masks = _masks(inputs, token_mask, getattr(self.model.config, "is_encoder_decoder", False))
         self._record(routings, masks)
         auxiliary, parts = auxiliary_loss(routings, self.stage.losses, masks)
@@ -66,6 +75,10 @@ class RoutedTrainerMixin:
         loss = result[0] if return_outputs else result
         loss = loss + auxiliary.to(loss.device)
         return (loss, *result[1:]) if return_outputs else loss
+
+    def _has_routers(self) -> bool:
+        layers = conversion_of(self.accelerator.unwrap_model(self.model)).layers
+        return any(layer.router is not None for layer in layers)
 
     def create_optimizer(self, model=None):
         """Experts (and whatever else trains) and router in groups of their own."""
@@ -137,6 +150,15 @@ class RoutedTrainerMixin:
         digest = tensorfile.write(folder / WEIGHTS, trained)
         (folder / "digest").write_text(digest)
 
+    def keep_state(self) -> None:
+        """Write a state for resuming now."""
+        self._save_checkpoint(self.model, trial=None)
+
+    def restore(self, state: Path) -> None:
+        """Take the trained tensors and the log of a state that is already at its last step."""
+        self._load_from_checkpoint(str(state))
+        self.state = TrainerState.load_from_json(str(state / "trainer_state.json"))
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         folder = Path(resume_from_checkpoint)
         model = self.accelerator.unwrap_model(self.model if model is None else model)
@@ -182,7 +204,62 @@ def _masks(inputs: dict, token_mask: Tensor | None, encoder_decoder: bool):
     return mask
 
 
-class Progress(TrainerCallback):
+def on_cpu() -> bool:
+    """Whether Trainer will run on the CPU; it moves the model to a GPU if there is one."""
+    return not torch.cuda.is_available()
+
+
+def training_arguments(
+    stage: Stage, settings: TrainOptions, rows: int, folder: Path
+) -> dict[str, Any]:
+    """What all of transformers' training arguments classes take."""
+    world = processes()
+    if settings.batch_size % world:
+        raise SparsecraftError(
+            f"batch_size is {settings.batch_size}, which {world} processes cannot share evenly."
+        )
+    each = settings.batch_size // world
+    fits = [n for n in range(1, min(settings.micro_batch, each) + 1) if each % n == 0]
+    micro_batch = max(fits)
+    accumulation = each // micro_batch
+    per_epoch = math.ceil(rows / (micro_batch * accumulation * world))
+    steps = settings.steps or max(1, math.ceil(per_epoch * settings.epochs))
+    every = settings.save_every or (steps // 10 if steps >= 100 else None)
+    warmup = stage.warmup_steps or math.ceil(stage.warmup_ratio * steps)
+    schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+    return {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": schedule,
+        "warmup_steps": min(warmup, steps),
+        "weight_decay": stage.weight_decay,
+        "max_grad_norm": stage.max_grad_norm,
+        "optim": "adamw_torch",
+        "use_cpu": on_cpu(),
+        "bf16": not on_cpu() and torch.cuda.is_bf16_supported(),
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "logging_steps": settings.log_every,
+        "logging_first_step": True,
+        "save_strategy": "steps" if every else "no",
+        "save_steps": every or steps,
+        "save_total_limit": 1,
+        "report_to": list(settings.trackers) or "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": not on_cpu(),
+    }
+
+
+def processes() -> int:
+    """How many processes train together, as torchrun and accelerate say it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class ProgressBar(TrainerCallback):
     """A progress bar on standard error with the latest loss; nothing on standard output."""
 
     def __init__(self, enabled: bool = True):
@@ -224,6 +301,7 @@ class Progress(TrainerCallback):
                 note += f"  load entropy {logs['load_entropy']:.2f}"
             self._bar.update(self._task, note=note)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def stop(self) -> None:
+        """Give the terminal its cursor back."""
         if getattr(self, "_bar", None):
             self._bar.stop()

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -24,10 +23,9 @@ from transformers import (
     Seq2SeqTrainingArguments,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
-from sparsecraft import checkpoint, cost, hub
+from sparsecraft import checkpoint, cost, hub, resuming
 from sparsecraft import data as data_module
 from sparsecraft.errors import DataError, SparsecraftError, did_you_mean
 from sparsecraft.folder import check_free
@@ -36,11 +34,14 @@ from sparsecraft.options import TrainOptions
 from sparsecraft.recipe import Stage
 from sparsecraft.surgery import Conversion, conversion_of, set_trainable
 from sparsecraft.trainers import (
-    Progress,
+    ProgressBar,
     RoutedSeq2SeqTrainer,
     RoutedSFTTrainer,
     RoutedTrainer,
     adapters_known,
+    on_cpu,
+    processes,
+    training_arguments,
 )
 
 log = logging.getLogger("sparsecraft")
@@ -57,7 +58,7 @@ class TrainReport:
     Attributes:
         out: the checkpoint folder.
         steps: optimizer steps, those before a resume included.
-        loss: mean training loss over the run.
+        loss: mean of the logged training losses, those before a resume included.
         seconds: wall time of this call's training.
         tokens_per_second: real tokens, padding excluded, of this call's training.
         counts: rows read, dropped and kept, by reason.
@@ -108,14 +109,15 @@ def train(
     _check_states(states, resume)
     reads = tokenizer or _tokenizer_of(record)
     for number, stage in enumerate(record.recipe.stages):
+        folder = states / f"{number}-{stage.name}"
         settings = _settings(model, stage, asked)
         dataset, counts = _dataset(model, data, reads, settings)
         _prepare_parameters(model, stage)
         log.info(_needs(model, settings, out))
+        resuming.check(folder, resuming.describe(model, settings, dataset, processes()), resume)
         with _untouched(model), adapters_known(model):
-            folder = states / f"{number}-{stage.name}"
             trainer = _trainer(model, stage, settings, dataset, reads, folder)
-            report = _run(trainer, settings, counts, out, resume)
+            report = _run(trainer, counts, out, resume)
         history = _history(trainer, stage, settings, report)
         record.report.setdefault("training", []).append(history)
     model.eval()
@@ -162,10 +164,19 @@ def _options(options: dict[str, Any]) -> TrainOptions:
         if name not in known:
             raise SparsecraftError(f"train has no option {name!r}." + did_you_mean(name, known))
     asked = TrainOptions(**options)
-    for name in ("steps", "batch_size", "micro_batch", "max_length", "save_every"):
+    whole = ("steps", "batch_size", "micro_batch", "max_length", "save_every", "log_every")
+    for name in (*whole, "epochs", "learning_rate", "router_learning_rate"):
         value = getattr(asked, name)
-        if value is not None and value < 1:
-            raise SparsecraftError(f"{name} is {value}; it must be at least 1.")
+        kinds = int if name in whole else (int, float)
+        if value is not None and not (isinstance(value, kinds) and 0 < value < math.inf):
+            raise SparsecraftError(
+                f"{name} is {value!r}; it must be a positive "
+                f"{'whole number' if name in whole else 'number'}."
+            )
+    if not isinstance(asked.seed, int) or asked.seed < 0:
+        raise SparsecraftError(f"seed is {asked.seed!r}; it must be a whole number from 0.")
+    if isinstance(asked.trackers, str):
+        asked = dataclasses.replace(asked, trackers=(asked.trackers,))
     return asked
 
 
@@ -184,36 +195,41 @@ def _dataset(
     )
 
 
-def _run(
-    trainer, settings: TrainOptions, counts: dict[str, int], out: Path, resume: bool
-) -> TrainReport:
-    last = get_last_checkpoint(trainer.args.output_dir) if resume else None
-    first_step = int(last.rpartition("-")[2]) if last else 0
-    start = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=last)
+def _run(trainer: Any, counts: dict[str, int], out: Path, resume: bool) -> TrainReport:
+    """Train to the end, from the last complete state if asked to."""
+    args, start = trainer.args, time.perf_counter()
+    last = resuming.last_state(Path(args.output_dir)) if resume else None
+    first_step = int(last.name.rpartition("-")[2]) if last else 0
+    try:
+        if first_step < args.max_steps:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            if args.save_strategy == "no":
+                # Should the final save fail, the run can be resumed from its end.
+                trainer.keep_state()
+        else:  # it was interrupted after its last step
+            trainer.restore(last)
+    finally:
+        trainer.progress.stop()
     seconds = time.perf_counter() - start
-    steps = trainer.state.global_step
-    per_sequence = counts["tokens"] / max(1, len(trainer.train_dataset))
-    tokens = (steps - first_step) * settings.batch_size * per_sequence
-    return TrainReport(out, steps, result.training_loss, seconds, tokens / seconds, counts)
-
-
-def _on_cpu() -> bool:
-    """Whether Trainer will run on the CPU; it moves the model to a GPU if there is one."""
-    return not torch.cuda.is_available()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    loss = sum(entry["loss"] for entry in logged) / max(1, len(logged))
+    sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes()
+    tokens = counts["tokens"] / max(1, len(trainer.train_dataset)) * sequences
+    speed = tokens * (args.max_steps - first_step) / seconds
+    return TrainReport(out, trainer.state.global_step, loss, seconds, speed, counts)
 
 
 def _settings(model: nn.Module, stage: Stage, asked: TrainOptions) -> TrainOptions:
     """The user's values, and the recipe's for what was left open."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    length = CPU_MAX_LENGTH if _on_cpu() else stage.max_length
+    length = CPU_MAX_LENGTH if on_cpu() else stage.max_length
     defaults = {
-        "batch_size": CPU_BATCH_SIZE if _on_cpu() else stage.batch_size,
+        "batch_size": CPU_BATCH_SIZE if on_cpu() else stage.batch_size,
         "max_length": min(length, longest) if longest else length,
         "learning_rate": stage.learning_rate,
         "schedule": stage.schedule,
     }
-    if _on_cpu() and (asked.batch_size is None or asked.max_length is None):
+    if on_cpu() and (asked.batch_size is None or asked.max_length is None):
         log.info(
             f"On a CPU, unless told: {CPU_BATCH_SIZE} sequences of up to {CPU_MAX_LENGTH} tokens "
             f"a step; the recipe says {stage.batch_size} of {stage.max_length}."
@@ -224,6 +240,10 @@ def _settings(model: nn.Module, stage: Stage, asked: TrainOptions) -> TrainOptio
     if router is None and asked.learning_rate is None:
         router = stage.router_learning_rate
     fits = max(1, MICRO_BATCH_TOKENS // settings.max_length)
+    if longest and settings.max_length > longest:
+        raise SparsecraftError(
+            f"max_length is {settings.max_length} and the model has {longest} positions."
+        )
     return dataclasses.replace(
         settings,
         packing=settings.packing and _task(model) == "causal",
@@ -267,7 +287,7 @@ def _trainer(
         "seq2seq": (RoutedSeq2SeqTrainer, Seq2SeqTrainingArguments),
         "classification": (RoutedTrainer, TrainingArguments),
     }[_task(model)]
-    arguments = _arguments(stage, settings, len(dataset), folder)
+    arguments = training_arguments(stage, settings, len(dataset), folder)
     # transformers 5.2x renames gradient_checkpointing; TRL turns it on unless told otherwise.
     known = {field.name for field in dataclasses.fields(arguments_class)}
     name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
@@ -277,6 +297,7 @@ def _trainer(
     if arguments_class is SFTConfig:
         arguments["max_length"] = settings.max_length
         arguments["dataset_kwargs"] = {"skip_prepare_dataset": True}
+    progress = ProgressBar(settings.progress)
     trainer = trainer_class(
         model=model,
         args=arguments_class(**arguments),
@@ -285,8 +306,9 @@ def _trainer(
             data_module.collate, pad_id=data_module.pad_id(tokenizer), packed=settings.packing
         ),
         processing_class=tokenizer,
-        callbacks=[Progress(settings.progress)],
+        callbacks=[progress],
     )
+    trainer.progress = progress
     for callback in (PrinterCallback, ProgressCallback):  # they write to standard output
         trainer.remove_callback(callback)
     trainer.stage, trainer.router_learning_rate = stage, settings.router_learning_rate
@@ -294,47 +316,8 @@ def _trainer(
     return trainer
 
 
-def _arguments(stage: Stage, settings: TrainOptions, rows: int, folder: Path) -> dict[str, Any]:
-    """What all of transformers' training arguments classes take."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    micro_batch = min(settings.micro_batch, max(1, settings.batch_size // world))
-    accumulation = max(1, settings.batch_size // (micro_batch * world))
-    per_epoch = math.ceil(rows / (micro_batch * accumulation * world))
-    steps = settings.steps or max(1, math.ceil(per_epoch * settings.epochs))
-    every = settings.save_every or (steps // 10 if steps >= 100 else None)
-    warmup = stage.warmup_steps or math.ceil(stage.warmup_ratio * steps)
-    schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-    return {
-        "output_dir": str(folder),
-        "max_steps": steps,
-        "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": schedule,
-        "warmup_steps": min(warmup, steps),
-        "weight_decay": stage.weight_decay,
-        "max_grad_norm": stage.max_grad_norm,
-        "optim": "adamw_torch",
-        "use_cpu": _on_cpu(),
-        "bf16": not _on_cpu() and torch.cuda.is_bf16_supported(),
-        "seed": settings.seed,
-        "data_seed": settings.seed,
-        "logging_steps": settings.log_every,
-        "logging_first_step": True,
-        "save_strategy": "steps" if every else "no",
-        "save_steps": every or steps,
-        "save_total_limit": 1,
-        "report_to": list(settings.trackers) or "none",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": not _on_cpu(),
-    }
-
-
 def _task(model: nn.Module) -> str:
-    # A model built in memory has no architectures in its configuration.
-    description = {"architectures": [type(model).__name__], "model_type": model.config.model_type}
-    task = hub.task_of(description)
+    task = hub.task_of(model)
     if task in ("causal", "seq2seq", "classification"):
         return task
     raise SparsecraftError(
@@ -352,15 +335,23 @@ def _tokenizer_of(record: Conversion) -> Any:
 
 
 def _check_states(folder: Path, resume: bool) -> None:
-    states = list(folder.glob("*/checkpoint-*"))
+    states = [s for s in folder.glob("*") if s.is_dir() and resuming.last_state(s)]
     if resume and not states:
         raise SparsecraftError(
-            f"There is nothing to resume: {folder} holds no training state. "
+            f"There is nothing to resume: {folder} holds no complete training state. "
             "Train without resume, with save_every for states to come back to."
         )
     if not resume and states:
         raise SparsecraftError(
             f"{folder} holds the state of an interrupted run; resume it, or delete the folder."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise SparsecraftError(f"{folder} is a file; training keeps its state there. Move it away.")
+    if torch.cuda.device_count() > 1 and processes() == 1:
+        raise SparsecraftError(
+            f"{torch.cuda.device_count()} GPUs are visible to one process. Launch one for each, "
+            "`torchrun --nproc-per-node N -m sparsecraft train ...`, or show it one GPU, "
+            "`CUDA_VISIBLE_DEVICES=0 sparsecraft train ...`."
         )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from sparsecraft import checkpoint, cost
 from sparsecraft.recipe import Recipe, router_words
 
@@ -26,7 +28,8 @@ def describe(folder: str | Path) -> list[str]:
 def edit_lines(recipe: Recipe) -> list[str]:
     """One line for each edit of a recipe."""
     return [
-        f"  {e.experts.num_experts} {e.experts.kind} {e.place} every {e.site}"
+        f"  {e.experts.num_experts} {e.experts.kind} {e.place} "
+        + (f"every {e.site}" if e.paths == "*" else f"{e.site} at {e.paths}")
         + (f", router {router_words(e.router)}" if e.router else "")
         for e in recipe.edits
     ]
@@ -58,3 +61,17 @@ def _history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
             f"last logged {last['loss']:.3f}{routing}."
         )
     return lines if report.get("training") else [*lines, "Not trained yet."]
+
+
+def result_tables(results: dict[str, Any]) -> list[Table]:
+    """The tables of what `evaluate` found: losses, choices, lm-eval tasks."""
+    tables = []
+    for kind in ("loss", "choice", "tasks"):
+        rows = results.get(kind, {})
+        keys = list(dict.fromkeys(key for row in rows.values() for key in row))
+        table = Table(kind, *keys, box=None, header_style="bold", pad_edge=False)
+        for name, row in rows.items():
+            values = (row.get(key, "") for key in keys)
+            table.add_row(name, *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in values))
+        tables += [table] if rows else []
+    return tables

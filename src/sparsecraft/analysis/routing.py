@@ -22,7 +22,12 @@ def first_choices_E(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
 
 
 def load_entropy(counts_E: Tensor) -> float:
-    """Entropy of the load divided by log E: 1 is even, 0 is one expert for all."""
+    """Entropy of the load divided by log E: 1 is even, 0 is one expert for all.
+
+    A single expert's load is even: 1.
+    """
+    if len(counts_E) == 1:
+        return 1.0
     share_E = counts_E.double() / counts_E.sum().clamp_min(1)
     return (torch.special.entr(share_E).sum() / torch.tensor(float(len(share_E))).log()).item()
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from sparsecraft.errors import RecipeError, did_you_mean
 from sparsecraft.experts.base import Experts, TwoLayer
 from sparsecraft.recipe import AdapterSpec, LoRASpec
 
@@ -31,6 +32,10 @@ class AdapterExperts(Experts):
         super().__init__()
         self.num_experts, self.out_features = spec.num_experts, width
         self.dropout, self.scale = spec.dropout, spec.scale
+        if spec.activation not in ACT2FN:
+            raise RecipeError(
+                f"Unknown activation {spec.activation!r}." + did_you_mean(spec.activation, ACT2FN)
+            )
         self.activation = ACT2FN[spec.activation]
         self.down = nn.Parameter(
             torch.empty(spec.num_experts, spec.dim, width, device=device, dtype=dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsecraft.experts.base import Experts, loop
 from sparsecraft.kernels.dense import dense
-from sparsecraft.kernels.grouped import grouped, why_not_grouped
+from sparsecraft.kernels.grouped import are_views, grouped, why_not_grouped
 from sparsecraft.routing import Routing
 
 PATHS = {"loop": loop, "grouped": grouped, "dense": dense}
@@ -32,7 +32,7 @@ def choose_path(bank: Experts, x_TI: Tensor, routing: Routing) -> str:
     reason = why_not_grouped(bank, x_TI)
     if reason is None:
         return "grouped"
-    if "views of one tensor" not in reason:  # untrained copies: the loop is the plan, not news
+    if not are_views(bank):  # for untrained copies the loop is the plan, not news
         _say_once(f"Experts run in a loop, one at a time: {reason}.")
     return "loop"
 

@@ -24,7 +24,9 @@ def usable(x: Tensor) -> bool:
     """Whether the Triton kernels run on this tensor."""
     if triton is None or torch.compiler.is_compiling() or x.dtype == torch.float64:
         return False
-    return x.is_cuda or triton.knobs.runtime.interpret
+    # Triton launches on the current device, which need not be the tensor's.
+    here = x.is_cuda and x.device.index == torch.cuda.current_device()
+    return here or triton.knobs.runtime.interpret
 
 
 def plan(indices_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

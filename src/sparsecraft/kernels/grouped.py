@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsecraft.errors import SparsecraftError
 from sparsecraft.experts.base import Experts
 from sparsecraft.kernels.fused import combine, plan
 from sparsecraft.routing import Routing
@@ -29,12 +30,17 @@ def why_not_grouped(bank: Experts, x_TI: Tensor) -> str | None:
     net = bank.two_layer(next(bank.parameters()).dtype)
     if net is None:
         return f"{type(bank).__name__} has no two-layer form"
-    if bank.num_experts > 1 and 0 in (net.first_EMI.stride(0), net.second_EOH.stride(0)):
+    if are_views(bank):
         return "the experts are views of one tensor, which grouped_mm does not take"
     for width in (*net.first_EMI.shape[1:], *net.second_EOH.shape[1:]):
         if width * dtype.itemsize % ALIGNMENT_BYTES:
             return f"a width of {width} in {dtype} is no multiple of {ALIGNMENT_BYTES} bytes"
     return None
+
+
+def are_views(bank: Experts) -> bool:
+    """Whether the experts are still copies that share one tensor's memory."""
+    return bank.num_experts > 1 and any(p.stride(0) == 0 for p in bank.parameters())
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -45,6 +51,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def grouped(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = False) -> Tensor:
     """Two grouped GEMMs; the base model's own tensors are never repeated K times."""
+    if reason := why_not_grouped(bank, x_TI):
+        raise SparsecraftError(f"The grouped path cannot run: {reason}. Use dispatch 'auto'.")
     x_TI = x_TI.to(compute_dtype(x_TI))
     net = bank.two_layer(x_TI.dtype)
     num_experts, K = bank.num_experts, routing.indices_TK.shape[1]

@@ -7,8 +7,10 @@ Command: sparsecraft convert camelidae --model smollm2 --out runs/camelid --adap
 
 from typing import Literal
 
+from sparsecraft.errors import RecipeError, did_you_mean
 from sparsecraft.recipe import AdapterSpec, Edit, LoRASpec, Recipe, RouterSpec, Stage
 
+VARIANTS = ("paper", "released")
 PAPER = "Wu et al., EMNLP 2024 (PESC / Camelidae)"
 
 
@@ -33,7 +35,8 @@ def camelidae(
         top_k: adapters per token.
         adapter_dim: bottleneck width; default 512 (paper) or 64 (released training script).
         variant: `paper`, or `released` where the published code differs: width 64, no balance
-            loss (the script never turns it on), 512 tokens, gradient norm 0.3, 200 warm-up steps.
+            loss (the script never turns it on), 512 tokens, 200 warm-up steps. The gradient norm of
+            0.3 and the dropout are the code's in both; the paper does not say.
         adapter_scale: factor on the adapters' outputs; published checkpoints say 0.25.
         dropout: on the inputs of adapters and LoRA, in training.
         balance: balance loss; default `switch` (paper, Eq. 10) or `none` (released);
@@ -44,6 +47,8 @@ def camelidae(
         quantize: `nf4` keeps the backbone in 4 bits (QLoRA), as the paper does.
         paths: glob over the paths of the feed-forward networks, such as `model.layers.1?.mlp`.
     """
+    if variant not in VARIANTS:
+        raise RecipeError(f"Unknown variant {variant!r}." + did_you_mean(variant, VARIANTS))
     released = variant == "released"
     dim = (64 if released else 512) if adapter_dim is None else adapter_dim
     adapters = AdapterSpec(num_experts=num_experts, dim=dim, dropout=dropout, scale=adapter_scale)

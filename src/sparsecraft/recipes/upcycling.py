@@ -23,8 +23,9 @@ def upcycling(
         top_k: experts per token.
         renormalize: weights of the kept experts sum to one, so that the model starts as the
             dense one but the router gets no language-model gradient until the copies differ;
-            without it the router learns at once and the start is not exact.
-        router_std: standard deviation of the normal router initialization (paper: 0.02).
+            without it the router learns at once and the start is not exact (the paper found
+            renormalizing to help vision and to hurt language a little).
+        router_std: standard deviation of the normal router initialization.
         balance_coef: weight of the Switch balance loss; 0 turns it off.
         paths: glob over the paths of the feed-forward networks.
     """
@@ -45,6 +46,8 @@ def upcycling(
             ),
         ),
         stages=(
+            # The paper goes on with the dense model's own hyperparameters, which a checkpoint does
+            # not tell: set yours. These are the best of benchmarks/pesc_quality.md, constant.
             Stage(
                 trains=("all",),
                 losses={"switch": balance_coef} if balance_coef else {},

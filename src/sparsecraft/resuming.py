@@ -1,0 +1,78 @@
+"""The state of an interrupted training run: is it complete, and is it of the same run?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sparsecraft.errors import SparsecraftError
+from sparsecraft.folder import json_digest, read_json, write_json
+from sparsecraft.layer import unique_tensors
+from sparsecraft.options import TrainOptions
+from sparsecraft.origin import combine, digest
+from sparsecraft.recipe import to_json
+from sparsecraft.surgery import conversion_of
+
+RUN_RECORD = "run.json"
+
+# A state is written in this order, the last file at the end.
+STATE_FILES = ("moe.safetensors", "digest", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+# What may differ between a run and its continuation: how it is shown and kept.
+FREE = ("save_every", "log_every", "trackers", "progress")
+
+
+def last_state(folder: Path) -> Path | None:
+    """The newest complete training state in a stage's folder; a partial one is passed over."""
+    states = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    return next((state for state in reversed(states) if _complete(state)), None)
+
+
+def _complete(state: Path) -> bool:
+    if not all((state / name).is_file() for name in STATE_FILES) or not [*state.glob("rng_state*")]:
+        return False
+    try:
+        json.loads((state / "trainer_state.json").read_text())
+    except ValueError:
+        return False
+    return True
+
+
+def describe(model: nn.Module, settings: TrainOptions, rows: Any, processes: int) -> dict[str, Any]:
+    """What makes a run this run: recipe, settings, data, starting tensors, processes."""
+    kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
+    trained = {n: digest(p) for n, p in unique_tensors(model).items() if p.requires_grad}
+    return {
+        "recipe": json_digest(to_json(conversion_of(model).recipe)),
+        **json.loads(json.dumps(kept)),
+        "data": json_digest([[row["input_ids"], row["labels"]] for row in rows]),
+        "starting tensors": combine(trained),
+        "processes": processes,
+    }
+
+
+def check(folder: Path, run: dict[str, Any], resume: bool) -> None:
+    """Compare with the interrupted run, or write down this one.
+
+    Raises:
+        SparsecraftError: the continuation would not be of the same run; the field is named.
+    """
+    path = folder / RUN_RECORD
+    if not resume or not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, run)
+        return
+    before = read_json(path)
+    for key, value in run.items():
+        if before.get(key) != value:
+            shown = (
+                "" if key in ("recipe", "data", "starting tensors") else f": {before.get(key)!r}"
+            )
+            raise SparsecraftError(
+                f"The interrupted run in {folder} had another {key}{shown}; resume with the same "
+                "arguments, or delete the folder and start anew."
+            )
