@@ -71,20 +71,22 @@ def bytes_of(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def require(folder: Path, disk: int, memory: int, task: str) -> str:
+def require(folder: Path, disk: int, memory: int, task: str, free_memory: int | None = None) -> str:
     """Compare needs with what is free; return one line that says both.
 
     Args:
         folder: where the files will go.
         disk: bytes to be written.
-        memory: bytes of main memory, beyond what is in use already.
+        memory: bytes of memory, beyond what is in use already.
+        free_memory: what is free of it; None asks for the main memory.
 
     Raises:
         ResourceError: not enough disk. Too little memory is reported, not refused, because
             swap and memory maps make it a guess.
     """
     existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
-    free_disk, free_memory = shutil.disk_usage(existing).free, psutil.virtual_memory().available
+    free_disk = shutil.disk_usage(existing).free
+    free_memory = psutil.virtual_memory().available if free_memory is None else free_memory
     if disk > free_disk:
         raise ResourceError(
             f"{task} needs {gigabytes(disk)} of disk at {folder} and {gigabytes(free_disk)} "

@@ -370,4 +370,5 @@ def _needs(model: nn.Module, settings: TrainOptions, out: Path) -> str:
         if p.requires_grad or dense_name(model, n) is None
     )
     states = 3 * new  # weights and two moments, for resume
-    return cost.require(out, disk=new + states, memory=memory, task="Training")
+    free = None if on_cpu() else torch.cuda.mem_get_info()[0]
+    return cost.require(out, disk=new + states, memory=memory, task="Training", free_memory=free)
