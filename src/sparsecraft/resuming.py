@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import xxhash
+from datasets import Dataset
 from torch import nn
 
 from sparsecraft.errors import SparsecraftError
@@ -42,17 +45,32 @@ def _complete(state: Path) -> bool:
     return True
 
 
-def describe(model: nn.Module, settings: TrainOptions, rows: Any, processes: int) -> dict[str, Any]:
+def describe(
+    model: nn.Module, settings: TrainOptions, rows: Dataset, processes: int
+) -> dict[str, Any]:
     """What makes a run this run: recipe, settings, data, starting tensors, processes."""
     kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
     trained = {n: digest(p) for n, p in unique_tensors(model).items() if p.requires_grad}
     return {
         "recipe": json_digest(to_json(conversion_of(model).recipe)),
         **json.loads(json.dumps(kept)),
-        "data": json_digest([[row["input_ids"], row["labels"]] for row in rows]),
+        "data": _rows_digest(rows),
         "starting tensors": combine(trained),
         "processes": processes,
     }
+
+
+def _rows_digest(rows: Dataset) -> str:
+    """One hash over all token ids and labels, in order, without a Python object for each."""
+    state = xxhash.xxh3_128()
+    for table in rows.with_format("arrow").iter(batch_size=1000):
+        for name in ("input_ids", "labels"):
+            column = table.column(name).combine_chunks()
+            if pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):
+                state.update(column.value_lengths().to_numpy(zero_copy_only=False))
+                column = column.flatten()
+            state.update(column.to_numpy(zero_copy_only=False))
+    return f"xxh3_128:{state.hexdigest()}"
 
 
 def check(folder: Path, run: dict[str, Any], resume: bool) -> None:
