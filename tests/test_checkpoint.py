@@ -495,7 +495,7 @@ def test_an_existing_folder_is_left_alone(shelf, llama, tmp_path):
     (stranger / "thesis.txt").write_text("mine")
     refused(lambda: sc.save(model, stranger, overwrite=True), "not written by sparsecraft")
     assert fingerprint(stranger) == {"thesis.txt": b"mine"}
-    refused(lambda: sc.save(model, shelf.base("llama"), overwrite=True), "not written by")
+    refused(lambda: sc.save(model, shelf.base("llama"), overwrite=True), "the base that")
     file = tmp_path / "file"
     file.write_text("mine")
     refused(lambda: sc.save(model, file, overwrite=True), "not written by sparsecraft")
@@ -696,3 +696,31 @@ def test_odd_dtypes_are_refused(shelf):
             "dtype",
         )
     assert sc.load(shelf.checkpoint("llama", "camelidae"), dtype="auto").dtype == torch.float32
+
+
+def test_save_pretrained_never_deletes_a_base_or_a_users_file(shelf, tmp_path):
+    base = tmp_path / "base"
+    dense("llama").save_pretrained(base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    sc.convert(model, RECIPES["camelidae"].make())
+    before = fingerprint(base)
+    refused(lambda: model.save_pretrained(base), "the base that the model stands on")
+    assert fingerprint(base) == before
+    mine = tmp_path / "mine"
+    (mine / "additional_chat_templates").mkdir(parents=True)
+    (mine / "user_lora.safetensors").write_text("lora")
+    (mine / "additional_chat_templates" / "a.jinja").write_text("a")
+    for _ in range(2):
+        model.save_pretrained(mine)
+        assert (mine / "user_lora.safetensors").read_text() == "lora"
+        assert (mine / "additional_chat_templates" / "a.jinja").read_text() == "a"
+    model.generation_config.max_new_tokens = 99
+    model.save_pretrained(mine)
+    assert sc.load(mine).generation_config.max_new_tokens == 99
+
+
+def test_the_current_folder_is_refused(shelf, tmp_path, monkeypatch):
+    model = sc.load(shelf.checkpoint("llama", "camelidae"))
+    out = sc.save(model, tmp_path / "out")
+    monkeypatch.chdir(out)
+    refused(lambda: sc.save(model, ".", overwrite=True), "current folder")

@@ -356,10 +356,38 @@ def test_a_run_is_resumed_with_its_own_arguments_only(tmp_path, rows, monkeypatc
         sc.train(converted(), other, tmp_path / "out", **again, **options)
     with pytest.raises(SparsecraftError, match="another recipe"):
         sc.train(converted(balance_coef=0.5), rows, tmp_path / "out", **again, **options)
-    moved = converted()
-    cases.randomize_new(moved)
-    with pytest.raises(SparsecraftError, match="another starting tensors"):
-        sc.train(moved, rows, tmp_path / "out", **again, **options)
+    other_base = tiny.llama()
+    with torch.no_grad():
+        other_base.model.norm.weight += 1
+    sc.convert(other_base, recipe())
+    with pytest.raises(SparsecraftError, match="another dense model"):
+        sc.train(other_base, rows, tmp_path / "out", **again, **options)
+
+
+def test_the_interrupted_model_itself_can_go_on(tmp_path, rows, monkeypatch):
+    whole, model = converted(), converted()
+    options = {**FAST, "save_every": 5}
+    sc.train(whole, rows, tmp_path / "whole", tokenizer=tiny.tokenizer(), **options)
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 8:
+            raise Interrupted
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(trainers.ProgressBar, "on_step_end", interrupt)
+        sc.train(model, rows, tmp_path / "out", tokenizer=tiny.tokenizer(), **options)
+    sc.train(model, rows, tmp_path / "out", tokenizer=tiny.tokenizer(), resume=True, **options)
+    assert torch.equal(model.model.layers[0].mlp.experts.up, whole.model.layers[0].mlp.experts.up)
+
+
+def test_a_model_that_cannot_be_saved_is_not_trained(tmp_path, rows):
+    model = converted()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    before = parameters(model)
+    with pytest.raises(CheckpointError, match="tie_word_embeddings"):
+        sc.train(model, rows, tmp_path / "out", tokenizer=tiny.tokenizer(), **FAST)
+    assert not list(tmp_path.glob("out*"))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
 def test_a_state_cut_short_is_passed_over(tmp_path, rows, monkeypatch):

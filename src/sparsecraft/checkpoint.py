@@ -50,7 +50,7 @@ def save(
     standalone: bool = False,
     overwrite: bool = False,
     tokenizer: Any = None,
-    keep: tuple[str, ...] = (),
+    keep: tuple[str, ...] | None = None,
 ) -> Path:
     """Write a converted model as a checkpoint folder.
 
@@ -59,7 +59,7 @@ def save(
             for a model that cannot be built from a base on disk (another head, another size).
         overwrite: replace an existing folder once the new one is complete.
         tokenizer: written beside the model; by default the base's own files are copied.
-        keep: globs of files of an existing folder that win over ours.
+        keep: write into a folder of the user's too; these globs of its files win over ours.
 
     Raises:
         SurgeryError: the model is dense.
@@ -68,16 +68,14 @@ def save(
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     record = conversion_of(model)
-    _check_loadable(model)
+    check_loadable(model)
     out = Path(out)
-    origin = None if standalone else Origin.find(record.origin, record.revision)
-    if origin is not None and not origin.holds(model, _dense_shapes(model)):
-        origin = None
+    origin = _usable_base(model, out, standalone)
     tensors = new_or_changed(model, origin)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     cost.require(out, disk=size, memory=0, task="Saving")
     config = _config(model)
-    with replacing(out, overwrite, keep, foreign=bool(keep)) as folder:
+    with replacing(out, overwrite, keep or (), foreign=keep is not None) as folder:
         weights_digest = tensorfile.write(folder / WEIGHTS, tensors)
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -102,6 +100,17 @@ def save(
         write_companions(model, folder, tokenizer)
         (folder / "README.md").write_text(readme(model, origin))
     return out
+
+
+def _usable_base(model: nn.Module, out: Path, standalone: bool) -> Origin | None:
+    """The base that a checkpoint in `out` can stand on; None if it has to hold everything."""
+    record = conversion_of(model)
+    origin = Origin.find(record.origin, record.revision)
+    if origin is not None and out.resolve() == origin.folder.resolve():
+        raise CheckpointError(f"{out} holds the base that the model stands on; choose another.")
+    if standalone or origin is None or not origin.holds(model, _dense_shapes(model)):
+        return None
+    return origin
 
 
 def load(
@@ -149,7 +158,7 @@ def load(
         digests = {n: (getattr(torch, d), h) for n, (d, h) in manifest["dense"].items()}
     else:
         record.origin, record.revision = origin.name, origin.revision
-    record.digests, record.base_card = digests, manifest["base_card"]
+    record.digests, record.base_card = digests, manifest.get("base_card")
     record.folder, record.report = folder.absolute(), read_json(folder / "report.json")
     read_tensors(model, folder / WEIGHTS, manifest["tensors"], complete=origin is None)
     if (folder / "generation_config.json").is_file() and model.can_generate():
@@ -191,10 +200,12 @@ def save_pretrained(model: nn.Module, save_directory: str | Path, **kwargs: Any)
     if kwargs.get("is_main_process", True):
         chosen = {name: kwargs[name] for name in ours & given}
         # As in transformers: into a folder of the user's too, beside a tokenizer saved before.
-        save(model, save_directory, overwrite=True, keep=COMPANIONS, **chosen)
+        settings = "generation_config.json"
+        keep = () if "tokenizer" in chosen else tuple(c for c in COMPANIONS if c != settings)
+        save(model, save_directory, overwrite=True, keep=keep, **chosen)
 
 
-def _check_loadable(model: nn.Module) -> None:
+def check_loadable(model: nn.Module) -> None:
     """Refuse what `load` could not build again: a class or a tie that the config cannot tell."""
     description = {"architectures": [type(model).__name__], "model_type": model.config.model_type}
     try:

@@ -153,7 +153,7 @@ def train(argv: list[str]) -> None:
     model = checkpoint.load(command.folder)
     if command.dtype != "saved":
         for parameter in model.parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.to(getattr(torch, command.dtype))
     options = {f.name: getattr(command, f.name) for f in dataclasses.fields(TrainOptions)}
     report = training.train(
@@ -376,7 +376,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; a training run continues with --resume.", file=sys.stderr)
+        print("interrupted; training with a saved state goes on by --resume", file=sys.stderr)
         return 130
     return 0
 

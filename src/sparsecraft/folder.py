@@ -47,8 +47,10 @@ OWN = (
     *COMPANIONS,
     MANIFEST,
     EXPORT_RECORD,
-    "*.safetensors",
-    "*.safetensors.index.json",
+    "moe.safetensors",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
     "report.json",
     "config.json",
     "README.md",
@@ -70,7 +72,7 @@ def replacing(
     Raises:
         CheckpointError: `out` exists and `overwrite` is False, or the disk refuses.
     """
-    out = out.resolve()  # a link stays a link, and "." gets a name
+    out = out.resolve()  # a link stays a link
     check_free(out, overwrite, foreign)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
@@ -86,9 +88,16 @@ def replacing(
 
 
 def _swap(new: Path, out: Path, keep: tuple[str, ...]) -> None:
+    """Let `new` take the place of `out`; a failure at any point leaves `out` as it was."""
     if not out.exists():
         new.rename(out)
         return
+    ours = _ours(out)
+    keep = keep if ours else (*keep, "README.md")
+    for path in out.iterdir():
+        stale = ours and _matches(path.name, OWN)
+        if _matches(path.name, keep) or not (stale or (new / path.name).exists()):
+            _copy(path, new / path.name)
     old = new.with_suffix(".old")
     out.rename(old)
     try:
@@ -96,10 +105,18 @@ def _swap(new: Path, out: Path, keep: tuple[str, ...]) -> None:
     except BaseException:
         old.rename(out)
         raise
-    for path in old.iterdir():
-        if _matches(path.name, keep) or not _matches(path.name, OWN):
-            path.replace(out / path.name)
     shutil.rmtree(old)
+
+
+def _copy(path: Path, target: Path) -> None:
+    if path.is_dir():
+        shutil.copytree(path, target, dirs_exist_ok=True)
+        return
+    target.unlink(missing_ok=True)
+    try:
+        os.link(path, target)  # at no cost, where the disk can
+    except OSError:
+        shutil.copy2(path, target)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -114,6 +131,8 @@ def check_free(out: Path, overwrite: bool, foreign: bool = False) -> None:
     ours = out.is_dir() and (foreign or _ours(out) or not any(out.iterdir()))
     if out.exists() and not ours:
         raise CheckpointError(f"{out} exists and was not written by sparsecraft; it is left alone.")
+    if out in (Path.cwd(), *Path.cwd().parents):
+        raise CheckpointError(f"{out} is the current folder or holds it; choose another.")
     existing = next(path for path in (out, *out.parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise CheckpointError(f"{out} cannot be written: {existing} is no writable folder.")
@@ -202,7 +221,10 @@ def json_digest(data: Any) -> str:
 
 
 def write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n")
+    """Write plain JSON data under a temporary name, then rename it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(data, indent=2) + "\n")
+    temporary.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,9 +14,8 @@ from torch import nn
 
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.folder import json_digest, read_json, write_json
-from sparsecraft.layer import unique_tensors
 from sparsecraft.options import TrainOptions
-from sparsecraft.origin import combine, digest
+from sparsecraft.origin import combine
 from sparsecraft.recipe import to_json
 from sparsecraft.surgery import conversion_of
 
@@ -31,7 +30,8 @@ FREE = ("save_every", "log_every", "trackers", "progress")
 
 def last_state(folder: Path) -> Path | None:
     """The newest complete training state in a stage's folder; a partial one is passed over."""
-    states = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    numbered = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    states = sorted(numbered, key=lambda p: int(p.name.rpartition("-")[2]))
     return next((state for state in reversed(states) if _complete(state)), None)
 
 
@@ -48,14 +48,17 @@ def _complete(state: Path) -> bool:
 def describe(
     model: nn.Module, settings: TrainOptions, rows: Dataset, processes: int
 ) -> dict[str, Any]:
-    """What makes a run this run: recipe, settings, data, starting tensors, processes."""
+    """What makes a run this run: recipe, settings, data, dense model, processes.
+
+    The tensors that train are not compared: a state brings them all.
+    """
     kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
-    trained = {n: digest(p) for n, p in unique_tensors(model).items() if p.requires_grad}
+    record = conversion_of(model)
     return {
-        "recipe": json_digest(to_json(conversion_of(model).recipe)),
+        "recipe": json_digest(to_json(record.recipe)),
         **json.loads(json.dumps(kept)),
         "data": _rows_digest(rows),
-        "starting tensors": combine(trained),
+        "dense model": combine({name: hash for name, (_, hash) in record.digests.items()}),
         "processes": processes,
     }
 
@@ -87,9 +90,7 @@ def check(folder: Path, run: dict[str, Any], resume: bool) -> None:
     before = read_json(path)
     for key, value in run.items():
         if before.get(key) != value:
-            shown = (
-                "" if key in ("recipe", "data", "starting tensors") else f": {before.get(key)!r}"
-            )
+            shown = "" if key in ("recipe", "data", "dense model") else f": {before.get(key)!r}"
             raise SparsecraftError(
                 f"The interrupted run in {folder} had another {key}{shown}; resume with the same "
                 "arguments, or delete the folder and start anew."

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from trl import SFTConfig
 from sparsecraft import checkpoint, cost, hub, resuming
 from sparsecraft import data as data_module
 from sparsecraft.errors import DataError, SparsecraftError, did_you_mean
+from sparsecraft.evaluation import positions_of
 from sparsecraft.folder import check_free
 from sparsecraft.layer import dense_name
 from sparsecraft.options import TrainOptions
@@ -101,10 +103,12 @@ def train(
     Raises:
         DataError, CheckpointError, ResourceError: before anything is written.
     """
-    asked, out = _options(options), Path(out)
+    asked, out = _options(options), Path(out).resolve()
     model = checkpoint.load(model) if isinstance(model, (str, Path)) else model
     record = conversion_of(model)
     check_free(out, overwrite)
+    checkpoint.check_loadable(model)
+    _check_devices(model)
     states = out.with_name(f"{out.name}.training")
     _check_states(states, resume)
     reads = tokenizer or _tokenizer_of(record)
@@ -202,7 +206,7 @@ def _run(trainer: Any, counts: dict[str, int], out: Path, resume: bool) -> Train
     first_step = int(last.name.rpartition("-")[2]) if last else 0
     try:
         if first_step < args.max_steps:
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            result = trainer.train(resume_from_checkpoint=str(last) if last else None)
             if args.save_strategy == "no":
                 # Should the final save fail, the run can be resumed from its end.
                 trainer.keep_state()
@@ -213,6 +217,7 @@ def _run(trainer: Any, counts: dict[str, int], out: Path, resume: bool) -> Train
     seconds = time.perf_counter() - start
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     loss = sum(entry["loss"] for entry in logged) / max(1, len(logged))
+    loss = loss if last else result.training_loss  # exact, but blind to what came before a resume
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes()
     tokens = counts["tokens"] / max(1, len(trainer.train_dataset)) * sequences
     speed = tokens * (args.max_steps - first_step) / seconds
@@ -221,7 +226,7 @@ def _run(trainer: Any, counts: dict[str, int], out: Path, resume: bool) -> Train
 
 def _settings(model: nn.Module, stage: Stage, asked: TrainOptions) -> TrainOptions:
     """The user's values, and the recipe's for what was left open."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = positions_of(model)
     length = CPU_MAX_LENGTH if on_cpu() else stage.max_length
     defaults = {
         "batch_size": CPU_BATCH_SIZE if on_cpu() else stage.batch_size,
@@ -347,7 +352,12 @@ def _check_states(folder: Path, resume: bool) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise SparsecraftError(f"{folder} is a file; training keeps its state there. Move it away.")
-    if torch.cuda.device_count() > 1 and processes() == 1:
+
+
+def _check_devices(model: nn.Module) -> None:
+    """Refuse copies of the model on several GPUs in one process: their routing is not seen."""
+    spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+    if torch.cuda.device_count() > 1 and processes() == 1 and not spread:
         raise SparsecraftError(
             f"{torch.cuda.device_count()} GPUs are visible to one process. Launch one for each, "
             "`torchrun --nproc-per-node N -m sparsecraft train ...`, or show it one GPU, "
@@ -370,5 +380,6 @@ def _needs(model: nn.Module, settings: TrainOptions, out: Path) -> str:
         if p.requires_grad or dense_name(model, n) is None
     )
     states = 3 * new  # weights and two moments, for resume
-    free = None if on_cpu() else torch.cuda.mem_get_info()[0]
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    free = None if on_cpu() else torch.cuda.mem_get_info(rank)[0]
     return cost.require(out, disk=new + states, memory=memory, task="Training", free_memory=free)
