@@ -6,7 +6,6 @@ Shapes: B packs of a batch, S = 512 tokens of a pack, T = B*S tokens, E experts.
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsecraft as sc
+from sparsecraft.analysis.routing import load_entropy, mutual_information
 from sparsecraft.encoding import IGNORED
 from sparsecraft.losses import auxiliary_loss
 from sparsecraft.routing import Routing
@@ -366,19 +366,12 @@ def _count(routing: Mapping[str, Routing], real_T: Tensor, part: str, top: dict,
         load[name] = load.get(name, 0) + r.load_E(real_T).double() * real_T.sum()
 
 
-def _entropy(p: Tensor) -> float:
-    p = p[p > 0]
-    return float(-(p * p.log()).sum())
-
-
 def _routing_facts(top: dict, load: dict) -> dict[str, float]:
     """Load entropy over log E, and I(top-1 expert; domain) in bits with equal domains."""
-    entropies, information = [], []
-    for name, load_E in load.items():
-        entropies.append(_entropy((load_E / load_E.sum()).cpu()) / math.log(len(load_E)))
-        given = [(top[name, d] / top[name, d].sum()).cpu() for d in DOMAINS]
-        mean = sum(given) / len(given)
-        information.append((_entropy(mean) - sum(map(_entropy, given)) / len(given)) / math.log(2))
+    entropies = [load_entropy(load_E) for load_E in load.values()]
+    information = [
+        mutual_information(torch.stack([top[name, domain] for domain in DOMAINS])) for name in load
+    ]
     return {
         "entropy_mean": sum(entropies) / len(entropies),
         "entropy_min": min(entropies),

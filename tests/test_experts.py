@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from cases import dense
 from sparsecraft.donor import Linear, find_sites, view
-from sparsecraft.errors import DonorError, RecipeError
+from sparsecraft.errors import DonorError, RecipeError, SparsecraftError
 from sparsecraft.experts import AdapterExperts, FFNExperts, LoRAExperts, build_experts, loop
 from sparsecraft.kernels import PATHS, choose_path
 from sparsecraft.kernels.grouped import why_not_grouped
@@ -295,3 +295,10 @@ def test_a_quantized_donor_cannot_be_copied():
     donor.down.module.weight = nn.Parameter(weight, requires_grad=False)
     with pytest.raises(DonorError, match=r"down_proj.*quantized"):
         FFNExperts(FFNSpec(), donor)
+
+
+def test_a_path_that_was_asked_for_and_cannot_run_says_why():
+    bank = AdapterExperts(AdapterSpec(num_experts=E, dim=5), D).eval()
+    bank.dispatch = "grouped"
+    with pytest.raises(SparsecraftError, match="multiple of 16 bytes"):
+        bank(torch.randn(T, D), routing_of("two slots"))

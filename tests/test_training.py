@@ -154,19 +154,26 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_resume_continues_exactly(tmp_path, rows, monkeypatch, packing):
-    options = {**FAST, "packing": packing, "save_every": 5}
-    whole = converted()
-    sc.train(whole, rows, tmp_path / "whole", tokenizer=tiny.tokenizer(), **options)
+def interrupted(tmp_path, rows, monkeypatch, model=None, **options):
+    """A run killed at step 8, with a state every 5 steps; its options."""
 
     def interrupt(self, args, state, control, **kwargs):
         if state.global_step == 8:
             raise Interrupted
 
+    options = {**FAST, "save_every": 5, **options}
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(trainers.ProgressBar, "on_step_end", interrupt)
-        sc.train(converted(), rows, tmp_path / "out", tokenizer=tiny.tokenizer(), **options)
+        model = model or converted()
+        sc.train(model, rows, tmp_path / "out", tokenizer=tiny.tokenizer(), **options)
+    return options
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_resume_continues_exactly(tmp_path, rows, monkeypatch, packing):
+    options = interrupted(tmp_path, rows, monkeypatch, packing=packing)
+    whole = converted()
+    sc.train(whole, rows, tmp_path / "whole", tokenizer=tiny.tokenizer(), **options)
     assert not (tmp_path / "out").exists()
     states = tmp_path / "out.training" / "0-train" / "checkpoint-5"
     assert (states / "optimizer.pt").exists() and not (states / "training_args.bin").exists()
@@ -330,20 +337,6 @@ def test_activation_checkpointing_changes_nothing(tmp_path, rows):
     assert torch.allclose(found[0], found[1], atol=1e-6)
 
 
-def interrupted(tmp_path, rows, monkeypatch, at=8, **options):
-    """A run killed at step `at`, with a state every 5 steps."""
-
-    def interrupt(self, args, state, control, **kwargs):
-        if state.global_step == at:
-            raise Interrupted
-
-    options = {**FAST, "save_every": 5, **options}
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(trainers.ProgressBar, "on_step_end", interrupt)
-        sc.train(converted(), rows, tmp_path / "out", tokenizer=tiny.tokenizer(), **options)
-    return options
-
-
 def test_a_run_is_resumed_with_its_own_arguments_only(tmp_path, rows, monkeypatch):
     options = interrupted(tmp_path, rows, monkeypatch)
     other = tiny.write_rows(tmp_path / "other.jsonl", tiny.chat_rows(30))
@@ -366,16 +359,8 @@ def test_a_run_is_resumed_with_its_own_arguments_only(tmp_path, rows, monkeypatc
 
 def test_the_interrupted_model_itself_can_go_on(tmp_path, rows, monkeypatch):
     whole, model = converted(), converted()
-    options = {**FAST, "save_every": 5}
+    options = interrupted(tmp_path, rows, monkeypatch, model)
     sc.train(whole, rows, tmp_path / "whole", tokenizer=tiny.tokenizer(), **options)
-
-    def interrupt(self, args, state, control, **kwargs):
-        if state.global_step == 8:
-            raise Interrupted
-
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(trainers.ProgressBar, "on_step_end", interrupt)
-        sc.train(model, rows, tmp_path / "out", tokenizer=tiny.tokenizer(), **options)
     sc.train(model, rows, tmp_path / "out", tokenizer=tiny.tokenizer(), resume=True, **options)
     assert torch.equal(model.model.layers[0].mlp.experts.up, whole.model.layers[0].mlp.experts.up)
 

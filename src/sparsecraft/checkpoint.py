@@ -207,9 +207,8 @@ def save_pretrained(model: nn.Module, save_directory: str | Path, **kwargs: Any)
 
 def check_loadable(model: nn.Module) -> None:
     """Refuse what `load` could not build again: a class or a tie that the config cannot tell."""
-    description = {"architectures": [type(model).__name__], "model_type": model.config.model_type}
     try:
-        found = hub.model_class(description)
+        found = hub.model_class(model)
     except HubError:
         found = None
     if found is not type(model):

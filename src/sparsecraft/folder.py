@@ -156,8 +156,10 @@ def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> None:
     settings that differ from those there are the model's own.
     """
     record = conversion_of(model)
-    origin = Origin.find(record.origin, record.revision)
-    source = record.folder if record.folder and record.folder.is_dir() else origin and origin.folder
+    source = record.folder
+    if source is None or not source.is_dir():
+        origin = Origin.find(record.origin, record.revision)
+        source = origin and origin.folder
     if source is not None:
         for path in (path for pattern in COMPANIONS for path in source.glob(pattern)):
             copy = shutil.copytree if path.is_dir() else shutil.copyfile

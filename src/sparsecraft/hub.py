@@ -132,7 +132,9 @@ def license_of(folder: Path) -> str | None:
 
 
 def _architecture(config: Any) -> tuple[str, str]:
-    """(architectures[0], model_type) of a folder, a config.json's dict or a PretrainedConfig."""
+    """(architectures[0], model_type) of a folder, a config.json's dict, a config or a model."""
+    if hasattr(config, "named_modules"):  # a model built in memory names none in its config
+        return type(config).__name__, config.config.model_type
     if isinstance(config, (str, Path)):
         file = _checked(Path(config)) / "config.json"
         try:
@@ -150,7 +152,7 @@ def _architecture(config: Any) -> tuple[str, str]:
 
 
 def model_class(config: Any) -> type:
-    """The transformers class that `architectures[0]` names; `config` is a folder, dict or config.
+    """The transformers class that `architectures[0]` names, of a folder, dict, config or model.
 
     Raises HubError when the name is absent or this transformers version has no such class.
     """
@@ -172,11 +174,8 @@ def task_of(model: Any) -> Task:
     in its config), or a folder, a config.json's dict or a config (its first architecture decides).
     Raises HubError when the architecture is absent or none of the five tasks covers it.
     """
-    from torch import nn
     from transformers.models.auto import modeling_auto as auto
 
-    if isinstance(model, nn.Module):
-        model = {"architectures": [type(model).__name__], "model_type": model.config.model_type}
     name, kind = _architecture(model)
     tables: tuple[tuple[Task, dict], ...] = (  # the first that lists the class decides
         ("seq2seq", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),

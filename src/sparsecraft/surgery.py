@@ -1,4 +1,4 @@
-"""Plan the edits of a recipe on an untouched model, make them in place, take them back."""
+"""Make the planned edits of a recipe in place, certify them, and take them back."""
 
 from __future__ import annotations
 

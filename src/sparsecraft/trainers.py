@@ -111,7 +111,7 @@ class RoutedTrainerMixin:
             probs_TE = routing.logits_TE.float().softmax(-1)
             entropy_T = torch.special.entr(probs_TE).sum(-1)
             weight_T = torch.ones_like(entropy_T) if mask is None else mask.reshape(-1).float()
-            log_experts = torch.tensor(routing.num_experts).log().clamp_min(1e-9)
+            log_experts = max(math.log(routing.num_experts), 1e-9)
             entropy = (entropy_T * weight_T).sum() / weight_T.sum().clamp_min(1)
             self._statistics[f"max_load/{layer}"].append(load_E.max() * routing.num_experts)
             self._statistics[f"load_entropy/{layer}"].append(

@@ -60,7 +60,7 @@ class TrainReport:
     Attributes:
         out: the checkpoint folder.
         steps: optimizer steps, those before a resume included.
-        loss: mean of the logged training losses, those before a resume included.
+        loss: mean training loss; after a resume the mean of what was logged, before it too.
         seconds: wall time of this call's training.
         tokens_per_second: real tokens, padding excluded, of this call's training.
         counts: rows read, dropped and kept, by reason.

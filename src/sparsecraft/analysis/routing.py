@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def load_entropy(counts_E: Tensor) -> float:
     if len(counts_E) == 1:
         return 1.0
     share_E = counts_E.double() / counts_E.sum().clamp_min(1)
-    return (torch.special.entr(share_E).sum() / torch.tensor(float(len(share_E))).log()).item()
+    return (torch.special.entr(share_E).sum() / math.log(len(share_E))).item()
 
 
 def mutual_information(counts_DE: Tensor) -> float:
@@ -42,4 +44,4 @@ def mutual_information(counts_DE: Tensor) -> float:
     given_DE = counts_DE.double() / counts_DE.sum(-1, keepdim=True).clamp_min(1)
     mean_E = given_DE.mean(0)
     entropy = torch.special.entr(mean_E).sum() - torch.special.entr(given_DE).sum(-1).mean()
-    return (entropy / torch.tensor(2.0).log()).clamp_min(0).item()
+    return (entropy / math.log(2)).clamp_min(0).item()

@@ -73,8 +73,7 @@ class Experts(nn.Module, ABC):
             return self.expert(0, x_TI)
         from sparsecraft.kernels import PATHS, choose_path
 
-        path = choose_path(self, x_TI, routing) if self.dispatch == "auto" else self.dispatch
-        return PATHS[path](self, x_TI, routing, sums_to_one)
+        return PATHS[choose_path(self, x_TI, routing)](self, x_TI, routing, sums_to_one)
 
 
 def loop(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = False) -> Tensor:

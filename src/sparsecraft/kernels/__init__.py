@@ -7,6 +7,7 @@ import logging
 
 from torch import Tensor
 
+from sparsecraft.errors import SparsecraftError
 from sparsecraft.experts.base import Experts, loop
 from sparsecraft.kernels.dense import dense
 from sparsecraft.kernels.grouped import are_views, grouped, why_not_grouped
@@ -22,7 +23,15 @@ log = logging.getLogger("sparsecraft")
 
 
 def choose_path(bank: Experts, x_TI: Tensor, routing: Routing) -> str:
-    """The path that `dispatch="auto"` takes for these tokens."""
+    """The path that the bank's `dispatch` takes for these tokens.
+
+    Raises:
+        SparsecraftError: `grouped` was asked for and cannot run.
+    """
+    if bank.dispatch == "grouped" and (reason := why_not_grouped(bank, x_TI)):
+        raise SparsecraftError(f"The grouped path cannot run: {reason}. Use dispatch 'auto'.")
+    if bank.dispatch != "auto":
+        return bank.dispatch
     tokens, slots = routing.indices_TK.shape
     small = tokens <= bank.dense_tokens
     if small and not x_TI.is_cuda:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecraft.errors import SparsecraftError
 from sparsecraft.experts.base import Experts
 from sparsecraft.kernels.fused import combine, plan
 from sparsecraft.routing import Routing
@@ -51,8 +50,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def grouped(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = False) -> Tensor:
     """Two grouped GEMMs; the base model's own tensors are never repeated K times."""
-    if reason := why_not_grouped(bank, x_TI):
-        raise SparsecraftError(f"The grouped path cannot run: {reason}. Use dispatch 'auto'.")
     x_TI = x_TI.to(compute_dtype(x_TI))
     net = bank.two_layer(x_TI.dtype)
     num_experts, K = bank.num_experts, routing.indices_TK.shape[1]
