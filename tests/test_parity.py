@@ -12,9 +12,9 @@ from torch import nn
 import sparsecraft as sc
 from cases import LLAMA_LIKE, RECIPES, D, E, batch, dense, logits, randomize_new
 from reference import papers
-from sparsecraft.donor import find_sites
 from sparsecraft.layer import MoELayer
 from sparsecraft.planning import build_layer, plan
+from sparsecraft.sites import find_sites
 
 PATHS = pytest.mark.parametrize("path", ["loop", "grouped", "dense"])
 

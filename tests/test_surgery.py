@@ -23,7 +23,7 @@ from cases import (
     randomize_new,
 )
 from sparsecraft.certificate import compare
-from sparsecraft.donor import find_sites, view
+from sparsecraft.donor import view
 from sparsecraft.errors import (
     CertificateError,
     DataError,
@@ -36,6 +36,7 @@ from sparsecraft.experts import AdapterExperts, FFNExperts
 from sparsecraft.layer import MoELayer, dense_name, matches
 from sparsecraft.preflight import needs
 from sparsecraft.recipe import AdapterSpec, Edit, FFNSpec, LoRASpec, Recipe, RouterSpec, Stage
+from sparsecraft.sites import find_sites
 from sparsecraft.surgery import conversion_of, set_trainable
 
 ADAPTERS = AdapterSpec(num_experts=E, dim=16)

@@ -238,6 +238,44 @@ def test_t5_trains_with_decoder_tokens_masked_by_labels(tmp_path):
     assert "load_entropy/decoder.block.0.layer.2.DenseReluDense" in entry
 
 
+@pytest.mark.parametrize("method", ["mov", "molora"])
+def test_t5_trains_mixtures_at_every_attention(tmp_path, method):
+    """Cross-attention's keys and values are the encoder's tokens; MoV's heads route apart."""
+    model = cases.dense("t5_gated")
+    model.resize_token_embeddings(len(tiny.tokenizer()))
+    spec = getattr(sc.recipes, method)(4, variant="released")
+    changes = {"stages.0.losses": {"switch": 0.01}, "stages.0.optimizer": "adamw"}
+    sc.convert(model, sc.override(spec, changes))
+    rows = [{"prompt": f"say {w}", "completion": w} for w in tiny.WORDS * 4]
+    path = tiny.write_rows(tmp_path / "pairs.jsonl", rows)
+    options = {**FAST, "learning_rate": 0.1 if method == "mov" else 1e-2, "log_every": 1}
+    sc.train(model, path, tmp_path / "out", tokenizer=tiny.tokenizer(), **options)
+    history = [e for e in model.sparsecraft.report["training"][0]["log"] if "loss" in e]
+    assert history[-1]["loss"] < history[0]["loss"] - 0.3
+    assert "load_entropy/decoder.block.1.layer.1.EncDecAttention.k" in history[0]
+    loaded, ids = sc.load(tmp_path / "out"), torch.arange(3, 20)[None]
+    model.eval()
+    assert torch.equal(
+        loaded(ids, decoder_input_ids=ids).logits, model(ids, decoder_input_ids=ids).logits
+    )
+
+
+def test_adafactor_steps_are_relative_to_the_size_of_a_parameter(tmp_path, rows):
+    """The paper's 3e-4 moves ones by 3e-4 and a router of deviation 0.02 fifty times less."""
+    base = tiny.save_dense(tmp_path / "dense")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    sc.convert(model, sc.recipes.mov(4, noise=0.01))
+    assert model.sparsecraft.recipe.stages[0].optimizer == "adafactor"
+    before = parameters(model)
+    sc.train(model, rows, tmp_path / "out", **{**FAST, "steps": 1, "learning_rate": None})
+    moved = {n: (p - before[n]).abs().max().item() for n, p in model.named_parameters()}
+    vectors = [m for n, m in moved.items() if n.endswith("experts.vectors")]
+    routers = [m for n, m in moved.items() if ".router." in n]
+    assert 1e-4 < max(vectors) < 1e-3 * 2
+    assert 1e-7 < max(routers) < 6e-5
+    assert moved["model.embed_tokens.weight"] == 0
+
+
 def test_a_classifier_trains_on_text_and_label(tmp_path):
     torch.manual_seed(0)
     config = transformers.BertConfig(

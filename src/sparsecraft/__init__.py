@@ -30,6 +30,14 @@ _HOME = {
     "evaluate": "evaluation",
     "export": "targets",
     "count": "cost",
+    "merge": "merging",
+    "match_params": "matching",
+    "PescConfig": "peft",
+    "MovConfig": "peft",
+    "MoloraConfig": "peft",
+    "SparsecraftConfig": "peft",
+    "context": "batch",
+    "embed": "sentences",
     "SparsecraftError": "errors",
 }
 _MODULES = ("recipes", "data", "hub", "losses")

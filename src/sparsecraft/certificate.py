@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsecraft.batch import sentence_width
 from sparsecraft.errors import DataError
 
 # Largest |difference| that counts as the same function, relative to the largest |output| (at
@@ -78,10 +79,17 @@ def outputs(model: nn.Module, batches: Iterable[dict[str, Any]]) -> list[Tensor]
             }
             if getattr(model.config, "is_encoder_decoder", False):
                 inputs.setdefault("decoder_input_ids", inputs["input_ids"])
+            if width := sentence_width(model):
+                rows = len(next(iter(inputs.values())))
+                inputs.setdefault("sentence_embeddings", _random_sentences(rows, width))
             output = model(**inputs)
             logits = getattr(output, "logits", None)
             results.append((output.last_hidden_state if logits is None else logits).cpu())
     return results
+
+
+def _random_sentences(rows: int, width: int) -> Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
 
 
 def compare(dense: list[Tensor], converted: list[Tensor]) -> Certificate:

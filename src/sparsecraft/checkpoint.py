@@ -40,7 +40,7 @@ from sparsecraft.recipe import FORMAT_VERSION, from_json, to_json
 from sparsecraft.recipe import override as override_recipe
 from sparsecraft.surgery import apply, conversion_of
 
-WEIGHTS = "moe.safetensors"
+WEIGHTS, ADAPTER = "moe.safetensors", "adapter_config.json"
 
 
 def save(
@@ -121,7 +121,7 @@ def load(
     override: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Read a checkpoint folder; the model comes back in evaluation mode.
+    """Read a checkpoint or a PEFT folder of ours; the model comes back in evaluation mode.
 
     Args:
         base: name or folder of the dense model, if it has moved; its tensors must be the same.
@@ -135,9 +135,13 @@ def load(
         RecipeError: a newer format, or an impossible override.
     """
     folder, dtype = Path(folder), _dtype(dtype)
+    if (folder / ADAPTER).is_file() and not (folder / MANIFEST).is_file():
+        from sparsecraft.peft.folder import load as load_adapter  # PEFT costs seconds to import
+
+        return load_adapter(folder, base, dtype, device_map, override, **kwargs)
     manifest = read_manifest(folder)
     recipe = override_recipe(from_json(manifest["recipe"]), override or {})
-    origin = _find_base(folder, manifest["base"], base)
+    origin = find_base(folder, manifest["base"], base)
     # Not the base folder's: the model may have been loaded with other settings.
     config = base_config(_checked_config(folder, manifest))
     config.update({key: kwargs.pop(key) for key in list(kwargs) if key in config.to_dict()})
@@ -328,7 +332,8 @@ def _assign(model: nn.Module, name: str, tensor: torch.Tensor, device: torch.dev
         old.data = tensor.to(device)  # in place, so that whatever is tied to it stays tied
 
 
-def _find_base(folder: Path, saved: dict[str, Any] | None, base: str | None) -> Origin | None:
+def find_base(folder: Path, saved: dict[str, Any] | None, base: str | None) -> Origin | None:
+    """The base that a folder stands on, checked by fingerprint; None for a self-contained one."""
     if saved is None:
         if base is not None:
             raise CheckpointError(f"{folder} is self-contained and takes no base; drop {base!r}.")
@@ -346,10 +351,9 @@ def _find_base(folder: Path, saved: dict[str, Any] | None, base: str | None) -> 
             f"{folder} stands on {saved['name']!r}, and {name!r} holds other tensors; "
             "pass the right base as sc.load(dir, base=...)."
         )
-    keep_name = base is None and not hub.is_alias(name)
-    return (
-        dataclasses.replace(origin, name=name, revision=saved["revision"]) if keep_name else origin
-    )
+    if base is not None or hub.is_alias(name):
+        return origin
+    return dataclasses.replace(origin, name=name, revision=saved["revision"])
 
 
 def _from_config(folder: Path, config: Any, device_map: Any, kwargs: dict[str, Any]) -> nn.Module:

@@ -6,20 +6,18 @@ Heavy imports stand inside the functions, so that help comes at once.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 import os
 import sys
-import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 from tyro.conf import Positional
 
 from sparsecraft.errors import DataError, SparsecraftError, did_you_mean
-from sparsecraft.options import ConvertOptions, TrainOptions
+from sparsecraft.options import TrainOptions
 
 Paths = tuple[str, ...]
 
@@ -38,7 +36,7 @@ def methods() -> None:
 
 def convert(argv: list[str]) -> None:
     """Convert a dense model by a recipe and save it: convert RECIPE --model NAME --out DIR."""
-    from sparsecraft import recipes
+    from sparsecraft import converting, recipes
 
     names = ", ".join(recipes.__all__)
     if argv in (["-h"], ["--help"]):
@@ -51,75 +49,13 @@ def convert(argv: list[str]) -> None:
     if not argv or argv[0].startswith("-"):
         raise SparsecraftError(f"convert needs a recipe first: one of {names}.")
     function = recipes.by_name(argv[0])
-    options = _parse(_convert_options(function), f"convert {argv[0]}", argv[1:])
-    values = dataclasses.asdict(options)
-    parameters = {name: values[name] for name in inspect.signature(function).parameters}
-    _convert(function(**parameters), options)
-
-
-def _convert_options(function: Callable) -> type:
-    """The recipe function's parameters and the common options, as one dataclass for tyro."""
-    from docstring_parser import parse
-
-    texts = {p.arg_name: p.description for p in parse(function.__doc__).params}
-    hints = typing.get_type_hints(function)
-    fields = [
-        (
-            name,
-            Annotated[hints[name], tyro.conf.arg(help=texts[name])],
-            dataclasses.field(default=parameter.default, kw_only=True),
-        )
-        for name, parameter in inspect.signature(function).parameters.items()
-    ]
-    options = dataclasses.make_dataclass(
-        f"{function.__name__}_options", fields, bases=(ConvertOptions,)
-    )
-    options.__doc__ = parse(function.__doc__).short_description
-    return options
-
-
-def _convert(recipe: Any, options: ConvertOptions) -> None:
+    arguments, options = converting.parse(function, argv[1:])
     _quiet()
-    import torch
-
-    from sparsecraft import checkpoint, cost, hub, preflight, surgery
-    from sparsecraft.analysis.report import cost_lines
-    from sparsecraft.folder import check_free
-    from sparsecraft.recipe import override
-
-    for text in options.set:
-        if "=" not in text:
-            raise SparsecraftError(f"--set takes field=value; {text!r} has no '='.")
-    recipe = override(recipe, dict(text.split("=", 1) for text in options.set))
-    check_free(options.out, options.overwrite)
-    if options.device != "cpu" and not torch.cuda.is_available():
-        raise SparsecraftError(
-            f"--device {options.device}: torch sees no such device here; use cpu."
-        )
-    folder = hub.resolve(options.model)
-    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    needs = preflight.needs(folder, recipe, dtype, data=bool(options.data))
-    disk = needs.new + (needs.base if options.standalone else 0)
-    _say(
-        cost.require(
-            options.out, disk=disk, memory=sum(dataclasses.astuple(needs)), task="Conversion"
-        )
-    )
-    model = hub.load_dense(
-        options.model,
-        dtype=dtype,
-        device_map=options.device,
-        quantize=recipe.base_quantization,
-    )
-    tokenizer = hub.load_tokenizer(folder) if options.data else None
-    report = surgery.convert(
-        model, recipe, options.data or None, tokenizer=tokenizer, seed=options.seed
-    )
-    checkpoint.save(model, options.out, standalone=options.standalone, overwrite=options.overwrite)
-    claim = "exact at start" if recipe.exact_at_start else "not exact at start"
-    _say("\n".join(cost_lines(report.cost)))
-    _say(f"Claim: {claim}. Certificate: {report.certificate}.")
-    _say(f"Saved and read back: {options.out}")
+    if options.match_params:
+        recipe = converting.match(function, arguments, options, recipes.by_name, _say)
+    else:
+        recipe = function(**arguments)
+    converting.run(recipe, options, _say)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -301,7 +237,7 @@ def export(folder: Positional[str], to: str, out: Path, overwrite: bool = False)
 
     Args:
         folder: checkpoint of a converted model.
-        to: mixtral.
+        to: mixtral, or peft for the folder of a PEFT adapter.
         out: folder to write.
         overwrite: replace an existing export once the new one is complete.
     """
@@ -313,9 +249,44 @@ def export(folder: Positional[str], to: str, out: Path, overwrite: bool = False)
     model = checkpoint.load(folder)
     record = targets.export(model, to, out, overwrite=overwrite)
     _say(
-        f"{out}: {record['parameters']:,} parameters as {to}; read back by plain transformers, "
+        f"{out}: {record['parameters']:,} parameters as {to}; read back, "
         f"max |logit difference| {record['difference']:.1e} at scale {record['scale']:.1f}."
     )
+
+
+def merge(
+    folder: Positional[str],
+    out: Path,
+    how: Literal["exact", "fixed", "average"] = "exact",
+    weights: str | None = None,
+    data: Paths = (),
+    partial: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Merge the experts of a checkpoint into dense weights, or into one adapter.
+
+    Args:
+        folder: checkpoint of a converted model.
+        out: folder to write; of a plain transformers model where no layer is left.
+        how: exact merges single experts; fixed freezes the routing to `--weights`; average makes
+            one expert of all, an approximation.
+        weights: for fixed: 0.5,0.3,0.2 for the experts of every layer, or `measured` on the data.
+        data: held-out files; their loss before and after is printed.
+        partial: merge what can be merged and keep the other layers, instead of refusing.
+        overwrite: replace an existing folder once the new one is complete.
+    """
+    from sparsecraft import generation, merging
+    from sparsecraft.folder import check_free
+
+    _quiet()
+    given = merging.read_weights(weights)
+    check_free(out, overwrite)
+    model, tokenizer = generation.load_any(folder)
+    report = merging.merge(
+        model, how, weights=given, data=data or None, tokenizer=tokenizer, partial=partial
+    )
+    merging.write_merged(model, out, report, source=folder, overwrite=overwrite)
+    _say(f"{report}\nSaved and read back: {out}")
 
 
 def demo(out: Path = Path("runs/demo"), steps: int = 60, seed: int = 0) -> None:
@@ -341,6 +312,7 @@ VERBS: dict[str, Callable] = {
     "chat": chat,
     "inspect": show,
     "export": export,
+    "merge": merge,
     "demo": demo,
 }
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import datasets
     import torch
 
+    from sparsecraft.sentences import Prompts
+
 __all__ = [
     "as_batches",
     "collate",
@@ -72,12 +74,15 @@ def prepare(
     task: str = "causal",
     overlong: str = "drop",
     split: str = "train",
+    prompts: Prompts | None = None,
 ) -> tuple[datasets.Dataset, dict[str, int]]:
     """Files -> (shuffled dataset of token ids and labels, counts of rows).
 
     `task` is "causal" (`encode`), "seq2seq" (`encode_pair`) or "label" (`encode_label`);
     `max_length` in tokens. Text longer than that is split into pieces that share one token, so
-    that every token is a target once. `weights` are `mix`'s, `packing` is `pack`.
+    that every token is a target once. `weights` are `mix`'s, `packing` is `pack`. `prompts` takes
+    in the prompt of every row, for routers that decide by sentence; the column `sentence` then
+    holds its number at every token.
 
     Counts: `rows` read; `too_long` and `no_trainable_token` dropped; `truncated` cut (with
     `overlong="truncate"`; never text); `examples` kept, pieces counted; `repeated` by the weights;
@@ -98,7 +103,8 @@ def prepare(
     parts = []
     for source in sources:
         rows, own = load_rows(source, split), Counter()
-        examples = _examples(rows, source, tokenizer, (max_length, overlong), task, own)
+        limits = (max_length, overlong)
+        examples = _examples(rows, source, tokenizer, limits, task, own, prompts)
         parts.append(collect(examples, _features(task)))
         own.update(rows=len(rows), examples=len(parts[-1]))
         if not len(parts[-1]):
@@ -122,14 +128,14 @@ def prepare(
 def _features(task: str) -> dict:
     from datasets import List, Value
 
-    ids = {"input_ids": List(Value("int32"))}
+    ids = {"input_ids": List(Value("int32")), "sentence": List(Value("int32"))}
     if task == "causal":
         return ids | {"labels": List(Value("int32"))}
     labels = List(Value("int32")) if task == "seq2seq" else Value("int64")
     return ids | {"attention_mask": List(Value("int8")), "labels": labels}
 
 
-def _examples(rows, source, tokenizer, limits, task, counts) -> Iterator[dict]:
+def _examples(rows, source, tokenizer, limits, task, counts, prompts=None) -> Iterator[dict]:
     """Encoded rows within `limits` (max_length, overlong); `counts` says why others are dropped."""
     max_length, overlong = limits
     for number, row in enumerate(rows, 1):
@@ -144,6 +150,8 @@ def _examples(rows, source, tokenizer, limits, task, counts) -> Iterator[dict]:
                 example = TASKS[task](row, tokenizer, max_length, overlong)
                 if example is None and overlong == "drop":
                     continue
+            if example is not None and prompts is not None:
+                example = prompts.mark(example, row)
         except DataError as err:
             raise DataError(f"{source}, row {number}: {err}.") from None
         if example is None:
@@ -214,12 +222,18 @@ def pack(dataset: datasets.Dataset, max_length: int, seed: int = 0) -> datasets.
             f"Packing into {max_length} tokens: the longest of {len(dataset)} documents has "
             f"{longest}; encode with this max_length first."
         )
-    columns = dataset.select_columns(["input_ids", "labels"]).shuffle(seed=seed)
+    names = [n for n in ("input_ids", "labels", "sentence") if n in dataset.column_names]
+    columns = dataset.select_columns(names).shuffle(seed=seed)
     return trl.pack_dataset(columns, max_length, strategy="bfd")
 
 
 # ------------------------------------------------------------------ batches
-def collate(features: Sequence[dict], pad_id: int, packed: bool = False) -> dict[str, torch.Tensor]:
+def collate(
+    features: Sequence[dict],
+    pad_id: int,
+    packed: bool = False,
+    prompts: Prompts | None = None,
+) -> dict[str, torch.Tensor]:
     """Batch of `prepare`'s rows: input_ids (B, S) padded with `pad_id`, labels padded with -100.
 
     `token_mask` (B, S), bool, is True on real tokens: for balance losses and statistics; take it
@@ -227,7 +241,8 @@ def collate(features: Sequence[dict], pad_id: int, packed: bool = False) -> dict
     `position_ids` (B, S) that restart at 0 with every document, from which transformers builds the
     block-diagonal mask; the padding is one more document. Transformers does so only where no cache
     is made: call the model with `use_cache=False` (Trainer does) or documents see each other.
-    Labels of whole numbers (task "label") give labels (B,).
+    Labels of whole numbers (task "label") give labels (B,). `prompts`: those that `prepare` filled;
+    `sentence_embeddings` (B, D) come from them or, packed, (N, D) with `sentence_ids` (B, S).
     """
     import torch
 
@@ -236,6 +251,8 @@ def collate(features: Sequence[dict], pad_id: int, packed: bool = False) -> dict
     batch = {"input_ids": _pad(rows, pad_id), "token_mask": mask_BS}
     labels = [torch.as_tensor(feature["labels"]).long() for feature in features]
     batch["labels"] = _pad(labels, IGNORED) if labels[0].ndim else torch.stack(labels)
+    if prompts is not None:
+        batch |= _sentences(features, prompts, packed)
     if not packed:
         return batch | {"attention_mask": mask_BS.long()}
     width = mask_BS.shape[1]
@@ -244,6 +261,19 @@ def collate(features: Sequence[dict], pad_id: int, packed: bool = False) -> dict
         lengths = [*feature["seq_lengths"], width - len(row)]
         positions.append(torch.cat([torch.arange(length) for length in lengths]))
     return batch | {"position_ids": torch.stack(positions)}
+
+
+def _sentences(features: Sequence[dict], prompts: Prompts, packed: bool) -> dict:
+    """The embeddings of a batch's N prompts (N, D), one for each row unless packed."""
+    import torch
+
+    if not packed:
+        return {"sentence_embeddings": prompts.embeddings(row["sentence"][0] for row in features)}
+    rows = [torch.as_tensor(feature["sentence"]) for feature in features]
+    # Padding belongs to no document: it gets a sentence that is there.
+    numbers_N, ids_BS = _pad(rows, int(rows[0][0])).unique(return_inverse=True)
+    embeddings_ND = prompts.embeddings(numbers_N.tolist())
+    return {"sentence_embeddings": embeddings_ND, "sentence_ids": ids_BS}
 
 
 def _pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:

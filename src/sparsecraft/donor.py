@@ -9,16 +9,15 @@ Shapes: D width, F hidden width; weights are (out, in) here, also for GPT-2's tr
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sparsecraft.errors import DonorError, SurgeryError
+from sparsecraft.errors import DonorError
+from sparsecraft.recipe import SiteKind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,27 +63,72 @@ FORMS = (
 )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionForm:
+    """Where a family keeps the projections of its attention, as paths below one module.
+
+    In a fused projection the rows of the queries come first, then those of keys and values.
+    """
+
+    query: str
+    key: str
+    value: str
+    output: str
+
+    def parts(self) -> list[str]:
+        return list(dict.fromkeys((self.query, self.key, self.value, self.output)))
+
+
+ATTENTION_FORMS = (
+    # Llama, Mistral, Qwen, Gemma, ViT
+    AttentionForm(query="q_proj", key="k_proj", value="v_proj", output="o_proj"),
+    # OPT
+    AttentionForm(query="q_proj", key="k_proj", value="v_proj", output="out_proj"),
+    # T5
+    AttentionForm(query="q", key="k", value="v", output="o"),
+    # BERT, MiniLM
+    AttentionForm(query="self.query", key="self.key", value="self.value", output="output.dense"),
+    # ViT before transformers 5.20
+    AttentionForm(
+        query="attention.query", key="attention.key", value="attention.value", output="output.dense"
+    ),
+    # Phi-3
+    AttentionForm(query="qkv_proj", key="qkv_proj", value="qkv_proj", output="o_proj"),
+    # GPT-2
+    AttentionForm(query="c_attn", key="c_attn", value="c_attn", output="c_proj"),
+)
+
+HEAD_DIM_NAMES = ("head_dim", "key_value_proj_dim", "attention_head_size")
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """A place where an MoE layer can stand.
 
     Attributes:
-        kind: `ffn` or `linear`.
+        kind: the word of the edit that asks for it.
         path: the module path that the layer takes.
         members: paths of all the dense modules that it covers.
         form: for an FFN, where its parts are below `owner`.
         owner: path of the module that `form` is relative to.
+        chain: where the covered modules are siblings, applied one after the other: the name that
+            each gets in an `FFNSpan`, and its path.
+        rows: (start, length) of the output features, where several projections are fused.
+        head_dim: width of one attention head, for keys and values.
     """
 
-    kind: Literal["ffn", "linear"]
+    kind: SiteKind
     path: str
     members: tuple[str, ...]
     form: FFNForm | None = None
     owner: str = ""
+    chain: tuple[tuple[str, str], ...] = ()
+    rows: tuple[int, int] | None = None
+    head_dim: int | None = None
 
     @property
     def spans_siblings(self) -> bool:
-        return self.kind == "ffn" and self.path != self.owner
+        return bool(self.chain)
 
     def contains(self, other: Site) -> bool:
         """Whether `other` lies inside this site (and is not the same one)."""
@@ -95,29 +139,28 @@ class Site:
 
 
 class FFNSpan(nn.Module):
-    """A dense feed-forward network gathered from siblings: second(activation(first(x)))."""
+    """Siblings gathered into one module: `first`, `activation` and, if covered, `second`."""
 
     def __init__(self, model: nn.Module, site: Site):
         super().__init__()
-        paths = {
-            "first": site.form.up,
-            "activation": site.form.activation,
-            "second": site.form.down,
-        }
-        self.paths = {name: _join(site.owner, part) for name, part in paths.items()}
-        for name, path in self.paths.items():
+        self.paths = dict(site.chain)
+        for name, path in site.chain:
             setattr(self, name, model.get_submodule(path))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.activation(self.first(x)))
+        for module in self.children():
+            x = module(x)
+        return x
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A dense Linear, Conv1D or quantized Linear."""
+    """A dense Linear, Conv1D or quantized Linear, or some rows of it."""
 
     module: nn.Module
     path: str
+    rows: tuple[int, int] | None = None
+    """(start, length) of the output features."""
 
     @cached_property
     def in_features(self) -> int:
@@ -125,6 +168,8 @@ class Linear:
 
     @cached_property
     def out_features(self) -> int:
+        if self.rows:
+            return self.rows[1]
         return self.module.nf if isinstance(self.module, Conv1D) else self.module.out_features
 
     def weight(self) -> Tensor:
@@ -136,6 +181,23 @@ class Linear:
                 "experts. Load the model without quantization."
             )
         return weight.t() if isinstance(self.module, Conv1D) else weight
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The activation of a feed-forward network; `module` is the projection behind it."""
+
+    module: nn.Module
+    path: str
+    width: int
+
+    @property
+    def in_features(self) -> int:
+        return self.width
+
+    @property
+    def out_features(self) -> int:
+        return self.width
 
 
 @dataclass(frozen=True)
@@ -193,16 +255,25 @@ class FFN:
         return self.down.module.bias
 
 
-def view(model: nn.Module, site: Site) -> FFN | Linear:
-    """Read the dense module at `site` through its family's names."""
-    if site.kind == "linear":
-        return Linear(model.get_submodule(site.path), site.path)
+Donor = FFN | Linear | Activation
 
+
+def view(model: nn.Module, site: Site) -> Donor:
+    """Read the dense module at `site` through its family's names."""
+    if site.kind == "activation":
+        ffn = _view_ffn(model, site)
+        return Activation(ffn.down.module, site.path, ffn.hidden_width)
+    if site.kind == "ffn":
+        return _view_ffn(model, site)
+    return Linear(model.get_submodule(site.path), site.path, site.rows)
+
+
+def _view_ffn(model: nn.Module, site: Site) -> FFN:
     def part(name: str | None) -> nn.Module | None:
-        return model.get_submodule(_join(site.owner, name)) if name else None
+        return model.get_submodule(join(site.owner, name)) if name else None
 
     def linear(name: str | None) -> Linear | None:
-        return Linear(part(name), _join(site.owner, name)) if name else None
+        return Linear(part(name), join(site.owner, name)) if name else None
 
     def rate(name: str | None) -> float:
         return part(name).p if name else 0.0
@@ -220,64 +291,5 @@ def view(model: nn.Module, site: Site) -> FFN | Linear:
     )
 
 
-def find_sites(model: nn.Module, kind: Literal["ffn", "linear"], paths: str = "*") -> list[Site]:
-    """Every site of one kind whose path matches the glob `paths`, in the model's order.
-
-    Raises:
-        DonorError: the model has no feed-forward network of a known form.
-        SurgeryError: it has some, and none matches `paths`.
-    """
-    sites = _ffn_sites(model)
-    if not sites:
-        known = "; ".join(", ".join(form.parts()) for form in FORMS)
-        raise DonorError(
-            f"{type(model).__name__} has no feed-forward network of a known form. A form is a "
-            f"module with these parts: {known}. Add one to sparsecraft.donor.FORMS."
-        )
-    if kind == "linear":
-        sites = _linear_sites(model, sites)
-    found = [site for site in sites if fnmatch.fnmatch(site.path, paths)]
-    if not found:
-        examples = ", ".join(site.path for site in sites[:3])
-        raise SurgeryError(
-            f"The path {paths!r} matches none of the {len(sites)} {kind} sites of "
-            f"{type(model).__name__}; they are called like {examples}."
-        )
-    return found
-
-
-def _ffn_sites(model: nn.Module) -> list[Site]:
-    sites = []
-    for owner, module in model.named_modules():
-        for form in FORMS:
-            if not all(_has(module, part) for part in form.parts()):
-                continue
-            roots = {part.split(".")[0] for part in form.parts()}
-            if roots == {name for name, _ in module.named_children()}:
-                sites.append(Site("ffn", owner, (owner,), form, owner))
-            elif type(module).__name__ in form.spans:
-                members = tuple(_join(owner, part) for part in form.parts())
-                sites.append(Site("ffn", _join(owner, form.up), members, form, owner))
-    return sites
-
-
-def _linear_sites(model: nn.Module, ffn_sites: list[Site]) -> list[Site]:
-    """Linear and Conv1D layers inside an attention module or a feed-forward network."""
-    blocks = [member for site in ffn_sites for member in site.members]
-    blocks += [n for n, m in model.named_modules() if "Attention" in type(m).__name__]
-    inside = tuple(f"{block}." for block in blocks)
-    return [
-        Site("linear", path, (path,))
-        for path, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and f"{path}.".startswith(inside)
-    ]
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return isinstance(module, nn.Module)
-
-
-def _join(owner: str, part: str) -> str:
+def join(owner: str, part: str) -> str:
     return f"{owner}.{part}" if owner else part

@@ -1,11 +1,12 @@
-"""The transformers door: once sparsecraft is imported, Auto classes read our checkpoints.
+"""The doors: once sparsecraft is imported, transformers' Auto classes and PEFT know our methods.
 
-Importing torch and transformers takes seconds, so `import sparsecraft` only leaves a finder that
-registers our classes at the moment when transformers' Auto modules are imported.
+Importing torch, transformers and PEFT takes seconds, so `import sparsecraft` only leaves a finder
+that registers our classes at the moment when transformers' Auto modules or PEFT are imported.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -43,6 +44,11 @@ def open_models(module: ModuleType) -> None:
         auto_class = getattr(module, name, None)
         if auto_class is not None:
             auto_class.register(_config_class(), _loader_class(name), exist_ok=True)
+
+
+def open_peft(module: ModuleType) -> None:
+    """Register our methods with PEFT; nothing happens while that package itself imports PEFT."""
+    importlib.import_module("sparsecraft.peft")
 
 
 def _config_class() -> type:
@@ -107,6 +113,7 @@ _CONFIG: type | None = None
 DOORS: dict[str, Callable[[ModuleType], None]] = {
     "transformers.models.auto.configuration_auto": open_config,
     "transformers.models.auto.modeling_auto": open_models,
+    "peft": open_peft,
 }
 
 

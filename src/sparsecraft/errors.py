@@ -34,6 +34,10 @@ class ExportError(SparsecraftError):
     """The mathematics of the model has no exact form in the requested architecture."""
 
 
+class MergeError(SparsecraftError):
+    """A layer has no form with fewer experts, or the weights for it do not fit."""
+
+
 class HubError(SparsecraftError):
     """A model name could not be resolved to a folder."""
 

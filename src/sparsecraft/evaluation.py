@@ -9,6 +9,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sparsecraft.certificate import evaluation_mode
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.origin import Origin
 from sparsecraft.routing import Routing, trace
+from sparsecraft.sentences import Prompts
 
 # Tokens in one forward pass: the logits of a large vocabulary in float32 are the largest tensor.
 BATCH_TOKENS = 4096
@@ -73,7 +75,7 @@ def evaluate(
         task, max_length = _task(model), _max_length(model, max_length)
     with evaluation_mode(model), torch.no_grad():
         if data is not None:
-            sources = _sources(data, tokenizer, max_length, limit, task)
+            sources = _sources(data, tokenizer, max_length, limit, task, Prompts.of(model))
             results["loss"], results["routing"] = _losses(model, sources)
         if choices:
             results["choice"] = {
@@ -129,7 +131,12 @@ def _max_length(model: nn.Module, asked: int | None) -> int:
 
 
 def _sources(
-    data: Any, tokenizer: Any, max_length: int, limit: int | None, task: str
+    data: Any,
+    tokenizer: Any,
+    max_length: int,
+    limit: int | None,
+    task: str,
+    prompts: Prompts | None,
 ) -> dict[str, tuple[Iterable[dict[str, Tensor]], dict[str, int]]]:
     """Name -> batches with labels and token_mask, and counts of rows."""
     listed = _listed(data) if isinstance(data, (str, Path, list, tuple)) else []
@@ -140,10 +147,10 @@ def _sources(
     sources = {}
     for path in listed:
         rows, counts = data_module.prepare(
-            path, tokenizer, max_length=max_length, task=task, split="test"
+            path, tokenizer, max_length=max_length, task=task, split="test", prompts=prompts
         )
         rows = rows.select(range(min(limit or len(rows), len(rows))))
-        sources[str(path)] = (list(_batches(list(rows), tokenizer)), counts)
+        sources[str(path)] = (list(_batches(list(rows), tokenizer, prompts)), counts)
     return sources
 
 
@@ -159,16 +166,19 @@ def _labelled(batch: dict[str, Tensor], task: str) -> dict[str, Tensor]:
     return {**batch, "labels": labels}
 
 
-def _batches(rows: list[dict], tokenizer: Any) -> Iterator[dict[str, Tensor]]:
+def _batches(
+    rows: list[dict], tokenizer: Any, prompts: Prompts | None
+) -> Iterator[dict[str, Tensor]]:
     """Rows by length, so that padding is short, in batches of at most BATCH_TOKENS."""
     batch: list[dict] = []
+    collate = partial(data_module.collate, pad_id=data_module.pad_id(tokenizer), prompts=prompts)
     for row in sorted(rows, key=lambda row: len(row["input_ids"])):
         if batch and (len(batch) + 1) * len(row["input_ids"]) > BATCH_TOKENS:
-            yield data_module.collate(batch, data_module.pad_id(tokenizer))
+            yield collate(batch)
             batch = []
         batch.append(row)
     if batch:
-        yield data_module.collate(batch, data_module.pad_id(tokenizer))
+        yield collate(batch)
 
 
 def _losses(model: nn.Module, sources: dict) -> tuple[dict[str, Any], dict[str, float]]:
@@ -281,7 +291,7 @@ def _choice(
         raise DataError("Rank classification needs a tokenizer; pass tokenizer=...")
     rows = data_module.load_choices(path)[:limit]
     encode = data_module.encode_pair if task == "seq2seq" else data_module.encode
-    examples, dropped = [], set()
+    examples, dropped, prompts = [], set(), Prompts.of(model)
     for number, row in enumerate(rows):
         for choice_number, choice in enumerate(row["choices"]):
             messages = [
@@ -291,15 +301,17 @@ def _choice(
             example = encode({"messages": messages}, tokenizer, max_length)
             if example is None:
                 dropped.add(number)
-            else:
-                examples.append({**example, "row": number, "choice": choice_number})
+                continue
+            if prompts is not None:
+                example = prompts.mark(example, {"messages": messages})
+            examples.append({**example, "row": number, "choice": choice_number})
     scores: dict[int, dict[int, tuple[float, int]]] = defaultdict(dict)
     examples = [e for e in examples if e["row"] not in dropped]
     examples.sort(key=lambda e: len(e["input_ids"]))
     step = max(1, BATCH_TOKENS // max((len(e["input_ids"]) for e in examples), default=1))
     for start in range(0, len(examples), step):
         part = examples[start : start + step]
-        batch = data_module.collate(part, data_module.pad_id(tokenizer))
+        batch = data_module.collate(part, data_module.pad_id(tokenizer), prompts=prompts)
         del batch["token_mask"]
         logprobs_N, _ = label_logprobs(model, batch)
         first = 0 if task == "seq2seq" else 1
@@ -334,6 +346,11 @@ def _accuracies(rows: list[dict], scores: dict, dropped: int) -> dict[str, float
 
 
 def _lm_eval(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int | None) -> dict:
+    if Prompts.of(model) is not None:
+        raise SparsecraftError(
+            "lm-eval's tasks give no sentence to the model's routers, which decide by one; pass "
+            "choice files instead."
+        )
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM

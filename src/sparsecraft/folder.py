@@ -51,6 +51,8 @@ OWN = (
     "model.safetensors",
     "model-*.safetensors",
     "model.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
     "report.json",
     "config.json",
     "README.md",
@@ -161,14 +163,19 @@ def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> None:
         origin = Origin.find(record.origin, record.revision)
         source = origin and origin.folder
     if source is not None:
-        for path in (path for pattern in COMPANIONS for path in source.glob(pattern)):
-            copy = shutil.copytree if path.is_dir() else shutil.copyfile
-            copy(path, folder / path.name)
+        copy_companions(source, folder)
     generation = getattr(model, "generation_config", None)
     if generation is not None and generation != _generation_config(folder, model):
         generation.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, chat template, generation settings and license of `source`, byte for byte."""
+    for path in (path for pattern in COMPANIONS for path in source.glob(pattern)):
+        copy = shutil.copytree if path.is_dir() else shutil.copyfile
+        copy(path, folder / path.name)
 
 
 def _generation_config(folder: Path, model: nn.Module) -> Any:

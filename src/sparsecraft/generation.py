@@ -15,6 +15,7 @@ from sparsecraft.data import prompt_ids
 from sparsecraft.errors import CheckpointError, DataError, SparsecraftError
 from sparsecraft.evaluation import positions_of
 from sparsecraft.folder import read_json
+from sparsecraft.sentences import given
 
 
 def load_any(name: str) -> tuple[nn.Module, Any]:
@@ -80,6 +81,8 @@ def answer(
         stream: print tokens to standard output as they come.
         seed: of sampling.
 
+    Routers that decide by sentence read the chat up to its first answer.
+
     Raises:
         DataError: the prompt leaves no position for an answer.
         SparsecraftError: `max_new_tokens` below 1, or a temperature that is negative or not finite.
@@ -94,7 +97,7 @@ def answer(
     options = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), given(model, messages):
         torch.manual_seed(seed)
         output = model.generate(
             ids,

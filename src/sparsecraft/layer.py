@@ -6,13 +6,19 @@ Shapes: T tokens, I input features, O output features.
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from sparsecraft.batch import Batch
 from sparsecraft.donor import FFNSpan
 from sparsecraft.errors import SparsecraftError
-from sparsecraft.experts.base import Experts
+from sparsecraft.experts.base import Experts, everyone
+from sparsecraft.experts.peft import VectorExperts
+from sparsecraft.experts.slots import slots
+from sparsecraft.kernels.projections import is_plain, joins, project, scales_in_chunks
 from sparsecraft.recipe import Place
 from sparsecraft.routers import Router
 from sparsecraft.routing import Routing
@@ -26,9 +32,16 @@ class MoELayer(nn.Module):
         beside    y = F(x) + sum_e w_e E_e(x)
         after     y = sum_e w_e E_e(F(x))
         before    y = F(sum_e w_e E_e(x))
+        inside    y = sum_e w_e F_e(x), with F_e what expert e makes of F
 
     The base runs once per token, whatever the number of experts. Without a router the bank's
     only expert sees every token.
+
+    Attributes:
+        rows: (start, length) of the output features that the layer acts on; None for all.
+        modality: the kind of tokens that it acts on; None for all.
+        batch: what the batch says of its tokens, where router or modality ask for it.
+        causal: whether tokens must not see later ones, which `slots` have to respect.
     """
 
     def __init__(
@@ -37,12 +50,19 @@ class MoELayer(nn.Module):
         experts: Experts,
         router: Router | None = None,
         base: nn.Module | None = None,
+        *,
+        rows: tuple[int, int] | None = None,
+        modality: str | None = None,
     ):
         super().__init__()
         self.place = place
         self.base = base
         self.router = router
         self.experts = experts
+        self.rows = rows
+        self.modality = modality
+        self.causal = True
+        self.batch: Batch | None = None
         self.tracing = False
         self.routing: Routing | None = None
 
@@ -50,28 +70,113 @@ class MoELayer(nn.Module):
         match self.place:
             case "replace":
                 return self._mix(x, x)
+            case "inside":
+                return self._mix(x, x, base=self.base)
             case "beside":
-                y = self.base(x, *args, **kwargs)
-                return y + self._mix(x, x, y)
+                x, z_TN, scores_TE = self._project(x)
+                return self._beside(x, self.base(x, *args, **kwargs), z_TN, scores_TE)
             case "after":
+                x, _, scores_TE = self._project(x)
+                if self._scales(x):
+                    routing, sums_to_one = self._route(x, None, scores_TE)
+                    return self.experts.after_frozen(self.base, x, routing, sums_to_one)
                 y = self.base(x, *args, **kwargs)
-                return self._mix(y, x, y)
+                return self._on_rows(y, lambda part: self._mix(part, x, part, None, scores_TE))
             case "before":
                 return self.base(self._mix(x, x), *args, **kwargs)
         raise SparsecraftError(f"Unknown place {self.place!r}.")
 
-    def _mix(self, inputs: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x for the base, and what experts and router read of it, where one product gives both."""
+        rows_NI = self.experts.rows_of_input() if self.place == "beside" else None
+        joint = type(self.router) is Router and self.router.spec.select != "slots"
+        scores_EI = self.router.scores_of_input() if joint else None
+        if not isinstance(self.base, nn.Linear) or not joins(x, rows_NI, scores_EI):
+            return x, None, None
+        return project(x, rows_NI, scores_EI, own_gradient=is_plain(self.base, nn.Linear))
+
+    def _scales(self, x: Tensor) -> bool:
+        """Whether the base and the vectors after it run as one."""
+        merged = type(self.experts) is VectorExperts and self.experts.dispatch in ("auto", "merged")
+        if not merged or self.rows or self.modality or type(self.router) is not Router:
+            return False
+        return self.router.spec.reads == "input" and scales_in_chunks(
+            x, self.base, self.experts.vectors
+        )
+
+    def _beside(
+        self, x: Tensor, y: Tensor, z_TN: Tensor | None, scores_TE: Tensor | None
+    ) -> Tensor:
+        if self.router and self.router.spec.select == "slots":
+            return self._on_rows(y, lambda part: part + self._mix_slots(x).reshape(part.shape))
+        # Nobody else holds what a plain Linear has just computed: the update can be added to it.
+        in_place = not self.rows and is_plain(self.base, nn.Linear)
+
+        def add(part: Tensor) -> Tensor:
+            routing, sums_to_one = self._route(x, part, scores_TE)
+            part_TO = _flat(part)
+            added = self.experts.add_to(part_TO, _flat(x), routing, sums_to_one, in_place, z_TN)
+            return added.reshape(part.shape)
+
+        return self._on_rows(y, add)
+
+    def _on_rows(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.rows is None:
+            return change(y)
+        start, length = self.rows
+        before, part, behind = y.split([start, length, y.shape[-1] - start - length], dim=-1)
+        return torch.cat([before, change(part), behind], dim=-1)
+
+    def _mix(
+        self,
+        inputs: Tensor,
+        x: Tensor,
+        y: Tensor | None = None,
+        base: nn.Module | None = None,
+        scores_TE: Tensor | None = None,
+    ) -> Tensor:
         """The experts' mixture on `inputs`; the router reads the layer's input x or output y."""
-        inputs_TI = inputs.reshape(-1, inputs.shape[-1])
+        routing, sums_to_one = self._route(x, y, scores_TE)
+        extra = {} if base is None else {"base": base}
+        mixed_TO = self.experts(_flat(inputs), routing, sums_to_one, **extra)
+        return mixed_TO.reshape(*inputs.shape[:-1], mixed_TO.shape[-1])
+
+    def _route(
+        self, x: Tensor, y: Tensor | None = None, scores_TE: Tensor | None = None
+    ) -> tuple[Routing | None, bool]:
+        """The routing of every token, and whether its weights are known to sum to one."""
+        if self.router is None and self.modality is None:
+            return None, False
         if self.router is None:
-            mixed_TO = self.experts(inputs_TI)
+            routing, sums_to_one = everyone(_flat(x)), True
         else:
             read = y if self.router.spec.reads == "output" else x
-            routing = self.router(read.reshape(-1, read.shape[-1]))
-            if self.tracing:
-                self.routing = routing
-            mixed_TO = self.experts(inputs_TI, routing, self.router.spec.sums_to_one)
-        return mixed_TO.reshape(*inputs.shape[:-1], mixed_TO.shape[-1])
+            known = () if scores_TE is None else (scores_TE,)
+            routing = self.router(read, self.batch, *known)
+            sums_to_one = self.router.spec.sums_to_one
+        if self.modality is not None:
+            weights_TK = routing.weights_TK * self._of_modality(x).reshape(-1, 1)
+            routing, sums_to_one = replace(routing, weights_TK=weights_TK), False
+        if self.tracing and self.router is not None:
+            self.routing = routing
+        return routing, sums_to_one
+
+    def _of_modality(self, x: Tensor) -> Tensor:
+        """Which tokens the layer acts on, (B, S); tokens that no mask covers are text."""
+        visual = self.batch.tokens("mm_token_type_ids", x) if self.batch else None
+        if visual is None:
+            visual = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
+        return visual if self.modality == "visual" else ~visual
+
+    def _mix_slots(self, x: Tensor) -> Tensor:
+        """Soft MoE's dispatch and combine over the tokens of each sequence that may be mixed."""
+        x_BSI = self.batch.sequences(x)
+        routing, _ = self._route(x_BSI)
+        mixed_BS = self.batch.tokens("prefix_mask" if self.causal else "attention_mask", x_BSI)
+        if self.modality is not None and not (self.causal and mixed_BS is None):
+            own_BS = self._of_modality(x_BSI)
+            mixed_BS = own_BS if mixed_BS is None else mixed_BS & own_BS
+        return slots(self.experts, x_BSI, routing, mixed_BS, causal=self.causal)
 
     @property
     def weight(self) -> Tensor:
@@ -83,6 +188,10 @@ class MoELayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"place={self.place!r}"
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def set_dispatch(model: nn.Module, path: str) -> None:

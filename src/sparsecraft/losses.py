@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsecraft.errors import RecipeError, did_you_mean
-from sparsecraft.routing import Routing
+from sparsecraft.routing import Routing, spread
 
 Loss = Callable[[Routing, Tensor | None], Tensor]
 
@@ -112,5 +112,5 @@ def _kept(routing: Routing, mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
     logits_TE = routing.logits_TE.float()
     if mask_T is None:
         return logits_TE, routing.indices_TK
-    mask_T = mask_T.reshape(-1).to(torch.bool)
+    mask_T = spread(mask_T, len(logits_TE)).to(torch.bool)
     return logits_TE[mask_T], routing.indices_TK[mask_T]

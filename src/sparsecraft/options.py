@@ -57,6 +57,9 @@ class ConvertOptions:
     """Files whose rows enter the certificate beside random tokens."""
     set: tuple[str, ...] = ()
     """Deeper fields of the recipe, such as `router.temperature=0.5`."""
+    match_params: str | None = None
+    """Set the recipe's size (its rank, or an adapter's width) so that it trains as many parameters
+    as another recipe: `mov`, `molora:num_experts=5,rank=4`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the dense model; auto keeps its own."""
     device: str = "cpu"

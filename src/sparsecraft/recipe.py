@@ -10,109 +10,92 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sparsecraft.errors import RecipeError, did_you_mean
+from sparsecraft.specs import (
+    PLACES,
+    AdapterSpec,
+    ExpertsSpec,
+    FFNLoRASpec,
+    FFNSpec,
+    LoRASpec,
+    RouterSpec,
+    VectorSpec,
+    check_whole,
+)
+
+__all__ = [
+    "AdapterSpec",
+    "Edit",
+    "FFNLoRASpec",
+    "FFNSpec",
+    "LoRASpec",
+    "Recipe",
+    "RouterSpec",
+    "Stage",
+    "VectorSpec",
+    "facts",
+    "from_json",
+    "override",
+    "router_words",
+    "to_json",
+]
 
 FORMAT_VERSION = 1
 
-Place = Literal["replace", "beside", "after", "before"]
+Place = Literal["replace", "beside", "after", "before", "inside"]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RouterSpec:
-    """A scorer of tokens and a selection rule. All of it is computed in float32."""
-
-    scorer: Literal["linear"] = "linear"
-    select: Literal["top_k", "soft"] = "top_k"
-    top_k: int | None = 2
-    """Experts per token; None only with `soft`, which uses all of them."""
-    renormalize: bool = True
-    """Whether the k kept weights are scaled to sum to one."""
-    temperature: float = 1.0
-    """Divides the logits."""
-    reads: Literal["input", "output"] = "input"
-    """The layer's input, or the output of the dense module it stands on."""
-    init: Literal["kaiming_uniform", "normal", "zeros"] = "kaiming_uniform"
-    init_std: float = 0.02
-    """Standard deviation of `init="normal"`; unused otherwise."""
-
-    @property
-    def sums_to_one(self) -> bool:
-        return self.select == "soft" or self.renormalize
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FFNSpec:
-    """Full feed-forward experts made from the dense one."""
-
-    kind: Literal["ffn"] = "ffn"
-    num_experts: int = 8
-    init: Literal["copy"] = "copy"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdapterSpec:
-    """Bottleneck adapters, x + scale * up(activation(down(x))), `up` zero at the start."""
-
-    kind: Literal["adapter"] = "adapter"
-    num_experts: int = 8
-    dim: int = 512
-    """Bottleneck width."""
-    activation: str = "gelu"
-    dropout: float = 0.1
-    """On the adapter's input, in training."""
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_adapter("dim", self.dim, self.dropout)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoRASpec:
-    """Low-rank updates, (alpha / rank) * B A x, B zero at the start."""
-
-    kind: Literal["lora"] = "lora"
-    num_experts: int = 1
-    rank: int = 64
-    alpha: float = 16.0
-    dropout: float = 0.1
-    """On the update's input, in training."""
-
-    def __post_init__(self) -> None:
-        _check_adapter("rank", self.rank, self.dropout)
-
-
-def _check_whole(name: str, value: int) -> None:
-    if type(value) is not int or value < 1:
-        raise RecipeError(f"{name} is {value!r}; it must be a whole number from 1.")
-
-
-def _check_adapter(name: str, width: int, dropout: float) -> None:
-    _check_whole(name, width)
-    if not 0 <= dropout < 1:
-        raise RecipeError(f"dropout is {dropout}; it must be at least 0 and less than 1.")
-
-
-ExpertsSpec = FFNSpec | AdapterSpec | LoRASpec
+SiteKind = Literal[
+    "ffn",
+    "linear",
+    "attention_linear",
+    "ffn_linear",
+    "query",
+    "key",
+    "value",
+    "output",
+    "gate",
+    "down",
+    "intermediate",
+    "activation",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Edit:
     """Put one MoE layer at every matching site of the model."""
 
-    site: Literal["ffn", "linear"] = "ffn"
-    """Every feed-forward network, or every Linear/Conv1D of attention and feed-forward."""
+    site: SiteKind = "ffn"
+    """Every feed-forward network (`ffn`); every Linear/Conv1D of attention and feed-forward
+    (`linear`), or of one of them; one projection of every attention (`query`, `key`, `value`,
+    `output`); or a part of every feed-forward network: `gate`, the projection that the activation
+    follows; `down`; the `activation`; and `intermediate`, what the down projection reads, at the
+    last module whose input is still that of the network."""
     paths: str = "*"
     """Glob over the sites' module paths, such as `model.layers.1?.mlp`."""
     place: Place = "replace"
     experts: ExpertsSpec
     router: RouterSpec | None = None
+    modality: Literal["text", "visual"] | None = None
+    """Act on the tokens of one modality only, as `mm_token_type_ids` tells them (0 is text)."""
 
     def __post_init__(self) -> None:
         experts, router = self.experts, self.router
-        _check_whole("num_experts", experts.num_experts)
+        check_whole("num_experts", experts.num_experts)
+        places = PLACES.get(experts.kind, ("replace", "beside", "after", "before"))
+        if self.place not in places:
+            raise RecipeError(
+                f"{experts.kind} experts cannot stand {self.place} a module; they stand "
+                f"{' or '.join(places)} it."
+            )
+        if self.modality and self.place != "beside":
+            raise RecipeError(
+                f"modality={self.modality!r} with place={self.place!r}: only experts beside a "
+                "module can leave tokens out."
+            )
         if router is None:
             if experts.num_experts != 1:
                 raise RecipeError(
@@ -124,10 +107,23 @@ class Edit:
             raise RecipeError(f"router.temperature is {router.temperature}; it must be positive.")
         if not 0 <= router.init_std < math.inf:
             raise RecipeError(f"router.init_std is {router.init_std}; it must not be negative.")
-        if (router.select == "soft") != (router.top_k is None):
+        if (router.select == "top_k") == (router.top_k is None):
             raise RecipeError(
                 f"router.select is {router.select!r} with top_k={router.top_k}: "
-                "soft selection takes top_k=None, top_k selection takes a number."
+                f"{router.select} selection takes "
+                f"{'a number' if router.select == 'top_k' else 'top_k=None'}."
+            )
+        if router.decides == "head" and (
+            self.site not in ("key", "value") or router.reads != "output"
+        ):
+            raise RecipeError(
+                f"router.decides is 'head' at site {self.site!r}, reading the {router.reads}; only "
+                "the outputs of a key or value projection have heads."
+            )
+        if router.select == "slots" and (self.place != "beside" or router.decides != "token"):
+            raise RecipeError(
+                f"router.select is 'slots' with place={self.place!r} and "
+                f"decides={router.decides!r}; slots are for experts beside a module, by token."
             )
         if router.top_k is not None and not 1 <= router.top_k <= experts.num_experts:
             raise RecipeError(
@@ -145,6 +141,9 @@ class Stage:
     """`experts`, `router`, `all`, or globs over parameter names."""
     losses: dict[str, float] = field(default_factory=dict)
     """Name in `sparsecraft.losses.LOSSES` -> coefficient."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """Adafactor with steps relative to a parameter's size, as T5X has it: 3e-4 moves ones by 3e-4
+    and a router of standard deviation 0.02 by 6e-6."""
     learning_rate: float = 2e-4
     router_learning_rate: float | None = None
     """None: the same as `learning_rate`."""
@@ -154,6 +153,7 @@ class Stage:
     """Overrides `warmup_ratio` when positive."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    """0: no clipping."""
     batch_size: int = 128
     """Sequences per optimizer step."""
     max_length: int = 2048
@@ -161,8 +161,10 @@ class Stage:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_length"):
-            _check_whole(name, getattr(self, name))
-        for name in ("learning_rate", "router_learning_rate", "max_grad_norm"):
+            check_whole(name, getattr(self, name))
+        if not 0 <= self.max_grad_norm < math.inf:
+            raise RecipeError(f"max_grad_norm is {self.max_grad_norm}; it must not be negative.")
+        for name in ("learning_rate", "router_learning_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise RecipeError(f"{name} is {value}; it must be positive.")
@@ -195,13 +197,21 @@ class Recipe:
         if not self.edits or not self.stages:
             missing = "stages" if self.edits else "edits"
             raise RecipeError(f"Recipe {self.name!r} has no {missing}; at least one is needed.")
+        routers = [edit.router for edit in self.edits if edit.router]
+        encoders = {(r.encoder, r.sentence_dim) for r in routers if r.decides == "sentence"}
+        if len(encoders) > 1:
+            raise RecipeError(
+                f"The routers of recipe {self.name!r} read sentences by several encoders, "
+                f"{sorted(encoders)}; give them all the same encoder and sentence_dim."
+            )
 
 
 def router_words(router: RouterSpec) -> str:
     """A router in a few words, for tables."""
-    if router.select == "soft":
-        return f"{router.scorer}, soft"
-    return f"{router.scorer}, top-{router.top_k}{' renormalized' if router.renormalize else ''}"
+    scorer = router.scorer if router.decides == "token" else f"{router.scorer} by {router.decides}"
+    if router.select != "top_k":
+        return f"{scorer}, {router.select}"
+    return f"{scorer}, top-{router.top_k}{' renormalized' if router.renormalize else ''}"
 
 
 def facts(recipe: Recipe) -> dict[str, str]:
@@ -209,11 +219,15 @@ def facts(recipe: Recipe) -> dict[str, str]:
     edits = recipe.edits
     return {
         "paper": recipe.paper,
-        "placement": ", ".join(f"{e.place} {e.site}" for e in edits),
-        "experts": ", ".join(f"{e.experts.num_experts} {e.experts.kind}" for e in edits),
-        "router": ", ".join(router_words(e.router) for e in edits if e.router) or "none",
+        "placement": _once(f"{e.place} {e.site}" for e in edits),
+        "experts": _once(f"{e.experts.num_experts} {e.experts.kind}" for e in edits),
+        "router": _once(router_words(e.router) for e in edits if e.router) or "none",
         "exact_at_start": "yes" if recipe.exact_at_start else "no",
     }
+
+
+def _once(words: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(words))
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:

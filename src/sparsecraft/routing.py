@@ -32,6 +32,16 @@ class Routing:
     def num_experts(self) -> int:
         return self.logits_TE.shape[-1]
 
+    def weights_TE(self) -> Tensor:
+        """The weight of every expert, zero where it was not chosen."""
+        T, E = self.logits_TE.shape
+        every_token_alike = self.indices_TK.stride(0) == 0  # what soft selection returns: 0, 1, ...
+        if every_token_alike and self.indices_TK.shape[1] == E:
+            return self.weights_TK
+        weights_TK = self.weights_TK * (self.indices_TK < E)
+        weights_TE = weights_TK.new_zeros(T, E + 1)  # the last column takes "no expert"
+        return weights_TE.scatter_add(1, self.indices_TK, weights_TK)[:, :E]
+
     def load_E(self, mask_T: Tensor | None = None) -> Tensor:
         """Fraction of the filled slots that each expert received, float32, summing to one.
 
@@ -43,9 +53,15 @@ class Routing:
         ones_TK = torch.ones_like(self.indices_TK, dtype=torch.float32)
         chosen_TE = chosen_TE.scatter_add(-1, self.indices_TK, ones_TK)[:, :-1]
         if mask_T is not None:
-            chosen_TE = chosen_TE * mask_T.reshape(-1, 1)
+            chosen_TE = chosen_TE * spread(mask_T, len(chosen_TE))[:, None]
         counts_E = chosen_TE.sum(0)
         return counts_E / counts_E.sum().clamp_min(1)
+
+
+def spread(mask_T: Tensor, rows: int) -> Tensor:
+    """A mask of tokens for the rows of a routing: a router by head has several for each token."""
+    mask_T = mask_T.reshape(-1)
+    return mask_T.repeat_interleave(rows // len(mask_T))
 
 
 class Trace(Mapping[str, Routing]):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsecraft import cost, hub
+from sparsecraft.batch import Batch, asks_for_batch, attach
 from sparsecraft.certificate import PROBE_SHAPE, Certificate, compare, outputs, random_probe
 from sparsecraft.cost import Cost
 from sparsecraft.data import as_batches
@@ -47,6 +48,7 @@ class Conversion:
         base_card: name and license of the base, for the checkpoint's README.
         folder: the checkpoint that the model was loaded from, if it was.
         report: what `convert` and `train` measured, as written to report.json.
+        hooks: handles of what tells the layers about each batch.
     """
 
     recipe: Recipe
@@ -61,6 +63,7 @@ class Conversion:
     folder: Path | None = None
     base_card: tuple[str, str | None] | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    hooks: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +207,11 @@ def apply(
     from sparsecraft.checkpoint import save_pretrained
 
     model.save_pretrained = functools.partial(save_pretrained, model)
+    if any(asks_for_batch(item.edit) for item in edits):
+        batch = Batch()
+        record.hooks = attach(model, batch)
+        for layer in record.layers:
+            layer.batch = batch
     set_trainable(model, recipe.stages[0].trains)
     return record
 
@@ -319,6 +327,8 @@ def _take_out(model: nn.Module) -> None:
         model.set_submodule(path, module)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in record.trainable)
+    for handle in record.hooks:
+        handle.remove()
     del model.sparsecraft
     vars(model).pop("save_pretrained", None)
 

@@ -1,4 +1,4 @@
-"""Export to standard architectures: reversible weight maps, checked by the logits they give.
+"""Export to standard forms: reversible weight maps, checked by the logits they give.
 
 A target says which converted models have exactly its mathematics, and refuses the others with the
 reason. Shapes: E experts, D width, F hidden width; experts.gate_up (E, 2F, D), experts.down
@@ -7,6 +7,7 @@ reason. Shapes: E experts, D width, F hidden width; experts.gate_up (E, 2F, D), 
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 
 from sparsecraft import cost
 from sparsecraft.certificate import compare, outputs, random_probe
+from sparsecraft.checkpoint import new_or_changed
 from sparsecraft.errors import ExportError, did_you_mean
 from sparsecraft.folder import EXPORT_RECORD, MANIFEST, replacing, write_companions, write_json
-from sparsecraft.layer import dense_tensors
+from sparsecraft.layer import dense_name, dense_tensors
+from sparsecraft.origin import Origin, digest
 from sparsecraft.recipe import FFNSpec
-from sparsecraft.surgery import conversion_of
+from sparsecraft.surgery import conversion_of, revert
 
 # Largest relative logit difference between ours and the exported model, read back.
 EXPORT_TOLERANCE = 1e-4
@@ -33,10 +36,10 @@ def export(
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write a converted model in a standard architecture, which loads without sparsecraft.
+    """Write a converted model in a form that others read: a standard architecture, or PEFT's.
 
     Args:
-        target: `mixtral`.
+        target: `mixtral`, which loads without sparsecraft, or `peft`.
         out: the folder to write; it appears once the exported model has given our logits.
 
     Returns:
@@ -61,10 +64,10 @@ def export(
     probes = [random_probe(model)]
     ours = outputs(model, probes)
     with replacing(out, overwrite) as folder:
-        _write(chosen.model_class(), chosen.config(model), tensors, folder)
+        chosen.write(model, tensors, folder)
         write_companions(model, folder, tokenizer)
-        again = chosen.model_class().from_pretrained(folder, dtype=ours[0].dtype)
-        certificate = compare(ours, outputs(again.to(model.device), probes))
+        again = chosen.read(model, folder)
+        certificate = compare(ours, outputs(again, probes))
         if (
             certificate.max_difference
             > EXPORT_TOLERANCE * certificate.scale + certificate.tolerance
@@ -78,6 +81,7 @@ def export(
             "difference": certificate.max_difference,
             "scale": certificate.scale,
             "parameters": cost.count(again).total,
+            **chosen.record(model),
         }
         write_json(folder / EXPORT_RECORD, record)
     return record
@@ -135,10 +139,18 @@ class MixtralTarget:
             )
         return None
 
-    def model_class(self) -> type:
+    def write(self, model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
         from transformers import MixtralForCausalLM
 
-        return MixtralForCausalLM
+        _write(MixtralForCausalLM, self.config(model), tensors, folder)
+
+    def read(self, model: nn.Module, folder: Path) -> nn.Module:
+        from transformers import MixtralForCausalLM
+
+        return MixtralForCausalLM.from_pretrained(folder, dtype=_dtype(model)).to(model.device)
+
+    def record(self, model: nn.Module) -> dict[str, Any]:
+        return {}
 
     def config(self, model: nn.Module) -> Any:
         from transformers import MixtralConfig
@@ -190,7 +202,66 @@ class MixtralTarget:
         return renamed
 
 
-TARGETS = {"mixtral": MixtralTarget()}
+class PeftTarget:
+    """A recipe whose layers stand on a base that stays, as a PEFT adapter on that base.
+
+    PEFT costs seconds to import: what needs it is imported where it is used.
+    """
+
+    def why_not(self, model: nn.Module) -> str | None:
+        from sparsecraft.peft.configs import why_no_adapter
+
+        if reason := why_no_adapter(conversion_of(model).recipe):
+            return f"{reason} sc.save keeps it as it is; `upcycling` exports as mixtral."
+        if changed := self._changed(model):
+            return (
+                f"{len(changed)} dense tensors are not as the base has them, {changed[0]!r} among "
+                "them, and an adapter holds new tensors only; sc.save keeps them all."
+            )
+        return None
+
+    def _changed(self, model: nn.Module) -> list[str]:
+        if origin := self._origin(model):
+            held = new_or_changed(model, origin)
+            return [name for name in held if dense_name(model, name) is not None]
+        known, now = conversion_of(model).digests, dense_tensors(model)
+        return [name for name, tensor in now.items() if digest(tensor) != known[name][1]]
+
+    def _origin(self, model: nn.Module) -> Origin | None:
+        """The base on disk, if the dense model can be built from it alone."""
+        record = conversion_of(model)
+        origin = Origin.find(record.origin, record.revision)
+        dense = dense_tensors(model).items()
+        shapes = {name: t.shape for name, t in dense if t.is_floating_point()}
+        return origin if origin and origin.holds(model, shapes) else None
+
+    def to_target(self, model: nn.Module) -> dict[str, Tensor]:
+        from sparsecraft.peft.folder import adapter_tensors
+
+        return adapter_tensors(model)
+
+    def write(self, model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+        from sparsecraft.peft.folder import write
+
+        write(model, tensors, folder, self._origin(model))
+
+    def read(self, model: nn.Module, folder: Path) -> nn.Module:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(revert(copy.deepcopy(model)), folder).eval()
+
+    def record(self, model: nn.Module) -> dict[str, Any]:
+        origin = self._origin(model)
+        base = origin and {
+            "name": origin.name,
+            "revision": origin.revision,
+            "fingerprint": origin.fingerprint(),
+            "dtype": str(_dtype(model)).removeprefix("torch."),
+        }
+        return {"base": base}
+
+
+TARGETS = {"mixtral": MixtralTarget(), "peft": PeftTarget()}
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -27,10 +27,14 @@ from sparsecraft.layer import matches, unique_tensors
 from sparsecraft.losses import auxiliary_loss
 from sparsecraft.options import TrainOptions
 from sparsecraft.recipe import Stage
-from sparsecraft.routing import Routing, trace
+from sparsecraft.routing import Routing, spread, trace
 from sparsecraft.surgery import conversion_of
 
 TOKEN_MASK = "token_mask"
+
+# Modules that read the encoder's tokens from inside the decoder (T5, BART).
+CROSS_ATTENTIONS = {"EncDecAttention", "encoder_attn"}
+CROSS_PROJECTIONS = {"k", "v", "k_proj", "v_proj"}
 
 
 class RoutedTrainerMixin:
@@ -56,7 +60,11 @@ class RoutedTrainerMixin:
                 "model runs as copies. Launch one process for each GPU with torchrun."
             )
         masks = _masks(inputs, token_mask, getattr(self.model.config, "is_encoder_decoder", False))
-        self._record(routings, masks)
+        if (
+            self.state.global_step == 0
+            or (self.state.global_step + 1) % self.args.logging_steps == 0
+        ):
+            self._record(routings, masks)
         auxiliary, parts = auxiliary_loss(routings, self.stage.losses, masks)
         if auxiliary is None:
             return result
@@ -85,6 +93,8 @@ class RoutedTrainerMixin:
         if self.optimizer is None:
             model = self.model if model is None else model
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if self.stage.optimizer == "adafactor":  # Trainer's own turns this off
+                options["scale_parameter"] = True
             self.optimizer = optimizer_class(self._parameter_groups(model), **options)
         return self.optimizer
 
@@ -110,7 +120,7 @@ class RoutedTrainerMixin:
             load_E = routing.load_E(mask)
             probs_TE = routing.logits_TE.float().softmax(-1)
             entropy_T = torch.special.entr(probs_TE).sum(-1)
-            weight_T = torch.ones_like(entropy_T) if mask is None else mask.reshape(-1).float()
+            weight_T = torch.ones_like(entropy_T) if mask is None else spread(mask, len(entropy_T))
             log_experts = max(math.log(routing.num_experts), 1e-9)
             entropy = (entropy_T * weight_T).sum() / weight_T.sum().clamp_min(1)
             self._statistics[f"max_load/{layer}"].append(load_E.max() * routing.num_experts)
@@ -191,13 +201,16 @@ class RoutedTrainer(RoutedTrainerMixin, Trainer):
 def _masks(inputs: dict, token_mask: Tensor | None, encoder_decoder: bool):
     """Layer name -> which of its tokens are real.
 
-    The decoder of an encoder-decoder model sees the labels' positions, its encoder the inputs'.
+    The decoder of an encoder-decoder model sees the labels' positions, its encoder the inputs',
+    and so do the keys and values of cross-attention.
     """
     if token_mask is None and "attention_mask" in inputs:
         token_mask = inputs["attention_mask"].bool()
 
     def mask(layer: str) -> Tensor | None:
-        if encoder_decoder and "decoder" in layer.split("."):
+        parts = [part for part in layer.split(".") if part != "base"]  # of stacked layers
+        crosses = CROSS_ATTENTIONS.intersection(parts) and parts[-1] in CROSS_PROJECTIONS
+        if encoder_decoder and "decoder" in parts and not crosses:
             return (inputs["labels"] != -100).reshape(-1)
         return None if token_mask is None else token_mask.reshape(-1)
 
@@ -237,7 +250,7 @@ def training_arguments(
         "warmup_steps": min(warmup, steps),
         "weight_decay": stage.weight_decay,
         "max_grad_norm": stage.max_grad_norm,
-        "optim": "adamw_torch",
+        "optim": {"adamw": "adamw_torch", "adafactor": "adafactor"}[stage.optimizer],
         "use_cpu": on_cpu(),
         "bf16": not on_cpu() and torch.cuda.is_bf16_supported(),
         "seed": settings.seed,

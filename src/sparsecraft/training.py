@@ -34,6 +34,7 @@ from sparsecraft.folder import check_free
 from sparsecraft.layer import dense_name
 from sparsecraft.options import TrainOptions
 from sparsecraft.recipe import Stage
+from sparsecraft.sentences import Prompts
 from sparsecraft.surgery import Conversion, conversion_of, set_trainable
 from sparsecraft.trainers import (
     ProgressBar,
@@ -111,16 +112,16 @@ def train(
     _check_devices(model)
     states = out.with_name(f"{out.name}.training")
     _check_states(states, resume)
-    reads = tokenizer or _tokenizer_of(record)
+    reads, prompts = tokenizer or _tokenizer_of(record), Prompts.of(model)
     for number, stage in enumerate(record.recipe.stages):
         folder = states / f"{number}-{stage.name}"
         settings = _settings(model, stage, asked)
-        dataset, counts = _dataset(model, data, reads, settings)
+        dataset, counts = _dataset(model, data, reads, settings, prompts)
         _prepare_parameters(model, stage)
         log.info(_needs(model, settings, out))
         resuming.check(folder, resuming.describe(model, settings, dataset, processes()), resume)
         with _untouched(model), adapters_known(model):
-            trainer = _trainer(model, stage, settings, dataset, reads, folder)
+            trainer = _trainer(model, stage, settings, dataset, reads, folder, prompts)
             report = _run(trainer, counts, out, resume)
         history = _history(trainer, stage, settings, report)
         record.report.setdefault("training", []).append(history)
@@ -185,10 +186,14 @@ def _options(options: dict[str, Any]) -> TrainOptions:
 
 
 def _dataset(
-    model: nn.Module, data: Any, tokenizer: Any, settings: TrainOptions
+    model: nn.Module,
+    data: Any,
+    tokenizer: Any,
+    settings: TrainOptions,
+    prompts: Prompts | None = None,
 ) -> tuple[Any, dict[str, int]]:
     task = {"causal": "causal", "seq2seq": "seq2seq"}.get(_task(model), "label")
-    return data_module.prepare(
+    rows, counts = data_module.prepare(
         data,
         tokenizer,
         max_length=settings.max_length,
@@ -196,7 +201,11 @@ def _dataset(
         packing=settings.packing,
         seed=settings.seed,
         task=task,
+        prompts=prompts,
     )
+    if prompts is not None:
+        prompts.embeddings()  # of all, in large batches
+    return rows, counts
 
 
 def _run(trainer: Any, counts: dict[str, int], out: Path, resume: bool) -> TrainReport:
@@ -285,6 +294,7 @@ def _trainer(
     dataset: Any,
     tokenizer: Any,
     folder: Path,
+    prompts: Prompts | None = None,
 ) -> Any:
     """The trainer of the model's task, for one stage."""
     trainer_class, arguments_class = {
@@ -308,7 +318,10 @@ def _trainer(
         args=arguments_class(**arguments),
         train_dataset=dataset,
         data_collator=functools.partial(
-            data_module.collate, pad_id=data_module.pad_id(tokenizer), packed=settings.packing
+            data_module.collate,
+            pad_id=data_module.pad_id(tokenizer),
+            packed=settings.packing,
+            prompts=prompts,
         ),
         processing_class=tokenizer,
         callbacks=[progress],

@@ -4,44 +4,60 @@ from __future__ import annotations
 
 import torch
 
-from sparsecraft.donor import FFN, Linear
+from sparsecraft.donor import FFN, Donor, Linear, Site
 from sparsecraft.errors import RecipeError
 from sparsecraft.experts.base import Experts, TwoLayer, loop
 from sparsecraft.experts.ffn import FFNExperts
-from sparsecraft.experts.peft import AdapterExperts, LoRAExperts
-from sparsecraft.recipe import AdapterSpec, ExpertsSpec, FFNSpec, LoRASpec
+from sparsecraft.experts.ffn_lora import FFNLoRAExperts
+from sparsecraft.experts.peft import AdapterExperts, LoRAExperts, VectorExperts
+from sparsecraft.recipe import AdapterSpec, FFNLoRASpec, FFNSpec, LoRASpec, Place, VectorSpec
+from sparsecraft.specs import ExpertsSpec
 
 
 def build_experts(
-    spec: ExpertsSpec, donor: FFN | Linear, *, device: torch.device, dtype: torch.dtype
+    spec: ExpertsSpec,
+    donor: Donor,
+    site: Site,
+    place: Place,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Experts:
     """The bank that `spec` describes, for the place where `donor` stands.
 
     Raises:
         RecipeError: the kind needs another donor, such as full experts at a Linear.
     """
+    where = {"device": device, "dtype": dtype}
+    wanted = {FFNSpec: FFN, FFNLoRASpec: FFN, LoRASpec: (FFN, Linear)}.get(type(spec))
+    if wanted and not isinstance(donor, wanted):
+        advice = "site='ffn'" if wanted is FFN else "site='linear'"
+        raise RecipeError(
+            f"{spec.kind!r} experts cannot stand at {donor.path!r}, the {site.kind} of a network; "
+            f"use {advice}."
+        )
     match spec:
-        case FFNSpec() if isinstance(donor, FFN):
-            return FFNExperts(spec, donor)
         case FFNSpec():
-            raise RecipeError(
-                f"{spec.kind!r} experts copy a whole feed-forward network and cannot stand at "
-                f"{donor.path!r}, a single linear layer; use site='ffn'."
-            )
+            return FFNExperts(spec, donor)
+        case FFNLoRASpec():
+            return FFNLoRAExperts(spec, donor, site, **where)
         case AdapterSpec():
-            return AdapterExperts(spec, donor.out_features, device=device, dtype=dtype)
+            return AdapterExperts(spec, donor.out_features, **where)
         case LoRASpec():
-            return LoRAExperts(
-                spec, donor.in_features, donor.out_features, device=device, dtype=dtype
-            )
+            return LoRAExperts(spec, donor.in_features, donor.out_features, **where)
+        case VectorSpec():
+            width = donor.in_features if place == "before" else donor.out_features
+            return VectorExperts(spec, width, **where)
 
 
 __all__ = [
     "AdapterExperts",
     "Experts",
     "FFNExperts",
+    "FFNLoRAExperts",
     "LoRAExperts",
     "TwoLayer",
+    "VectorExperts",
     "build_experts",
     "loop",
 ]

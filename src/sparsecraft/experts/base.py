@@ -41,6 +41,8 @@ class Experts(nn.Module, ABC):
         out_features: O.
         dispatch: `auto`, `loop`, `grouped` or `dense`; see `sparsecraft.kernels`.
         residual: every expert is x plus something; see `loop`.
+        merges: the bank can mix its experts' parameters before they meet a token, which is then
+            always the cheapest way; see `sparsecraft.kernels.merged`.
         dense_tokens: up to this many tokens, `auto` computes all experts at once; small banks
             set it, because fewer launches are worth more there than fewer multiplications.
     """
@@ -49,6 +51,7 @@ class Experts(nn.Module, ABC):
     out_features: int
     dispatch: str = "auto"
     residual: bool = False
+    merges: bool = False
     dense_tokens: int = 0
 
     @abstractmethod
@@ -57,6 +60,11 @@ class Experts(nn.Module, ABC):
 
     def two_layer(self, dtype: torch.dtype) -> TwoLayer | None:
         """The bank's tensors in `dtype` for the fast paths; None if it has no such form."""
+        return None
+
+    def rows_of_input(self) -> Tensor | None:
+        """The matrix (N, I) whose product with each token is all that `add_to` reads of it, if it
+        is; a caller may compute it together with other products."""
         return None
 
     def forward(
@@ -74,6 +82,29 @@ class Experts(nn.Module, ABC):
         from sparsecraft.kernels import PATHS, choose_path
 
         return PATHS[choose_path(self, x_TI, routing)](self, x_TI, routing, sums_to_one)
+
+    def add_to(
+        self,
+        y_TO: Tensor,
+        x_TI: Tensor,
+        routing: Routing | None = None,
+        sums_to_one: bool = False,
+        in_place: bool = False,
+        z_TN: Tensor | None = None,
+    ) -> Tensor:
+        """y_TO plus the mixture on x_TI.
+
+        Args:
+            in_place: y_TO belongs to nobody else, and a kind may write to it.
+            z_TN: x_TI times `rows_of_input`, where it is known.
+        """
+        return y_TO + self(x_TI, routing, sums_to_one)
+
+
+def everyone(x_TI: Tensor) -> Routing:
+    """The routing of a bank without router: its only expert sees every token, with weight one."""
+    ones_T1 = x_TI.new_ones(x_TI.shape[0], 1, dtype=torch.float32)
+    return Routing(ones_T1, torch.zeros_like(ones_T1, dtype=torch.long), torch.zeros_like(ones_T1))
 
 
 def loop(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = False) -> Tensor:

@@ -1,10 +1,12 @@
-"""Parameter-efficient experts: bottleneck adapters and low-rank updates.
+"""Parameter-efficient experts: bottleneck adapters, low-rank updates and scaling vectors.
 
-Shapes: E experts, D width, H bottleneck width, I input features, O output features, R rank.
+Shapes: T tokens, K slots per token, E experts, D width, H bottleneck width, I input features,
+O output features, R rank, V features of one head.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -14,7 +16,10 @@ from transformers.activations import ACT2FN
 
 from sparsecraft.errors import RecipeError, did_you_mean
 from sparsecraft.experts.base import Experts, TwoLayer
-from sparsecraft.recipe import AdapterSpec, LoRASpec
+from sparsecraft.kernels.mixtures import mix_lora, mix_vectors
+from sparsecraft.kernels.projections import ScaledLinear
+from sparsecraft.recipe import AdapterSpec, LoRASpec, VectorSpec
+from sparsecraft.routing import Routing
 
 
 class AdapterExperts(Experts):
@@ -61,9 +66,13 @@ class AdapterExperts(Experts):
 
 
 class LoRAExperts(Experts):
-    """Low-rank updates (Hu et al. 2022): (alpha / r) * B A dropout(x), B zero at the start."""
+    """Low-rank updates (Hu et al. 2022): (alpha / r) * B A dropout(x), B zero at the start.
 
-    dense_tokens = 64
+    A mixture of them is one LoRA of rank E r whose bottleneck is gated (MoLORA, Zadouri et al.
+    2023): two matrix products, whatever E. With a shared A it is HydraLoRA (Tian et al. 2024).
+    """
+
+    merges = True
 
     def __init__(
         self, spec: LoRASpec, in_features: int, out_features: int, *, device=None, dtype=None
@@ -71,24 +80,115 @@ class LoRAExperts(Experts):
         super().__init__()
         self.num_experts, self.out_features = spec.num_experts, out_features
         self.dropout, self.scale = spec.dropout, spec.alpha / spec.rank
+        num_a = 1 if spec.shared_a else spec.num_experts
         self.lora_A = nn.Parameter(
-            torch.empty(spec.num_experts, spec.rank, in_features, device=device, dtype=dtype)
+            torch.empty(num_a, spec.rank, in_features, device=device, dtype=dtype)
         )
         self.lora_B = nn.Parameter(
             torch.zeros(spec.num_experts, out_features, spec.rank, device=device, dtype=dtype)
         )
-        for a_RI in self.lora_A:
-            nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5))
+        for a_RI in self.lora_A:  # one at a time: the fan-in is I, not E * I
+            if spec.init == "normal":
+                nn.init.normal_(a_RI, std=spec.init_std)
+            else:
+                nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5))
 
     def expert(self, e: int, x: Tensor) -> Tensor:
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A[e].to(x.dtype))
+        a_RI = self.lora_A[e % len(self.lora_A)].to(x.dtype)
+        low = F.linear(F.dropout(x, self.dropout, self.training), a_RI)
         return F.linear(low * self.scale, self.lora_B[e].to(x.dtype))
 
     def two_layer(self, dtype: torch.dtype) -> TwoLayer:
         return TwoLayer(
-            first_EMI=self.lora_A.to(dtype),
+            first_EMI=self.lora_A.to(dtype).expand(self.num_experts, -1, -1).contiguous(),
             second_EOH=self.lora_B.to(dtype),
             activate=nn.Identity(),
             scale=self.scale,
             input_dropout=self.dropout if self.training else 0.0,
         )
+
+    def merged(self, x_TI: Tensor, weights_TE: Tensor, sums_to_one: bool = False) -> Tensor:
+        return self._mixed(x_TI, weights_TE)
+
+    def rows_of_input(self) -> Tensor | None:
+        if (self.dropout and self.training) or self.dispatch not in ("auto", "merged"):
+            return None
+        return self.lora_A.flatten(0, 1)
+
+    def add_to(
+        self, y_TO, x_TI, routing=None, sums_to_one=False, in_place=False, z_TN=None
+    ) -> Tensor:
+        if routing is None:
+            return self._mixed(x_TI, None, y_TO, in_place, z_TN)
+        if self.dispatch in ("auto", "merged"):
+            return self._mixed(x_TI, routing.weights_TE(), y_TO, in_place, z_TN)
+        return super().add_to(y_TO, x_TI, routing, sums_to_one)
+
+    def _mixed(
+        self,
+        x_TI: Tensor,
+        weights_TE: Tensor | None,
+        onto: Tensor | None = None,
+        in_place: bool = False,
+        z_TN: Tensor | None = None,
+    ) -> Tensor:
+        return mix_lora(
+            x_TI, weights_TE, self.lora_A, self.lora_B, self.scale, onto=onto, in_place=in_place,
+            input_dropout=self.dropout if self.training else 0.0, z_TN=z_TN,
+        )  # fmt: skip
+
+
+class VectorExperts(Experts):
+    """Vectors that scale features, x * l_e, as (IA)3's do (Liu et al. 2022); ones at the start.
+
+    A mixture of them is one vector for each token (MoV, Zadouri et al. 2023). A router that
+    decides by head gives each head of a token its own mixture.
+    """
+
+    residual = True  # l x = x + (l - 1) x
+    merges = True
+
+    def __init__(self, spec: VectorSpec, width: int, *, device=None, dtype=None):
+        super().__init__()
+        self.num_experts, self.out_features = spec.num_experts, width
+        ones = torch.ones(spec.num_experts, width, device=device, dtype=dtype)
+        if spec.init_std:
+            ones += spec.init_std * torch.randn_like(ones)
+        self.vectors = nn.Parameter(ones)
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return x * self.vectors[e].to(x.dtype)
+
+    def forward(
+        self, x_TO: Tensor, routing: Routing | None = None, sums_to_one: bool = False
+    ) -> Tensor:
+        heads = 1 if routing is None else len(routing.indices_TK) // len(x_TO)
+        if heads > 1 and self.dispatch not in ("auto", "merged"):
+            return self._by_head(heads, x_TO, routing, sums_to_one)
+        return super().forward(x_TO, routing, sums_to_one)
+
+    def _by_head(self, heads: int, x_TO: Tensor, routing: Routing, sums_to_one: bool) -> Tensor:
+        """The same by one bank for each head."""
+        T, columns = len(x_TO), []
+        parts = zip(x_TO.chunk(heads, dim=1), self.vectors.chunk(heads, dim=1), strict=True)
+        for head, (x_TV, vectors_EV) in enumerate(parts):
+            one = Routing(
+                *(t.reshape(T, heads, -1)[:, head] for t in (
+                    routing.weights_TK, routing.indices_TK, routing.logits_TE,
+                ))
+            )  # fmt: skip
+            bank = copy.copy(self)
+            bank._parameters = {"vectors": vectors_EV}
+            bank.out_features = vectors_EV.shape[1]
+            columns.append(bank(x_TV, one, sums_to_one))
+        return torch.cat(columns, dim=1)
+
+    def merged(self, x_TO: Tensor, weights_TE: Tensor, sums_to_one: bool = False) -> Tensor:
+        return mix_vectors(x_TO, weights_TE, self.vectors, sums_to_one)
+
+    def after_frozen(
+        self, base: nn.Linear, x: Tensor, routing: Routing, sums_to_one: bool = False
+    ) -> Tensor:
+        """The mixture on base(x), merged, in less memory."""
+        weights_SE = routing.weights_TE()
+        return ScaledLinear.apply(x, base.weight, base.bias, weights_SE, self.vectors, sums_to_one)

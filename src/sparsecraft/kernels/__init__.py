@@ -13,7 +13,25 @@ from sparsecraft.kernels.dense import dense
 from sparsecraft.kernels.grouped import are_views, grouped, why_not_grouped
 from sparsecraft.routing import Routing
 
-PATHS = {"loop": loop, "grouped": grouped, "dense": dense}
+
+def merged(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = False) -> Tensor:
+    """Mix the parameters first: vectors as one vector, LoRAs as one LoRA with a gated bottleneck.
+
+    Exact because these experts are linear in their parameters and tokens; no tensor of shape
+    (tokens, experts, features) is made.
+
+    Raises:
+        SparsecraftError: another kind of experts.
+    """
+    if not bank.merges:
+        raise SparsecraftError(
+            f"{type(bank).__name__} are not linear and cannot be merged before they meet a token; "
+            "use dispatch 'auto'."
+        )
+    return bank.merged(x_TI, routing.weights_TE(), sums_to_one)
+
+
+PATHS = {"loop": loop, "grouped": grouped, "dense": dense, "merged": merged}
 
 # On a CPU, launches cost little: all experts at once win up to about 32 tokens for 8 adapters of
 # 576 x 64, and never for 8 of 2048 x 256 (two cores, float32).
@@ -28,6 +46,8 @@ def choose_path(bank: Experts, x_TI: Tensor, routing: Routing) -> str:
     Raises:
         SparsecraftError: `grouped` was asked for and cannot run.
     """
+    if bank.merges and bank.dispatch == "auto":
+        return "merged"
     if bank.dispatch == "grouped" and (reason := why_not_grouped(bank, x_TI)):
         raise SparsecraftError(f"The grouped path cannot run: {reason}. Use dispatch 'auto'.")
     if bank.dispatch != "auto":

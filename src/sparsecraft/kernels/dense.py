@@ -20,10 +20,8 @@ def dense(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = Fal
     """Two batched GEMMs over all E experts."""
     x_TI = x_TI.to(compute_dtype(x_TI))
     net = bank.two_layer(x_TI.dtype)
-    num_experts, T = bank.num_experts, x_TI.shape[0]
-    weights_TK = routing.weights_TK * (routing.indices_TK < num_experts)
-    weights_TE = weights_TK.new_zeros(T, num_experts + 1)  # the last column takes "no expert"
-    weights_TE = weights_TE.scatter_add(1, routing.indices_TK, weights_TK)[:, :num_experts]
+    num_experts = bank.num_experts
+    weights_TE = routing.weights_TE()
 
     x_ETI = x_TI.expand(num_experts, *x_TI.shape)
     if net.input_dropout:
@@ -38,4 +36,4 @@ def dense(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = Fal
         y_ETO = F.dropout(y_ETO, net.output_dropout)
     weights_ET1 = weights_TE.t().mul(net.scale).to(x_TI.dtype)[..., None]
     y_TO = (y_ETO * weights_ET1).sum(0)
-    return add_residual(y_TO, x_TI, weights_TK, sums_to_one) if bank.residual else y_TO
+    return add_residual(y_TO, x_TI, weights_TE, sums_to_one) if bank.residual else y_TO

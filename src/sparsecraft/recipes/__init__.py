@@ -9,9 +9,28 @@ from sparsecraft.recipe import Recipe
 from sparsecraft.recipes.adapter import adapter
 from sparsecraft.recipes.camel import camel
 from sparsecraft.recipes.camelidae import camelidae
+from sparsecraft.recipes.hydralora import hydralora
+from sparsecraft.recipes.ia3 import ia3
+from sparsecraft.recipes.lora import lora
+from sparsecraft.recipes.mixlora import mixlora
+from sparsecraft.recipes.molora import molora
+from sparsecraft.recipes.mov import mov
+from sparsecraft.recipes.smola import smola
 from sparsecraft.recipes.upcycling import upcycling
 
-__all__ = ["adapter", "camel", "camelidae", "upcycling"]
+__all__ = [
+    "adapter",
+    "camel",
+    "camelidae",
+    "hydralora",
+    "ia3",
+    "lora",
+    "mixlora",
+    "molora",
+    "mov",
+    "smola",
+    "upcycling",
+]
 
 
 def __dir__() -> list[str]:

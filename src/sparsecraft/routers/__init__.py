@@ -16,9 +16,9 @@ def build_router(
     """The router that `spec` describes, for tokens of `width` features."""
     scorer = SCORERS[spec.scorer](width, num_experts, spec, device=device, dtype=dtype)
     select = (
-        soft
-        if spec.select == "soft"
-        else partial(top_k, k=spec.top_k, renormalize=spec.renormalize)
+        partial(top_k, k=spec.top_k, renormalize=spec.renormalize)
+        if spec.select == "top_k"
+        else soft  # slots are combined by the same softmax
     )
     return Router(scorer, spec, select)
 

@@ -1,10 +1,18 @@
-"""A router scores tokens against experts and selects some of them. T tokens, D width, E experts."""
+"""A router scores tokens against experts and selects some of them.
+
+Shapes: B sequences, S positions, T tokens, D width, E experts.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from sparsecraft.batch import Batch
+from sparsecraft.errors import SparsecraftError
+from sparsecraft.kernels.projections import is_plain
 from sparsecraft.recipe import RouterSpec
+from sparsecraft.routers.scorers import LinearScorer
 from sparsecraft.routing import Routing
 
 
@@ -17,11 +25,71 @@ class Router(nn.Module):
         self.spec = spec
         self.select = select
 
-    def forward(self, x_TD: Tensor) -> Routing:
+    def forward(
+        self, x: Tensor, batch: Batch | None = None, scores_TE: Tensor | None = None
+    ) -> Routing:
+        """Route tokens x (..., D); one row for each token, or for each head of each token.
+
+        Args:
+            scores_TE: what the scorer gives for x, where it is known; see `scores_of_input`.
+        """
         # float32 throughout: bf16 logits tie often enough to change which experts are chosen.
-        logits_TE = self.scorer(x_TD) / self.spec.temperature
-        weights_TK, indices_TK = self.select(logits_TE)
-        return Routing(weights_TK, indices_TK, logits_TE)
+        logits = self.scorer(self._scored(x, batch)) if scores_TE is None else scores_TE
+        if self.spec.temperature != 1:
+            logits = logits / self.spec.temperature
+        if self.spec.decides in ("sequence", "sentence"):
+            logits = self._for_tokens(logits, x, batch)
+        weights_TK, indices_TK = self.select(logits)
+        return Routing(weights_TK, indices_TK, logits)
+
+    def scores_of_input(self) -> Tensor | None:
+        """The matrix (E, D) whose product with each token of the layer's input is all that the
+        router reads, if it is; a caller may compute it together with other products."""
+        by_token = self.spec.decides == "token" and self.spec.reads == "input"
+        return self.scorer.weight if by_token and is_plain(self.scorer, LinearScorer) else None
+
+    def _for_tokens(self, logits: Tensor, x: Tensor, batch: Batch) -> Tensor:
+        """One row for each sequence, or for several beams of it -> one row for each token."""
+        tokens = x.numel() // x.shape[-1]
+        ids_BS = batch.sentence_ids if self.spec.decides == "sentence" else None
+        if ids_BS is not None and ids_BS.numel() == tokens:
+            return logits[ids_BS.reshape(-1).to(logits.device)]
+        sequences = batch.shape[0] if x.ndim == 2 and batch.shape else len(x)
+        if ids_BS is not None or sequences % len(logits):
+            given = "" if ids_BS is None else f" with sentence_ids {tuple(ids_BS.shape)}"
+            raise SparsecraftError(
+                f"{tokens} tokens of {sequences} sequences were given {len(logits)} sentences"
+                f"{given}; pass one embedding for each sequence, or for packed ones sentence_ids "
+                "of the tokens' shape."
+            )
+        return logits.repeat_interleave(tokens // len(logits), dim=0)
+
+    def _scored(self, x: Tensor, batch: Batch | None) -> Tensor:
+        """What the scorer sees: tokens, heads, or one row for each sequence."""
+        if self.spec.decides == "head":
+            return x.reshape(-1, self.scorer.width)
+        if self.spec.decides == "token":
+            return x.reshape(-1, x.shape[-1])
+        if self.spec.decides == "sequence":
+            return self._mean(x, batch)
+        if batch is None or batch.sentence_embeddings is None:
+            raise SparsecraftError(
+                "This router decides by sentence and was given none; pass sentence_embeddings="
+                "(batch, width) to the model, or generate inside "
+                "`with sc.context(model, sentence_embeddings=...)`."
+            )
+        return batch.sentence_embeddings.to(x.device)
+
+    @staticmethod
+    def _mean(x: Tensor, batch: Batch) -> Tensor:
+        """The mean of each sequence's real tokens, (B, D), in float32."""
+        x_BSD = batch.sequences(x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        real_BS = batch.tokens("attention_mask", x_BSD)
+        if real_BS is None:
+            return x_BSD.mean(1, dtype=dtype)
+        weights_BS = real_BS / real_BS.sum(1, keepdim=True).clamp_min(1)
+        return torch.einsum("bs,bsd->bd", weights_BS.to(dtype), x_BSD.to(dtype))
 
     def extra_repr(self) -> str:
-        return f"select={self.spec.select}, top_k={self.spec.top_k}"
+        return f"select={self.spec.select}, top_k={self.spec.top_k}, decides={self.spec.decides}"

@@ -6,8 +6,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from sparsecraft.kernels.projections import float32_product
 from sparsecraft.recipe import RouterSpec
 
 
@@ -16,6 +16,7 @@ class LinearScorer(nn.Module):
 
     def __init__(self, width: int, num_experts: int, spec: RouterSpec, *, device=None, dtype=None):
         super().__init__()
+        self.width = width
         self.weight = nn.Parameter(torch.empty(num_experts, width, device=device, dtype=dtype))
         if spec.init == "kaiming_uniform":  # the default of nn.Linear, which PESC's code keeps
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
@@ -25,7 +26,4 @@ class LinearScorer(nn.Module):
             nn.init.zeros_(self.weight)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        # Without this, autocast would compute the product in bf16 all the same.
-        with torch.autocast(x_TD.device.type, enabled=False):
-            dtype = torch.promote_types(x_TD.dtype, torch.float32)
-            return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        return float32_product(x_TD, self.weight)

@@ -22,5 +22,23 @@ def top_k(logits_TE: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]
 def soft(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     """Every expert, weighted by the softmax (MoV and MoLORA Eq. 1)."""
     weights_TE = logits_TE.softmax(-1)
-    indices_E = torch.arange(logits_TE.shape[-1], device=logits_TE.device)
-    return weights_TE, indices_E.expand_as(weights_TE)
+    indices_E = _count(logits_TE)
+    # Stride 0 says that every token has them all in order; expand() of one token would not.
+    return weights_TE, indices_E.as_strided(weights_TE.shape, (0, 1))
+
+
+def _count(logits_TE: Tensor) -> Tensor:
+    """0, 1, ..., E-1: made once for each device, because a launch counts at decoding."""
+    E, device = logits_TE.shape[-1], logits_TE.device
+    # Only what outlives this call may be kept: not a compiler's stand-in or a CUDA graph's memory.
+    if type(logits_TE) is not Tensor or torch.compiler.is_compiling():
+        return torch.arange(E, device=device)
+    if (E, device) not in _COUNTS:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return torch.arange(E, device=device)
+        with torch.inference_mode(False):
+            _COUNTS[E, device] = torch.arange(E, device=device)
+    return _COUNTS[E, device]
+
+
+_COUNTS: dict[tuple[int, torch.device], Tensor] = {}

@@ -1,0 +1,138 @@
+"""`sparsecraft convert`: a recipe's parameters as options, and the conversion from needs to disk.
+
+Torch is imported where it is used, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import tyro
+
+from sparsecraft.errors import RecipeError, SparsecraftError, did_you_mean
+from sparsecraft.options import ConvertOptions
+
+Say = Callable[[str], None]
+
+
+def parse(function: Callable, argv: list[str]) -> tuple[dict[str, Any], ConvertOptions]:
+    """The arguments of a recipe function, and the options that every recipe has."""
+    options = tyro.cli(
+        options_of(function, ConvertOptions),
+        prog=f"sparsecraft convert {function.__name__}",
+        args=argv,
+    )
+    values = dataclasses.asdict(options)
+    return {name: values[name] for name in inspect.signature(function).parameters}, options
+
+
+def options_of(function: Callable, *bases: type) -> type:
+    """The recipe function's parameters and the options of `bases`, as one dataclass for tyro."""
+    from docstring_parser import parse as parse_docstring
+
+    docstring = parse_docstring(function.__doc__)
+    texts = {p.arg_name: p.description for p in docstring.params}
+    hints = typing.get_type_hints(function)
+    fields = [
+        (
+            name,
+            Annotated[hints[name], tyro.conf.arg(help=texts[name])],
+            dataclasses.field(default=parameter.default, kw_only=True),
+        )
+        for name, parameter in inspect.signature(function).parameters.items()
+    ]
+    options = dataclasses.make_dataclass(f"{function.__name__}_options", fields, bases=bases)
+    options.__doc__ = docstring.short_description
+    return options
+
+
+def read_recipe(text: str, by_name: Callable[[str], Callable]) -> Any:
+    """The recipe that a text such as `mov` or `molora:num_experts=5,rank=4` names.
+
+    Raises:
+        RecipeError: no such recipe or parameter, or no `=`.
+    """
+    name, _, rest = text.partition(":")
+    function = by_name(name)
+    known, argv = inspect.signature(function).parameters, []
+    for pair in filter(None, rest.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals or key not in known:
+            raise RecipeError(
+                f"{text!r} sets {pair!r}; say parameter=value." + did_you_mean(key, known)
+            )
+        flag = key.replace("_", "-")
+        if value.lower() in ("true", "false"):
+            argv.append(f"--{flag}" if value.lower() == "true" else f"--no-{flag}")
+        else:
+            argv += [f"--{flag}", value]
+    options = tyro.cli(options_of(function), prog=f"recipe {name}", args=argv)
+    return function(**{key: getattr(options, key) for key in known})
+
+
+def match(
+    function: Callable,
+    arguments: dict[str, Any],
+    options: ConvertOptions,
+    by_name: Callable[[str], Callable],
+    say: Say,
+) -> Any:
+    """The recipe of `function` with as many trainable parameters as `--match-params` has."""
+    from sparsecraft import matching
+
+    target = read_recipe(options.match_params, by_name)
+    parameter = matching.size_of(function)
+    size = arguments.pop(parameter)
+    if size != inspect.signature(function).parameters[parameter].default:
+        raise RecipeError(
+            f"--{parameter.replace('_', '-')} {size} and --match-params both set the size of "
+            f"{function.__name__!r}; leave one out."
+        )
+    found = matching.match(function, target, options.model, **arguments)
+    say(str(found))
+    return found.recipe
+
+
+def run(recipe: Any, options: ConvertOptions, say: Say) -> None:
+    """Say what is needed, load, convert, certify, save."""
+    import torch
+
+    from sparsecraft import checkpoint, cost, hub, preflight, surgery
+    from sparsecraft.analysis.report import cost_lines
+    from sparsecraft.folder import check_free
+    from sparsecraft.recipe import override
+
+    for text in options.set:
+        if "=" not in text:
+            raise SparsecraftError(f"--set takes field=value; {text!r} has no '='.")
+    recipe = override(recipe, dict(text.split("=", 1) for text in options.set))
+    check_free(options.out, options.overwrite)
+    if options.device != "cpu" and not torch.cuda.is_available():
+        raise SparsecraftError(
+            f"--device {options.device}: torch sees no such device here; use cpu."
+        )
+    folder = hub.resolve(options.model)
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    needs = preflight.needs(folder, recipe, dtype, data=bool(options.data))
+    disk = needs.new + (needs.base if options.standalone else 0)
+    memory = sum(dataclasses.astuple(needs))
+    say(cost.require(options.out, disk=disk, memory=memory, task="Conversion"))
+    model = hub.load_dense(
+        options.model,
+        dtype=dtype,
+        device_map=options.device,
+        quantize=recipe.base_quantization,
+    )
+    tokenizer = hub.load_tokenizer(folder) if options.data else None
+    report = surgery.convert(
+        model, recipe, options.data or None, tokenizer=tokenizer, seed=options.seed
+    )
+    checkpoint.save(model, options.out, standalone=options.standalone, overwrite=options.overwrite)
+    claim = "exact at start" if recipe.exact_at_start else "not exact at start"
+    say("\n".join(cost_lines(report.cost)))
+    say(f"Claim: {claim}. Certificate: {report.certificate}.")
+    say(f"Saved and read back: {options.out}")

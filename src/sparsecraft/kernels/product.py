@@ -1,0 +1,193 @@
+"""Products with a few rows: float32 sums of bf16 products, float32 matrices as bf16 parts, and the
+launches of a low-rank update for a handful of tokens.
+
+Shapes: T tokens, D width, N plain rows, E rows that are split, P stacked rows, M rows,
+O output features, R rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsecraft.kernels.fused import usable
+
+try:  # absent from CPU builds of torch
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+# Up to this many tokens, a launch costs more than reading the weights once per token from cache.
+FEW_TOKENS = 16
+ALIGNMENT = 8  # bf16 numbers in 16 bytes
+MAX_RANKS = 1024  # experts times rank that `add_lora` unrolls
+
+HIGH, MIDDLE, LOW = 0, 1, 2
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_few(x: Tensor) -> bool:
+    """Whether the kernels for a handful of tokens run on these, (..., D)."""
+    return 0 < x.numel() <= FEW_TOKENS * x.shape[-1] and usable(x)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, summed and returned in float32 at least; a product of two bf16 numbers is exact."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def stack(plain: Tensor | None, split: Tensor | None, order: tuple[int, ...], dim: int) -> Tensor:
+    """One bf16 matrix: `plain`, then parts of `split`, along `dim`, padded with zeros.
+
+    Three parts, HIGH + MIDDLE + LOW, hold all 24 bits of a float32 number.
+
+    Args:
+        order: which parts, one after the other.
+    """
+    present = split if plain is None else plain
+    first = 0 if plain is None else plain.shape[dim]
+    each = 0 if split is None else split.shape[dim]
+    length = -(-(first + each * len(order)) // ALIGNMENT) * ALIGNMENT
+    if usable(present) and present.numel():
+        plain, split = (present if t is None else t for t in (plain, split))
+        shape = (length, plain.shape[1]) if dim == 0 else (plain.shape[0], length)
+        out = torch.empty(shape, dtype=torch.bfloat16, device=present.device)
+        code = sum(part << 2 * i for i, part in enumerate(order))
+        _stack[(triton.cdiv(out.numel(), 1024),)](
+            plain, split, out, out.numel(), shape[1], first, max(each, 1), each * len(order),
+            *plain.stride(), *split.stride(), CODE=code, DIM=dim, BLOCK=1024,
+        )  # fmt: skip
+        return out
+    blocks = [] if plain is None else [plain.bfloat16()]
+    if split is not None:
+        parts = three_parts(split)
+        blocks += [parts[i] for i in order]
+    missing = length - first - each * len(order)
+    return F.pad(torch.cat(blocks, dim), (0, missing) if dim else (0, 0, 0, missing))
+
+
+def three_parts(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    t = t.float()
+    high = t.bfloat16()
+    middle = (t - high).bfloat16()
+    return high, middle, (t - high - middle).bfloat16()
+
+
+def rows(
+    x_TD: Tensor, first_ND: Tensor, second_MD: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """x @ weight^T of one weight or two, in float32, in one launch, for a few tokens and without
+    gradients."""
+    (T, D), N = x_TD.shape, first_ND.shape[0]
+    M = 0 if second_MD is None else second_MD.shape[0]
+    y_TN = x_TD.new_empty(T, N, dtype=torch.float32)
+    y_TM = x_TD.new_empty(T, M, dtype=torch.float32) if M else None
+    second_MD = first_ND if second_MD is None else second_MD
+    _rows[(N + M, T)](
+        x_TD.contiguous(), first_ND.contiguous(), second_MD.contiguous(), y_TN,
+        y_TM if M else y_TN, D, N, M, BLOCK=min(4096, triton.next_power_of_2(D)), num_warps=8,
+    )  # fmt: skip
+    return y_TN, y_TM
+
+
+def add_lora(
+    z_TN: Tensor,
+    gate_TE: Tensor | None,
+    b_EOR: Tensor,
+    scale: float,
+    base_TO: Tensor | None,
+    out_TO: Tensor,
+) -> Tensor:
+    """out = base + scale * sum_e gate_e B_e z_e, in one launch; out may be base. No gradients.
+
+    Args:
+        z_TN: N = E*R, or R where the experts share one A.
+    """
+    E, O, R = b_EOR.shape
+    N, RP = z_TN.shape[1], triton.next_power_of_2(R)
+    BO = max(16, min(128, 512 // RP))  # one load of 16 bytes per thread and expert, at rank 4
+    gate = z_TN if gate_TE is None else gate_TE.contiguous()
+    _add_lora[(triton.cdiv(O, BO), out_TO.shape[0])](
+        z_TN.contiguous(), gate, b_EOR.contiguous(), out_TO if base_TO is None else base_TO,
+        out_TO, O, N, scale, BASE=base_TO is not None, GATED=gate_TE is not None,
+        EACH=R if N == E * R else 0, E=E, R=R, RP=RP, BO=BO,
+    )  # fmt: skip
+    return out_TO
+
+
+def fits_add_lora(b_EOR: Tensor) -> bool:
+    E, _, R = b_EOR.shape
+    return E * R <= MAX_RANKS
+
+
+if triton is not None:
+
+    @triton.jit
+    def _stack(
+        plain, split, out, size, columns, first, each, parts, plain_row, plain_column, split_row,
+        split_column, CODE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        at = (i % columns if DIM else i // columns) - first
+        row, column, live = (i // columns).to(tl.int64), (i % columns).to(tl.int64), i < size
+        own = plain + row * plain_row + column * plain_column
+        value = tl.load(own, mask=live & (at < 0), other=0.0).to(tl.float32)
+        # Of the split matrix: which part, of which of its rows or columns.
+        part, inner = at // each, (at % each).to(tl.int64)
+        split_at = row * split_row + inner * split_column
+        if DIM == 0:
+            split_at = inner * split_row + column * split_column
+        live_split = live & (at >= 0) & (at < parts)
+        whole = tl.load(split + split_at, mask=live_split, other=0.0).to(tl.float32)
+        high = whole.to(tl.bfloat16).to(tl.float32)
+        middle = (whole - high).to(tl.bfloat16).to(tl.float32)
+        which = (CODE >> (2 * part)) & 3
+        value += tl.where(which == 0, high, tl.where(which == 1, middle, whole - high - middle))
+        tl.store(out + i, value.to(tl.bfloat16), mask=live)
+
+    @triton.jit
+    def _rows(x, first, second, y, z, D, N, M, BLOCK: tl.constexpr):
+        n, t = tl.program_id(0), tl.program_id(1)
+        if n < N:
+            tl.store(y + t * N + n, _row(x + t * D, first + n.to(tl.int64) * D, D, BLOCK))
+        else:
+            m = n - N
+            tl.store(z + t * M + m, _row(x + t * D, second + m.to(tl.int64) * D, D, BLOCK))
+
+    @triton.jit
+    def _row(x, weight, D, BLOCK: tl.constexpr):
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, D, BLOCK):
+            d = start + tl.arange(0, BLOCK)
+            x_D = tl.load(x + d, mask=d < D, other=0.0).to(tl.float32)
+            total += x_D * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+        return tl.sum(total, 0)
+
+    @triton.jit
+    def _add_lora(
+        z, gate, b, base, out, O, N, scale, BASE: tl.constexpr, GATED: tl.constexpr,
+        EACH: tl.constexpr, E: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BO: tl.constexpr,
+    ):  # fmt: skip
+        t = tl.program_id(1)
+        o, r = tl.program_id(0) * BO + tl.arange(0, BO), tl.arange(0, RP)
+        at_OR, live_OR = o[:, None] * R + r[None, :], (o < O)[:, None] & (r < R)[None, :]
+        sum_O = tl.zeros((BO,), tl.float32)
+        for e in tl.static_range(E):
+            z_R = tl.load(z + t * N + e * EACH + r, mask=r < R, other=0.0).to(tl.float32)
+            if GATED:
+                z_R *= tl.load(gate + t * E + e).to(tl.float32)
+            b_OR = tl.load(b + e * O * R + at_OR, mask=live_OR, other=0.0).to(tl.float32)
+            sum_O += tl.sum(b_OR * z_R[None, :], 1)
+        sum_O *= scale
+        at = t.to(tl.int64) * O + o
+        if BASE:
+            sum_O += tl.load(base + at, mask=o < O, other=0.0).to(tl.float32)
+        tl.store(out + at, sum_O.to(out.dtype.element_ty), mask=o < O)

@@ -1,0 +1,49 @@
+"""LoRA on every Linear: the dense baseline of MoLORA.
+
+Paper: Hu et al. LoRA: Low-Rank Adaptation of Large Language Models. ICLR 2022. Training as in
+Zadouri et al. 2024.
+Command: sparsecraft convert lora --model smollm2 --out runs/lora --rank 16
+"""
+
+from typing import Literal
+
+from sparsecraft.errors import RecipeError, did_you_mean
+from sparsecraft.recipe import Edit, LoRASpec, Recipe
+from sparsecraft.recipes.molora import RELEASED_SITES
+from sparsecraft.recipes.mov import VARIANTS, cohere_stage, tuned_stage
+
+
+def lora(
+    rank: int = 4,
+    variant: Literal["paper", "released", "tuned"] = "paper",
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    paths: str = "*",
+) -> Recipe:
+    """One LoRA on every Linear of attention and FFN.
+
+    Args:
+        rank: of the updates (the MoV paper's baselines: 4, 8, 16).
+        variant: `paper`; `released` adapts q, k, v, o, gate and down only, as the MoV paper's code
+            does; `tuned` is `paper` with AdamW and the learning rate that was best in our
+            benchmark.
+        alpha: updates are scaled by alpha / rank.
+        dropout: on the updates' input, in training.
+        paths: glob over the paths of the Linears.
+    """
+    if variant not in VARIANTS:
+        raise RecipeError(f"Unknown variant {variant!r}." + did_you_mean(variant, VARIANTS))
+    experts = LoRASpec(rank=rank, alpha=alpha, dropout=dropout, init="normal")
+    trains = ("experts",)
+    return Recipe(
+        name="lora",
+        title="Dense baseline: one LoRA on every Linear",
+        paper="Hu et al., ICLR 2022 (LoRA)",
+        variant=variant,
+        exact_at_start=True,
+        edits=tuple(
+            Edit(site=site, paths=paths, place="beside", experts=experts)
+            for site in (RELEASED_SITES if variant == "released" else ("linear",))
+        ),
+        stages=(tuned_stage(5e-4, trains=trains) if variant == "tuned" else cohere_stage(trains),),
+    )

@@ -1,0 +1,70 @@
+"""Omni-SMoLA: many low-rank experts beside every Linear, softly mixed, with sets by modality.
+
+Paper: Wu, Hu, Wang, Pang, Soricut. Omni-SMoLA: Boosting Generalist Multimodal Models with Soft
+Mixture of Low-rank Experts. CVPR 2024. Slots: Puigcerver et al. 2024 (Soft MoE).
+Command: sparsecraft convert smola --model smollm2 --out runs/smola
+"""
+
+from typing import Literal
+
+from sparsecraft.recipe import Edit, LoRASpec, Recipe, RouterSpec, Stage
+
+
+def smola(
+    num_experts: int = 16,
+    rank: int = 4,
+    mixing: Literal["token", "slots"] = "token",
+    modalities: bool = False,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    paths: str = "*",
+) -> Recipe:
+    """Soft mixtures of low-rank experts, y = W x + sum_i w_i B_i A_i x.
+
+    Args:
+        num_experts: low-rank experts in each set (16 of rank 4 is our choice; the text that we
+            could read does not say).
+        rank: of each.
+        mixing: `token` mixes the experts for each token, which decoders need; `slots` gives every
+            expert one weighted mean of a sequence's tokens, as Soft MoE does: in encoders, and in
+            a causal model over the prefix that `prefix_mask` tells, the other tokens one by one.
+        modalities: three sets at every Linear, for all, for text and for visual tokens, which
+            `mm_token_type_ids` tells apart.
+        alpha: updates are scaled by alpha / rank; None takes the rank, which is no scale.
+        dropout: on the updates' input, in training.
+        paths: glob over the paths of the Linears.
+    """
+    experts = LoRASpec(
+        num_experts=num_experts,
+        rank=rank,
+        alpha=float(rank) if alpha is None else alpha,
+        dropout=dropout,
+        init="normal",
+    )
+    router = RouterSpec(select="soft" if mixing == "token" else "slots", top_k=None, init="normal")
+    return Recipe(
+        name="smola",
+        title="Soft mixture of low-rank experts, by modality if wanted",
+        paper="Wu et al., CVPR 2024 (Omni-SMoLA)",
+        exact_at_start=True,
+        edits=tuple(
+            Edit(
+                site="linear",
+                paths=paths,
+                place="beside",
+                experts=experts,
+                router=router,
+                modality=modality,
+            )
+            for modality in ((None, "text", "visual") if modalities else (None,))
+        ),
+        stages=(
+            Stage(
+                learning_rate=5e-4,
+                router_learning_rate=4e-3,
+                schedule="linear",
+                batch_size=32,
+                max_length=1024,
+            ),
+        ),
+    )
