@@ -1,4 +1,4 @@
-"""The page of pesc_layer.py: tables from its result."""
+"""The pages of pesc_layer.py and mixture_layer.py: tables from their results."""
 
 from __future__ import annotations
 
@@ -96,3 +96,73 @@ def kernel_tables(kernels: dict[str, dict]) -> list[str]:
             ),
         ]
     return out
+
+
+# ------------------------------------------------------------------ mixture_layer.py
+def mixture_tables(result: dict) -> str:
+    out = [
+        f"{result['machine']}, torch {result['torch']}, seed {result['seed']}, "
+        f"{result['shape']}; measured ceilings {json.dumps(result['ceilings'])}."
+    ]
+    for title, graphed in (("Eager", False), ("CUDA graph", True)):
+        rows = [row for row in result["times"] if row["graph"] == graphed]
+        if rows:
+            out += [
+                f"## {title}: milliseconds (median over rounds of the ratio to the plain Linear)",
+                mixture_rows(rows),
+            ]
+    if result.get("memory"):
+        out += [
+            "## Peak memory, forward + backward: MiB with weights, x and dy (over plain); beyond "
+            "them",
+            memory_rows(result["memory"]),
+        ]
+    out += [
+        f"## The functions alone at {max(row['tokens'] for row in result['times'])} tokens",
+        markdown(
+            ["function", "milliseconds"], [[n, f"{ms:.4f}"] for n, ms in result["parts"].items()]
+        ),
+        "## Relative error against the layer in float64",
+        *(
+            markdown([name, *found], [["", *(f"{e:.1e}" for e in found.values())]])
+            for name, found in result["errors"].items()
+        ),
+    ]
+    for name, found in result.get("kernels", {}).items():
+        total = sum(row["us"] for row in found["kernels"])
+        out += [
+            f"## Kernels of `{name}`, forward + backward: {total:.0f} us in all",
+            markdown(
+                ["us", "calls", "kernel"],
+                [
+                    [f"{r['us']:.1f}", f"{r['calls']:g}", f"`{r['kernel'][:90]}`"]
+                    for r in found["kernels"][:24]
+                ],
+            ),
+        ]
+    return "\n\n".join(out)
+
+
+def mixture_rows(rows: list[dict]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row["sides"]))
+    table = []
+    for name in names:
+        cells = []
+        for row in rows:
+            side = row["sides"].get(name)
+            cells.append(f"{side['ms']:.4f} ({side['ratio']:.2f}x)" if side else None)
+        table.append([name, *cells])
+    passes = [f"{r['tokens']}, {'fwd + bwd' if r['backward'] else 'fwd'}" for r in rows]
+    return markdown(["tokens, pass", *passes], table)
+
+
+def memory_rows(rows: list[dict]) -> str:
+    table = []
+    for name in rows[0]["sides"]:
+        cells = []
+        for row in rows:
+            side, plain = row["sides"][name], row["sides"]["plain"]
+            ratio = side["total"] / plain["total"]
+            cells.append(f"{side['total']:.0f} ({ratio:.2f}x); {side['beyond']:.0f}")
+        table.append([name, *cells])
+    return markdown(["tokens", *(row["tokens"] for row in rows)], table)

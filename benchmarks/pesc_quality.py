@@ -35,7 +35,7 @@ def work(args, gpu: int | None) -> None:
     logging.basicConfig(level=logging.WARNING)
     import torch
     from quality_data import Packs
-    from quality_run import Run, Session, dense_model
+    from quality_run import Run, Session, dense_model, forget
 
     device = "cpu" if gpu is None else "cuda"
     dense, packs = dense_model(args.model, device), Packs(args.data, args.rows)
@@ -55,7 +55,7 @@ def work(args, gpu: int | None) -> None:
             if start + args.setup > args.deadline:
                 return
             session = None
-            _forget()
+            forget()
             session = Session(run.method, dense, packs, args.mode, args.steps, args.batch)
         elif start + expected > args.deadline:
             return
@@ -68,18 +68,6 @@ def work(args, gpu: int | None) -> None:
             f"{row['train_s']}s {row['tokens_per_s']} tok/s wall {row['wall_s']}",
             flush=True,
         )
-
-
-def _forget() -> None:
-    """Free the last method's model and its compiled code."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    torch._dynamo.reset()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def one_run(session, run) -> dict:
@@ -142,7 +130,7 @@ def smoke(args) -> None:
     """A few steps of every method in every mode: speed, and whether the losses agree."""
     import torch
     from quality_data import Packs
-    from quality_run import METHODS, Run, Session, dense_model
+    from quality_run import METHODS, Run, Session, dense_model, forget
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dense, packs = dense_model(args.model, device), Packs(args.data, args.rows)
@@ -151,7 +139,7 @@ def smoke(args) -> None:
         for mode in args.modes:
             try:
                 session = None
-                _forget()
+                forget()
                 session = Session(name, dense, packs, mode, args.steps, args.batch)
                 run = Run(name, "linear", 1e-4 if session.method.full else 1e-3, 0)
                 session.train(run, min(args.steps, 10))

@@ -34,20 +34,28 @@ class Packs:
         return np.concatenate([target[:, 1:], np.full_like(target[:, :1], IGNORED)], axis=1)
 
 
-def training_steps(packs: Packs, seed: int, steps: int, batch: int) -> dict[str, Tensor]:
+def step_rows(packs: Packs, seed: int, steps: int, batch: int) -> np.ndarray:
+    """(steps, batch): the packs of every step, in the order of `seed`."""
+    order = np.random.default_rng(seed).permutation(len(packs.parts["train"]["ids"]))
+    return order[: steps * batch].reshape(steps, batch)
+
+
+def training_steps(
+    packs: Packs, seed: int, steps: int, batch: int, room: int = 5120
+) -> dict[str, Tensor]:
     """Every step's tensors, stacked; of one shape, so that a CUDA graph can replay them.
 
     label_index (L) are the positions that predict a trained token, padded with position 0 and an
     ignored target. real_index (R) are the first R real tokens, R the fewest of any step: the
-    balance loss sees at least 97 % of the real tokens and no padding.
+    balance loss sees at least 97 % of the real tokens and no padding. L is `room` at least, for
+    the other seeds' steps.
     """
     arrays, labels = packs.parts["train"], packs.labels("train")
-    order = np.random.default_rng(seed).permutation(len(labels))[: steps * batch]
-    rows = order.reshape(steps, batch)
+    rows = step_rows(packs, seed, steps, batch)
     label_SB = labels[rows].reshape(steps, -1)
     real = arrays["real"][rows].reshape(steps, -1)
     most, fewest = int((label_SB != IGNORED).sum(1).max()), int(real.sum(1).min())
-    most = max(5120, -(-most // 512) * 512)  # room for the other seeds' steps
+    most = max(room, -(-most // 512) * 512)
     label_index = np.zeros((steps, most), dtype=np.int64)
     targets = np.full((steps, most), IGNORED, dtype=np.int64)
     real_index = np.zeros((steps, fewest), dtype=np.int64)
@@ -68,11 +76,15 @@ def training_steps(packs: Packs, seed: int, steps: int, batch: int) -> dict[str,
     }
 
 
-def document_mask(positions_BS: Tensor) -> Tensor:
+def document_mask(positions_BS: Tensor, branch_BS: Tensor | None = None) -> Tensor:
     """(B, 1, S, S), True where a token may look: earlier in its own document.
 
-    What transformers builds from the same position_ids, without its wait for the host.
+    What transformers builds from the same position_ids, without its wait for the host. Branches
+    of a document, 1 and up, see its trunk, 0, and themselves.
     """
     document_BS = (positions_BS == 0).cumsum(1)
     same = document_BS[:, None, :, None] == document_BS[:, None, None, :]
+    if branch_BS is not None:
+        trunk, own = branch_BS[:, None, None, :] == 0, branch_BS[:, None, :, None]
+        same = same & (trunk | (branch_BS[:, None, None, :] == own))
     return same.tril()

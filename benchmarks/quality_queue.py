@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 SCHEDULES = ("linear", "constant")
@@ -94,17 +95,19 @@ def read(path: Path) -> list[dict]:
 class Queue:
     """Results and claims in two files, shared by the workers under one lock."""
 
-    def __init__(self, results: Path, claims: Path):
-        self.results, self.claims = results, claims
+    def __init__(
+        self, results: Path, claims: Path, plan: Callable = next_run, key: Callable = _key
+    ):
+        self.results, self.claims, self.plan, self.key = results, claims, plan, key
 
     def take(self, last: str | None) -> tuple | None:
         with open(self.claims, "a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             claimed = {tuple(json.loads(line)) for line in file}
-            job = next_run(read(self.results), claimed, last)
+            job = self.plan(read(self.results), claimed, last)
             if job:
-                file.write(json.dumps(_key(job)) + "\n")
+                file.write(json.dumps(self.key(job)) + "\n")
             return job
 
     def put(self, row: dict) -> None:

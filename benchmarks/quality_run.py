@@ -6,6 +6,7 @@ Shapes: B packs of a batch, S = 512 tokens of a pack, T = B*S tokens, E experts.
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -14,15 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from quality_data import Packs, document_mask, training_steps
+from quality_scores import accuracies, add_counts, routing_facts, select
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsecraft as sc
-from sparsecraft.analysis.routing import load_entropy, mutual_information
 from sparsecraft.encoding import IGNORED
 from sparsecraft.losses import auxiliary_loss
-from sparsecraft.routing import Routing
 
 DOMAINS = ("general", "math", "code")
 BATCH = 24
@@ -82,6 +82,13 @@ def lr_factor(schedule: str, step: int, steps: int) -> float:
     return 1.0 if schedule == "constant" else (steps - step) / (steps - warm)
 
 
+def adamw(parameters: list, lr: Tensor) -> torch.optim.AdamW:
+    """AdamW whose learning rates are tensors, so that a captured step reads them."""
+    on_cuda = lr.device.type == "cuda"
+    options = {"betas": (0.9, 0.999), "weight_decay": 0.0, "fused": True, "capturable": on_cuda}
+    return torch.optim.AdamW(parameters, lr=lr, **options)
+
+
 # ------------------------------------------------------------------ model
 def dense_model(source: str, device: str) -> LlamaForCausalLM:
     """float32 weights that have been rounded to bf16 once, so that every method starts alike."""
@@ -126,12 +133,23 @@ def coefficients(method: Method) -> dict[str, float]:
     return {} if method.recipe is None else method.recipe(**method.options).stages[0].losses
 
 
+def forget() -> None:
+    """Free the last method's model and its compiled code."""
+    gc.collect()
+    torch._dynamo.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class Session:
     """One method's model on one device, reset and trained again for every run.
 
     Modes: `eager`; `compile`, each decoder layer under torch.compile; `graph`, that and the whole
-    step as one CUDA graph. Rebuilding for each run would spend the time on compilation.
+    step as one CUDA graph; `eager_graph`, the graph without the compiler. Rebuilding for each run
+    would spend the time on compilation.
     """
+
+    methods: Mapping = METHODS
 
     def __init__(
         self,
@@ -142,30 +160,21 @@ class Session:
         steps: int,
         batch: int = BATCH,
     ):
-        self.name, self.method, self.dense, self.packs = name, METHODS[name], dense, packs
+        self.name, self.method, self.dense, self.packs = name, self.methods[name], dense, packs
         self.mode, self.steps, self.batch = mode, steps, batch
         self.device = dense.device.type
         start = time.perf_counter()
         held = self._memory()
-        self.model, self.facts = build(dense, self.method, 0)
+        self.model, self.facts = self._build(0)
         self.seed = 0
-        self.losses = coefficients(self.method)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.starts = {0: [p.detach().clone() for p in self.parameters]}
         self.data: dict[int, dict[str, Tensor]] = {}
         self.untrained: dict[int, dict] = {}
         self.lr = torch.zeros((), device=self.device)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=self.lr,
-            betas=(0.9, 0.999),
-            weight_decay=0.0,
-            fused=True,
-            capturable=self.device == "cuda",
-        )
-        self._trace = sc.trace(self.model)
-        self.routing = self._trace.__enter__()  # for the session's life
-        if mode != "eager":
+        self.optimizer = self._optimizer()
+        self._watch()
+        if mode in ("compile", "graph"):
             for layer in self.model.model.layers:
                 layer.compile()
         self.static = {k: v[0].clone() for k, v in self._steps(0).items() if v.ndim}
@@ -173,6 +182,18 @@ class Session:
         self._warm_up()
         self.facts["peak_gib"] = round((self._memory(peak=True) - held - copies) / 2**30, 2)
         self.facts["setup_s"] = round(time.perf_counter() - start, 1)
+
+    def _build(self, seed: int) -> tuple[LlamaForCausalLM, dict]:
+        return build(self.dense, self.method, seed)
+
+    def _optimizer(self):
+        return adamw(self.parameters, self.lr)
+
+    def _watch(self) -> None:
+        """Record every layer's routing, for the session's life."""
+        self.losses = coefficients(self.method)
+        self._trace = sc.trace(self.model)
+        self.routing = self._trace.__enter__()
 
     def _memory(self, peak: bool = False) -> int:
         if self.device != "cuda":
@@ -214,7 +235,7 @@ class Session:
                 self.optimizer.zero_grad(set_to_none=True)
         if stream:
             torch.cuda.synchronize()
-        if self.mode == "graph":
+        if "graph" in self.mode:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self._step()
@@ -224,14 +245,14 @@ class Session:
             return nullcontext()
         return torch.autocast(self.device, torch.bfloat16, cache_enabled=False)
 
-    def hidden(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, positions: Tensor, branch: Tensor | None = None) -> Tensor:
         embedded = self.model.model.embed_tokens(ids)
         if not embedded.requires_grad:  # else the first layer would be compiled apart
             embedded.requires_grad_()
         out = self.model.model(
             inputs_embeds=embedded,
             position_ids=positions,
-            attention_mask=document_mask(positions),
+            attention_mask=document_mask(positions, branch),
             use_cache=False,
         )
         return out.last_hidden_state.flatten(0, 1)
@@ -239,10 +260,10 @@ class Session:
     def _step(self) -> None:
         at = self.static
         with self._autocast():
-            rows = self.hidden(at["ids"], at["positions"]).index_select(0, at["label_index"])
+            rows = self.hidden(at["ids"], at["positions"]).indexselect(0, at["label_index"])
             logits = self.model.lm_head(rows)
         loss = F.cross_entropy(logits.float(), at["targets"], ignore_index=IGNORED)
-        kept = {n: _select(r, at["real_index"]) for n, r in self.routing.items()}
+        kept = {n: select(r, at["real_index"]) for n, r in self.routing.items()}
         auxiliary, _ = auxiliary_loss(kept, self.losses)
         (loss if auxiliary is None else loss + auxiliary).backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
@@ -252,7 +273,7 @@ class Session:
     def reset(self, seed: int) -> None:
         """The start of `seed`, as `sc.convert` makes it."""
         if seed not in self.starts:
-            model, _ = build(self.dense, self.method, seed)
+            model, _ = self._build(seed)
             self.starts[seed] = [p.detach().clone() for p in model.parameters() if p.requires_grad]
         with torch.no_grad():
             for parameter, start in zip(self.parameters, self.starts[seed], strict=True):
@@ -270,8 +291,8 @@ class Session:
         for step in range(steps):
             for key, value in self.static.items():
                 value.copy_(stacked[key][step])
-            self.lr.fill_(run.lr * lr_factor(run.schedule, step, self.steps))
-            if self.mode == "graph":
+            self._set_rates(run, lr_factor(run.schedule, step, self.steps))
+            if "graph" in self.mode:
                 self.graph.replay()
             else:
                 self._step()
@@ -287,6 +308,9 @@ class Session:
             "tokens_per_s": round(int(stacked["real_tokens"]) * steps / self.steps / took),
             "steps": steps,
         }
+
+    def _set_rates(self, run: Run, factor: float) -> None:
+        self.lr.fill_(run.lr * factor)
 
     def _clock(self) -> float:
         if self.device == "cuda":
@@ -325,12 +349,12 @@ class Session:
                 values = self.nll(batch).double()
                 total, count = total + values.sum(), count + values.numel()
                 if part in DOMAINS:
-                    _count(self.routing, batch["real"].flatten().bool(), part, top, load)
+                    add_counts(self.routing, batch["real"].flatten().bool(), part, top, load)
             valid[part] = float(total / count)
         out = {"valid": valid}
         if "math" in valid:
             out["mc"] = (valid["math"] + valid["code"]) / 2
-        return out | ({"routing": _routing_facts(top, load)} if top else {})
+        return out | ({"routing": routing_facts(top, load, DOMAINS)} if top else {})
 
     def before(self, seed: int) -> dict:
         """The evaluation of the untrained start of `seed`; the model is at that start."""
@@ -348,44 +372,4 @@ class Session:
             values = self.nll(batch).double()
             total.index_add_(1, owner, torch.stack([-values, torch.ones_like(values)]))
         scores = {"sum": total[0].tolist(), "mean": (total[0] / total[1]).tolist()}
-        return {name: _accuracies(questions, values) for name, values in scores.items()}
-
-
-def _select(routing: Routing, index: Tensor) -> Routing:
-    fields = (routing.weights_TK, routing.indices_TK, routing.logits_TE)
-    return Routing(*(f.index_select(0, index) for f in fields))
-
-
-def _count(routing: Mapping[str, Routing], real_T: Tensor, part: str, top: dict, load: dict):
-    """Add one batch's top-1 counts by domain, and its load, per layer."""
-    for name, r in routing.items():
-        ones = torch.zeros(r.num_experts, dtype=torch.float64, device=real_T.device)
-        counts_E = ones.index_add(0, r.indices_TK[:, 0], real_T.double())
-        key = name, part
-        top[key] = top.get(key, 0) + counts_E
-        load[name] = load.get(name, 0) + r.load_E(real_T).double() * real_T.sum()
-
-
-def _routing_facts(top: dict, load: dict) -> dict[str, float]:
-    """Load entropy over log E, and I(top-1 expert; domain) in bits with equal domains."""
-    entropies = [load_entropy(load_E) for load_E in load.values()]
-    information = [
-        mutual_information(torch.stack([top[name, domain] for domain in DOMAINS])) for name in load
-    ]
-    return {
-        "entropy_mean": sum(entropies) / len(entropies),
-        "entropy_min": min(entropies),
-        "mi_bits": sum(information) / len(information),
-    }
-
-
-def _accuracies(questions: list[dict], scores: list[float]) -> dict[str, float]:
-    by_template: dict[tuple[str, str], list[bool]] = {}
-    for q in questions:
-        first, last = q["documents"]
-        best = max(range(first, last), key=scores.__getitem__) - first
-        by_template.setdefault((q["task"], q["template"]), []).append(best == q["answer"])
-    tasks: dict[str, list[float]] = {}
-    for (task, _), right in by_template.items():
-        tasks.setdefault(task, []).append(sum(right) / len(right))
-    return {task: float(np.median(found)) for task, found in tasks.items()}
+        return {name: accuracies(questions, values) for name, values in scores.items()}
