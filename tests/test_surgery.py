@@ -35,7 +35,17 @@ from sparsecraft.errors import (
 from sparsecraft.experts import AdapterExperts, FFNExperts
 from sparsecraft.layer import MoELayer, dense_name, matches
 from sparsecraft.preflight import needs
-from sparsecraft.recipe import AdapterSpec, Edit, FFNSpec, LoRASpec, Recipe, RouterSpec, Stage
+from sparsecraft.recipe import (
+    AdapterSpec,
+    Edit,
+    FFNLoRASpec,
+    FFNSpec,
+    LoRASpec,
+    Recipe,
+    RouterSpec,
+    Stage,
+    VectorSpec,
+)
 from sparsecraft.sites import find_sites
 from sparsecraft.surgery import conversion_of, set_trainable
 
@@ -583,3 +593,11 @@ def test_what_is_no_model_or_no_recipe_is_refused():
     ):
         with pytest.raises(SurgeryError, match="a transformers model and a recipe"):
             sc.convert(model, recipe)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "t5"])
+def test_an_edit_inside_needs_the_first_linear_and_the_activation_apart(family):
+    vectors = Edit(site="intermediate", place="after", experts=VectorSpec(num_experts=1))
+    inside = Edit(site="ffn", place="inside", experts=FFNLoRASpec(num_experts=1))
+    words = ("need apart", "site='activation'")
+    refused(SurgeryError, dense(family), recipe_of(vectors, inside), *words)

@@ -51,21 +51,30 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
                 f"{item.edit.experts.kind} experts {item.edit.place} it."
             )
     for outer in planned:
-        if outer.edit.place != "replace":
-            continue
         for inner in planned:
             if outer.site.contains(inner.site):
-                raise SurgeryError(
-                    f"The edit at {inner.site.path!r} ({inner.edit.experts.kind} experts) lies "
-                    f"inside {outer.site.path!r}, which another edit replaces by "
-                    f"{outer.edit.experts.kind} experts."
-                )
+                _check_nesting(outer, inner)
     for item in planned:
         _check_causality(model, item)
     # A site inside another one has the deeper path, except where the outer one spans siblings.
     return sorted(
         planned, key=lambda p: sum(other.site.contains(p.site) for other in planned), reverse=True
     )
+
+
+def _check_nesting(outer: PlannedEdit, inner: PlannedEdit) -> None:
+    """Refuse an edit inside a module that goes away, or whose parts another edit needs apart."""
+    at = f"The edit at {inner.site.path!r} ({inner.edit.experts.kind} experts) lies inside"
+    if outer.edit.place == "replace":
+        raise SurgeryError(
+            f"{at} {outer.site.path!r}, which another edit replaces by "
+            f"{outer.edit.experts.kind} experts."
+        )
+    if outer.edit.place == "inside" and inner.site.chain:
+        raise SurgeryError(
+            f"{at} {outer.site.path!r}, whose first Linear and activation the "
+            f"{outer.edit.experts.kind} experts need apart; use site='activation'."
+        )
 
 
 def _check_causality(model: nn.Module, item: PlannedEdit) -> None:

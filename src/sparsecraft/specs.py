@@ -126,5 +126,5 @@ def _check_adapter(name: str, width: int, dropout: float) -> None:
 
 ExpertsSpec = FFNSpec | AdapterSpec | LoRASpec | VectorSpec | FFNLoRASpec
 
-# Where else than beside the usual, an expert kind makes sense.
-PLACES = {"vector": ("after", "before"), "ffn_lora": ("inside",)}
+# Where a kind of experts makes sense, unless anywhere.
+PLACES = {"lora": ("beside",), "vector": ("after", "before"), "ffn_lora": ("inside",)}

@@ -168,7 +168,7 @@ def _dense_on_failure(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         if is_converted(model):
-            _take_out(model)
+            take_out(model)
         raise
 
 
@@ -282,7 +282,7 @@ def revert(model: nn.Module) -> nn.Module:
     known = {name: wanted for name, (_, wanted) in record.digests.items()}
     changed = [name for name, tensor in tensors.items() if digest(tensor) != known.get(name)]
     originals = _originals(model, record, changed)
-    _take_out(model)
+    take_out(model)
     with torch.no_grad():
         for name in changed:
             tensors[name].copy_(originals[name])
@@ -318,7 +318,7 @@ def _originals(model: nn.Module, record: Conversion, names: list[str]) -> dict[s
     return found
 
 
-def _take_out(model: nn.Module) -> None:
+def take_out(model: nn.Module) -> None:
     """Put the dense modules back where they stood; their tensors are not touched."""
     record = conversion_of(model)
     _follow(model, record)

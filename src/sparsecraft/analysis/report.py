@@ -60,6 +60,8 @@ def _history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
             f"Trained ({run['stage']}): {run['steps']} steps, mean loss {run['loss']:.3f}, "
             f"last logged {last['loss']:.3f}{routing}."
         )
+    if merged := report.get("merge"):
+        lines.append(f"Merged ({merged['how']}) from {merged['recipe']}.")
     return lines if report.get("training") else [*lines, "Not trained yet."]
 
 

@@ -70,11 +70,8 @@ def has_dense_form(item: PlannedEdit, single: bool) -> str | None:
     spec, place, at = item.edit.experts, item.edit.place, item.site.kind
     if isinstance(spec, AdapterSpec):
         return "an adapter has an activation inside, and no dense Linear computes that"
-    if isinstance(spec, LoRASpec):
-        if place != "beside":
-            return f"a LoRA {place} a module is no update of its weight"
-        if not isinstance(item.donor, Linear) or item.site.chain:
-            return "a LoRA beside a network with an activation has no Linear to be added to"
+    if isinstance(spec, LoRASpec) and (not isinstance(item.donor, Linear) or item.site.chain):
+        return "a LoRA beside a network with an activation has no Linear to be added to"
     if isinstance(spec, (FFNSpec, FFNLoRASpec)) and not single:
         return (
             "a sum of several feed-forward networks is none of the same width; use how='average', "

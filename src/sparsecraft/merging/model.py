@@ -228,7 +228,7 @@ def _check_arguments(how: str, weights: Any, data: Any) -> None:
 def _rebuild(
     model: nn.Module, record: Conversion, steps: list[Step], how: How, ledger: Ledger
 ) -> None:
-    surgery._take_out(model)
+    surgery.take_out(model)
     ledger.guard(model)
     one = torch.ones(1, dtype=torch.float64)
     left = {}
@@ -309,7 +309,7 @@ def _given_back_on_failure(model: nn.Module, record: Conversion, ledger: Ledger)
     except BaseException:
         if getattr(model, "sparsecraft", None) is not record:
             if surgery.is_converted(model):
-                surgery._take_out(model)
+                surgery.take_out(model)
             ledger.undo()
             parts = zip(record.plan, record.layers, strict=True)
             _install(model, record.recipe, {_claim(i): (layer, None) for i, layer in parts})
