@@ -77,6 +77,12 @@ def matched(cells: dict[str, dict], name: str) -> str | None:
     return min(found, key=lambda n: abs(found[n] - cells[name]["trainable"]), default=None)
 
 
+def _size(cells: dict[str, dict], name: str, lora: str) -> str:
+    ratio = cells[lora]["trainable"] / cells[name]["trainable"]
+    words = "equal parameters" if 0.85 <= ratio <= 1.15 else "the nearest LoRA"
+    return f"{words}, the LoRA's {ratio:.2f} times as many"
+
+
 def _f(value: float | None, digits: int = 4) -> str | None:
     return None if value is None else f"{value:.{digits}f}"
 
@@ -126,7 +132,7 @@ def error(a: dict, b: dict, documents: dict[tuple, dict]) -> float | None:
 
 def comparisons(cells: dict[str, dict], documents: dict[tuple, dict]) -> str:
     """A minus favors the first; each side at its own best learning rates, paired by seed."""
-    pairs = [(n, m, "matched parameters") for n in cells if (m := matched(cells, n))]
+    pairs = [(n, m, _size(cells, n, m)) for n in cells if (m := matched(cells, n))]
     rows = []
     for first, second, what in (*pairs, *PAIRS):
         if first not in cells or second not in cells:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import transformers
 
 import cases
 import sparsecraft as sc
@@ -247,6 +248,181 @@ def test_a_set_learns_from_its_own_tokens_only(family, mixing):
             assert not any(moved) if modality == still else all(moved), modality
 
 
+# ------------------------------------------------------------------------- masks and their tokens
+def by_kind(family: str):
+    recipe = sc.recipes.smola(num_experts=3, rank=2, modalities=True)
+    return converted(family, recipe)
+
+
+@pytest.mark.parametrize("field", ["mm_token_type_ids", "prefix_mask"])
+def test_a_decoder_beside_an_encoder_has_none_of_its_masks(field):
+    """Of equal length or not: its tokens are text and in no prefix."""
+    model = by_kind("t5") if field == "mm_token_type_ids" else converted("t5", slots())
+    mask = {field: VISUAL}
+    wanted = None
+    for length in (11, 12, 13):
+        ids = torch.arange(40, 40 + 2 * length).reshape(length, 2).T
+        with torch.no_grad():
+            found = model(input_ids=IDS, decoder_input_ids=ids, **mask).logits[:, :11]
+        wanted = found if wanted is None else wanted
+        assert torch.allclose(found, wanted, atol=1e-6)
+    without = model(input_ids=IDS, decoder_input_ids=ids).logits[:, :11]
+    assert (without - wanted).abs().max() > 1e-4
+
+
+def test_what_reads_the_encoder_from_a_decoder_has_its_masks():
+    model = by_kind("t5")
+    ids = IDS.flip(0)
+    with watched(model) as seen, torch.no_grad():
+        model(input_ids=IDS, decoder_input_ids=ids, mm_token_type_ids=VISUAL)
+        counts = dict.fromkeys(("encoder", "cross", "decoder"), 0)
+        for name, layer in model.named_modules():
+            if getattr(layer, "modality", None) == "visual":
+                x_BSI, y_BSO = seen[layer]
+                moved = (y_BSO != layer.base(x_BSI)).any(-1)
+                cross = "EncDecAttention.k" in name or "EncDecAttention.v" in name
+                kind = "cross" if cross else name.split(".")[0]
+                counts[kind] += 1
+                assert torch.equal(moved, VISUAL.bool() & (kind != "decoder")), name
+    assert counts == {"encoder": 12, "cross": 4, "decoder": 16}
+
+
+def generated(model, **options) -> list[torch.Tensor]:
+    model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True} | options
+    return model.generate(
+        IDS, attention_mask=torch.ones_like(IDS), return_dict_in_generate=True, **options
+    )
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_held_modalities_serve_beams_and_generation_without_a_cache(family, beams):
+    model = by_kind(family)
+    with sc.context(model, mm_token_type_ids=VISUAL):
+        cached, plain = (generated(model, num_beams=beams, use_cache=c) for c in (True, False))
+    assert torch.equal(cached.sequences, plain.sequences)
+    for ours, theirs in zip(cached.logits, plain.logits, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    decoder = {"decoder_input_ids": torch.zeros(2, 1, dtype=torch.long)} if family == "t5" else {}
+    with torch.no_grad():
+        first = model(IDS, mm_token_type_ids=VISUAL, **decoder).logits[:, -1].float()
+    assert torch.allclose(cached.logits[0][::beams], first, atol=1e-5)
+    assert (generated(model, num_beams=beams).logits[0] - cached.logits[0]).abs().max() > 1e-4
+    if beams == 1:  # every token that was added is text
+        ids, kinds = cached.sequences, VISUAL
+        if family == "t5":
+            decoder["decoder_input_ids"] = ids[:, :-1]
+        else:
+            kinds = torch.nn.functional.pad(VISUAL, (0, 6))
+        inputs = IDS if family == "t5" else ids
+        with torch.no_grad():
+            whole = model(inputs, mm_token_type_ids=kinds, **decoder).logits.float()
+        last = whole[:, -1] if family == "t5" else whole[:, -2]
+        assert torch.allclose(cached.logits[-1], last, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", ["held", "prompt", "step"])
+def test_a_cached_step_takes_the_prompts_mask_or_its_own(given):
+    model, start = by_kind("llama"), 8
+    whole_mask = VISUAL.clone()
+    if given != "step":
+        whole_mask[:, start:] = 0
+    whole = logits(model, IDS, mm_token_type_ids=whole_mask)
+    prompt = {"mm_token_type_ids": whole_mask[:, :start]}
+    found, cache = [], None
+    for at, end in ((0, start), (start, start + 1), (start + 1, 12)):
+        step = {"held": {}, "prompt": prompt}.get(given)
+        if step is None:
+            step = {"mm_token_type_ids": whole_mask[:, at:end]}
+        with sc.context(model, **(prompt if given == "held" else {})), torch.no_grad():
+            out = model(IDS[:, at:end], past_key_values=cache, use_cache=True, **step)
+        cache = out.past_key_values
+        found.append(out.logits)
+    assert torch.allclose(torch.cat(found, dim=1), whole, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(2, 11), (2, 13), (1, 12), (3, 12), (24,), (2, 1, 12)])
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_a_mask_that_does_not_fit_is_refused(family, shape):
+    wrong = torch.ones(shape, dtype=torch.long)
+    refusing = [(by_kind(family), "mm_token_type_ids")]
+    if family != "bert":  # whose slots read attention_mask, which its attention refuses first
+        refusing.append((converted(family, slots()), "prefix_mask"))
+    for model, field in refusing:
+        right = logits(model, IDS)
+        with pytest.raises(SparsecraftError) as refusal:
+            logits(model, IDS, **{field: wrong})
+        said = f"{field} has shape {shape} and the tokens that it tells of have (2, 12); pass one"
+        assert said in str(refusal.value)
+        assert torch.equal(logits(model, IDS), right)
+
+
+@pytest.mark.parametrize(
+    "family, shape", [("llama", (2, 13)), ("llama", (4, 12)), ("bert", (2, 11)), ("t5", (2, 11))]
+)
+def test_a_held_mask_that_does_not_fit_is_refused(family, shape):
+    """Only in a decoder alone may a call have more tokens than the prompt."""
+    model = by_kind(family)
+    said = rf"context holds mm_token_type_ids of shape \({shape[0]}, {shape[1]}\), and the tokens"
+    held = sc.context(model, mm_token_type_ids=torch.ones(shape, dtype=torch.long))
+    with held, pytest.raises(SparsecraftError, match=said):
+        logits(model, IDS)
+
+
+def test_an_encoder_alone_forgets_the_masks_of_the_call_before():
+    """Generation calls the encoder itself, with another prompt than the latest training step."""
+    model = by_kind("t5")
+    before = generated(model)
+    logits(model, IDS[:, :7], mm_token_type_ids=VISUAL[:, :7])
+    logits(model, IDS, mm_token_type_ids=VISUAL)
+    with pytest.raises(SparsecraftError):  # and one that broke off
+        logits(model, IDS, mm_token_type_ids=VISUAL[:, :7])
+    for ours, theirs in zip(generated(model).logits, before.logits, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_an_image_tower_has_no_text_and_refuses_modalities():
+    model = llava()
+    recipe = sc.recipes.smola(num_experts=3, rank=2, modalities=True)
+    said = r"reads images or sound alone.*give paths without it, such as '\*language_model\*'"
+    with pytest.raises(SurgeryError, match=rf"'model\.vision_tower.*{said}"):
+        sc.convert(model, recipe)
+    recipe = sc.recipes.smola(num_experts=3, rank=2, modalities=True, paths="*language_model*")
+    sc.convert(model, recipe)
+    assert {layer.reads for layer in model.sparsecraft.layers} == {"input"}
+    model = llava()
+    sc.convert(model, slots())
+    reads = [layer.reads for layer in model.sparsecraft.layers]
+    assert set(reads) == {"input", "tower"}
+    cases.randomize_new(model, std=0.3)
+    # As many tokens as the tower has, four patches and one for the class, are no reason to mix.
+    ids, pixels = torch.tensor([[59, 59, 59, 59, 6]]), torch.ones(1, 3, 8, 8)
+    found = []
+    for prefix in ({}, {"prefix_mask": torch.ones_like(ids)}):
+        with watched(model) as seen, torch.no_grad():
+            model(input_ids=ids, pixel_values=pixels, **prefix)
+        found.append(seen)
+    assert all(seen[tower][0].shape[1] == 5 for tower in seen if tower.reads == "tower")
+    for layer in found[0]:
+        same = torch.equal(found[0][layer][1], found[1][layer][1])
+        assert same == (layer.reads == "tower")
+
+
+def llava():
+    text = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**text, **heads, num_key_value_heads=2),
+        vision_config=transformers.CLIPVisionConfig(**vision, **heads, image_size=8, patch_size=4),
+        image_token_id=59,
+        image_seq_length=4,
+    )
+    torch.manual_seed(0)
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
 # ---------------------------------------------------------------------------------------- context
 def test_a_context_holds_its_values_and_gives_them_back():
     model = converted("llama", slots())
@@ -263,7 +439,7 @@ def test_a_context_holds_its_values_and_gives_them_back():
     assert torch.equal(logits(model, IDS), plain)
     with pytest.raises(ZeroDivisionError), sc.context(model, prefix_mask=prefix_of(IDS)):
         _ = 1 / 0
-    assert batch.held == {} and batch.prefix_mask is None
+    assert batch.held == {} and torch.equal(logits(model, IDS), plain)
 
 
 def test_a_context_refuses_what_no_layer_asks_for():
@@ -297,3 +473,58 @@ def test_tokens_without_a_sequence_are_refused():
         Batch().sequences(torch.zeros(6, 4))
     flat = Batch(shape=torch.Size((2, 3)))
     assert flat.sequences(torch.zeros(6, 4)).shape == (2, 3, 4)
+
+
+# ------------------------------------------------------------------ activation checkpointing
+
+CHECKPOINTED = {
+    "modalities": (lambda: sc.recipes.smola(3, 2, modalities=True), "mm_token_type_ids"),
+    "slots": (lambda: sc.recipes.smola(3, 2, mixing="slots"), "prefix_mask"),
+}
+
+
+def checkpointed(recipe: str, reentrant: bool):
+    model = cases.dense("llama")
+    sc.convert(model, CHECKPOINTED[recipe][0]())
+    cases.randomize_new(model, 0.5)
+    model.train()
+    kwargs = {"use_reentrant": reentrant}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    model.enable_input_require_grads()
+    return model
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("recipe", CHECKPOINTED)
+def test_recomputation_sees_the_batch_of_its_forward_pass_or_refuses(recipe, reentrant):
+    ids = torch.arange(3, 27).reshape(2, 12)
+    mask = (torch.arange(12) < 5).long().expand(2, 12)
+    field = CHECKPOINTED[recipe][1]
+
+    def gradient(model, held: bool) -> torch.Tensor:
+        model.zero_grad()
+        if held:  # the context may end before the backward pass
+            with sc.context(model, **{field: mask}):
+                loss = model(ids, labels=ids).loss
+        else:
+            loss = model(ids, labels=ids, **{field: mask}).loss
+        loss.backward()
+        return model.model.layers[0].mlp.up_proj.experts.lora_A.grad.clone()
+
+    model = checkpointed(recipe, reentrant)
+    found = [gradient(model, held) for held in (False, True, False)]
+    model.gradient_checkpointing_disable()
+    wanted = gradient(model, False)
+    assert wanted.abs().max() > 0
+    assert all(torch.allclose(g, wanted, atol=1e-6) for g in found)
+
+    model = checkpointed(recipe, reentrant)
+    losses = [model(ids, labels=ids, **{field: m}).loss for m in (mask, 1 - mask)]
+    with pytest.raises(SparsecraftError, match="right after its forward pass"):
+        sum(losses).backward()
+    loss = model(ids, labels=ids, **{field: mask}).loss
+    with torch.no_grad():
+        model(ids)
+    with pytest.raises(SparsecraftError, match="right after its forward pass"):
+        loss.backward()
+    gradient(model, False)  # and it goes on

@@ -276,3 +276,25 @@ def test_smollm2_upcycled_is_within_a_ten_thousandth(run, tmp_path):
 def test_the_demo_lowers_every_held_out_loss(run, tmp_path):
     text = run("demo", "--out", tmp_path / "demo")
     assert text.count("falls") == 3 and "DOES NOT FALL" not in text
+
+
+def test_a_repeated_option_adds_to_the_first(run, dense, tmp_path):
+    out = tmp_path / "molora"
+    changes = ["--set", "router.temperature=0.5", "--seed=1", "--set", "experts.alpha=3"]
+    run("convert", "molora", "--model", dense, "--out", out, "--num-experts", "2", *changes)
+    edit = sc.load(out).sparsecraft.recipe.edits[0]
+    assert (edit.router.temperature, edit.experts.alpha) == (0.5, 3.0)
+
+
+def test_the_size_is_set_once(fails, dense, tmp_path):
+    base = ("convert", "lora", "--model", dense, "--out", tmp_path / "x", "--match-params", "ia3")
+    for more in (("--rank", "8"), ("--set", "experts.rank=8")):
+        assert "both set the size of 'lora'" in fails(*base, *more)
+
+
+def test_a_peft_folder_is_a_model_too(run, converted, tmp_path):
+    out = tmp_path / "peft"
+    run("export", converted, "--to", "peft", "--out", out)
+    assert run("generate", out, "--prompt", "one", "--max-new-tokens", "2") == run(
+        "generate", converted, "--prompt", "one", "--max-new-tokens", "2"
+    )

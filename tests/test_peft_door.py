@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import peft
 import pytest
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 import cases
 import sparsecraft as sc
 import tiny
-from sparsecraft.errors import CheckpointError, ExportError, RecipeError, SurgeryError
+from sparsecraft.errors import CheckpointError, ExportError, MergeError, RecipeError, SurgeryError
 from sparsecraft.peft import register
 from sparsecraft.peft.configs import why_no_adapter
 from sparsecraft.peft.layer import HELD, ExpertsTunerLayer, standing_paths
@@ -286,14 +288,114 @@ def test_what_several_adapters_cannot_do_is_refused(tmp_path):
     model = get_peft_model(cases.dense("llama"), around(), adapter_name="x1")
     with pytest.raises(sc.SparsecraftError, match="one batch"):
         model(**cases.batch("llama"), adapter_names=["x1"] * 3)
-    for merge in (model.merge_and_unload, model.merge_adapter):
-        with pytest.raises(sc.SparsecraftError, match="depends on the token"):
-            merge()
     mixlora = sc.recipes.mixlora(num_experts=2, rank=2)
     model.add_adapter("y1", sc.SparsecraftConfig(recipe=mixlora))
     model.base_model.set_adapter(["x1", "y1"])
     with pytest.raises(sc.SparsecraftError, match="make it the first"):
         model(**cases.batch("llama"))
+
+
+# ------------------------------------------------------------------------------------- merging
+
+
+def ia3_behind_the_activation():
+    """Its vectors go into the columns of the down projection, in every family."""
+    recipe = sc.recipes.ia3()
+    *attention, network = recipe.edits
+    return replace(recipe, edits=(*attention, replace(network, site="activation")))
+
+
+LINEAR = {
+    "ia3": sc.recipes.ia3,
+    "ia3_behind": ia3_behind_the_activation,
+    "lora": lambda: sc.recipes.lora(4, dropout=0.1),
+    "lora_released": lambda: sc.recipes.lora(4, variant="released"),
+    "camel": lambda: sc.recipes.camel(lora_rank=4),
+}
+
+
+def same_function(model, inputs, logits, family: str) -> bool:
+    found, wanted = cases.logits(model, inputs), cases.logits(cases.dense(family), inputs)
+    assert not torch.allclose(logits, wanted, atol=1e-2)
+    return torch.allclose(found, logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt", "bert", "t5"])
+@pytest.mark.parametrize("name", LINEAR)
+def test_what_is_linear_merges_into_the_dense_model(tmp_path, name, family):
+    inputs, dense = cases.batch(family), cases.dense(family)
+    model = with_adapter(dense, sc.SparsecraftConfig(recipe=LINEAR[name]()))
+    logits = cases.logits(model, inputs)
+    merged = model.merge_and_unload()
+    assert type(merged) is type(cases.dense(family)) and not hasattr(merged, "peft_config")
+    assert set(merged.state_dict()) == set(cases.dense(family).state_dict())
+    assert same_function(merged, inputs, logits, family)
+    merged.save_pretrained(tmp_path)
+    assert same_function(type(merged).from_pretrained(tmp_path), inputs, logits, family)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("order", [("ia3_behind", "lora"), ("camel", "ia3", "lora_released")])
+def test_adapters_that_stand_on_each_other_merge(order, family):
+    """The columns that (IA)3 scales are also those of a LoRA that came later."""
+    inputs = cases.batch(family)
+    first, *others = [(name, sc.SparsecraftConfig(recipe=LINEAR[name]())) for name in order]
+    model = with_adapter(cases.dense(family), first[1], first[0])
+    for name, config in others:
+        model.add_adapter(name, config)
+        randomize(model, name)
+    alone = cases.logits(model.eval(), inputs)
+    twin = copy.deepcopy(model)
+    assert same_function(twin.merge_and_unload(adapter_names=[order[0]]), inputs, alone, family)
+    model.base_model.set_adapter(list(order))
+    both = cases.logits(model.eval(), inputs)
+    assert same_function(model.merge_and_unload(), inputs, both, family)
+
+
+def test_a_merge_keeps_the_head_that_was_trained_whole():
+    config = sc.SparsecraftConfig(recipe=sc.recipes.lora(4), modules_to_save=["lm_head"])
+    model = with_adapter(cases.dense("llama"), config)
+    model.base_model.model.lm_head.modules_to_save["default"].weight.data.add_(0.1)
+    logits = cases.logits(model, cases.batch("llama"))
+    merged = model.merge_and_unload()
+    assert set(merged.state_dict()) == set(cases.dense("llama").state_dict())
+    assert same_function(merged, cases.batch("llama"), logits, "llama")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (sc.recipes.camelidae(**PESC, lora_rank=4), "depends on the token.*average.*partial=True"),
+        (sc.recipes.mov(3), "weighs 3 experts, and how depends on the token.*how='fixed'"),
+        (sc.recipes.mixlora(2, 1, rank=2), "given weights that name one expert"),
+        (sc.recipes.smola(3, 2, mixing="slots"), "slots mix the tokens.*'average'"),
+        (sc.recipes.adapter(adapter_dim=8), "an activation inside.*Keep the adapter"),
+    ],
+)
+def test_what_does_not_merge_says_why_and_stays(recipe, message):
+    model = with_adapter(cases.dense("llama"), sc.SparsecraftConfig(recipe=recipe))
+    logits = cases.logits(model, cases.batch("llama"))
+    with pytest.raises(MergeError, match=message):
+        model.merge_and_unload()
+    assert torch.equal(cases.logits(model, cases.batch("llama")), logits)
+
+
+def test_a_merge_that_fails_gives_the_adapter_back():
+    model = with_adapter(cases.dense("llama"), sc.SparsecraftConfig(recipe=sc.recipes.lora(4)))
+    logits = cases.logits(model, cases.batch("llama"))
+    with pytest.raises(MergeError, match=r"no adapter 'defualt'.*Did you mean 'default'"):
+        model.merge_and_unload(adapter_names=["defualt"])
+    for method in (model.merge_adapter, model.unmerge_adapter):
+        with pytest.raises(sc.SparsecraftError, match="merge_and_unload"):
+            method()
+    assert torch.equal(cases.logits(model, cases.batch("llama")), logits)
+    last = [p for name, p in model.named_parameters() if f".{HELD}." in name][-1]
+    last.data[0] = torch.inf
+    dense = {n: p.clone() for n, p in model.named_parameters() if HELD not in n}
+    with pytest.raises(MergeError, match="not finite"):
+        model.merge_and_unload()
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], dense[name]) for name in dense)
 
 
 def test_standing_paths_name_what_lies_inside_what():
@@ -333,6 +435,17 @@ def test_impossible_configurations_say_why(tmp_path):
         sc.SparsecraftConfig(recipe=sc.recipes.upcycling())
     with pytest.raises(RecipeError, match="its recipe has 8"):
         sc.PescConfig(num_experts=4, recipe=sc.recipes.camelidae())
+    for made, given in (("MovConfig", "molora"), ("MoloraConfig", "mov"), ("PescConfig", "lora")):
+        with pytest.raises(RecipeError, match=f"{made} holds .* was given {given!r}; use "):
+            getattr(sc, made)(recipe=getattr(sc.recipes, given)())
+    without_lora = sc.recipes.camelidae(**PESC, lora_rank=0)
+    for given in ({}, {"recipe": without_lora}, {"lora_r": 0}):
+        with pytest.raises(RecipeError, match="lora_alpha needs lora_r"):
+            sc.PescConfig(lora_alpha=32, **given)
+    (edit,) = without_lora.edits
+    by_hand = replace(edit, experts=replace(edit.experts, num_experts=1), router=None)
+    with pytest.raises(RecipeError, match=r"no edits\.0\.router\.top_k.*use SparsecraftConfig"):
+        sc.PescConfig(recipe=replace(without_lora, edits=(by_hand,)))
     config = pesc()
     config.num_experts = 7
     dense = cases.dense("llama")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -229,3 +230,24 @@ def test_values_that_make_no_sense_are_refused():
         sc.recipes.camelidae(variant="Released")
     with pytest.raises(RecipeError, match="no stages"):
         dataclasses.replace(sc.recipes.upcycling(), stages=())
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: sc.recipes.mov(4, top_k=2.0), "router.top_k is 2.0"),
+        (lambda: sc.recipes.mov(4, top_k=2, renormalize="no"), "router.renormalize is 'no'"),
+        (lambda: sc.recipes.mov(4, router="wat"), "router.decides is 'wat'"),
+        (lambda: sc.recipes.mov(4, paths=None), "paths is None"),
+        (lambda: sc.recipes.mov(4, noise=float("nan")), "init_std is nan"),
+        (lambda: sc.recipes.molora(4, alpha=0), "alpha is 0"),
+        (lambda: sc.recipes.molora(4, dropout=None), "dropout is None"),
+        (lambda: sc.recipes.smola(4, mixing="tokens"), "router.select is 'tokens'"),
+        (lambda: sc.recipes.mov(4, variant="released", router="sentence"), "no router by sentence"),
+        (lambda: sc.Stage(trains=()), "trains nothing"),
+        (lambda: sc.Stage(weight_decay=float("nan")), "weight_decay is nan"),
+    ],
+)
+def test_a_recipe_of_nonsense_is_refused_in_one_sentence(make, said):
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        make()

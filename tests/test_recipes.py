@@ -398,3 +398,28 @@ def test_k_experts_are_active(family):
     bank = 2 * D * 16
     assert report.cost.active == size + FAMILIES[family].ffns * (K * bank + 4 * D)
     assert report.cost.trainable == report.cost.new == report.cost.total - size
+
+
+@kinds
+def test_experts_that_are_mixed_first_are_all_active(family):
+    """Their ranks are all computed, whatever the router's top-k."""
+    model = dense(family)
+    report = sc.convert(model, RECIPES["molora_raw"].make())
+    assert report.cost.active == report.cost.total
+    report = sc.convert(sc.revert(model), RECIPES["mixlora"].make())
+    inside = [m for m in model.modules() if isinstance(m, MoELayer) and m.place == "inside"]
+    again = (K - 1) * sum(p.numel() for layer in inside for p in layer.experts.parameters())
+    embedding = (
+        0
+        if getattr(model.config, "tie_word_embeddings", False)
+        else sum(p.numel() for p in model.get_input_embeddings().parameters())
+    )
+    assert report.cost.flops_per_token == 2 * (report.cost.total + again - embedding)
+
+
+@pytest.mark.parametrize(("rank", "rate"), [(1, 1e-3), (4, 5e-4), (16, 2.5e-4)])
+def test_a_tuned_lora_keeps_its_scale_and_steps_as_measured(rank, rate):
+    recipe = sc.recipes.lora(rank, variant="tuned")
+    assert recipe.edits[0].experts.alpha == 4 * rank
+    assert recipe.stages[0].learning_rate == pytest.approx(rate)
+    assert sc.recipes.lora(rank).edits[0].experts.alpha == 16

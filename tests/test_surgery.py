@@ -601,3 +601,9 @@ def test_an_edit_inside_needs_the_first_linear_and_the_activation_apart(family):
     inside = Edit(site="ffn", place="inside", experts=FFNLoRASpec(num_experts=1))
     words = ("need apart", "site='activation'")
     refused(SurgeryError, dense(family), recipe_of(vectors, inside), *words)
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt2"])
+def test_nothing_stands_before_a_part_of_a_fused_projection(family):
+    edit = Edit(site="key", place="before", experts=VectorSpec(num_experts=1))
+    refused(SurgeryError, dense(family), recipe_of(edit), "not the key alone")

@@ -130,3 +130,13 @@ def test_folders_are_kept_and_companions_travel(tmp_path):
     (tmp_path / "mine" / "file").write_text("mine")
     with pytest.raises(CheckpointError, match="left alone"):
         sc.export(model, "mixtral", tmp_path / "mine", overwrite=True)
+
+
+def test_peft_refuses_a_base_that_a_merge_has_changed(tmp_path):
+    model = cases.dense("llama")
+    sc.convert(model, sc.recipes.camelidae(4, 2, 8, lora_rank=2))
+    cases.randomize_new(model)
+    sc.merge(model, partial=True)
+    with pytest.raises(ExportError, match="a merge changed its dense weights"):
+        sc.export(model, "peft", tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()

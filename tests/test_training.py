@@ -260,7 +260,7 @@ def test_t5_trains_mixtures_at_every_attention(tmp_path, method):
     )
 
 
-def test_adafactor_steps_are_relative_to_the_size_of_a_parameter(tmp_path, rows):
+def test_adafactor_steps_are_relative_to_the_size_of_a_parameter(tmp_path, rows, caplog):
     """The paper's 3e-4 moves ones by 3e-4 and a router of deviation 0.02 fifty times less."""
     base = tiny.save_dense(tmp_path / "dense")
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
@@ -268,6 +268,7 @@ def test_adafactor_steps_are_relative_to_the_size_of_a_parameter(tmp_path, rows)
     assert model.sparsecraft.recipe.stages[0].optimizer == "adafactor"
     before = parameters(model)
     sc.train(model, rows, tmp_path / "out", **{**FAST, "steps": 1, "learning_rate": None})
+    assert "variant='tuned' learns in one epoch" in caplog.text
     moved = {n: (p - before[n]).abs().max().item() for n, p in model.named_parameters()}
     vectors = [m for n, m in moved.items() if n.endswith("experts.vectors")]
     routers = [m for n, m in moved.items() if ".router." in n]

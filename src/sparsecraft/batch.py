@@ -5,13 +5,16 @@ Shapes: B sequences, S positions, D width.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from sparsecraft.errors import SparsecraftError, did_you_mean
 from sparsecraft.recipe import Edit
@@ -20,12 +23,15 @@ from sparsecraft.specs import RouterSpec
 # What no transformers model takes itself, and what a layer may ask for.
 OURS = ("sentence_embeddings", "sentence_ids", "prefix_mask")
 FIELDS = ("attention_mask", "mm_token_type_ids", *OURS)
+MASKS = ("attention_mask", "mm_token_type_ids", "prefix_mask")
 INPUTS = ("input_ids", "inputs_embeds")
 
 
 @dataclass(slots=True, eq=False)
 class Batch:
     """Shared by all layers of one model; every forward pass of the model fills it anew.
+
+    Masks tell of the model's only sequence, and beside a decoder of the encoder's.
 
     Attributes:
         attention_mask: (B, S), 1 on real tokens.
@@ -37,6 +43,11 @@ class Batch:
         prefix_mask: (B, S), 1 on the tokens that slots may mix in a causal model.
         shape: (B, S), for families that flatten their tokens (OPT).
         held: values that stay for all forward passes of a `context`.
+        grows: whether generation adds tokens to the sequence that masks tell of.
+        past: how many of its tokens came in earlier passes and are in the cache.
+        runs: whether a forward pass of the whole model is under way.
+        passes: how many of these there were.
+        backward: number of the running backward pass, and the forward passes that it goes through.
     """
 
     attention_mask: Tensor | None = None
@@ -46,34 +57,88 @@ class Batch:
     prefix_mask: Tensor | None = None
     shape: torch.Size | None = None
     held: dict[str, Tensor] = field(default_factory=dict)
+    grows: bool = False
+    past: int = 0
+    runs: bool = False
+    passes: int = 0
+    backward: tuple[int, set[int]] = (-1, set())
 
-    def fill(self, values: dict[str, Tensor | None]) -> None:
+    def goes_back(self, forward: int, grad: Tensor) -> None:
+        """A hook of the model's outputs: a backward pass goes through forward pass `forward`."""
+        task = torch._C._current_graph_task_id()
+        known = self.backward[1] if self.backward[0] == task else set()
+        self.backward = task, known | {forward}
+
+    def check(self) -> None:
+        """Refuse to compute a layer again, for activation checkpointing, with another batch.
+
+        Raises:
+            SparsecraftError: a forward pass came between that one and its backward pass.
+        """
+        if torch.compiler.is_compiling():
+            return
+        task, forwards = self.backward
+        if task != -1 and task == torch._C._current_graph_task_id() and forwards != {self.passes}:
+            raise SparsecraftError(
+                "Activation checkpointing computes a layer again that reads masks or sentences, "
+                "and another forward pass has replaced them; run each backward pass right after "
+                "its forward pass, or turn checkpointing off."
+            )
+
+    def fill(self, values: dict[str, Any]) -> None:
         for name in FIELDS:
             if values.get(name) is not None:
                 setattr(self, name, values[name])
         inputs = next((values[n] for n in INPUTS if values.get(n) is not None), None)
         self.shape = None if inputs is None else inputs.shape[:2]
+        cache, self.past = values.get("past_key_values"), 0
+        if self.grows and cache is not None and any(getattr(self, n) is not None for n in MASKS):
+            self.past = int(cache.get_seq_length())
 
     def clear(self) -> None:
         for name in FIELDS:
             setattr(self, name, self.held.get(name))
 
     def tokens(self, name: str, x: Tensor) -> Tensor | None:
-        """A mask as (B, S) bool for tokens x (B, S, D); None if there is none for these tokens.
+        """A mask as (B, S) bool for tokens x (B, S, D); None if the batch has none.
 
-        The decoder's tokens, and those that a cached step of generation adds, are not in the mask
-        that came with the prompt. A prefix that a `context` holds counts for every beam, and ends
-        before the tokens that generation without a cache adds.
+        One that comes with a call is of the call's tokens. One that a `context` holds is of the
+        prompt, and so is one that is longer than a call that goes on from a cache: it counts for
+        every beam, and is zero on what generation adds, which is text and outside the prefix.
+
+        Raises:
+            SparsecraftError: a mask of another shape than the tokens'.
         """
-        mask, shape = getattr(self, name), x.shape[:2] if x.ndim == 3 else self.shape
-        if mask is None or shape is None:
+        mask = getattr(self, name)
+        if mask is None:
             return None
-        if name == "prefix_mask" and mask is self.held.get(name):
-            mask = mask.repeat_interleave(max(1, shape[0] // len(mask)), dim=0)
-            mask = nn.functional.pad(mask, (0, max(0, shape[1] - mask.shape[1])))
-        if mask.shape != shape:
-            return None
-        return mask.to(device=x.device, dtype=torch.bool)
+        shape = (B, S) = self.sequences(x).shape[:2]
+        fitted, held = mask, mask is self.held.get(name)
+        if mask.ndim == 2 and (held or (self.past and mask.shape[1] > S)):
+            if held and len(mask) and B % len(mask) == 0:
+                fitted = fitted.repeat_interleave(B // len(mask), dim=0)
+            end = self.past + S
+            if self.grows:
+                fitted = pad(fitted, (0, max(0, end - fitted.shape[1])))
+            if fitted.shape[1] == end:
+                fitted = fitted[:, self.past :]
+        if fitted.shape != shape:
+            raise SparsecraftError(self._misfit(name, mask, shape, held))
+        return fitted.to(device=x.device, dtype=torch.bool)
+
+    def _misfit(self, name: str, mask: Tensor, shape: torch.Size, held: bool) -> str:
+        found, wanted = tuple(mask.shape), tuple(shape)
+        after = f" after {self.past} in the cache" if self.past else ""
+        if not held:
+            return (
+                f"{name} has shape {found} and the tokens that it tells of have {wanted}{after}; "
+                "pass one value for each token (batch, positions)."
+            )
+        return (
+            f"The context holds {name} of shape {found}, and the tokens of this call have "
+            f"{wanted}{after}; hold one value for each token of the prompt (batch, positions), "
+            "and open a context for each prompt."
+        )
 
     def sequences(self, x: Tensor) -> Tensor:
         """Tokens x (B, S, D) or flattened as (B S, D) -> (B, S, D).
@@ -86,7 +151,7 @@ class Batch:
         if x.ndim != 3:
             raise SparsecraftError(
                 f"A layer that looks at whole sequences needs tokens of shape (batch, positions, "
-                f"width) and got {tuple(x.shape)}; use a router by token."
+                f"width) and got {tuple(x.shape)}; use a router by token, for all modalities."
             )
         return x
 
@@ -94,12 +159,14 @@ class Batch:
 class _Fill:
     """A forward pre-hook; an object, so that a deep copy of the model fills its own batch."""
 
-    def __init__(self, batch: Batch, clears: bool):
-        self.batch, self.clears = batch, clears
+    def __init__(self, batch: Batch, whole: bool):
+        self.batch, self.whole = batch, whole
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if self.clears:
+        if self.whole or not self.batch.runs:
             self.batch.clear()
+        self.batch.passes += self.whole
+        self.batch.runs = self.batch.runs or self.whole
         ours = {name: kwargs.pop(name) for name in OURS if name in kwargs}
         signature = inspect.signature(module.forward)
         given = signature.bind_partial(*args, **kwargs).arguments
@@ -109,11 +176,33 @@ class _Fill:
         return args, kwargs
 
 
+class _End:
+    """A forward hook of the whole model: its encoder may run alone from here on, and its outputs
+    tell when a backward pass begins."""
+
+    def __init__(self, batch: Batch):
+        self.batch = batch
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.batch.runs = False
+        if output is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        hook = functools.partial(self.batch.goes_back, self.batch.passes)
+        for value in output.values() if isinstance(output, dict) else output:
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(hook)
+
+
 def attach(model: nn.Module, batch: Batch) -> list:
     """Let every forward pass of `model`, or of its encoder alone, fill `batch`; the handles."""
-    handles = [model.register_forward_pre_hook(_Fill(batch, clears=True), with_kwargs=True)]
-    if getattr(model.config, "is_encoder_decoder", False):  # generation calls the encoder itself
-        hook = _Fill(batch, clears=False)
+    decoder = getattr(model.config, "is_encoder_decoder", False)
+    batch.grows = not decoder and model.can_generate()
+    handles = [
+        model.register_forward_pre_hook(_Fill(batch, whole=True), with_kwargs=True),
+        model.register_forward_hook(_End(batch), always_call=True),
+    ]
+    if decoder:  # generation calls the encoder itself
+        hook = _Fill(batch, whole=False)
         handles.append(model.get_encoder().register_forward_pre_hook(hook, with_kwargs=True))
     return handles
 
@@ -143,7 +232,8 @@ def context(model: nn.Module, **values: Tensor) -> Iterator[None]:
     """Hold values for all forward passes of a block, such as the steps of `generate`.
 
     Args:
-        values: any of `FIELDS`, such as `sentence_embeddings` (B, D).
+        values: any of `FIELDS`, such as `sentence_embeddings` (B, D). Masks are of the prompt's
+            tokens; those that generation adds are text and in no prefix.
 
     Raises:
         SparsecraftError: an unknown name, or a model whose recipe needs none of this.
@@ -167,5 +257,4 @@ def context(model: nn.Module, **values: Tensor) -> Iterator[None]:
     try:
         yield
     finally:
-        batch.held = before
-        batch.clear()
+        batch.held = before  # a backward pass may still need the rest

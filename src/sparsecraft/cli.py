@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import Positional
 
 from sparsecraft.errors import DataError, SparsecraftError, did_you_mean
-from sparsecraft.options import TrainOptions
+from sparsecraft.options import TrainOptions, gathered
 
 Paths = tuple[str, ...]
 
@@ -354,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(target: Callable, verb: str, argv: list[str]) -> Any:
-    return tyro.cli(target, prog=f"sparsecraft {verb}", args=argv)
+    return tyro.cli(target, prog=f"sparsecraft {verb}", args=gathered(argv))
 
 
 def _quiet() -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from sparsecraft.errors import RecipeError, SparsecraftError, did_you_mean
-from sparsecraft.options import ConvertOptions
+from sparsecraft.options import ConvertOptions, gathered
 
 Say = Callable[[str], None]
 
@@ -24,7 +24,7 @@ def parse(function: Callable, argv: list[str]) -> tuple[dict[str, Any], ConvertO
     options = tyro.cli(
         options_of(function, ConvertOptions),
         prog=f"sparsecraft convert {function.__name__}",
-        args=argv,
+        args=gathered(argv),
     )
     values = dataclasses.asdict(options)
     return {name: values[name] for name in inspect.signature(function).parameters}, options
@@ -92,6 +92,13 @@ def match(
             f"--{parameter.replace('_', '-')} {size} and --match-params both set the size of "
             f"{function.__name__!r}; leave one out."
         )
+    leaf = {"adapter_dim": "dim", "lora_rank": "rank"}.get(parameter, parameter)
+    for text in options.set:
+        if text.partition("=")[0].rpartition(".")[2] == leaf:
+            raise RecipeError(
+                f"--set {text} and --match-params both set the size of {function.__name__!r}; "
+                "leave one out."
+            )
     found = matching.match(function, target, options.model, **arguments)
     say(str(found))
     return found.recipe

@@ -22,7 +22,8 @@ class Cost:
         total: all parameters.
         new: those that the dense model does not have.
         trainable: those that require gradients.
-        active: those that one token uses; K of E experts per routed layer.
+        active: those that one token meets; K of E experts per routed layer, and all of experts
+            that are mixed before they meet it (LoRAs, vectors), whatever their weights.
         flops_per_token: multiply-adds times two of all matrices that one token meets in a
             forward pass, without attention scores and without the embedding lookup.
     """
@@ -41,6 +42,7 @@ def count(model: nn.Module) -> Cost:
     """Count the parameters of a dense or converted model."""
     parameters = dict(model.named_parameters())
     idle = sum(_idle(module) for module in model.modules() if isinstance(module, MoELayer))
+    repeated = sum(_repeated(module) for module in model.modules() if isinstance(module, MoELayer))
     total = sum(_numel(p) for p in parameters.values())
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     tied = getattr(model.config, "tie_word_embeddings", False)
@@ -50,16 +52,24 @@ def count(model: nn.Module) -> Cost:
         new=sum(_numel(p) for name, p in parameters.items() if dense_name(model, name) is None),
         trainable=sum(_numel(p) for p in parameters.values() if p.requires_grad),
         active=total - idle,
-        flops_per_token=2 * (total - idle - looked_up),
+        flops_per_token=2 * (total - idle - looked_up + repeated),
     )
 
 
 def _idle(layer: MoELayer) -> int:
     """Expert parameters of one layer that a token leaves untouched."""
-    if layer.router is None or layer.router.spec.top_k is None:
+    if layer.router is None or layer.router.spec.top_k is None or layer.experts.merges:
         return 0
     bank = sum(p.numel() for p in layer.experts.parameters())
     return bank * (layer.experts.num_experts - layer.router.spec.top_k) // layer.experts.num_experts
+
+
+def _repeated(layer: MoELayer) -> int:
+    """Expert parameters that a token meets again: LoRAs inside a network, in every further slot."""
+    if layer.place != "inside" or layer.router is None:
+        return 0
+    slots = layer.router.spec.top_k or layer.experts.num_experts
+    return (slots - 1) * sum(p.numel() for p in layer.experts.parameters())
 
 
 def _numel(parameter: nn.Parameter) -> int:

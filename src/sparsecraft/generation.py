@@ -16,6 +16,7 @@ from sparsecraft.errors import CheckpointError, DataError, SparsecraftError
 from sparsecraft.evaluation import positions_of
 from sparsecraft.folder import read_json
 from sparsecraft.sentences import given
+from sparsecraft.surgery import conversion_of
 
 
 def load_any(name: str) -> tuple[nn.Module, Any]:
@@ -29,6 +30,9 @@ def load_any(name: str) -> tuple[nn.Module, Any]:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(name).expanduser()
+    if (folder / "adapter_config.json").is_file():
+        model = checkpoint.load(folder, device_map=device)
+        return model, hub.load_tokenizer(folder) or hub.load_tokenizer(_base_of(model))
     if not (folder / checkpoint.MANIFEST).is_file():
         folder = hub.resolve(name)
     tokenizer = hub.load_tokenizer(folder)  # before the weights, which take long
@@ -41,6 +45,11 @@ def load_any(name: str) -> tuple[nn.Module, Any]:
             "copy or save the folder again."
         )
     return hub.load_dense(name, device_map=device), tokenizer
+
+
+def _base_of(model: nn.Module) -> Path:
+    record = conversion_of(model)
+    return hub.resolve(record.origin, record.revision)
 
 
 def load_generator(name: str) -> tuple[nn.Module, Any]:

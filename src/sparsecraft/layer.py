@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,10 @@ from sparsecraft.kernels.projections import is_plain, joins, project, scales_in_
 from sparsecraft.recipe import Place
 from sparsecraft.routers import Router
 from sparsecraft.routing import Routing
+
+# Whose tokens a layer reads: the model's only ones, or its encoder's, of which a batch's masks
+# tell; those of a decoder beside an encoder; or those of an image's or sound's own tower.
+Reads = Literal["input", "decoder", "tower"]
 
 
 class MoELayer(nn.Module):
@@ -42,6 +47,7 @@ class MoELayer(nn.Module):
         modality: the kind of tokens that it acts on; None for all.
         batch: what the batch says of its tokens, where router or modality ask for it.
         causal: whether tokens must not see later ones, which `slots` have to respect.
+        reads: whose tokens arrive here.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class MoELayer(nn.Module):
         self.rows = rows
         self.modality = modality
         self.causal = True
+        self.reads: Reads = "input"
         self.batch: Batch | None = None
         self.tracing = False
         self.routing: Routing | None = None
@@ -145,6 +152,8 @@ class MoELayer(nn.Module):
         self, x: Tensor, y: Tensor | None = None, scores_TE: Tensor | None = None
     ) -> tuple[Routing | None, bool]:
         """The routing of every token, and whether its weights are known to sum to one."""
+        if self.batch is not None:
+            self.batch.check()
         if self.router is None and self.modality is None:
             return None, False
         if self.router is None:
@@ -162,17 +171,22 @@ class MoELayer(nn.Module):
         return routing, sums_to_one
 
     def _of_modality(self, x: Tensor) -> Tensor:
-        """Which tokens the layer acts on, (B, S); tokens that no mask covers are text."""
-        visual = self.batch.tokens("mm_token_type_ids", x) if self.batch else None
+        """Which tokens the layer acts on, (B, S); tokens that no mask tells of are text."""
+        visual = self._mask("mm_token_type_ids", x)
         if visual is None:
             visual = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
         return visual if self.modality == "visual" else ~visual
+
+    def _mask(self, name: str, x: Tensor) -> Tensor | None:
+        """A mask of the batch for tokens x, (B, S) bool; None where it does not tell of them."""
+        told = self.batch is not None and self.reads == "input"
+        return self.batch.tokens(name, x) if told else None
 
     def _mix_slots(self, x: Tensor) -> Tensor:
         """Soft MoE's dispatch and combine over the tokens of each sequence that may be mixed."""
         x_BSI = self.batch.sequences(x)
         routing, _ = self._route(x_BSI)
-        mixed_BS = self.batch.tokens("prefix_mask" if self.causal else "attention_mask", x_BSI)
+        mixed_BS = self._mask("prefix_mask" if self.causal else "attention_mask", x_BSI)
         if self.modality is not None and not (self.causal and mixed_BS is None):
             own_BS = self._of_modality(x_BSI)
             mixed_BS = own_BS if mixed_BS is None else mixed_BS & own_BS
@@ -195,7 +209,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def set_dispatch(model: nn.Module, path: str) -> None:
-    """Make every bank of experts in `model` run by one path: auto, loop, grouped or dense."""
+    """Make every bank of experts in `model` run by one path, such as loop, or auto."""
     from sparsecraft.kernels import PATHS
 
     if path not in ("auto", *PATHS):

@@ -70,3 +70,16 @@ class ConvertOptions:
     """Replace an existing folder once the new one is complete."""
     seed: int = 0
     """Of the new parameters."""
+
+
+def gathered(argv: list[str]) -> list[str]:
+    """`--set a=1 --set b=2` as `--set a=1 b=2`: of a repeated option only the last would count."""
+    options: dict[str, list[str]] = {"": []}
+    option = ""
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            option, equals, value = word.partition("=")
+            options.setdefault(option, []).extend([value] if equals else [])
+        else:
+            options[option].append(word)
+    return [word for option, values in options.items() for word in (option, *values) if word]

@@ -10,10 +10,14 @@ from torch import Tensor, nn
 from sparsecraft.donor import FFN, Donor, Site, view
 from sparsecraft.errors import SurgeryError
 from sparsecraft.experts import build_experts
-from sparsecraft.layer import MoELayer
+from sparsecraft.layer import MoELayer, Reads
 from sparsecraft.recipe import Edit, Recipe
 from sparsecraft.routers import build_router
 from sparsecraft.sites import find_sites
+
+# Inside a decoder, what reads the encoder's tokens: in these modules (T5, BART, BERT) these parts.
+CROSS_ATTENTIONS = {"EncDecAttention", "encoder_attn", "crossattention"}
+CROSS_PROJECTIONS = {"k", "v", "k_proj", "v_proj", "key", "value"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,13 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
             if outer.site.contains(inner.site):
                 _check_nesting(outer, inner)
     for item in planned:
+        if item.site.rows and item.edit.place == "before":
+            raise SurgeryError(
+                f"{item.site.path!r} is one projection for several, and experts before it would "
+                f"change what all of them read, not the {item.site.kind} alone; use place='after'."
+            )
         _check_causality(model, item)
+        _check_modality(model, item)
     # A site inside another one has the deeper path, except where the outer one spans siblings.
     return sorted(
         planned, key=lambda p: sum(other.site.contains(p.site) for other in planned), reverse=True
@@ -88,6 +98,35 @@ def _check_causality(model: nn.Module, item: PlannedEdit) -> None:
         )
 
 
+def _check_modality(model: nn.Module, item: PlannedEdit) -> None:
+    """Refuse to tell text from images where a tower reads images, or sound, alone."""
+    if item.edit.modality and reads(model, item.site.path) == "tower":
+        raise SurgeryError(
+            f"An edit for {item.edit.modality} tokens reaches {item.site.path!r} of "
+            f"{type(model).__name__}, which reads images or sound alone, and mm_token_type_ids "
+            "tells of the text model's tokens; give paths without it, such as "
+            "'*language_model*', or leave out the modality there."
+        )
+
+
+def reads(model: nn.Module, path: str) -> Reads:
+    """Whose tokens arrive at `path`."""
+    # The tower of an image or of sound; a model without one returns itself.
+    towers = (
+        [model.get_encoder(modality=m) for m in ("image", "audio")]
+        if hasattr(model, "get_encoder")
+        else []
+    )
+    module = model.get_submodule(path)
+    if any(t is not model and module in set(t.modules()) for t in towers):
+        return "tower"
+    parts = path.split(".")
+    if not model.config.is_encoder_decoder or "decoder" not in parts:
+        return "input"
+    crosses = CROSS_ATTENTIONS.intersection(parts) and parts[-1] in CROSS_PROJECTIONS
+    return "input" if crosses else "decoder"
+
+
 def is_causal(model: nn.Module, path: str) -> bool:
     """Whether tokens at `path` must not see later ones."""
     if model.config.is_encoder_decoder:
@@ -115,6 +154,7 @@ def build_layer(
         router = build_router(edit.router, width, num_experts, device=device, dtype=dtype)
     layer = MoELayer(edit.place, experts, router, rows=site.rows, modality=edit.modality)
     layer.causal = is_causal(model, site.path)
+    layer.reads = reads(model, site.path)
     return layer
 
 

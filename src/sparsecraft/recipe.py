@@ -84,6 +84,11 @@ class Edit:
 
     def __post_init__(self) -> None:
         experts, router = self.experts, self.router
+        hints = typing.get_type_hints(Edit)
+        for name in ("site", "paths", "place", "modality"):
+            _read(hints[name], getattr(self, name), name)
+        if router is not None:
+            _read(RouterSpec, dataclasses.asdict(router), "router")
         check_whole("num_experts", experts.num_experts)
         places = PLACES.get(experts.kind, ("replace", "beside", "after", "before"))
         if self.place not in places:
@@ -160,8 +165,12 @@ class Stage:
     """Tokens per sequence."""
 
     def __post_init__(self) -> None:
+        if not self.trains:
+            raise RecipeError("The stage trains nothing; name experts, router, all or globs.")
         for name in ("batch_size", "max_length"):
             check_whole(name, getattr(self, name))
+        if not 0 <= self.weight_decay < math.inf:
+            raise RecipeError(f"weight_decay is {self.weight_decay}; it must not be negative.")
         if not 0 <= self.max_grad_norm < math.inf:
             raise RecipeError(f"max_grad_norm is {self.max_grad_norm}; it must not be negative.")
         for name in ("learning_rate", "router_learning_rate"):

@@ -22,11 +22,13 @@ class Routing:
         indices_TK: the expert in each slot; the value E says "no expert in this slot", so that
             top-k, soft, threshold and dynamic-k selection all fit one rectangular record.
         logits_TE: the scorer's float32 output, which the auxiliary losses read.
+        in_order: every token has all experts, expert e in slot e, as soft selection gives them.
     """
 
     weights_TK: Tensor
     indices_TK: Tensor
     logits_TE: Tensor
+    in_order: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -35,8 +37,7 @@ class Routing:
     def weights_TE(self) -> Tensor:
         """The weight of every expert, zero where it was not chosen."""
         T, E = self.logits_TE.shape
-        every_token_alike = self.indices_TK.stride(0) == 0  # what soft selection returns: 0, 1, ...
-        if every_token_alike and self.indices_TK.shape[1] == E:
+        if self.in_order:
             return self.weights_TK
         weights_TK = self.weights_TK * (self.indices_TK < E)
         weights_TE = weights_TK.new_zeros(T, E + 1)  # the last column takes "no expert"

@@ -46,7 +46,8 @@ def embed(
         SparsecraftError: no text encoder, or something else than a sequence of texts.
         DataError: a text without a token.
     """
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+    texts = texts if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise SparsecraftError(f"embed takes a list of texts, not {texts!r:.60}.")
     if batch_size < 1:
         raise SparsecraftError(f"batch_size is {batch_size}; it must be at least 1.")

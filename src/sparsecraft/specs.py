@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,7 +64,7 @@ class AdapterSpec:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_adapter("dim", self.dim, self.dropout)
+        _check_adapter("dim", self.dim, self.dropout, scale=self.scale)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +85,8 @@ class LoRASpec:
     """Standard deviation of `init="normal"`; unused otherwise."""
 
     def __post_init__(self) -> None:
-        _check_adapter("rank", self.rank, self.dropout)
+        _check_adapter("rank", self.rank, self.dropout, alpha=self.alpha)
+        _check_deviation(self.init_std)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +98,9 @@ class VectorSpec:
     init_std: float = 0.0
     """Standard deviation of noise on the ones: it tells experts apart at the first step, and the
     model no longer starts as the dense one."""
+
+    def __post_init__(self) -> None:
+        _check_deviation(self.init_std)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +115,7 @@ class FFNLoRASpec:
     """On the updates' inputs, in training."""
 
     def __post_init__(self) -> None:
-        _check_adapter("rank", self.rank, self.dropout)
+        _check_adapter("rank", self.rank, self.dropout, alpha=self.alpha)
 
 
 def check_whole(name: str, value: int) -> None:
@@ -118,10 +123,22 @@ def check_whole(name: str, value: int) -> None:
         raise RecipeError(f"{name} is {value!r}; it must be a whole number from 1.")
 
 
-def _check_adapter(name: str, width: int, dropout: float) -> None:
+def _check_adapter(name: str, width: int, dropout: float, **factors: float) -> None:
     check_whole(name, width)
-    if not 0 <= dropout < 1:
-        raise RecipeError(f"dropout is {dropout}; it must be at least 0 and less than 1.")
+    if not (_is_number(dropout) and 0 <= dropout < 1):
+        raise RecipeError(f"dropout is {dropout!r}; it must be at least 0 and less than 1.")
+    for factor, value in factors.items():
+        if not (_is_number(value) and 0 < value < math.inf):
+            raise RecipeError(f"{factor} is {value!r}; it must be a positive number.")
+
+
+def _check_deviation(value: float) -> None:
+    if not (_is_number(value) and 0 <= value < math.inf):
+        raise RecipeError(f"init_std is {value!r}; it must be a number from 0.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 ExpertsSpec = FFNSpec | AdapterSpec | LoRASpec | VectorSpec | FFNLoRASpec

@@ -213,6 +213,11 @@ class PeftTarget:
 
         if reason := why_no_adapter(conversion_of(model).recipe):
             return f"{reason} sc.save keeps it as it is; `upcycling` exports as mixtral."
+        if conversion_of(model).report.get("merge", {}).get("folded"):
+            return (
+                "a merge changed its dense weights, and an adapter would be put on the original "
+                "ones; sc.save keeps them all."
+            )
         if changed := self._changed(model):
             return (
                 f"{len(changed)} dense tensors are not as the base has them, {changed[0]!r} among "

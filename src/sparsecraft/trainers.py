@@ -7,6 +7,7 @@ overrides or calls a private method of Trainer stands under "Private hooks".
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections import defaultdict
@@ -31,6 +32,11 @@ from sparsecraft.routing import Routing, spread, trace
 from sparsecraft.surgery import conversion_of
 
 TOKEN_MASK = "token_mask"
+
+# Fewer steps than this of the MoV paper's Adafactor are worth a warning.
+PATIENT_STEPS = 10_000
+
+log = logging.getLogger("sparsecraft")
 
 # Modules that read the encoder's tokens from inside the decoder (T5, BART).
 CROSS_ATTENTIONS = {"EncDecAttention", "encoder_attn"}
@@ -237,6 +243,12 @@ def training_arguments(
     accumulation = each // micro_batch
     per_epoch = math.ceil(rows / (micro_batch * accumulation * world))
     steps = settings.steps or max(1, math.ceil(per_epoch * settings.epochs))
+    if stage.optimizer == "adafactor" and steps < PATIENT_STEPS:
+        log.warning(
+            f"The stage's Adafactor moves a parameter by {settings.learning_rate:g} of its size a "
+            f"step, as the paper does for 500,000 steps; {steps} will change little, and least "
+            "what starts at zero. The recipe's variant='tuned' learns in one epoch."
+        )
     every = settings.save_every or (steps // 10 if steps >= 100 else None)
     warmup = stage.warmup_steps or math.ceil(stage.warmup_ratio * steps)
     schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule

@@ -39,7 +39,7 @@ class Experts(nn.Module, ABC):
     Attributes:
         num_experts: E.
         out_features: O.
-        dispatch: `auto`, `loop`, `grouped` or `dense`; see `sparsecraft.kernels`.
+        dispatch: `auto`, `loop`, `grouped`, `dense` or `merged`; see `sparsecraft.kernels`.
         residual: every expert is x plus something; see `loop`.
         merges: the bank can mix its experts' parameters before they meet a token, which is then
             always the cheapest way; see `sparsecraft.kernels.merged`.

@@ -24,6 +24,8 @@ class FFNLoRAExperts(Experts):
     sum_k w_k W_down h_k = W_down sum_k w_k h_k.
     """
 
+    merges = True  # each slot's LoRA is taken out of all of them by a gate
+
     def __init__(self, spec: FFNLoRASpec, donor: FFN, site: Site, *, device=None, dtype=None):
         super().__init__()
         self.num_experts, self.out_features = spec.num_experts, donor.width

@@ -48,6 +48,11 @@ def choose_path(bank: Experts, x_TI: Tensor, routing: Routing) -> str:
     """
     if bank.merges and bank.dispatch == "auto":
         return "merged"
+    if bank.dispatch == "dense" and bank.two_layer(x_TI.dtype) is None:
+        raise SparsecraftError(
+            f"The dense path cannot run: {type(bank).__name__} has no two-layer form. "
+            "Use dispatch 'auto'."
+        )
     if bank.dispatch == "grouped" and (reason := why_not_grouped(bank, x_TI)):
         raise SparsecraftError(f"The grouped path cannot run: {reason}. Use dispatch 'auto'.")
     if bank.dispatch != "auto":

@@ -18,7 +18,7 @@ from sparsecraft.certificate import outputs
 from sparsecraft.errors import MergeError, did_you_mean
 from sparsecraft.layer import MoELayer
 from sparsecraft.routers import Router
-from sparsecraft.routing import Routing, trace
+from sparsecraft.routing import Routing, spread, trace
 
 # How far from one the weights may sum where the router's own always do.
 SUM_TOLERANCE = 1e-6
@@ -56,10 +56,12 @@ def frozen_routing(layers: Mapping[MoELayer, Tensor]) -> Iterator[None]:
 def measured_weights(model: nn.Module, batches: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
     """Layer name -> mean routing weight of each expert over all tokens, (E,) float64.
 
-    Padding is left out where the batch has an `attention_mask`.
+    Padding is left out: where `attention_mask` is 0, and in a decoder beside an encoder where
+    `decoder_attention_mask` is 0 or, without one, labels are -100.
 
     Raises:
-        MergeError: no batch, or one without the sentence embeddings that the routers read.
+        MergeError: no batch, one without the sentence embeddings that the routers read, or a mask
+            of other tokens than a layer's.
     """
     sums: dict[str, Tensor] = {}
     for batch in batches:
@@ -68,16 +70,16 @@ def measured_weights(model: nn.Module, batches: Iterable[dict[str, Any]]) -> dic
                 "The routers decide by sentence and the data has no embeddings; pass batches with "
                 "sentence_embeddings, or give the weights."
             )
-        if getattr(model.config, "is_encoder_decoder", False) and "labels" in batch:
-            labels = batch["labels"].to(model.device)
-            decoder_ids = model.prepare_decoder_input_ids_from_labels(labels=labels)
-            batch = {"decoder_input_ids": decoder_ids, **batch}
+        batch, masks = _with_decoder(model, batch)
         with trace(model) as routing:
             outputs(model, [batch])
         for name, found in routing.items():
             weights_TE = found.weights_TE().double().cpu()
-            mask_T = _rows(batch.get("attention_mask"), len(weights_TE))
-            weights_TE = weights_TE if mask_T is None else weights_TE[mask_T]
+            layer = model.get_submodule(name)
+            mask = masks.get(layer.reads)
+            if mask is not None:
+                by_head = layer.router.spec.decides == "head"
+                weights_TE = weights_TE[_rows(name, mask, len(weights_TE), by_head)]
             sums[name] = sums.get(name, 0) + torch.cat(
                 [weights_TE.sum(0), torch.tensor([len(weights_TE)], dtype=torch.float64)]
             )
@@ -86,11 +88,33 @@ def measured_weights(model: nn.Module, batches: Iterable[dict[str, Any]]) -> dic
     return {name: total[:-1] / total[-1] for name, total in sums.items()}
 
 
-def _rows(mask: Tensor | None, rows: int) -> Tensor | None:
-    """Which rows of a routing are real tokens; None where the mask is not of these tokens."""
-    if mask is None or rows % mask.numel():
-        return None
-    return mask.reshape(-1).bool().cpu().repeat_interleave(rows // mask.numel())
+def _with_decoder(
+    model: nn.Module, batch: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor | None]]:
+    """The batch with its decoder's tokens; for what layers read, which tokens are real."""
+    masks = {"input": batch.get("attention_mask")}
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return batch, masks
+    labels, mask = batch.get("labels"), batch.get("decoder_attention_mask")
+    if labels is not None:
+        ids = model.prepare_decoder_input_ids_from_labels(labels=labels.to(model.device))
+        batch = {"decoder_input_ids": ids, **batch}
+        mask = labels != -100 if mask is None else mask
+    elif mask is None and "decoder_input_ids" not in batch:
+        mask = masks["input"]  # `outputs` gives the decoder the encoder's tokens
+    return batch, masks | {"decoder": mask}
+
+
+def _rows(name: str, mask: Tensor, rows: int, by_head: bool) -> Tensor:
+    """Which rows of a routing are real tokens; a router by head has several for each token."""
+    tokens = mask.numel()
+    if mask.ndim != 2 or not (rows == tokens or (by_head and tokens and rows % tokens == 0)):
+        raise MergeError(
+            f"The mask of the tokens that {name!r} reads has shape {tuple(mask.shape)}, and it "
+            f"routed {rows} rows; give attention_mask (or a decoder's labels) one value for each "
+            "token (batch, positions)."
+        )
+    return spread(mask.bool().cpu(), rows)
 
 
 def given_weights(layers: Mapping[str, MoELayer], weights: Any) -> dict[str, Tensor]:

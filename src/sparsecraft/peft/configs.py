@@ -24,7 +24,7 @@ class SparsecraftConfig(PeftConfig):
             classification head.
 
     Raises:
-        RecipeError: the recipe replaces dense modules, or a field contradicts it.
+        RecipeError: the recipe replaces dense modules, is another method's, or contradicts a field.
     """
 
     recipe: Any = None
@@ -54,6 +54,15 @@ class SparsecraftConfig(PeftConfig):
         recipe = from_json(self.recipe)
         if reason := why_no_adapter(recipe):
             raise RecipeError(f"Recipe {recipe.name!r} cannot be a PEFT adapter: {reason}")
+        if self.METHOD not in (None, recipe.name):
+            raise RecipeError(
+                f"{type(self).__name__} holds recipe {self.METHOD!r}, and was given "
+                f"{recipe.name!r}; use {_holder(recipe).__name__}(recipe=...)."
+            )
+        self._check_fields()
+        return recipe
+
+    def _check_fields(self) -> None:
         for name, (_, path) in self.FIELDS.items():
             given, found = getattr(self, name), _at(self.recipe, path)
             if given is not None and given != found:
@@ -61,7 +70,6 @@ class SparsecraftConfig(PeftConfig):
                     f"{type(self).__name__} has {name}={given!r} and its recipe has {found!r}; "
                     "make a new configuration instead of changing one of them."
                 )
-        return recipe
 
     def _made_from_fields(self) -> Recipe:
         if self.METHOD is None:
@@ -116,6 +124,14 @@ class PescConfig(SparsecraftConfig):
         if self.recipe is None and self.lora_r is None:
             self.lora_r = 0
         super().__post_init__()
+
+    def _check_fields(self) -> None:
+        if self.lora_alpha and not self.lora_r and len(self.recipe["edits"]) == 1:
+            raise RecipeError(
+                f"PescConfig has lora_alpha={self.lora_alpha!r} and no LoRA to scale: lora_alpha "
+                "needs lora_r; give both, or neither."
+            )
+        super()._check_fields()
 
 
 @dataclass
@@ -188,8 +204,12 @@ CONFIGS = (SparsecraftConfig, PescConfig, MovConfig, MoloraConfig)
 
 def config_of(recipe: Recipe) -> SparsecraftConfig:
     """The configuration of a recipe, of its method's own type if it has one."""
+    return _holder(recipe)(recipe=recipe)
+
+
+def _holder(recipe: Recipe) -> type[SparsecraftConfig]:
     own = {config_class.METHOD: config_class for config_class in CONFIGS}
-    return own.get(recipe.name, SparsecraftConfig)(recipe=recipe)
+    return own.get(recipe.name, SparsecraftConfig)
 
 
 def why_no_adapter(recipe: Recipe) -> str | None:
@@ -203,10 +223,21 @@ def why_no_adapter(recipe: Recipe) -> str | None:
     return None
 
 
-def _at(data: Any, path: str) -> Any:
-    """The value at a dotted path of plain JSON data; 0 where the recipe has no such edit."""
-    for key in path.split("."):
-        if isinstance(data, list) and int(key) >= len(data):
-            return 0
-        data = data[int(key)] if isinstance(data, list) else data[key]
+def _at(recipe: dict[str, Any], path: str) -> Any:
+    """The value at a dotted path of a recipe's JSON; 0 where PESC's recipe has no LoRA.
+
+    Raises:
+        RecipeError: the recipe was made by hand and keeps no such value.
+    """
+    if path.startswith("edits.1.") and len(recipe["edits"]) == 1:
+        return 0
+    data: Any = recipe
+    try:
+        for key in path.split("."):
+            data = data[int(key)] if isinstance(data, list) else data[key]
+    except (KeyError, IndexError, TypeError):
+        raise RecipeError(
+            f"This {recipe['name']!r} recipe has no {path}, which its own configuration names; "
+            "use SparsecraftConfig(recipe=...)."
+        ) from None
     return data

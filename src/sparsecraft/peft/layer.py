@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ from sparsecraft.errors import CheckpointError, SparsecraftError
 
 PREFIX = "sparsecraft_"
 HELD = "sparsecraft_moe"  # the attribute in which a layer has its adapters
+Standing = tuple[tuple[str, ...], int]  # the dense modules, and the level above them
 WRAPPED = "base_model.model."  # what PeftModel puts before the names of the dense model
 
 
@@ -33,6 +35,11 @@ class ExpertsTunerLayer(nn.Module, BaseTunerLayer):
         self.site, self.level = site, level
         self.sparsecraft_moe = nn.ModuleDict()
         self.merged_adapters = []
+
+    @property
+    def standing(self) -> Standing:
+        """Which layer this is among all those that may stand in the dense model."""
+        return self.site.members, self.level
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         top = self.base_layer
@@ -93,6 +100,16 @@ def taken_out(model: nn.Module) -> Iterator[list[ExpertsTunerLayer]]:
 
         for layer in sorted(layers, key=inner_first):
             layer.put_in(model)
+
+
+def standings(sites: list[Site]) -> list[Standing]:
+    """Which layer holds the part of an adapter at each of its sites, inner ones first."""
+    levels: Counter = Counter()
+    found = []
+    for site in sites:
+        found.append((site.members, levels[site.members]))
+        levels[site.members] += 1
+    return found
 
 
 def standing_paths(sites: list[Site]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ from sparsecraft.peft.layer import (
     check_complete,
     layers_of,
     saved_names,
+    standings,
     taken_out,
 )
+from sparsecraft.peft.merged import fold_adapters
 from sparsecraft.planning import PlannedEdit, build_layer, plan
 from sparsecraft.surgery import is_converted
 
@@ -78,13 +80,10 @@ class RecipeTuner(BaseTuner):
 
     def _add(self, adapter_name: str, planned: Planned, layers: list[ExpertsTunerLayer]) -> None:
         """Let the layer at each site hold its part of the adapter; extend `layers` by new ones."""
-        standing = {(layer.site.members, layer.level): layer for layer in layers}
+        standing = {layer.standing: layer for layer in layers}
         disabled = any(layer.disable_adapters for layer in layers)
-        levels: Counter = Counter()
-        for item, moe in planned:
-            members = item.site.members
-            place = members, levels[members]
-            levels[members] += 1
+        places = standings([item.site for item, _ in planned])
+        for place, (item, moe) in zip(places, planned, strict=True):
             if place not in standing:
                 layer = ExpertsTunerLayer(item.site, place[1])
                 layer._active_adapter = list(self.active_adapters)
@@ -106,21 +105,38 @@ class RecipeTuner(BaseTuner):
     def _create_and_replace(self, *args, **kwargs) -> None:
         raise NotImplementedError("inject_adapter puts all layers in at once.")
 
-    def _check_merge_allowed(self) -> None:
+    def merge_adapter(self, *args, **kwargs) -> None:
+        """Refused: merged weights belong to all adapters of a module, and this keeps them apart."""
         raise SparsecraftError(
-            "These adapters cannot be merged: which experts work depends on the token, so that no "
-            "dense weight equals them. Keep the adapter; for one LoRA without a router, PEFT's "
-            "LoraConfig makes one that merges."
+            "merge_adapter keeps the adapters beside the merged weights, for unmerge_adapter to "
+            "take them out again, and a recipe's layers change weights that others share; "
+            "merge_and_unload merges for good."
         )
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
-        if merge:
-            self._check_merge_allowed()
+    def unmerge_adapter(self) -> None:
+        """Refused: nothing is ever merged that still has its adapter."""
+        raise SparsecraftError(
+            "There is nothing to unmerge: merge_and_unload leaves no adapter, and merge_adapter "
+            "is refused; load the base again."
+        )
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
         with taken_out(self.model) as layers:
+            if merge:  # whatever safe_merge says, a merge is checked
+                names = self.active_adapters if adapter_names is None else adapter_names
+                fold_adapters(self.model, self.peft_config, names, layers)
             layers.clear()
         for hook in self._hooks:
             hook.remove()
-        return super()._unload_and_optionally_merge(merge=False, **kwargs)
+        return super()._unload_and_optionally_merge(
+            merge, progressbar, safe_merge, adapter_names=adapter_names
+        )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:

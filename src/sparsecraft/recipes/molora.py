@@ -66,5 +66,5 @@ def molora(
             Edit(site=site, paths=paths, place="beside", experts=experts, router=route)
             for site in (RELEASED_SITES if released else ("linear",))
         ),
-        stages=(tuned_stage(5e-4, 2.5e-4) if variant == "tuned" else cohere_stage(),),
+        stages=(tuned_stage(5e-4, 6.25e-5) if variant == "tuned" else cohere_stage(),),
     )

@@ -41,7 +41,7 @@ def smola(
         dropout=dropout,
         init="normal",
     )
-    router = RouterSpec(select="soft" if mixing == "token" else "slots", top_k=None, init="normal")
+    router = RouterSpec(select={"token": "soft"}.get(mixing, mixing), top_k=None, init="normal")
     return Recipe(
         name="smola",
         title="Soft mixture of low-rank experts, by modality if wanted",

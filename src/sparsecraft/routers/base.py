@@ -40,7 +40,7 @@ class Router(nn.Module):
         if self.spec.decides in ("sequence", "sentence"):
             logits = self._for_tokens(logits, x, batch)
         weights_TK, indices_TK = self.select(logits)
-        return Routing(weights_TK, indices_TK, logits)
+        return Routing(weights_TK, indices_TK, logits, in_order=self.spec.select != "top_k")
 
     def scores_of_input(self) -> Tensor | None:
         """The matrix (E, D) whose product with each token of the layer's input is all that the
@@ -78,7 +78,19 @@ class Router(nn.Module):
                 "(batch, width) to the model, or generate inside "
                 "`with sc.context(model, sentence_embeddings=...)`."
             )
-        return batch.sentence_embeddings.to(x.device)
+        embeddings = batch.sentence_embeddings
+        shape = tuple(getattr(embeddings, "shape", ()))
+        if not isinstance(embeddings, Tensor) or len(shape) != 2 or 0 in shape:
+            raise SparsecraftError(
+                f"sentence_embeddings is a {type(embeddings).__name__} of shape {shape}; pass a "
+                f"tensor (sentences, {self.scorer.width})."
+            )
+        if shape[1] != self.scorer.width:
+            raise SparsecraftError(
+                f"sentence_embeddings are {shape[1]} wide and this router reads "
+                f"{self.scorer.width}; embed with {self.spec.encoder!r}."
+            )
+        return embeddings.to(x.device)
 
     @staticmethod
     def _mean(x: Tensor, batch: Batch) -> Tensor:

@@ -22,9 +22,7 @@ def top_k(logits_TE: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]
 def soft(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     """Every expert, weighted by the softmax (MoV and MoLORA Eq. 1)."""
     weights_TE = logits_TE.softmax(-1)
-    indices_E = _count(logits_TE)
-    # Stride 0 says that every token has them all in order; expand() of one token would not.
-    return weights_TE, indices_E.as_strided(weights_TE.shape, (0, 1))
+    return weights_TE, _count(logits_TE).expand_as(weights_TE)
 
 
 def _count(logits_TE: Tensor) -> Tensor:
