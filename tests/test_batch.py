@@ -522,6 +522,10 @@ def test_recomputation_sees_the_batch_of_its_forward_pass_or_refuses(recipe, ree
     losses = [model(ids, labels=ids, **{field: m}).loss for m in (mask, 1 - mask)]
     with pytest.raises(SparsecraftError, match="right after its forward pass"):
         sum(losses).backward()
+    states = model(ids, output_hidden_states=True, **{field: mask}).hidden_states[-1]
+    model(ids, **{field: 1 - mask})
+    with pytest.raises(SparsecraftError, match="right after its forward pass"):
+        states.pow(2).sum().backward()
     loss = model(ids, labels=ids, **{field: mask}).loss
     with torch.no_grad():
         model(ids)

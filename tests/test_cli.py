@@ -16,6 +16,7 @@ import pytest
 import sparsecraft as sc
 import tiny
 from sparsecraft import cli, hub
+from sparsecraft.options import gathered
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--num-experts", "4", "--adapter-dim", "16", "--lora-rank", "4"]
@@ -298,3 +299,22 @@ def test_a_peft_folder_is_a_model_too(run, converted, tmp_path):
     assert run("generate", out, "--prompt", "one", "--max-new-tokens", "2") == run(
         "generate", converted, "--prompt", "one", "--max-new-tokens", "2"
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("D --set a=1 --out O --set b=2 c=3", "D --set a=1 b=2 c=3 --out O"),
+        ("D --data=x --data y", "D --data x y"),
+        ("D --prompt=--help --seed 1 --seed 2", "D --prompt=--help --seed 1 --seed 2"),
+        ("--limit 3 D --flag=False", "--limit 3 D --flag=False"),
+    ],
+)
+def test_only_options_of_several_values_are_gathered(given, wanted):
+    assert gathered(given.split()) == wanted.split()
+    assert gathered(["--prompt", "-- a = b", "--system", ""]) == [
+        "--prompt",
+        "-- a = b",
+        "--system",
+        "",
+    ]

@@ -188,9 +188,18 @@ class _End:
         if output is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         hook = functools.partial(self.batch.goes_back, self.batch.passes)
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(hook)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Every tensor of a model's output, those in tuples (hidden states) too."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (dict, tuple, list)):
         for value in output.values() if isinstance(output, dict) else output:
-            if isinstance(value, Tensor) and value.requires_grad:
-                value.register_hook(hook)
+            yield from _tensors(value)
 
 
 def attach(model: nn.Module, batch: Batch) -> list:

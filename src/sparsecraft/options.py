@@ -72,14 +72,28 @@ class ConvertOptions:
     """Of the new parameters."""
 
 
+MULTIPLE = ("--set", "--data", "--weights", "--choice", "--tasks", "--trackers")
+
+
 def gathered(argv: list[str]) -> list[str]:
-    """`--set a=1 --set b=2` as `--set a=1 b=2`: of a repeated option only the last would count."""
-    options: dict[str, list[str]] = {"": []}
-    option = ""
+    """`--set a=1 --set b=2` as `--set a=1 b=2`: of a repeated option only the last would count.
+
+    Everything but the options that take several values stays as it is.
+    """
+    groups: list[list[str]] = [[]]
+    several: dict[str, list[str]] = {}
+    target = groups[0]
     for word in argv:
-        if word.startswith("--") and len(word) > 2:
-            option, equals, value = word.partition("=")
-            options.setdefault(option, []).extend([value] if equals else [])
+        name, equals, value = word.partition("=")
+        if name in MULTIPLE:
+            if name not in several:
+                several[name] = [name]
+                groups.append(several[name])
+            target = several[name]
+            target.extend([value] if equals else [])
         else:
-            options[option].append(word)
-    return [word for option, values in options.items() for word in (option, *values) if word]
+            if word.startswith("--"):
+                target = []
+                groups.append(target)
+            target.append(word)
+    return [word for group in groups for word in group]

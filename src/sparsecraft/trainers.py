@@ -27,20 +27,14 @@ from sparsecraft.errors import SparsecraftError
 from sparsecraft.layer import matches, unique_tensors
 from sparsecraft.losses import auxiliary_loss
 from sparsecraft.options import TrainOptions
+from sparsecraft.planning import CROSS_ATTENTIONS, CROSS_PROJECTIONS
 from sparsecraft.recipe import Stage
 from sparsecraft.routing import Routing, spread, trace
 from sparsecraft.surgery import conversion_of
 
 TOKEN_MASK = "token_mask"
 
-# Fewer steps than this of the MoV paper's Adafactor are worth a warning.
-PATIENT_STEPS = 10_000
-
 log = logging.getLogger("sparsecraft")
-
-# Modules that read the encoder's tokens from inside the decoder (T5, BART).
-CROSS_ATTENTIONS = {"EncDecAttention", "encoder_attn"}
-CROSS_PROJECTIONS = {"k", "v", "k_proj", "v_proj"}
 
 
 class RoutedTrainerMixin:
@@ -243,11 +237,11 @@ def training_arguments(
     accumulation = each // micro_batch
     per_epoch = math.ceil(rows / (micro_batch * accumulation * world))
     steps = settings.steps or max(1, math.ceil(per_epoch * settings.epochs))
-    if stage.optimizer == "adafactor" and steps < PATIENT_STEPS:
+    if stage.optimizer == "adafactor" and settings.learning_rate * steps < 1:
         log.warning(
             f"The stage's Adafactor moves a parameter by {settings.learning_rate:g} of its size a "
-            f"step, as the paper does for 500,000 steps; {steps} will change little, and least "
-            "what starts at zero. The recipe's variant='tuned' learns in one epoch."
+            f"step; {steps} such steps change little, and least what starts at zero (the MoV paper "
+            "takes 500,000). Raise the learning rate, or use variant='tuned' of the recipe."
         )
     every = settings.save_every or (steps // 10 if steps >= 100 else None)
     warmup = stage.warmup_steps or math.ceil(stage.warmup_ratio * steps)

@@ -90,6 +90,8 @@ def _why_not(item: PlannedEdit) -> tuple[str, list[str]] | None:
     average = "how='average' averages the experts"
     if edit.router and edit.router.select == "slots":
         return "its slots mix the tokens of a sequence", [average]
+    if edit.router and edit.experts.num_experts == 1:
+        return "its one expert stands behind a router", ["how='exact'"]
     if edit.router:
         number = edit.experts.num_experts
         reason = f"its router weighs {number} experts, and how depends on the token"

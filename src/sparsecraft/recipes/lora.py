@@ -26,7 +26,7 @@ def lora(
     Args:
         rank: of the updates (the MoV paper's baselines: 4, 8, 16).
         variant: `paper`; `released` adapts q, k, v, o, gate and down only, as the MoV paper's code
-            does; `tuned` is `paper` with AdamW and the learning rate that was best in our
+            does; `tuned` is `paper` with AdamW and a learning rate fitted to the best ones of our
             benchmark.
         alpha: updates are scaled by alpha / rank; None takes 16, and in `tuned` four times the
             rank, the scale that 16 gives rank 4, with a learning rate that falls as the rank rises.
