@@ -15,7 +15,6 @@ import argparse
 import json
 import logging
 import math
-import multiprocessing
 import os
 import sys
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from cohere_arms import ARMS, Run, best_run, host, key_of, next_run, score
 from cohere_page import table
-from quality_queue import Queue, read
+from quality_queue import Queue, read, run_workers
 
 HERE = Path(__file__).parent
 NAMES = ("method", "schedule", "lr", "router_lr", "seed")
@@ -133,21 +132,10 @@ def work(args, gpu: int | None) -> None:
 
 
 def run_all(args) -> None:
-    import torch
-
-    args.begun = time.time()
-    args.deadline = args.begun + args.seconds
     args.claims = args.results.with_suffix(".claims")
     args.documents = args.results.with_suffix(".documents")
     args.claims.unlink(missing_ok=True)
-    gpus = args.gpus or list(range(torch.cuda.device_count())) or [None]
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=work, args=(args, gpu)) for gpu in gpus]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    print(f"{len(read(args.results))} runs in {args.results} after {time.time() - args.begun:.0f}s")
+    run_workers(work, args)
 
 
 def smoke(args) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from layer_page import mixture_tables
 from pesc_layer import block_times, ceilings, graphs, sync
-from report import insert
+from report import measure_and_write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -353,12 +353,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="only rewrite the page's tables")
     parser.add_argument("--out", type=Path, default=HERE / "mixture_layer.json")
-    args = parser.parse_args()
-    if not args.table:
-        args.out.write_text(json.dumps(measure(args), indent=1) + "\n")
-    page = args.out.with_suffix(".md")
-    insert(page, mixture_tables(json.loads(args.out.read_text())))
-    print(page.read_text())
+    measure_and_write(parser.parse_args(), measure, mixture_tables)
 
 
 if __name__ == "__main__":

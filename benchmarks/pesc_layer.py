@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch
 from layer_page import tables
-from report import insert
+from report import measure_and_write
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig
@@ -357,12 +356,7 @@ def main() -> None:
     parser.add_argument("--compile-tokens", type=int, nargs="*", default=(1, 2048, 8192))
     parser.add_argument("--table", action="store_true", help="only rewrite the page's tables")
     parser.add_argument("--out", type=Path, default=HERE / "pesc_layer.json")
-    args = parser.parse_args()
-    if not args.table:
-        args.out.write_text(json.dumps(measure(args), indent=1) + "\n")
-    page = args.out.with_suffix(".md")
-    insert(page, tables(json.loads(args.out.read_text())))
-    print(page.read_text())
+    measure_and_write(parser.parse_args(), measure, tables)
 
 
 if __name__ == "__main__":

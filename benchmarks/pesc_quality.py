@@ -15,7 +15,6 @@ import argparse
 import json
 import logging
 import math
-import multiprocessing
 import os
 import sys
 import time
@@ -23,7 +22,7 @@ import traceback
 from pathlib import Path
 
 from quality_page import table
-from quality_queue import Queue, read
+from quality_queue import Queue, run_workers
 
 HERE = Path(__file__).parent
 
@@ -85,21 +84,10 @@ def one_run(session, run) -> dict:
 
 
 def run_all(args) -> None:
-    import torch
-
-    args.begun = time.time()
-    args.deadline = args.begun + args.seconds
     args.claims = args.results.with_suffix(".claims")
     if not args.join:
         args.claims.unlink(missing_ok=True)
-    gpus = args.gpus or list(range(torch.cuda.device_count())) or [None]
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=work, args=(args, gpu)) for gpu in gpus]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    print(f"{len(read(args.results))} runs in {args.results} after {time.time() - args.begun:.0f}s")
+    run_workers(work, args)
 
 
 def untouched(args) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import multiprocessing
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +88,22 @@ def _key(job: tuple) -> tuple:
 
 def _key_of(row: dict) -> tuple:
     return _key((row["method"], row["schedule"], row["lr"], row["seed"]))
+
+
+def run_workers(work: Callable, args) -> None:
+    """`work(args, gpu)` in a process for each of `args.gpus`, for about `args.seconds`."""
+    import torch
+
+    args.begun = time.time()
+    args.deadline = args.begun + args.seconds
+    gpus = args.gpus or list(range(torch.cuda.device_count())) or [None]
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=work, args=(args, gpu)) for gpu in gpus]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    print(f"{len(read(args.results))} runs in {args.results} after {time.time() - args.begun:.0f}s")
 
 
 def read(path: Path) -> list[dict]:

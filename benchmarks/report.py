@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 BEGIN, END = "<!-- tables: written by the script -->", "<!-- end of tables -->"
@@ -21,3 +23,12 @@ def insert(page: Path, tables: str) -> None:
     head, _, rest = text.partition(BEGIN)
     tail = rest.partition(END)[2]
     page.write_text(f"{head}{BEGIN}\n\n{tables.strip()}\n\n{END}{tail}")
+
+
+def measure_and_write(args, measure: Callable, tables: Callable[[dict], str]) -> None:
+    """Measure into `args.out`, unless `args.table`; put the tables into the page beside it."""
+    if not args.table:
+        args.out.write_text(json.dumps(measure(args), indent=1) + "\n")
+    page = args.out.with_suffix(".md")
+    insert(page, tables(json.loads(args.out.read_text())))
+    print(page.read_text())

@@ -61,6 +61,9 @@ TOO_LONG, TRUNCATED, NO_TARGET = "too_long", "truncated", "no_trainable_token"
 
 TASKS = {"causal": encode, "seq2seq": encode_pair, "label": encode_label}
 
+# What `hub.task_of` says of a model that can train or have a held-out loss -> one of TASKS.
+TASK_OF_MODEL = {"causal": "causal", "seq2seq": "seq2seq", "classification": "label"}
+
 
 # ------------------------------------------------------------------ datasets
 def prepare(

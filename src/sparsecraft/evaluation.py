@@ -94,13 +94,12 @@ def _listed(paths: Any) -> list:
 def _task(model: nn.Module) -> str:
     """What `data.prepare` calls the model's task."""
     task = hub.task_of(model)
-    known = {"causal": "causal", "seq2seq": "seq2seq", "classification": "label"}
-    if task not in known:
+    if task not in data_module.TASK_OF_MODEL:
         raise SparsecraftError(
             f"{type(model).__name__} is an {task} model, for which there is no held-out loss here; "
             "use a ...ForCausalLM, ...ForConditionalGeneration or ...ForSequenceClassification."
         )
-    return known[task]
+    return data_module.TASK_OF_MODEL[task]
 
 
 def positions_of(model: nn.Module) -> int | None:

@@ -104,7 +104,7 @@ class MoELayer(nn.Module):
 
     def _scales(self, x: Tensor) -> bool:
         """Whether the base and the vectors after it run as one."""
-        merged = type(self.experts) is VectorExperts and self.experts.dispatch in ("auto", "merged")
+        merged = type(self.experts) is VectorExperts and self.experts.runs_merged
         if not merged or self.rows or self.modality or type(self.router) is not Router:
             return False
         return self.router.spec.reads == "input" and scales_in_chunks(

@@ -28,6 +28,12 @@ class PlannedEdit:
     edit: Edit
     donor: Donor
 
+    @property
+    def claim(self) -> tuple:
+        """What no two edits of a recipe may share: edits can share a module where each has rows
+        or tokens of its own."""
+        return self.site.members, self.site.rows, self.edit.modality
+
 
 def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
     """Every edit of `recipe` at every site of the untouched `model`, inner sites first.
@@ -45,9 +51,7 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
     ]
     claims: dict[tuple, PlannedEdit] = {}
     for item in planned:
-        # Edits may share a module where each has rows or tokens of its own.
-        claim = (item.site.members, item.site.rows, item.edit.modality)
-        other = claims.setdefault(claim, item)
+        other = claims.setdefault(item.claim, item)
         if other is not item:
             raise SurgeryError(
                 f"Two edits of recipe {recipe.name!r} claim {item.site.path!r}: "

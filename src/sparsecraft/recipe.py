@@ -37,6 +37,7 @@ __all__ = [
     "RouterSpec",
     "Stage",
     "VectorSpec",
+    "check_variant",
     "facts",
     "from_json",
     "override",
@@ -213,6 +214,12 @@ class Recipe:
                 f"The routers of recipe {self.name!r} read sentences by several encoders, "
                 f"{sorted(encoders)}; give them all the same encoder and sentence_dim."
             )
+
+
+def check_variant(variant: str, known: tuple[str, ...]) -> None:
+    """Refuse a variant that a recipe does not have, naming the nearest."""
+    if variant not in known:
+        raise RecipeError(f"Unknown variant {variant!r}." + did_you_mean(variant, known))
 
 
 def router_words(router: RouterSpec) -> str:

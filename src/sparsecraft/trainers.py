@@ -27,7 +27,6 @@ from sparsecraft.errors import SparsecraftError
 from sparsecraft.layer import matches, unique_tensors
 from sparsecraft.losses import auxiliary_loss
 from sparsecraft.options import TrainOptions
-from sparsecraft.planning import CROSS_ATTENTIONS, CROSS_PROJECTIONS
 from sparsecraft.recipe import Stage
 from sparsecraft.routing import Routing, spread, trace
 from sparsecraft.surgery import conversion_of
@@ -47,7 +46,8 @@ class RoutedTrainerMixin:
         """The task's loss, and in training the stage's auxiliary losses added to it."""
         token_mask = inputs.pop(TOKEN_MASK, None)
         training = model.training
-        with trace(self.accelerator.unwrap_model(model)) as traced:
+        unwrapped = self.accelerator.unwrap_model(model)
+        with trace(unwrapped) as traced:
             result = super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
@@ -59,7 +59,7 @@ class RoutedTrainerMixin:
                 "The stage has routing losses, and no router was seen in the forward pass: the "
                 "model runs as copies. Launch one process for each GPU with torchrun."
             )
-        masks = _masks(inputs, token_mask, getattr(self.model.config, "is_encoder_decoder", False))
+        masks = _masks(unwrapped, inputs, token_mask)
         if (
             self.state.global_step == 0
             or (self.state.global_step + 1) % self.args.logging_steps == 0
@@ -198,7 +198,7 @@ class RoutedTrainer(RoutedTrainerMixin, Trainer):
     """Classifiers."""
 
 
-def _masks(inputs: dict, token_mask: Tensor | None, encoder_decoder: bool):
+def _masks(model: torch.nn.Module, inputs: dict, token_mask: Tensor | None):
     """Layer name -> which of its tokens are real.
 
     The decoder of an encoder-decoder model sees the labels' positions, its encoder the inputs',
@@ -208,9 +208,7 @@ def _masks(inputs: dict, token_mask: Tensor | None, encoder_decoder: bool):
         token_mask = inputs["attention_mask"].bool()
 
     def mask(layer: str) -> Tensor | None:
-        parts = [part for part in layer.split(".") if part != "base"]  # of stacked layers
-        crosses = CROSS_ATTENTIONS.intersection(parts) and parts[-1] in CROSS_PROJECTIONS
-        if encoder_decoder and "decoder" in parts and not crosses:
+        if model.get_submodule(layer).reads == "decoder":
             return (inputs["labels"] != -100).reshape(-1)
         return None if token_mask is None else token_mask.reshape(-1)
 

@@ -192,7 +192,6 @@ def _dataset(
     settings: TrainOptions,
     prompts: Prompts | None = None,
 ) -> tuple[Any, dict[str, int]]:
-    task = {"causal": "causal", "seq2seq": "seq2seq"}.get(_task(model), "label")
     rows, counts = data_module.prepare(
         data,
         tokenizer,
@@ -200,7 +199,7 @@ def _dataset(
         weights=settings.weights or None,
         packing=settings.packing,
         seed=settings.seed,
-        task=task,
+        task=data_module.TASK_OF_MODEL[_task(model)],
         prompts=prompts,
     )
     if prompts is not None:
@@ -336,7 +335,7 @@ def _trainer(
 
 def _task(model: nn.Module) -> str:
     task = hub.task_of(model)
-    if task in ("causal", "seq2seq", "classification"):
+    if task in data_module.TASK_OF_MODEL:
         return task
     raise SparsecraftError(
         f"{type(model).__name__} is an {task} model without a training objective here; use a "

@@ -54,6 +54,11 @@ class Experts(nn.Module, ABC):
     merges: bool = False
     dense_tokens: int = 0
 
+    @property
+    def runs_merged(self) -> bool:
+        """Whether `dispatch` mixes the parameters first, in a bank that can."""
+        return self.merges and self.dispatch in ("auto", "merged")
+
     @abstractmethod
     def expert(self, e: int, x: Tensor) -> Tensor:
         """Expert `e` on tokens x (n, I) -> (n, O)."""

@@ -111,7 +111,7 @@ class LoRAExperts(Experts):
         return self._mixed(x_TI, weights_TE)
 
     def rows_of_input(self) -> Tensor | None:
-        if (self.dropout and self.training) or self.dispatch not in ("auto", "merged"):
+        if (self.dropout and self.training) or not self.runs_merged:
             return None
         return self.lora_A.flatten(0, 1)
 
@@ -120,7 +120,7 @@ class LoRAExperts(Experts):
     ) -> Tensor:
         if routing is None:
             return self._mixed(x_TI, None, y_TO, in_place, z_TN)
-        if self.dispatch in ("auto", "merged"):
+        if self.runs_merged:
             return self._mixed(x_TI, routing.weights_TE(), y_TO, in_place, z_TN)
         return super().add_to(y_TO, x_TI, routing, sums_to_one)
 
@@ -163,7 +163,7 @@ class VectorExperts(Experts):
         self, x_TO: Tensor, routing: Routing | None = None, sums_to_one: bool = False
     ) -> Tensor:
         heads = 1 if routing is None else len(routing.indices_TK) // len(x_TO)
-        if heads > 1 and self.dispatch not in ("auto", "merged"):
+        if heads > 1 and not self.runs_merged:
             return self._by_head(heads, x_TO, routing, sums_to_one)
         return super().forward(x_TO, routing, sums_to_one)
 

@@ -46,7 +46,7 @@ def choose_path(bank: Experts, x_TI: Tensor, routing: Routing) -> str:
     Raises:
         SparsecraftError: `grouped` was asked for and cannot run.
     """
-    if bank.merges and bank.dispatch == "auto":
+    if bank.runs_merged:
         return "merged"
     if bank.dispatch == "dense" and bank.two_layer(x_TI.dtype) is None:
         raise SparsecraftError(

@@ -19,9 +19,6 @@ from sparsecraft.errors import DataError
 from sparsecraft.origin import Origin
 from sparsecraft.surgery import DATA_LENGTH, conversion_of
 
-# What `data.prepare` calls the tasks that have a held-out loss.
-TASKS = {"causal": "causal", "seq2seq": "seq2seq", "classification": "label"}
-
 BATCH_ROWS = 8
 
 
@@ -80,7 +77,7 @@ class HeldOut:
         positions = evaluation.positions_of(model) or evaluation.DEFAULT_MAX_LENGTH
         options = {
             "max_length": min(evaluation.DEFAULT_MAX_LENGTH, positions),
-            "task": TASKS.get(hub.task_of(model), "causal"),
+            "task": data_module.TASK_OF_MODEL.get(hub.task_of(model), "causal"),
         }
         return cls({str(p): _batches(p, tokenizer, options) for p in listed}, from_files=True)
 
@@ -100,7 +97,7 @@ class HeldOut:
 
     def losses(self, model: nn.Module) -> dict[str, float]:
         """File -> loss; nothing without data, or for a task that has no such loss."""
-        if not self.sources or hub.task_of(model) not in TASKS:
+        if not self.sources or hub.task_of(model) not in data_module.TASK_OF_MODEL:
             return {}
         return {
             name: evaluation.evaluate(model, batches)["loss"]["data"]["loss"]

@@ -33,7 +33,7 @@ from sparsecraft.merging.folding import Ledger
 from sparsecraft.merging.frozen import frozen_routing
 from sparsecraft.merging.mergeable import How, Step, check_steps, held, plan_steps
 from sparsecraft.origin import Origin, digest
-from sparsecraft.planning import PlannedEdit, plan
+from sparsecraft.planning import plan
 from sparsecraft.recipe import Recipe
 from sparsecraft.surgery import MAX_DATA_PROBES, Conversion, conversion_of
 
@@ -239,21 +239,16 @@ def _rebuild(
         weights_E = one if step.weights_E is None else step.weights_E
         weights_E = weights_E.to(next(bank.parameters()).device)
         if step.action == "keep":
-            left[_claim(step.item)] = (step.layer, None)
+            left[step.item.claim] = (step.layer, None)
             continue
         average = how == "average" and bank.num_experts > 1
         tensors = folding.averaged(bank) if average else folding.parameters(bank)
         if step.action == "join":
-            left[_claim(step.item)] = (step.layer, folding.one_adapter(tensors, weights_E))
+            left[step.item.claim] = (step.layer, folding.one_adapter(tensors, weights_E))
         else:
             folding.fold(model, step.item, bank, tensors, weights_E, ledger)
     if left:
         _install(model, _recipe_left(record.recipe, steps, how), left)
-
-
-def _claim(item: PlannedEdit) -> tuple:
-    """What tells a planned edit from the others of one recipe."""
-    return item.site.members, item.site.rows, item.edit.modality
 
 
 def _recipe_left(recipe: Recipe, steps: list[Step], how: How) -> Recipe:
@@ -290,7 +285,7 @@ def _install(
     """Convert the dense model, with the experts of other layers or with given tensors."""
     record = surgery.apply(model, recipe, plan(model, recipe), on_meta=True)
     for item, layer in zip(record.plan, record.layers, strict=True):
-        old, tensors = parts[_claim(item)]
+        old, tensors = parts[item.claim]
         if tensors is None:
             layer.experts, layer.router = old.experts, old.router
         for name, value in (tensors or {}).items():
@@ -312,7 +307,7 @@ def _given_back_on_failure(model: nn.Module, record: Conversion, ledger: Ledger)
                 surgery.take_out(model)
             ledger.undo()
             parts = zip(record.plan, record.layers, strict=True)
-            _install(model, record.recipe, {_claim(i): (layer, None) for i, layer in parts})
+            _install(model, record.recipe, {i.claim: (layer, None) for i, layer in parts})
             for name in REMEMBERED:
                 setattr(model.sparsecraft, name, getattr(record, name))
         raise

@@ -7,8 +7,15 @@ Command: sparsecraft convert camelidae --model smollm2 --out runs/camelid --adap
 
 from typing import Literal
 
-from sparsecraft.errors import RecipeError, did_you_mean
-from sparsecraft.recipe import AdapterSpec, Edit, LoRASpec, Recipe, RouterSpec, Stage
+from sparsecraft.recipe import (
+    AdapterSpec,
+    Edit,
+    LoRASpec,
+    Recipe,
+    RouterSpec,
+    Stage,
+    check_variant,
+)
 
 VARIANTS = ("paper", "released")
 PAPER = "Wu et al., EMNLP 2024 (PESC / Camelidae)"
@@ -47,8 +54,7 @@ def camelidae(
         quantize: `nf4` keeps the backbone in 4 bits (QLoRA), as the paper does.
         paths: glob over the paths of the feed-forward networks, such as `model.layers.1?.mlp`.
     """
-    if variant not in VARIANTS:
-        raise RecipeError(f"Unknown variant {variant!r}." + did_you_mean(variant, VARIANTS))
+    check_variant(variant, VARIANTS)
     released = variant == "released"
     dim = (64 if released else 512) if adapter_dim is None else adapter_dim
     adapters = AdapterSpec(num_experts=num_experts, dim=dim, dropout=dropout, scale=adapter_scale)

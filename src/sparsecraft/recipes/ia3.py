@@ -7,8 +7,12 @@ Command: sparsecraft convert ia3 --model smollm2 --out runs/ia3
 
 from typing import Literal
 
-from sparsecraft.errors import RecipeError, did_you_mean
-from sparsecraft.recipe import Edit, Recipe, VectorSpec
+from sparsecraft.recipe import (
+    Edit,
+    Recipe,
+    VectorSpec,
+    check_variant,
+)
 from sparsecraft.recipes.mov import cohere_stage, tuned_stage
 
 
@@ -20,10 +24,7 @@ def ia3(variant: Literal["paper", "tuned"] = "paper", paths: str = "*") -> Recip
             learning rate that was best in our benchmark.
         paths: glob over the paths of the scaled modules.
     """
-    if variant not in ("paper", "tuned"):
-        raise RecipeError(
-            f"Unknown variant {variant!r}." + did_you_mean(variant, ("paper", "tuned"))
-        )
+    check_variant(variant, ("paper", "tuned"))
     vector = VectorSpec(num_experts=1)
     trains = ("experts",)
     return Recipe(

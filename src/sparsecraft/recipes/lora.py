@@ -8,8 +8,12 @@ Command: sparsecraft convert lora --model smollm2 --out runs/lora --rank 16
 import math
 from typing import Literal
 
-from sparsecraft.errors import RecipeError, did_you_mean
-from sparsecraft.recipe import Edit, LoRASpec, Recipe
+from sparsecraft.recipe import (
+    Edit,
+    LoRASpec,
+    Recipe,
+    check_variant,
+)
 from sparsecraft.recipes.molora import RELEASED_SITES
 from sparsecraft.recipes.mov import VARIANTS, cohere_stage, tuned_stage
 
@@ -33,8 +37,7 @@ def lora(
         dropout: on the updates' input, in training.
         paths: glob over the paths of the Linears.
     """
-    if variant not in VARIANTS:
-        raise RecipeError(f"Unknown variant {variant!r}." + did_you_mean(variant, VARIANTS))
+    check_variant(variant, VARIANTS)
     tuned = variant == "tuned"
     if alpha is None:
         alpha = 4.0 * rank if tuned else 16.0

@@ -7,8 +7,15 @@ Command: sparsecraft convert mixlora --model smollm2 --out runs/mixlora
 
 from typing import Literal
 
-from sparsecraft.errors import RecipeError, did_you_mean
-from sparsecraft.recipe import Edit, FFNLoRASpec, LoRASpec, Recipe, RouterSpec, Stage
+from sparsecraft.recipe import (
+    Edit,
+    FFNLoRASpec,
+    LoRASpec,
+    Recipe,
+    RouterSpec,
+    Stage,
+    check_variant,
+)
 
 VARIANTS = ("paper", "released")
 
@@ -37,8 +44,7 @@ def mixlora(
         attention_rank: of attention's LoRA; None takes `rank`, 0 leaves attention frozen.
         paths: glob over the paths of the feed-forward networks.
     """
-    if variant not in VARIANTS:
-        raise RecipeError(f"Unknown variant {variant!r}." + did_you_mean(variant, VARIANTS))
+    check_variant(variant, VARIANTS)
     if balance_coef is None:
         balance_coef = 0.001 if variant == "released" else 0.01
     experts = FFNLoRASpec(num_experts=num_experts, rank=rank, alpha=alpha, dropout=dropout)

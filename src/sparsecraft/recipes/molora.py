@@ -7,8 +7,13 @@ Command: sparsecraft convert molora --model smollm2 --out runs/molora --num-expe
 
 from typing import Literal
 
-from sparsecraft.errors import RecipeError, did_you_mean
-from sparsecraft.recipe import Edit, LoRASpec, Recipe, RouterSpec
+from sparsecraft.recipe import (
+    Edit,
+    LoRASpec,
+    Recipe,
+    RouterSpec,
+    check_variant,
+)
 from sparsecraft.recipes.mov import PAPER, VARIANTS, cohere_stage, tuned_stage
 
 # The released code leaves out the linear half of a gated feed-forward network.
@@ -43,8 +48,7 @@ def molora(
         dropout: on the updates' input, in training.
         paths: glob over the paths of the Linears.
     """
-    if variant not in VARIANTS:
-        raise RecipeError(f"Unknown variant {variant!r}." + did_you_mean(variant, VARIANTS))
+    check_variant(variant, VARIANTS)
     released = variant == "released"
     route = RouterSpec(
         select="soft" if top_k is None else "top_k",

@@ -7,8 +7,15 @@ Command: sparsecraft convert mov --model smollm2 --out runs/mov --num-experts 10
 
 from typing import Literal
 
-from sparsecraft.errors import RecipeError, did_you_mean
-from sparsecraft.recipe import Edit, Recipe, RouterSpec, Stage, VectorSpec
+from sparsecraft.errors import RecipeError
+from sparsecraft.recipe import (
+    Edit,
+    Recipe,
+    RouterSpec,
+    Stage,
+    VectorSpec,
+    check_variant,
+)
 
 VARIANTS = ("paper", "released", "tuned")
 PAPER = "Zadouri et al., ICLR 2024 (MoV / MoLORA)"
@@ -40,8 +47,7 @@ def mov(
             differ from the first step, and the model does not start as the dense one.
         paths: glob over the paths of the scaled modules.
     """
-    if variant not in VARIANTS:
-        raise RecipeError(f"Unknown variant {variant!r}." + did_you_mean(variant, VARIANTS))
+    check_variant(variant, VARIANTS)
     released = variant == "released"
     if released and router != "token":
         raise RecipeError(f"The released code has no router by {router}; use variant='paper'.")
