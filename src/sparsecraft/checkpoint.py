@@ -20,16 +20,20 @@ from torch import nn
 from transformers import GenerationConfig
 
 import sparsecraft
-from sparsecraft import cost, hub, tensorfile
+from sparsecraft import budget, cost, hub, tensorfile
 from sparsecraft.errors import CheckpointError, HubError, SparsecraftError
 from sparsecraft.folder import (
     COMPANIONS,
     MANIFEST,
+    base_config,
+    base_dtype,
+    config_of,
     json_digest,
     read_json,
     read_manifest,
     readme,
     replacing,
+    word,
     write_companions,
     write_json,
 )
@@ -69,12 +73,13 @@ def save(
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     record = conversion_of(model)
     check_loadable(model)
+    budget.warn_untrained(model)
     out = Path(out)
     origin = _usable_base(model, out, standalone)
     tensors = new_or_changed(model, origin)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     cost.require(out, disk=size, memory=0, task="Saving")
-    config = _config(model)
+    config = config_of(model)
     with replacing(out, overwrite, keep or (), foreign=keep is not None) as folder:
         weights_digest = tensorfile.write(folder / WEIGHTS, tensors)
         manifest = {
@@ -86,11 +91,12 @@ def save(
                 "name": origin.name,
                 "revision": origin.revision,
                 "fingerprint": origin.fingerprint(),
-                "dtype": _word(_base_dtype(model)),
+                "dtype": word(base_dtype(model)),
             },
             "base_card": record.base_card,
             # What `revert` compares with, where there is no base to read the originals from.
-            "dense": None if origin else {n: [_word(d), h] for n, (d, h) in record.digests.items()},
+            "dense": None if origin else {n: [word(d), h] for n, (d, h) in record.digests.items()},
+            "running": budget.state_of(model),
             "tensors": weights_digest,
             "config": json_digest(config),
         }
@@ -165,6 +171,7 @@ def load(
     record.digests, record.base_card = digests, manifest.get("base_card")
     record.folder, record.report = folder.absolute(), read_json(folder / "report.json")
     read_tensors(model, folder / WEIGHTS, manifest["tensors"], complete=origin is None)
+    budget.restore(model, manifest.get("running"))
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if dtype is not None:
@@ -292,10 +299,6 @@ def read_tensors(
         )
 
 
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _dtype(asked: torch.dtype | str | None) -> torch.dtype | None:
     """A floating dtype from what the user asked; None and "auto" keep what was saved."""
     found = getattr(torch, asked, None) if isinstance(asked, str) else asked
@@ -318,18 +321,21 @@ def _devices(model: nn.Module) -> dict[str, torch.device]:
         if id(module) in targets
         for part in ("experts", "router")
         if getattr(module, part) is not None
-        for name in (f"{part}.{n}" for n, _ in getattr(module, part).named_parameters())
+        for name in (f"{part}.{n}" for n in unique_tensors(getattr(module, part)))
     }
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor, device: torch.device) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    old = module.get_parameter(leaf) if leaf in module._parameters else module._buffers[leaf]
-    if old.is_meta:
-        module._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=old.requires_grad)
-    else:
+    store = module._parameters if leaf in module._parameters else module._buffers
+    old = store[leaf]
+    if not old.is_meta:
         old.data = tensor.to(device)  # in place, so that whatever is tied to it stays tied
+    elif store is module._parameters:
+        store[leaf] = nn.Parameter(tensor.to(device), requires_grad=old.requires_grad)
+    else:
+        store[leaf] = tensor.to(device)
 
 
 def find_base(folder: Path, saved: dict[str, Any] | None, base: str | None) -> Origin | None:
@@ -368,33 +374,3 @@ def _from_config(folder: Path, config: Any, device_map: Any, kwargs: dict[str, A
             f"{folder} is self-contained; device_map takes one device there, not {device_map!r}."
         )
     return model
-
-
-def base_config(data: dict[str, Any]) -> Any:
-    """The dense model's configuration out of our config.json."""
-    from transformers import AutoConfig
-
-    inner = dict(data["base_config"])
-    inner.pop("quantization_config", None)  # the recipe's base_quantization says it
-    return AutoConfig.for_model(inner.pop("model_type"), **inner)
-
-
-def _config(model: nn.Module) -> dict[str, Any]:
-    inner = model.config.to_dict()
-    inner["architectures"] = [type(model).__name__]
-    inner.pop("_name_or_path", None)
-    return {
-        "model_type": "sparsecraft",
-        "architectures": inner["architectures"],
-        "dtype": _word(_base_dtype(model)),
-        "base_config": inner,
-    }
-
-
-def _base_dtype(model: nn.Module) -> torch.dtype:
-    """Most common floating dtype of the dense tensors (trained parts may be float32 masters)."""
-    sizes: dict[torch.dtype, int] = {}
-    for tensor in dense_tensors(model).values():
-        if tensor.is_floating_point():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
-    return max(sizes, key=sizes.get)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sparsecraft.errors import ResourceError
+from sparsecraft.experts.split import SplitExperts
 from sparsecraft.layer import MoELayer, dense_name
 
 
@@ -58,10 +59,39 @@ def count(model: nn.Module) -> Cost:
 
 def _idle(layer: MoELayer) -> int:
     """Expert parameters of one layer that a token leaves untouched."""
+    if isinstance(layer.experts, SplitExperts):
+        return _idle_parts(layer)
     if layer.router is None or layer.router.spec.top_k is None or layer.experts.merges:
         return 0
     bank = sum(p.numel() for p in layer.experts.parameters())
     return bank * (layer.experts.num_experts - layer.router.spec.top_k) // layer.experts.num_experts
+
+
+def _idle_parts(layer: MoELayer) -> int:
+    """Of a split network: experts that do not run, and of a Linear and its imitation the other."""
+    if layer.place == "imitate" and not layer.imitates:
+        return sum(p.numel() for p in layer.experts.parameters())
+    base = 0 if layer.base is None else sum(_numel(p) for p in layer.base.parameters())
+    return base + round((1 - active_share(layer)) * layer.experts.products)
+
+
+def active_share(layer: MoELayer) -> float:
+    """Share of the experts of a split network that a token runs: as its budget says, and all where
+    nothing was measured."""
+    gate = layer.router
+    return 1.0 if gate is None or gate.runs != "sparse" or gate.share is None else gate.share
+
+
+def split_flops(layer: MoELayer, share: float | None = None) -> int:
+    """Multiply-adds times two of a split network for one token, its router included:
+    2 (router + share * (G + 1) F D), G = 2 with a gate; the whole network where share is 1.
+
+    Args:
+        share: of the experts that run; None takes the budget's.
+    """
+    share = active_share(layer) if share is None else share
+    router = 0 if share == 1 or layer.router is None else layer.router.products
+    return round(2 * (router + share * layer.experts.products))
 
 
 def _repeated(layer: MoELayer) -> int:

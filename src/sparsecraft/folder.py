@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from torch import nn
 
 from sparsecraft.errors import CheckpointError
+from sparsecraft.layer import dense_tensors
 from sparsecraft.origin import Origin
 from sparsecraft.recipe import FORMAT_VERSION
 from sparsecraft.surgery import conversion_of
@@ -274,3 +276,38 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "sc.load(dir, override={...}) instead."
         )
     return manifest
+
+
+def word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def base_config(data: dict[str, Any]) -> Any:
+    """The dense model's configuration out of our config.json."""
+    from transformers import AutoConfig
+
+    inner = dict(data["base_config"])
+    inner.pop("quantization_config", None)  # the recipe's base_quantization says it
+    return AutoConfig.for_model(inner.pop("model_type"), **inner)
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """Our config.json."""
+    inner = model.config.to_dict()
+    inner["architectures"] = [type(model).__name__]
+    inner.pop("_name_or_path", None)
+    return {
+        "model_type": "sparsecraft",
+        "architectures": inner["architectures"],
+        "dtype": word(base_dtype(model)),
+        "base_config": inner,
+    }
+
+
+def base_dtype(model: nn.Module) -> torch.dtype:
+    """Most common floating dtype of the dense tensors (trained parts may be float32 masters)."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in dense_tensors(model).values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return max(sizes, key=sizes.get)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from sparsecraft.batch import Batch
 from sparsecraft.donor import FFNSpan
 from sparsecraft.errors import SparsecraftError
-from sparsecraft.experts.base import Experts, everyone
+from sparsecraft.experts.base import Experts, all_in_order, everyone
 from sparsecraft.experts.peft import VectorExperts
 from sparsecraft.experts.slots import slots
+from sparsecraft.experts.split import SplitExperts
 from sparsecraft.kernels.projections import is_plain, joins, project, scales_in_chunks
 from sparsecraft.recipe import Place
 from sparsecraft.routers import Router
@@ -38,6 +39,7 @@ class MoELayer(nn.Module):
         after     y = sum_e w_e E_e(F(x))
         before    y = F(sum_e w_e E_e(x))
         inside    y = sum_e w_e F_e(x), with F_e what expert e makes of F
+        imitate   y = F(x), and once the experts have been fitted to it, sum_e w_e E_e(x)
 
     The base runs once per token, whatever the number of experts. Without a router the bank's
     only expert sees every token.
@@ -48,6 +50,7 @@ class MoELayer(nn.Module):
         batch: what the batch says of its tokens, where router or modality ask for it.
         causal: whether tokens must not see later ones, which `slots` have to respect.
         reads: whose tokens arrive here.
+        imitates: of place `imitate`: the experts have been fitted, and run instead of the base.
     """
 
     def __init__(
@@ -70,11 +73,18 @@ class MoELayer(nn.Module):
         self.causal = True
         self.reads: Reads = "input"
         self.batch: Batch | None = None
+        self.imitates = False
         self.tracing = False
         self.routing: Routing | None = None
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         match self.place:
+            case "imitate" if not self.imitates:
+                return self.base(x, *args, **kwargs)
+            case "imitate":
+                return self._mix_parts(x)
+            case "replace" if isinstance(self.experts, SplitExperts):
+                return self._mix_parts(x)
             case "replace":
                 return self._mix(x, x)
             case "inside":
@@ -147,6 +157,21 @@ class MoELayer(nn.Module):
         extra = {} if base is None else {"base": base}
         mixed_TO = self.experts(_flat(inputs), routing, sums_to_one, **extra)
         return mixed_TO.reshape(*inputs.shape[:-1], mixed_TO.shape[-1])
+
+    def _mix_parts(self, x: Tensor) -> Tensor:
+        """A split network: the parts that the router selects, or, unasked, all of them."""
+        x_TD, every = _flat(x), self.router is None or self.router.runs == "every"
+        self.experts.records = every and self.tracing and self.training
+        if not every and not self.tracing:
+            y_TD = self.experts.weighed(x_TD, *self.router.weigh(x_TD))
+        else:
+            routing = None if every else self.router(x)
+            y_TD = self.experts(x_TD, routing)
+            if self.tracing and self.router is not None:
+                routing = all_in_order(x_TD, self.experts.num_experts) if every else routing
+                self.routing = replace(routing, pre_TF=self.experts.pre_TF)
+                self.experts.pre_TF = None
+        return y_TD.reshape(*x.shape[:-1], self.experts.out_features)
 
     def _route(
         self, x: Tensor, y: Tensor | None = None, scores_TE: Tensor | None = None
@@ -268,4 +293,6 @@ def matches(parameter_name: str, word: str) -> bool:
         return True
     if word in ("experts", "router"):
         return f".{word}." in f".{parameter_name}"
+    if word == "model":
+        return ".router." not in f".{parameter_name}"
     return fnmatch.fnmatch(parameter_name, word)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from sparsecraft.donor import FFN, Donor, Site, view
 from sparsecraft.errors import SurgeryError
 from sparsecraft.experts import build_experts
+from sparsecraft.experts.split import SplitExperts
+from sparsecraft.init.banks import partition_of_weights
 from sparsecraft.layer import MoELayer, Reads
 from sparsecraft.recipe import Edit, Recipe
-from sparsecraft.routers import build_router
+from sparsecraft.routers import Gate, build_router
 from sparsecraft.sites import find_sites
 
 # Inside a decoder, what reads the encoder's tokens: in these modules (T5, BART, BERT) these parts.
@@ -142,9 +144,17 @@ def is_causal(model: nn.Module, path: str) -> bool:
 
 
 def build_layer(
-    model: nn.Module, item: PlannedEdit, *, device: torch.device | str | None = None
+    model: nn.Module,
+    item: PlannedEdit,
+    *,
+    number: int = 0,
+    device: torch.device | str | None = None,
 ) -> MoELayer:
-    """The layer for one planned edit, without its base, on the donor's device unless told."""
+    """The layer for one planned edit, without its base, on the donor's device unless told.
+
+    Args:
+        number: of the layer, so that random partitions differ.
+    """
     edit, donor, site = item.edit, item.donor, item.site
     reference = reference_tensor(donor)
     device = reference.device if device is None else device
@@ -152,10 +162,13 @@ def build_layer(
     dtype = reference.dtype if reference.is_floating_point() else model.dtype
     experts = build_experts(edit.experts, donor, site, edit.place, device=device, dtype=dtype)
     router = None
-    if edit.router is not None:
-        width = router_width(model, item)
-        num_experts = edit.experts.num_experts
-        router = build_router(edit.router, width, num_experts, device=device, dtype=dtype)
+    if isinstance(experts, SplitExperts):
+        if not experts.down.is_meta:
+            experts.arrange(partition_of_weights(experts, number))
+        router = edit.router and Gate(edit.router, experts)
+    elif edit.router is not None:
+        width, count = router_width(model, item), edit.experts.num_experts
+        router = build_router(edit.router, width, count, device=device, dtype=dtype)
     layer = MoELayer(edit.place, experts, router, rows=site.rows, modality=edit.modality)
     layer.causal = is_causal(model, site.path)
     layer.reads = reads(model, site.path)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,20 +20,27 @@ from sparsecraft.specs import (
     ExpertsSpec,
     FFNLoRASpec,
     FFNSpec,
+    FitSpec,
     LoRASpec,
     RouterSpec,
+    SplitSpec,
     VectorSpec,
+    check_selection,
+    check_split,
     check_whole,
 )
+from sparsecraft.typed import parse, read
 
 __all__ = [
     "AdapterSpec",
     "Edit",
     "FFNLoRASpec",
     "FFNSpec",
+    "FitSpec",
     "LoRASpec",
     "Recipe",
     "RouterSpec",
+    "SplitSpec",
     "Stage",
     "VectorSpec",
     "check_variant",
@@ -47,7 +53,7 @@ __all__ = [
 
 FORMAT_VERSION = 1
 
-Place = Literal["replace", "beside", "after", "before", "inside"]
+Place = Literal["replace", "beside", "after", "before", "inside", "imitate"]
 
 SiteKind = Literal[
     "ffn",
@@ -87,15 +93,21 @@ class Edit:
         experts, router = self.experts, self.router
         hints = typing.get_type_hints(Edit)
         for name in ("site", "paths", "place", "modality"):
-            _read(hints[name], getattr(self, name), name)
+            read(hints[name], getattr(self, name), name)
+        read(type(experts), dataclasses.asdict(experts), "experts")
         if router is not None:
-            _read(RouterSpec, dataclasses.asdict(router), "router")
+            read(RouterSpec, dataclasses.asdict(router), "router")
         check_whole("num_experts", experts.num_experts)
         places = PLACES.get(experts.kind, ("replace", "beside", "after", "before"))
         if self.place not in places:
             raise RecipeError(
                 f"{experts.kind} experts cannot stand {self.place} a module; they stand "
                 f"{' or '.join(places)} it."
+            )
+        if self.place == "imitate" and "linear" not in self.site:
+            raise RecipeError(
+                f"A network cannot imitate site {self.site!r}; it imitates a linear, "
+                "attention_linear or ffn_linear."
             )
         if self.modality and self.place != "beside":
             raise RecipeError(
@@ -113,11 +125,13 @@ class Edit:
             raise RecipeError(f"router.temperature is {router.temperature}; it must be positive.")
         if not 0 <= router.init_std < math.inf:
             raise RecipeError(f"router.init_std is {router.init_std}; it must not be negative.")
-        if (router.select == "top_k") == (router.top_k is None):
+        check_split(router)
+        check_selection(router, experts.num_experts)
+        if router.splits != (experts.kind == "split"):
             raise RecipeError(
-                f"router.select is {router.select!r} with top_k={router.top_k}: "
-                f"{router.select} selection takes "
-                f"{'a number' if router.select == 'top_k' else 'top_k=None'}."
+                f"router.weighting is {router.weighting!r} with {experts.kind} experts; split "
+                "experts are summed as they are (one, scaled, straight_through, score, gain), "
+                "all others mixed by the softmax."
             )
         if router.decides == "head" and (
             self.site not in ("key", "value") or router.reads != "output"
@@ -131,11 +145,6 @@ class Edit:
                 f"router.select is 'slots' with place={self.place!r} and "
                 f"decides={router.decides!r}; slots are for experts beside a module, by token."
             )
-        if router.top_k is not None and not 1 <= router.top_k <= experts.num_experts:
-            raise RecipeError(
-                f"top_k is {router.top_k} with num_experts={experts.num_experts}; "
-                "it must lie between 1 and num_experts."
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,9 +153,18 @@ class Stage:
 
     name: str = "train"
     trains: tuple[str, ...] = ("experts", "router")
-    """`experts`, `router`, `all`, or globs over parameter names."""
+    """`experts`, `router`, `model` (all but the routers), `all`, or globs over parameter names."""
     losses: dict[str, float] = field(default_factory=dict)
     """Name in `sparsecraft.losses.LOSSES` -> coefficient."""
+    loss_schedule: Literal["constant", "linear", "linear_warmup"] = "constant"
+    """Of the coefficients: from zero to their value at the end of the stage, or at its middle."""
+    runs: Literal["sparse", "every", "soft"] = "sparse"
+    """Experts of split networks in this stage: the selected ones; every one with weight one, which
+    is the dense function; or every one, weighted by its score."""
+    activation: Literal["relu"] | None = None
+    """Put this activation into split networks when the stage begins."""
+    fit: FitSpec | None = None
+    """Fit the routers of split networks to captured inputs instead of training by gradient."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """Adafactor with steps relative to a parameter's size, as T5X has it: 3e-4 moves ones by 3e-4
     and a router of standard deviation 0.02 by 6e-6."""
@@ -225,8 +243,13 @@ def check_variant(variant: str, known: tuple[str, ...]) -> None:
 def router_words(router: RouterSpec) -> str:
     """A router in a few words, for tables."""
     scorer = router.scorer if router.decides == "token" else f"{router.scorer} by {router.decides}"
+    if router.threshold is not None:
+        return f"{scorer}, {router.select} {router.threshold:g}"
     if router.select != "top_k":
         return f"{scorer}, {router.select}"
+    if router.splits:
+        shared = f" beside {router.shared} shared" if router.shared else ""
+        return f"{scorer}, top-{router.top_k}{shared}"
     return f"{scorer}, top-{router.top_k}{' renormalized' if router.renormalize else ''}"
 
 
@@ -264,7 +287,7 @@ def from_json(data: dict[str, Any]) -> Recipe:
             f"The recipe has format_version {version!r} and this sparsecraft reads "
             f"{FORMAT_VERSION}; upgrade sparsecraft, or convert the model again."
         )
-    return _read(Recipe, data, "recipe")
+    return read(Recipe, data, "recipe")
 
 
 def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
@@ -294,9 +317,9 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
         node = data
         for key in parents:
             node = node[int(key)] if isinstance(node, tuple) else node[key]
-        node[last] = _parse(leaves[found[0]], value) if isinstance(value, str) else value
+        node[last] = parse(leaves[found[0]], value) if isinstance(value, str) else value
     # Checked once, when all changes are made: `select` and `top_k` can only change together.
-    return _read(Recipe, data, "recipe")
+    return read(Recipe, data, "recipe")
 
 
 def _leaves(hint: Any, value: Any) -> dict[str, Any]:
@@ -320,74 +343,3 @@ def _children(hint: Any, value: Any) -> list[tuple[str, Any, Any]]:
         item = typing.get_args(hint)[0]
         return [(str(i), item, child) for i, child in enumerate(value)]
     return []
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if is_union else (hint,)
-
-
-def _parse(hint: Any, text: str) -> Any:
-    """Text from a command line -> a plain value of the field's type, or the text itself."""
-    for option in _options(hint):
-        if option is type(None) and text.lower() == "none":
-            return None
-        if option is bool and text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        if option in (int, float):
-            try:
-                return option(text)
-            except ValueError:
-                continue
-        if typing.get_origin(option) is tuple:
-            return tuple(text.split(","))
-        if typing.get_origin(option) is dict:
-            pairs = (pair.partition("=") for pair in text.split(",") if pair)
-            return {k: _parse(typing.get_args(option)[1], v) for k, _, v in pairs}
-    return text
-
-
-def _read(hint: Any, value: Any, path: str) -> Any:
-    """Check `value` against the type `hint`, building the dataclasses on the way."""
-    options = _options(hint)
-    specs = [o for o in options if dataclasses.is_dataclass(o)]
-    if specs and (isinstance(value, dict) or dataclasses.is_dataclass(value)):
-        return value if dataclasses.is_dataclass(value) else _read_spec(specs, value, path)
-    for option in options:
-        origin, args = typing.get_origin(option), typing.get_args(option)
-        if origin is Literal and value in args:
-            return value
-        if origin is tuple and isinstance(value, (list, tuple)):
-            return tuple(_read(args[0], v, f"{path}.{i}") for i, v in enumerate(value))
-        if origin is dict and isinstance(value, dict):
-            return {key: _read(args[1], v, f"{path}.{key}") for key, v in value.items()}
-        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(option, type) and origin is None and type(value) is option:
-            return value
-    wanted = " or ".join(
-        " or ".join(map(repr, typing.get_args(o)))
-        if typing.get_origin(o) is Literal
-        else getattr(o, "__name__", str(o))
-        for o in options
-    )
-    raise RecipeError(f"{path} is {value!r}; it must be {wanted}.")
-
-
-def _read_spec(specs: list[type], data: dict[str, Any], path: str) -> Any:
-    if len(specs) > 1:
-        kinds = {typing.get_type_hints(s)["kind"].__args__[0]: s for s in specs}
-        if data.get("kind") not in kinds:
-            raise RecipeError(
-                f"{path}.kind is {data.get('kind')!r}." + did_you_mean(str(data.get("kind")), kinds)
-            )
-        specs = [kinds[data["kind"]]]
-    hints = typing.get_type_hints(specs[0])
-    for key in data:
-        if key not in hints:
-            raise RecipeError(f"{path} has no field {key!r}." + did_you_mean(key, hints))
-    values = {key: _read(hints[key], value, f"{path}.{key}") for key, value in data.items()}
-    try:
-        return specs[0](**values)
-    except TypeError as error:
-        raise RecipeError(f"{path} is incomplete: {error}.") from None

@@ -23,12 +23,14 @@ class Routing:
             top-k, soft, threshold and dynamic-k selection all fit one rectangular record.
         logits_TE: the scorer's float32 output, which the auxiliary losses read.
         in_order: every token has all experts, expert e in slot e, as soft selection gives them.
+        pre_TF: in training of a split network whose experts all run, the activation's input.
     """
 
     weights_TK: Tensor
     indices_TK: Tensor
     logits_TE: Tensor
     in_order: bool = False
+    pre_TF: Tensor | None = None
 
     @property
     def num_experts(self) -> int:

@@ -13,12 +13,37 @@ from sparsecraft.errors import RecipeError
 class RouterSpec:
     """A scorer of tokens and a selection rule. All of it is computed in float32."""
 
-    scorer: Literal["linear"] = "linear"
-    select: Literal["top_k", "soft", "slots"] = "top_k"
+    scorer: Literal["linear", "similarity", "mlp", "norm", "analytic", "oracle"] = "linear"
+    """All but `linear` are of split networks; see `sparsecraft.routers.split`."""
+    select: Literal["top_k", "soft", "slots", "share", "relative", "threshold"] = "top_k"
     """`slots` is Soft MoE's: every expert works on one weighted mean of the tokens of a sequence
-    (of its prefix, in a causal model), and tokens outside are mixed softly."""
+    (of its prefix, in a causal model), and tokens outside are mixed softly. `share` takes the best
+    experts until their scores sum to `threshold` of all, `relative` those that reach `threshold`
+    times the best, `threshold` those that exceed it."""
     top_k: int | None = 2
-    """Experts per token; None with `soft` and `slots`, which use all of them."""
+    """Experts per token, for `top_k` alone."""
+    threshold: float | None = None
+    """Of the rules by threshold."""
+    shared: int = 0
+    """So many experts, the first ones, run for every token, beside those that are selected."""
+    squash: Literal["none", "abs", "sigmoid", "softmax"] = "none"
+    """Logits -> the scores that the rules by threshold read, and `weighting="score"`."""
+    weighting: Literal["softmax", "one", "scaled", "straight_through", "score", "gain"] = "softmax"
+    """What a selected expert is multiplied by: the softmax; one; the softmax over the k kept times
+    E / k (LLaMA-MoE); one, with the gradient of that softmax (Faster MoEfication); its score; or
+    one plus its softmax times a learned gain that starts at zero (CMoE)."""
+    target: Literal[
+        "mass", "deviation", "squared_deviation", "output_norm", "intermediate_norm"
+    ] = "mass"
+    """What the scores of a split network's router predict of each expert: sum of |activation|; of
+    its distance to the mean (squared, or not); Euclidean norm of what the expert adds, or of its
+    activations."""
+    hidden: int | None = None
+    """Width inside the scorers `mlp` (None: as many as experts) and `norm` (None: 128)."""
+    bias: float | None = None
+    """Initial bias of the scorer `linear`; None for none."""
+    normalize: bool = False
+    """Tokens and rows of the scorer `analytic` are divided by their length."""
     renormalize: bool = True
     """Whether the k kept weights are scaled to sum to one."""
     temperature: float = 1.0
@@ -37,8 +62,14 @@ class RouterSpec:
     """Standard deviation of `init="normal"`; unused otherwise."""
 
     @property
+    def splits(self) -> bool:
+        """Whether it routes the parts of one split network, whose sum is the dense function."""
+        return self.weighting != "softmax"
+
+    @property
     def sums_to_one(self) -> bool:
-        return self.select == "soft" or (self.select == "top_k" and self.renormalize)
+        soft = self.select == "soft" or (self.select == "top_k" and self.renormalize)
+        return soft and not self.splits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,9 +149,169 @@ class FFNLoRASpec:
         _check_adapter("rank", self.rank, self.dropout, alpha=self.alpha)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitSpec:
+    """The dense feed-forward network itself, its neurons dealt out to experts of equal size."""
+
+    kind: Literal["split"] = "split"
+    num_experts: int = 32
+    partition: Literal[
+        "contiguous",
+        "random",
+        "kmeans",
+        "coactivation",
+        "coactivation_released",
+        "activation",
+        "activation_released",
+    ] = "kmeans"
+    """By position; at random; balanced k-means on the rows of the first matrix, the gate's where
+    there is one; a graph of neurons that are active together (MoEfication's paper, or its code);
+    clusters of the tokens that neurons react to most (CMoE, or its code). Those that look at
+    activations are made by the stage that fits the router."""
+    markers: int = 10
+    """Neurons that a token marks for `partition="activation"`."""
+    compensate: bool | None = None
+    """Neurons of experts that do not run take their mean activation (G-MoEfication). None: unless
+    the activation is ReLU, whose mean is near zero."""
+    flops_factor: float = 1.0
+    """Size of a network that imitates a Linear, as a multiple of the Linear's multiplications."""
+
+    def __post_init__(self) -> None:
+        check_whole("markers", self.markers)
+        if not (_is_number(self.flops_factor) and 0 < self.flops_factor < math.inf):
+            raise RecipeError(f"flops_factor is {self.flops_factor!r}; it must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitSpec:
+    """How parts of split networks are fitted to captured inputs, the rest left alone."""
+
+    what: Literal["routers", "imitations"] = "routers"
+    """The routers of split networks, or the networks that imitate a Linear, on its outputs."""
+    sparsity: float = 0.0
+    """Weight of the Hoyer measure of an imitation's activations, rising from zero (D2DMoE)."""
+    dropout: float = 0.0
+    """On an imitation's activations while it is fitted."""
+    loss: Literal["bce", "mse", "none"] = "mse"
+    """`bce` on targets scaled to [0, 1]; `none` builds routers that learn nothing."""
+    tokens: int = 131_072
+    """Inputs of each network to capture."""
+    epochs: int = 10
+    batch_tokens: int = 512
+    learning_rate: float = 1e-3
+    holdout: float = 0.1
+    """Share of the tokens, the last ones, on which the best epoch is chosen."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "epochs", "batch_tokens"):
+            check_whole(name, getattr(self, name))
+        if not (_is_number(self.holdout) and 0 < self.holdout < 1):
+            raise RecipeError(f"holdout is {self.holdout!r}; it must lie between 0 and 1.")
+        if not (_is_number(self.learning_rate) and 0 < self.learning_rate < math.inf):
+            raise RecipeError(f"learning_rate is {self.learning_rate!r}; it must be positive.")
+
+
 def check_whole(name: str, value: int) -> None:
     if type(value) is not int or value < 1:
         raise RecipeError(f"{name} is {value!r}; it must be a whole number from 1.")
+
+
+def check_selection(router: RouterSpec, num_experts: int) -> None:
+    """Refuse a rule without its number, or with another's.
+
+    Raises:
+        RecipeError: the number is missing, not needed, or out of its range.
+    """
+    select, top_k, threshold = router.select, router.top_k, router.threshold
+    if (select == "top_k") == (top_k is None):
+        raise RecipeError(
+            f"router.select is {select!r} with top_k={top_k}: {select} selection takes "
+            f"{'a number' if select == 'top_k' else 'top_k=None'}."
+        )
+    if (select in BY_THRESHOLD) == (threshold is None):
+        raise RecipeError(
+            f"router.select is {select!r} with threshold={threshold}: {select} selection takes "
+            f"{'a number' if select in BY_THRESHOLD else 'threshold=None'}."
+        )
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise RecipeError(f"router.threshold is {threshold}; it must lie between 0 and 1.")
+    if router.shared and not 0 < router.shared < num_experts:
+        raise RecipeError(
+            f"router.shared is {router.shared} with num_experts={num_experts}; one expert at least "
+            "must be left to select."
+        )
+    if top_k is not None and not 1 <= top_k <= num_experts - router.shared:
+        beside = f" and shared={router.shared}" if router.shared else ""
+        raise RecipeError(
+            f"top_k is {top_k} with num_experts={num_experts}{beside}; "
+            f"it must lie between 1 and {'num_experts' if not beside else 'what they leave'}."
+        )
+    signed = router.squash == "none" and router.scorer not in ("norm", "oracle")
+    if select in NOT_NEGATIVE and signed:
+        raise RecipeError(
+            f"router.select is {select!r} on the logits of a {router.scorer} scorer, which may be "
+            "negative; give squash='sigmoid', 'softmax' or 'abs', or scorer='norm'."
+        )
+
+
+def _check_scorer(router: RouterSpec) -> None:
+    """Refuse fields that the scorer does not know."""
+    scorer = router.scorer
+    if router.hidden is not None:
+        check_whole("router.hidden", router.hidden)
+    known = {
+        "hidden": router.hidden is None or scorer in ("mlp", "norm"),
+        "bias": router.bias is None or scorer == "linear",
+        "normalize": not router.normalize or scorer == "analytic",
+    }
+    if wrong := [name for name, fits in known.items() if not fits]:
+        raise RecipeError(
+            f"router.{wrong[0]} is {getattr(router, wrong[0])!r}, which a {scorer} scorer does not "
+            "have."
+        )
+
+
+def check_split(router: RouterSpec) -> None:
+    """Refuse what only one of the two kinds of routers can do.
+
+    Raises:
+        RecipeError: a router of whole experts with fields of a split network's, or the reverse.
+    """
+    _check_scorer(router)
+    if router.splits:
+        if router.temperature != 1:
+            raise RecipeError(
+                f"router.temperature is {router.temperature} with weighting={router.weighting!r}; "
+                "it divides the logits of whole experts only."
+            )
+        if router.select in ("soft", "slots"):
+            raise RecipeError(
+                f"router.select is {router.select!r} with weighting={router.weighting!r}; the "
+                "experts of a split network are selected by top_k, share, relative or threshold."
+            )
+        if router.decides != "token" or router.reads != "input":
+            raise RecipeError(
+                "The router of a split network decides by token and reads the layer's input; "
+                f"it is told decides={router.decides!r}, reads={router.reads!r}."
+            )
+        if router.select != "top_k" and router.weighting in ("scaled", "straight_through"):
+            raise RecipeError(
+                f"router.weighting is {router.weighting!r}, which counts on k experts; it needs "
+                "select='top_k'."
+            )
+        return
+    own = {
+        "scorer": router.scorer != "linear",
+        "select": router.select in BY_THRESHOLD,
+        "shared": router.shared != 0,
+        "squash": router.squash != "none",
+        "bias": router.bias is not None,
+    }
+    if wrong := [name for name, differs in own.items() if differs]:
+        raise RecipeError(
+            f"router.{wrong[0]} is {getattr(router, wrong[0])!r}, which is for split experts; "
+            "they are weighted by one, scaled, straight_through, score or gain."
+        )
 
 
 def _check_adapter(name: str, width: int, dropout: float, **factors: float) -> None:
@@ -141,7 +332,16 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-ExpertsSpec = FFNSpec | AdapterSpec | LoRASpec | VectorSpec | FFNLoRASpec
+ExpertsSpec = FFNSpec | AdapterSpec | LoRASpec | VectorSpec | FFNLoRASpec | SplitSpec
 
 # Where a kind of experts makes sense, unless anywhere.
-PLACES = {"lora": ("beside",), "vector": ("after", "before"), "ffn_lora": ("inside",)}
+PLACES = {
+    "lora": ("beside",),
+    "vector": ("after", "before"),
+    "ffn_lora": ("inside",),
+    "split": ("replace", "imitate"),
+}
+
+# Rules that select by a threshold, and those among them whose scores must not be negative.
+BY_THRESHOLD = ("share", "relative", "threshold")
+NOT_NEGATIVE = ("share", "relative")

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from sparsecraft import cost, hub
 from sparsecraft.batch import Batch, asks_for_batch, attach
+from sparsecraft.budget import Running, run
 from sparsecraft.certificate import PROBE_SHAPE, Certificate, compare, outputs, random_probe
 from sparsecraft.cost import Cost
 from sparsecraft.data import as_batches
@@ -49,6 +50,7 @@ class Conversion:
         folder: the checkpoint that the model was loaded from, if it was.
         report: what `convert` and `train` measured, as written to report.json.
         hooks: handles of what tells the layers about each batch.
+        running: what of its split networks the model runs.
     """
 
     recipe: Recipe
@@ -64,6 +66,7 @@ class Conversion:
     base_card: tuple[str, str | None] | None = None
     report: dict[str, Any] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
+    running: Running = field(default_factory=Running)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,11 +202,15 @@ def apply(
     trainable = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
     record = Conversion(recipe, edits, trainable=trainable)
     # All layers are built before the first change, so that a failure leaves the model whole.
-    record.layers = [build_layer(model, i, device="meta" if on_meta else None) for i in edits]
+    device = "meta" if on_meta else None
+    record.layers = [
+        build_layer(model, item, number=number, device=device) for number, item in enumerate(edits)
+    ]
     record.devices = [reference_tensor(item.donor).device for item in edits]
     model.sparsecraft = record
     for item, layer in zip(edits, record.layers, strict=True):
         _install(model, item, layer, record.dense)
+    run(model, "every")  # until a stage has made their routers
     from sparsecraft.checkpoint import save_pretrained
 
     model.save_pretrained = functools.partial(save_pretrained, model)
@@ -256,9 +263,10 @@ def set_trainable(model: nn.Module, trains: tuple[str, ...]) -> list[str]:
     """
     names = [name for name, _ in model.named_parameters()]
     chosen = {word: {n for n in names if matches(n, word)} for word in trains}
-    routed = any(e.router is not None for e in conversion_of(model).recipe.edits)
+    routers = [e.router for e in conversion_of(model).recipe.edits if e.router is not None]
+    learned = any(not router.splits for router in routers)  # a split network's may have no weights
     for word, found in chosen.items():
-        if not found and not (word == "router" and not routed):
+        if not found and not (word == "router" and not learned):
             raise RecipeError(f"The stage trains {word!r}, which names no parameter of the model.")
     wanted = set().union(*chosen.values())
     for name, parameter in model.named_parameters():

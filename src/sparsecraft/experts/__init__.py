@@ -10,7 +10,16 @@ from sparsecraft.experts.base import Experts, TwoLayer, loop
 from sparsecraft.experts.ffn import FFNExperts
 from sparsecraft.experts.ffn_lora import FFNLoRAExperts
 from sparsecraft.experts.peft import AdapterExperts, LoRAExperts, VectorExperts
-from sparsecraft.recipe import AdapterSpec, FFNLoRASpec, FFNSpec, LoRASpec, Place, VectorSpec
+from sparsecraft.experts.split import SplitExperts, imitation
+from sparsecraft.recipe import (
+    AdapterSpec,
+    FFNLoRASpec,
+    FFNSpec,
+    LoRASpec,
+    Place,
+    SplitSpec,
+    VectorSpec,
+)
 from sparsecraft.specs import ExpertsSpec
 
 
@@ -29,7 +38,10 @@ def build_experts(
         RecipeError: the kind needs another donor, such as full experts at a Linear.
     """
     where = {"device": device, "dtype": dtype}
-    wanted = {FFNSpec: FFN, FFNLoRASpec: FFN, LoRASpec: (FFN, Linear)}.get(type(spec))
+    if isinstance(spec, SplitSpec):
+        wanted = Linear if place == "imitate" else FFN
+    else:
+        wanted = {FFNSpec: FFN, FFNLoRASpec: FFN, LoRASpec: (FFN, Linear)}.get(type(spec))
     if wanted and not isinstance(donor, wanted):
         advice = "site='ffn'" if wanted is FFN else "site='linear'"
         raise RecipeError(
@@ -39,6 +51,10 @@ def build_experts(
     match spec:
         case FFNSpec():
             return FFNExperts(spec, donor)
+        case SplitSpec() if place == "imitate":
+            return SplitExperts(spec, imitation(spec, donor, **where), device=device)
+        case SplitSpec():
+            return SplitExperts(spec, donor, device=device)
         case FFNLoRASpec():
             return FFNLoRAExperts(spec, donor, site, **where)
         case AdapterSpec():

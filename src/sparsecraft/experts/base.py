@@ -112,6 +112,14 @@ def everyone(x_TI: Tensor) -> Routing:
     return Routing(ones_T1, torch.zeros_like(ones_T1, dtype=torch.long), torch.zeros_like(ones_T1))
 
 
+def all_in_order(x_TI: Tensor, num_experts: int) -> Routing:
+    """The routing of a split network that runs whole: every expert, with weight one."""
+    ones_TE = x_TI.new_ones(x_TI.shape[0], num_experts, dtype=torch.float32)
+    experts_E = torch.arange(num_experts, device=x_TI.device)
+    indices_TE = experts_E.expand_as(ones_TE)
+    return Routing(ones_TE, indices_TE, torch.zeros_like(ones_TE), in_order=True)
+
+
 def loop(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = False) -> Tensor:
     """The specification: one expert at a time, on the tokens that chose it.
 

@@ -31,7 +31,18 @@ def merged(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = Fa
     return bank.merged(x_TI, routing.weights_TE(), sums_to_one)
 
 
-PATHS = {"loop": loop, "grouped": grouped, "dense": dense, "merged": merged}
+def gather(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = False) -> Tensor:
+    """Only the experts in use, which split networks have in `sparsecraft.kernels.split`.
+
+    Raises:
+        SparsecraftError: any other kind of experts.
+    """
+    raise SparsecraftError(
+        f"{type(bank).__name__} have no gather path, split experts do; use dispatch 'auto'."
+    )
+
+
+PATHS = {"loop": loop, "grouped": grouped, "dense": dense, "merged": merged, "gather": gather}
 
 # On a CPU, launches cost little: all experts at once win up to about 32 tokens for 8 adapters of
 # 576 x 64, and never for 8 of 2048 x 256 (two cores, float32).

@@ -6,6 +6,7 @@ from sparsecraft.recipe import RouterSpec
 from sparsecraft.routers.base import Router
 from sparsecraft.routers.scorers import LinearScorer
 from sparsecraft.routers.selectors import soft, top_k
+from sparsecraft.routers.split import Gate
 
 SCORERS = {"linear": LinearScorer}
 
@@ -13,7 +14,8 @@ SCORERS = {"linear": LinearScorer}
 def build_router(
     spec: RouterSpec, width: int, num_experts: int, *, device=None, dtype=None
 ) -> Router:
-    """The router that `spec` describes, for tokens of `width` features."""
+    """The router that `spec` describes, for tokens of `width` features; of whole experts, that is:
+    the parts of a split network have a `Gate`."""
     scorer = SCORERS[spec.scorer](width, num_experts, spec, device=device, dtype=dtype)
     select = (
         partial(top_k, k=spec.top_k, renormalize=spec.renormalize)
@@ -23,4 +25,4 @@ def build_router(
     return Router(scorer, spec, select)
 
 
-__all__ = ["SCORERS", "Router", "build_router", "soft", "top_k"]
+__all__ = ["SCORERS", "Gate", "Router", "build_router", "soft", "top_k"]

@@ -1,0 +1,278 @@
+"""A feed-forward network whose neurons are split into experts: all of it, all of it under a mask,
+or only the experts in use. `masked` is what `gather` equals.
+
+    y_t = bias + sum_e w_te down_e^T (a_e(x_t) - mean_e)
+    a_e = act(gate_e x) * (up_e x) when gated, else act(first_e x)
+
+Shapes: T tokens, D features, E experts, H neurons of one expert, M rows of its first matrix: H, or
+2H when gated, the gate's first; F = E*H.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsecraft.errors import SparsecraftError
+from sparsecraft.kernels import split_triton, split_weigh
+from sparsecraft.kernels.fused import usable
+from sparsecraft.kernels.product import needs_grad
+from sparsecraft.kernels.selection import Active, active
+
+# On CUDA up to here only what is in use is read; beyond, the union of the tokens' experts is
+# nearly everything and the library's own products are faster (benchmarks/sparse_decode.md).
+CUDA_GATHER_TOKENS = 2
+# On CUDA up to here one kernel does all that lies between the two products of all experts.
+WEIGH_TOKENS = 64
+# On a CPU `gather` takes about 30 ms for all pairs of one token and its experts, `masked` only
+# 19 (two cores, float32, 4096 -> 11008 gated in experts of 32): up to this many pairs per expert.
+CPU_GATHER_PAIRS = 0.6
+# Products that are worth a second core's start.
+CPU_CORE_PRODUCTS = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class SplitNet:
+    """The tensors of a split network, neuron by neuron.
+
+    Attributes:
+        first_EMD: an expert's H rows, or when gated its H gate rows and then its H up rows.
+        down_EHD: an expert's columns of the dense down matrix, as rows.
+        activation: elementwise.
+        first_bias_EM: added before the activation.
+        mean_EH: subtracted from the activation, so that an expert not in use counts as its mean.
+        bias_D: added once per token, whatever is in use; with `mean_EH`, it holds the means'
+            own output too. `every` takes the dense layer's bias instead.
+    """
+
+    first_EMD: Tensor
+    down_EHD: Tensor
+    activation: nn.Module
+    first_bias_EM: Tensor | None = None
+    mean_EH: Tensor | None = None
+    bias_D: Tensor | None = None
+
+    def __post_init__(self):
+        E, H, D = self.down_EHD.shape
+        rows = self.first_EMD.shape[1]
+        wanted = {
+            "first_EMD": (self.first_EMD, {(E, H, D), (E, 2 * H, D)}),
+            "first_bias_EM": (self.first_bias_EM, {(E, rows)}),
+            "mean_EH": (self.mean_EH, {(E, H)}),
+            "bias_D": (self.bias_D, {(D,)}),
+        }
+        for name, (tensor, shapes) in wanted.items():
+            if tensor is not None and tuple(tensor.shape) not in shapes:
+                raise SparsecraftError(
+                    f"{name} is {tuple(tensor.shape)}; beside a down_EHD of {(E, H, D)} it must "
+                    f"be {' or '.join(map(str, sorted(shapes)))}."
+                )
+        for name in ("first_EMD", "down_EHD"):
+            if not getattr(self, name).is_contiguous():
+                raise SparsecraftError(f"{name} must be contiguous: call .contiguous() on it.")
+
+    @property
+    def E(self) -> int:
+        return self.down_EHD.shape[0]
+
+    @property
+    def m(self) -> int:
+        return self.down_EHD.shape[1]
+
+    @property
+    def D(self) -> int:
+        return self.down_EHD.shape[2]
+
+    @property
+    def gated(self) -> bool:
+        return self.first_EMD.shape[1] != self.down_EHD.shape[1]
+
+    def tensors(self) -> list[Tensor]:
+        own = (self.first_EMD, self.down_EHD, self.first_bias_EM, self.mean_EH, self.bias_D)
+        return [t for t in own if t is not None]
+
+
+def hidden(net: SplitNet, x_TD: Tensor) -> Tensor:
+    """The activations of all neurons, (T, E, H)."""
+    bias = None if net.first_bias_EM is None else net.first_bias_EM.flatten()
+    first_TEM = F.linear(x_TD, net.first_EMD.flatten(0, 1), bias).unflatten(-1, (net.E, -1))
+    return activate(net, first_TEM)
+
+
+def activate(net: SplitNet, first_TEM: Tensor) -> Tensor:
+    if not net.gated:
+        return net.activation(first_TEM)
+    gate_TEH, up_TEH = first_TEM.split(net.m, -1)
+    return net.activation(gate_TEH) * up_TEH
+
+
+def every(net: SplitNet, x_TD: Tensor, bias_D: Tensor | None = None) -> Tensor:
+    """The dense function: every expert, no weights and no means, and the dense layer's bias."""
+    return F.linear(between(net, x_TD, None), net.down_EHD.flatten(0, 1).t(), bias_D)
+
+
+def masked(net: SplitNet, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
+    """Every expert computed, then weighed: nothing is saved. Differentiable."""
+    return F.linear(between(net, x_TD, weights_TE), net.down_EHD.flatten(0, 1).t(), net.bias_D)
+
+
+def between(net: SplitNet, x_TD: Tensor, weights_TE: Tensor | None) -> Tensor:
+    """What the second matrix reads, (T, F): activations less their means, times the weights;
+    without weights, the activations."""
+    if weighs_at_once(net, x_TD, weights_TE):
+        first_TN = F.linear(x_TD, net.first_EMD.flatten(0, 1))
+        return split_weigh.weigh(net, first_TN, weights_TE)
+    hidden_TEH = hidden(net, x_TD)
+    if weights_TE is not None:
+        if net.mean_EH is not None:
+            hidden_TEH = hidden_TEH - net.mean_EH
+        hidden_TEH = hidden_TEH * weights_TE.to(hidden_TEH.dtype)[..., None]
+    return hidden_TEH.flatten(1)
+
+
+def weighs_at_once(net: SplitNet, x_TD: Tensor, weights_TE: Tensor | None = None) -> bool:
+    """Whether one kernel computes what `between` does to the first product."""
+    tensors = net.tensors() if weights_TE is None else [weights_TE, *net.tensors()]
+    return (
+        0 < len(x_TD) <= WEIGH_TOKENS
+        and usable(x_TD)
+        and split_triton.activation_code(net.activation) is not None
+        and all(t.dtype == x_TD.dtype for t in (net.first_EMD, net.down_EHD))
+        and not torch.is_autocast_enabled(x_TD.device.type)
+        and not needs_grad(x_TD, *tensors)
+    )
+
+
+def choose(net: SplitNet, x_TD: Tensor, weights_TE: Tensor) -> str:
+    """'gather' where it was measured to be faster than 'masked' and can run, else 'masked'.
+
+    On CUDA the weights' values are not looked at.
+    """
+    if not 0 < len(x_TD) <= split_triton.MAX_TOKENS or torch.compiler.is_compiling():
+        return "masked"
+    if why_not_gather(net, x_TD, weights_TE):
+        return "masked"
+    if x_TD.is_cuda:
+        return "gather" if len(x_TD) <= CUDA_GATHER_TOKENS else "masked"
+    pairs = torch.count_nonzero(weights_TE).item() / net.E
+    return "gather" if pairs <= CPU_GATHER_PAIRS else "masked"
+
+
+def why_not_gather(net: SplitNet, x_TD: Tensor, weights_TE: Tensor) -> str | None:
+    """The reason why `gather` cannot run, or None."""
+    if needs_grad(x_TD, weights_TE, *net.tensors()):
+        return "it has no gradient"
+    if torch.is_autocast_enabled(x_TD.device.type):
+        return "autocast is on"
+    if any(t.dtype != x_TD.dtype for t in (net.first_EMD, net.down_EHD)):
+        return f"the tokens are {x_TD.dtype} and the weights {net.first_EMD.dtype}"
+    if not (x_TD.is_cuda or usable(x_TD)):
+        return None
+    if not usable(x_TD) or x_TD.dtype not in split_triton.DTYPES:
+        return f"there are no kernels for {x_TD.dtype} on {x_TD.device} here"
+    if split_triton.activation_code(net.activation) is None:
+        return f"the kernels have no {type(net.activation).__name__}"
+    if len(x_TD) > split_triton.MAX_TOKENS:
+        return f"{len(x_TD)} tokens are more than {split_triton.MAX_TOKENS}"
+    return None
+
+
+def gather(net: SplitNet, x_TD: Tensor, weights_TE: Tensor, used: Active | None = None) -> Tensor:
+    """Only the experts that some token uses are read; equals `masked`, without gradients.
+
+    On CUDA nothing waits for the device, and a graph may be captured.
+
+    Args:
+        used: from `selection.select`; made here where it is None.
+
+    Raises:
+        SparsecraftError: a gradient is asked for, or the kernels cannot run.
+    """
+    if reason := why_not_gather(net, x_TD, weights_TE):
+        raise SparsecraftError(f"gather cannot run: {reason}. Use masked.")
+    if not len(x_TD):
+        return torch.zeros_like(x_TD)
+    if usable(x_TD):
+        used = active(weights_TE) if used is None else used
+        return split_triton.gather(net, x_TD, weights_TE.float(), used)
+    return gather_torch(net, x_TD, weights_TE)
+
+
+# ------------------------------------------------------------------ gather on a CPU
+def gather_torch(net: SplitNet, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
+    """`gather` without a copy of any weight: each core takes a part of the (token, expert) pairs,
+    first product, activation and second product, so that cores wait for each other once.
+
+    Shapes: P pairs, ordered by token.
+    """
+    token_P, expert_P = weights_TE.nonzero(as_tuple=True)
+    P = len(token_P)
+    products = P * (net.first_EMD[0].numel() + net.down_EHD[0].numel())
+    cores = max(1, min(torch.get_num_threads(), P, products // CPU_CORE_PRODUCTS))
+    ends = [P * i // cores for i in range(cores + 1)]
+
+    @torch.no_grad()  # for the other threads, which do not inherit it
+    def part(i: int) -> Tensor:
+        here = slice(ends[i], ends[i + 1])
+        return _pairs(net, x_TD, weights_TE, token_P[here], expert_P[here])
+
+    others = [_threads(cores - 1).submit(part, i) for i in range(1, cores)]
+    y_TD = part(0)
+    for other in others:
+        y_TD += other.result()
+    return y_TD if net.bias_D is None else y_TD + net.bias_D
+
+
+def _pairs(
+    net: SplitNet, x_TD: Tensor, weights_TE: Tensor, token_P: Tensor, expert_P: Tensor
+) -> Tensor:
+    y_TD = torch.zeros_like(x_TD)
+    if not len(token_P):
+        return y_TD
+    M = net.first_EMD.shape[1]
+    first = [
+        F.linear(x_TD[t : t + 1], net.first_EMD[e : e + n].flatten(0, 1)).view(n, M)
+        for t, e, n in _runs(token_P.tolist(), expert_P.tolist())
+    ]
+    first_PM = torch.cat(first)
+    if net.first_bias_EM is not None:
+        first_PM += net.first_bias_EM[expert_P]
+    hidden_PH = activate(net, first_PM)
+    if net.mean_EH is not None:
+        hidden_PH = hidden_PH - net.mean_EH[expert_P]
+    hidden_PH = hidden_PH * weights_TE[token_P, expert_P, None].to(hidden_PH.dtype)
+    row_PH = expert_P[:, None] * net.m + torch.arange(net.m)
+    for t in token_P.unique_consecutive().tolist():
+        # A weighted sum of rows: a product with a matrix of which most rows are left out.
+        mine = token_P == t
+        (y_TD[t],) = F.embedding_bag(
+            row_PH[mine].flatten(), net.down_EHD.flatten(0, 1), torch.zeros(1, dtype=torch.int64),
+            mode="sum", per_sample_weights=hidden_PH[mine].flatten(),
+        )  # fmt: skip
+    return y_TD
+
+
+def _runs(tokens: list[int], experts: list[int]) -> list[tuple[int, int, int]]:
+    """(token, first expert, how many neighbors) of pairs in order."""
+    runs: list[tuple[int, int, int]] = []
+    for t, e in zip(tokens, experts, strict=True):
+        if runs and runs[-1][0] == t and e == runs[-1][1] + runs[-1][2]:
+            runs[-1] = (t, runs[-1][1], runs[-1][2] + 1)
+        else:
+            runs.append((t, e, 1))
+    return runs
+
+
+@functools.cache
+def _threads(number: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(number, "sparsecraft-split")
+
+
+if hasattr(os, "register_at_fork"):  # a fork has none of these threads
+    os.register_at_fork(after_in_child=_threads.cache_clear)
