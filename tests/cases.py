@@ -9,6 +9,7 @@ Shapes: L feed-forward networks, d width, f hidden width, E experts, h adapter w
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ import torch
 import transformers
 
 import sparsecraft as sc
+from reference import splitting
 from reference.papers import camelidae_parameters, lora_parameters
+from sparsecraft.budget import set_budget, split_layers
 
 VOCAB, D, F, HEADS, KV_HEADS, LAYERS, POSITIONS = 96, 32, 48, 4, 2, 2, 64
 E, K, H, R = 4, 2, 16, 4
@@ -336,14 +339,33 @@ def molora_released(family: Family) -> int:
     return E * (six_loras(family) + routers)
 
 
+def attention_lora(family: Family, rank: int) -> int:
+    attention = sum(i + o for i, o in family.linears) - sum(i + o for i, o in ffn_linears(family))
+    return LAYERS * rank * attention
+
+
 def mixlora(family: Family) -> int:
     inside = LAYERS * E * R * sum(i + o for i, o in ffn_linears(family)) + family.ffns * E * D
-    attention = sum(i + o for i, o in family.linears) - sum(i + o for i, o in ffn_linears(family))
-    return inside + LAYERS * R * attention
+    return inside + attention_lora(family, R)
 
 
 def hydralora(family: Family) -> int:
     return LAYERS * sum(R * i + E * R * o + E * i for i, o in ffn_linears(family))
+
+
+def split(router: int | Callable[[Family], int]) -> Callable[[Family], int]:
+    """Every network again, its neurons in another order, and a router of this size."""
+
+    def new(family: Family) -> int:
+        return family.ffns * (
+            ffn_parameters(family) + (router(family) if callable(router) else router)
+        )
+
+    return new
+
+
+def cmoe_router(family: Family) -> int:
+    return splitting.analytic_router(D, E - 1, family.gated, family.biased)
 
 
 @dataclass(frozen=True)
@@ -359,6 +381,8 @@ class RecipeCase:
         paths: the fast paths that its experts have.
         dropout: whether it has some in training.
         rate: a learning rate that it takes on these models; vectors need a large one.
+        learns_router: whether the outputs have a gradient to the routers.
+        ready: applied to the converted model before it is used, such as a budget.
     """
 
     make: Callable[[], sc.Recipe]
@@ -369,11 +393,18 @@ class RecipeCase:
     paths: tuple[str, ...] = ("grouped", "dense", "auto")
     dropout: bool = True
     rate: float = 5e-3
+    learns_router: bool = True
+    ready: Callable[[torch.nn.Module], None] = lambda model: None
 
 
 MERGED = {"paths": ("merged", "auto"), "dropout": False, "rate": 5e-2}
 LORAS = {"paths": ("merged", "grouped", "dense", "auto")}
 SMALL = {"num_experts": E, "top_k": K, "adapter_dim": H}
+# Converted, a split network runs whole: only `RUNNING` asks its router, which chooses and does not
+# weigh.
+SPLIT = {"paths": (), "dropout": False, "learns_router": False}
+MLP_ROUTER = splitting.mlp_router(D, E)
+NORM_ROUTER = splitting.norm_router(D, H, E)
 
 RECIPES = {
     "camelidae": RecipeCase(
@@ -443,4 +474,63 @@ RECIPES = {
         lambda m: 3 * molora(m),
         **LORAS,
     ),
+    "moefication": RecipeCase(
+        lambda: sc.recipes.moefication(E, K), split(MLP_ROUTER), trains_base=True, **SPLIT
+    ),
+    "moefication_random": RecipeCase(
+        lambda: sc.recipes.moefication(E, K, partition="random", router="similarity", relu=False),
+        split(0),
+        **SPLIT,
+    ),
+    "gmoefication": RecipeCase(lambda: sc.recipes.gmoefication(E, K), split(MLP_ROUTER), **SPLIT),
+    "dsti": RecipeCase(
+        lambda: sc.recipes.dsti(E, router_dim=H), split(NORM_ROUTER), trains_base=True, **SPLIT
+    ),
+    "d2dmoe": RecipeCase(
+        # The tiny random routers' norms are alike: at the paper's 0.1 nearly all experts would run.
+        lambda: sc.recipes.d2dmoe(E, 0.7, router_dim=H),
+        split(NORM_ROUTER),
+        trains_base=True,
+        **SPLIT,
+    ),
+    "lte": RecipeCase(
+        lambda: sc.recipes.lte(E),
+        split(splitting.sigmoid_router(D, E)),
+        trains_base=True,
+        **SPLIT,
+    ),
+    "cmoe": RecipeCase(
+        lambda: sc.recipes.cmoe(E, K, shared=1),
+        split(cmoe_router),
+        **SPLIT,
+    ),
+    "cmoe_tuned": RecipeCase(
+        lambda: sc.recipes.cmoe(E, K, shared=1, variant="tuned"),
+        lambda m: split(lambda f: cmoe_router(f) + E - 1)(m) + attention_lora(m, 8),
+        **SPLIT | {"learns_router": True},
+    ),
+}
+
+SPLITS = tuple(
+    name for name, case in RECIPES.items() if case.make().edits[0].experts.kind == "split"
+)
+
+
+def choosy(model: torch.nn.Module) -> None:
+    """The recipe's own rule, routers near their threshold, and means that are not zero."""
+    generator = torch.Generator().manual_seed(4)
+    set_budget(model, None)
+    with torch.no_grad():
+        for layer in split_layers(model).values():
+            if layer.router.spec.select == "threshold":  # LTE starts nearly dense
+                layer.router.scorer.bias.fill_(0.05)
+            if layer.experts.mean is not None:
+                noise = torch.randn(layer.experts.mean.shape, generator=generator)
+                layer.experts.mean.copy_(0.3 * noise)
+
+
+# The same split networks as their routers run them.
+RUNNING = {
+    f"{name}_sparse": dataclasses.replace(RECIPES[name], paths=("dense",), ready=choosy)
+    for name in SPLITS
 }

@@ -19,11 +19,11 @@ MODULES = {str(p.relative_to(SOURCE).with_suffix("")).replace("/", "."): p for p
 # Lower may not import higher. Modules of one rank may import each other.
 RANKS = (
     ("errors", "__init__"),
-    ("recipe", "specs", "routing", "batch"),
+    ("recipe", "specs", "typed", "routing", "batch"),
     ("donor", "sites", "hub", "packaged", "encoding", "rows", "corpus", "sentences"),
-    ("experts", "routers", "kernels", "data", "losses"),
+    ("experts", "routers", "kernels", "init", "data", "losses"),
     ("layer",),
-    ("cost", "certificate", "origin", "tensorfile"),
+    ("cost", "budget", "certificate", "origin", "tensorfile"),
     ("planning",),
     ("surgery",),
     ("folder",),

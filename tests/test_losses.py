@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from reference import papers
+from reference import papers, splitting
 from sparsecraft.errors import RecipeError
 from sparsecraft.losses import (
     LOSSES,
@@ -21,6 +23,13 @@ from sparsecraft.routing import Routing
 
 def routing_of(logits_TE: torch.Tensor, k: int) -> Routing:
     return Routing(*top_k(logits_TE, k, renormalize=True), logits_TE)
+
+
+def recorded(routing: Routing) -> Routing:
+    """With what the activations of a split network read, for the losses of activations."""
+    generator = torch.Generator().manual_seed(6)
+    pre_TF = 5 * torch.randn(len(routing.logits_TE), 12, generator=generator)
+    return dataclasses.replace(routing, pre_TF=pre_TF)
 
 
 def balanced(E: int, k: int) -> Routing:
@@ -100,7 +109,9 @@ def test_the_released_pesc_loss_is_a_constant_without_gradient(E, k):
         assert logits_TE.grad.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("name", ["switch", "switch_unnormalized", "z"])
+@pytest.mark.parametrize(
+    "name", ["switch", "switch_unnormalized", "z", "lte_efficiency", "lte_separability"]
+)
 def test_padding_does_not_count(name):
     logits_TE = torch.randn(20, 4)
     mask_T = torch.arange(20) < 13
@@ -115,12 +126,60 @@ def test_padding_does_not_count(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_are_float32_under_bf16(name):
-    logits_TE = torch.randn(500, 4)
-    routing = routing_of(logits_TE, 2)
+    routing = recorded(routing_of(torch.randn(500, 4), 2))
     with torch.autocast("cpu", torch.bfloat16):
         loss = LOSSES[name](routing)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(LOSSES[name](routing).item(), rel=1e-6)
+
+
+SPARSITY = {
+    "relu_hoyer": lambda pre: splitting.hoyer(pre.clamp(min=0)),
+    "relu_l1": lambda pre: splitting.l1(pre.clamp(min=0)),
+    "gelu_clamped_l1": lambda pre: splitting.l1(splitting.above(pre, -10.0)),
+    "gelu_clamped_hoyer": lambda pre: splitting.hoyer(splitting.above(pre, -10.0)),
+}
+
+
+@pytest.mark.parametrize("name", SPARSITY)
+@pytest.mark.parametrize("masked", [False, True])
+def test_sparsity_losses_equal_the_papers_loops(name, masked):
+    routing = recorded(routing_of(torch.randn(30, 4), 2))
+    mask_T = torch.arange(30) % 3 > 0 if masked else None
+    pre_TF = routing.pre_TF if mask_T is None else routing.pre_TF[mask_T]
+    assert LOSSES[name](routing, mask_T).item() == pytest.approx(SPARSITY[name](pre_TF), rel=1e-5)
+    half = dataclasses.replace(routing, pre_TF=routing.pre_TF.bfloat16())
+    assert LOSSES[name](half, mask_T).dtype == torch.float32
+
+
+def test_the_hoyer_measure_lies_between_one_and_the_width():
+    one_hot, even = torch.eye(5, 8), torch.ones(5, 8)
+    base = routing_of(torch.randn(5, 4), 2)
+    for pre_TF, wanted in ((one_hot, 1.0), (even, 8.0), (7 * even, 8.0)):
+        loss = LOSSES["relu_hoyer"](dataclasses.replace(base, pre_TF=pre_TF), None)
+        assert loss.item() == pytest.approx(wanted)
+    idle = torch.full((5, 8), -1.0, requires_grad=True)  # no activation at all
+    loss = LOSSES["relu_hoyer"](dataclasses.replace(base, pre_TF=idle), None)
+    loss.backward()
+    assert loss.item() == 0 and idle.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SPARSITY)
+def test_losses_of_activations_refuse_a_routing_without_any(name):
+    with pytest.raises(RecipeError, match=r"in training with stage\.runs='every'"):
+        LOSSES[name](routing_of(torch.randn(5, 4), 2), None)
+
+
+def test_lte_losses_equal_the_papers_loops():
+    traced = {n: routing_of(3 * torch.randn(20, 5), 2) for n in "ab"}
+    mask_T = torch.arange(20) < 13
+    gates = [r.logits_TE.sigmoid()[mask_T].tolist() for r in traced.values()]
+    _, parts = auxiliary_loss(
+        traced, {"lte_efficiency": 1.0, "lte_separability": 1.0}, lambda _: mask_T
+    )
+    assert parts["lte_efficiency"].item() == pytest.approx(splitting.efficiency(gates), rel=1e-5)
+    theirs = splitting.separability(gates, epsilon=1e-2)
+    assert parts["lte_separability"].item() == pytest.approx(theirs, rel=1e-4)
 
 
 def test_empty_slots_are_nobodys_load():

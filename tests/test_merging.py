@@ -17,8 +17,9 @@ import transformers
 
 import sparsecraft as sc
 import tiny
-from cases import FAMILIES, RECIPES, D, E, F, R, batch, dense, logits, randomize_new
+from cases import FAMILIES, RECIPES, SPLITS, D, E, F, R, batch, dense, logits, randomize_new
 from sparsecraft import cli
+from sparsecraft.budget import rectify, set_budget
 from sparsecraft.errors import CertificateError, MergeError, SurgeryError
 from sparsecraft.layer import MoELayer
 from sparsecraft.merging import MERGE_TOLERANCE, read_weights
@@ -50,7 +51,7 @@ FIXED = {
     "smola": "dense",
 }
 SAME_LAYERS = ("mov_top2", "mov_noise", "upcycling_all")  # as those of another row
-ROUTED = [n for n, case in RECIPES.items() if case.routed and n not in SAME_LAYERS]
+ROUTED = [n for n, case in RECIPES.items() if case.routed and n not in (*SAME_LAYERS, *SPLITS)]
 KINDS = ("llama", "phi3", "gpt2", "opt", "bert", "t5", "vit")
 
 
@@ -501,6 +502,174 @@ def test_shared_weights_are_not_changed_under_another_module():
     with pytest.raises(MergeError, match="are one tensor"):
         sc.merge(model)
     assert torch.equal(logits(model, batch("llama")), wanted)
+
+
+# ---------------------------------------------------------------------------------- split networks
+
+
+def split(family: str, recipe: sc.Recipe | None = None, relu: bool = False) -> torch.nn.Module:
+    """A split model of which every weight has changed, all experts on."""
+    model = converted(family, recipe or sc.recipes.moefication(E, partition="random"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.25)
+    if relu:
+        rectify(model)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_split_then_merged_is_the_dense_model_bit_for_bit(family):
+    plain, model = dense(family), dense(family)
+    sc.convert(model, sc.recipes.moefication(E, partition="random"))
+    parts = model.sparsecraft.layers[0].experts
+    assert not torch.equal(parts.neurons.flatten(), torch.arange(F))
+    report = sc.merge(model)
+    assert report.result == "dense" and set(report.folded.values()) == {"split"}
+    assert report.activation is None
+    wanted, found = plain.state_dict(), model.state_dict()
+    assert list(found) == list(wanted)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+    assert torch.equal(logits(model, batch(family)), logits(plain, batch(family)))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_changed_parts_merge_to_what_they_compute_together(tmp_path, family, relu):
+    model = split(family, relu=relu)
+    wanted = logits(model, batch(family))
+    if family == "bert" and relu:
+        return refused_family(model, family, "cannot say so: config.hidden_act would put it into")
+    report = sc.merge(model)
+    assert report.result == "dense" and report.certificate.exact
+    assert difference(model, family, wanted) <= 1e-5
+    was_relu = family in ("opt", "t5")
+    assert (report.activation is not None) == (relu and not was_relu)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert difference(again, family, wanted) <= 1e-5
+
+
+def refused_family(model, family, reason, **arguments) -> None:
+    state, wanted = snapshot(model), logits(model, batch(family))
+    with pytest.raises(MergeError, match=reason):
+        sc.merge(model, **arguments)
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert torch.equal(logits(model, batch(family)), wanted)
+
+
+def test_relu_is_said_in_every_configuration_and_the_report():
+    model = split("t5_gated", relu=True)
+    report = sc.merge(model)
+    assert report.activation == "config.dense_act_fn" and "'relu' now" in str(report)
+    for config in (model.config, model.encoder.config, model.decoder.config):
+        assert (config.dense_act_fn, config.feed_forward_proj) == ("relu", "gated-relu")
+    torch.manual_seed(0)
+    base = transformers.BertConfig(**cases_bert())
+    model = transformers.BertForSequenceClassification(base).eval()
+    sc.convert(model, sc.recipes.moefication(E, partition="random"))
+    rectify(model)
+    wanted = logits(model, batch("bert"))
+    assert sc.merge(model).activation == "config.hidden_act"
+    assert difference(model, "bert", wanted) <= 1e-5
+
+
+def cases_bert() -> dict[str, int]:
+    sizes = FAMILIES["bert"].config().to_dict()
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return {name: sizes[name] for name in (*names, "vocab_size", "max_position_embeddings")}
+
+
+def test_relu_in_some_networks_is_what_no_configuration_says():
+    recipe = sc.recipes.moefication(E, partition="random", paths="*.0.mlp")
+    reason = "would put it into 'model.layers.1.mlp.act_fn' too"
+    refused(split("llama", recipe, relu=True), reason)
+    report = sc.merge(split("llama", recipe))
+    assert list(report.folded) == ["model.layers.0.mlp"] and report.certificate.exact
+
+
+@pytest.mark.parametrize("recipe", SPLITS)
+def test_a_router_that_leaves_experts_out_is_not_merged(recipe):
+    model = split("llama", RECIPES[recipe].make())
+    set_budget(model, None)
+    refused(model, "another function")
+    refused(model, "the parts of one network", how="average")
+    refused(model, "the parts of one network", how="fixed", weights=WEIGHTS)
+    set_budget(model, 1.0)
+    wanted = logits(model, batch("llama"))
+    assert sc.merge(model).result == "dense"
+    assert difference(model, "llama", wanted) <= 1e-5
+
+
+def test_parts_stay_beside_a_lora_that_merges(tmp_path):
+    model = split("llama", sc.recipes.cmoe(E, 1, shared=1, variant="tuned"))
+    set_budget(model, 0.75)
+    running, wanted = model.sparsecraft.running, logits(model, batch("llama"))
+    report = sc.merge(model, partial=True)
+    assert set(report.kept.values()) == {"split"} and set(report.folded.values()) == {"lora"}
+    assert model.sparsecraft.running is running and running.budget == 0.75
+    assert difference(model, "llama", wanted) <= 1e-5
+    sc.save(model, tmp_path / "out")
+    again = sc.load(tmp_path / "out")
+    assert again.sparsecraft.running.budget == 0.75
+    assert difference(again, "llama", wanted) <= 1e-5
+    set_budget(again, 1.0)
+    set_budget(model, 1.0)
+    assert sc.merge(again).result == sc.merge(model).result == "dense"
+    assert difference(again, "llama", logits(model, batch("llama"))) <= 1e-5
+
+
+def test_a_network_that_imitates_a_linear_stays():
+    model = split("llama", sc.recipes.d2dmoe(E, attention_experts=2, sparsity="none"))
+    wanted = logits(model, batch("llama"))
+    for layer in model.sparsecraft.layers:
+        layer.imitates = layer.place == "imitate"
+    refused(model, "imitates a Linear")
+    imitated = logits(model, batch("llama"))
+    report = sc.merge(model, partial=True)
+    assert len(report.folded) == 2 and len(report.kept) == 8
+    assert difference(model, "llama", imitated) <= 1e-5
+    model = split("llama", sc.recipes.d2dmoe(E, attention_experts=2, sparsity="none"))
+    assert sc.merge(model).result == "dense"  # no projection is imitated yet
+    assert difference(model, "llama", wanted) <= 1e-5
+    model = split("llama", sc.recipes.d2dmoe(E, attention_experts=2), relu=True)
+    for layer in model.sparsecraft.layers:
+        layer.imitates = layer.place == "imitate"
+    refused(model, "whole or not at all", partial=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "t5_gated"])
+def test_a_merge_of_parts_that_fails_gives_them_back(monkeypatch, family):
+    plain = dense(family)
+    model = dense(family)
+    sc.convert(model, sc.recipes.moefication(E, partition="random"))
+    randomize_new(model, 0.05)
+    rectify(model)
+    state, wanted = snapshot(model), logits(model, batch(family))
+    layers, running = list(model.sparsecraft.layers), model.sparsecraft.running
+    with monkeypatch.context() as patch:
+        patch.setattr("sparsecraft.merging.model.MERGE_TOLERANCE", 0.0)
+        patch.setattr("sparsecraft.certificate.TOLERANCE", {torch.float32: -1.0})
+        with pytest.raises(CertificateError, match="given back"):
+            sc.merge(model)
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert torch.equal(logits(model, batch(family)), wanted)
+    assert model.sparsecraft.running is running
+    again = zip(model.sparsecraft.layers, layers, strict=True)
+    assert all(new.experts is old.experts for new, old in again)
+    sc.revert(model)
+    assert torch.equal(logits(model, batch(family)), logits(plain, batch(family)))
+    assert model.config.to_dict() == plain.config.to_dict()
+
+
+def test_bfloat16_parts_merge():
+    model = dense("llama").to(torch.bfloat16)
+    wanted = snapshot(model)
+    sc.convert(model, sc.recipes.moefication(E, partition="random"))
+    for layer in model.sparsecraft.layers:  # as training leaves them
+        layer.experts.float()
+    assert sc.merge(model).certificate.dtype == "bfloat16"
+    assert all(torch.equal(t, wanted[n]) for n, t in model.state_dict().items())
 
 
 # ------------------------------------------------------------------------------------- by command

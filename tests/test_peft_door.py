@@ -491,6 +491,22 @@ def test_what_no_adapter_can_hold_is_not_exported(tmp_path, base):
 # ---------------------------------------------------------------------------------- registration
 
 
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (sc.recipes.moefication(4), "deals out the neurons of the ffn"),
+        (sc.recipes.cmoe(4, 1, shared=1, variant="tuned"), "deals out the neurons of the ffn"),
+        (sc.recipes.d2dmoe(4, attention_experts=2), "imitates the attention_linear"),
+    ],
+    ids=lambda value: getattr(value, "name", "message"),
+)
+def test_split_networks_are_no_adapter(recipe, message):
+    imitations_first = replace(recipe, edits=recipe.edits[::-1])
+    found = imitations_first if "imitates" in message else recipe
+    with pytest.raises(RecipeError, match=f"cannot be a PEFT adapter: it {message}"):
+        sc.SparsecraftConfig(recipe=found)
+
+
 def test_registration_is_idempotent():
     before = dict(peft.PEFT_TYPE_TO_CONFIG_MAPPING)
     register()

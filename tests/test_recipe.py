@@ -17,8 +17,10 @@ from sparsecraft.recipe import (
     AdapterSpec,
     Edit,
     FFNSpec,
+    FitSpec,
     LoRASpec,
     RouterSpec,
+    SplitSpec,
     Stage,
     from_json,
     override,
@@ -251,3 +253,197 @@ def test_values_that_make_no_sense_are_refused():
 def test_a_recipe_of_nonsense_is_refused_in_one_sentence(make, said):
     with pytest.raises(RecipeError, match=re.escape(said)):
         make()
+
+
+# ----------------------------------------------------------------------------------- split networks
+
+
+def split_edit(num_experts: int = 8, **router) -> Edit:
+    fields = {"weighting": "one", "top_k": 2} | router
+    return Edit(experts=SplitSpec(num_experts=num_experts), router=RouterSpec(**fields))
+
+
+NO_K = {"top_k": None}
+
+
+@pytest.mark.parametrize(
+    ("router", "words"),
+    [
+        ({"top_k": None}, ["'top_k' with top_k=None", "takes a number"]),
+        ({"top_k": 0}, ["top_k is 0 with num_experts=8", "between 1 and num_experts"]),
+        ({"top_k": 9}, ["top_k is 9 with num_experts=8"]),
+        ({"top_k": 7, "shared": 2}, ["top_k is 7", "shared=2", "what they leave"]),
+        ({"shared": 8}, ["router.shared is 8 with num_experts=8", "left to select"]),
+        ({"shared": -1}, ["router.shared is -1"]),
+        ({"threshold": 0.5}, ["'top_k' with threshold=0.5", "threshold=None"]),
+        ({"select": "threshold", **NO_K}, ["'threshold' with threshold=None", "takes a number"]),
+        ({"select": "share", **NO_K}, ["'share' with threshold=None"]),
+        ({"select": "relative", "threshold": 0.1}, ["'relative' with top_k=2", "top_k=None"]),
+        ({"select": "threshold", "threshold": 1.5, **NO_K}, ["threshold is 1.5", "0 and 1"]),
+        ({"select": "threshold", "threshold": -0.1, **NO_K}, ["threshold is -0.1"]),
+        ({"select": "threshold", "threshold": float("nan"), **NO_K}, ["threshold is nan"]),
+        ({"select": "share", "threshold": 0.9, **NO_K}, ["linear scorer", "may be negative"]),
+        (
+            {"select": "relative", "threshold": 0.9, "scorer": "mlp", **NO_K},
+            ["mlp scorer", "squash='sigmoid'", "scorer='norm'"],
+        ),
+        ({"select": "soft", **NO_K}, ["'soft' with weighting='one'", "top_k, share, relative"]),
+        ({"select": "slots", **NO_K}, ["'slots' with weighting='one'"]),
+        ({"decides": "sequence"}, ["decides by token", "decides='sequence'"]),
+        ({"reads": "output"}, ["reads the layer's input", "reads='output'"]),
+        (
+            {"select": "threshold", "threshold": 0.5, "weighting": "scaled", **NO_K},
+            ["'scaled'", "counts on k experts", "select='top_k'"],
+        ),
+        (
+            {"select": "threshold", "threshold": 0.5, "weighting": "straight_through", **NO_K},
+            ["'straight_through'"],
+        ),
+        ({"weighting": "softmax"}, ["'softmax' with split experts", "summed as they are"]),
+        ({"scorer": "mpl"}, ["router.scorer is 'mpl'"]),
+        ({"target": "norm"}, ["router.target is 'norm'"]),
+        ({"squash": "tanh"}, ["router.squash is 'tanh'"]),
+        ({"temperature": 0.0}, ["router.temperature is 0.0"]),
+    ],
+)
+def test_impossible_routers_of_split_networks_are_refused(router, words):
+    refused(lambda: split_edit(**router), *words)
+
+
+@pytest.mark.parametrize(
+    ("router", "words"),
+    [
+        ({"scorer": "mlp"}, ["router.scorer is 'mlp'", "for split experts"]),
+        ({"select": "share", "threshold": 0.5, **NO_K}, ["router.select is 'share'"]),
+        ({"shared": 1}, ["router.shared is 1"]),
+        ({"squash": "abs"}, ["router.squash is 'abs'"]),
+        ({"bias": 0.0}, ["router.bias is 0.0"]),
+        ({"weighting": "one"}, ["'one' with adapter experts", "mixed by the softmax"]),
+    ],
+)
+def test_routers_of_whole_experts_have_no_field_of_split_ones(router, words):
+    fields = {"top_k": 2} | router
+    refused(lambda: Edit(experts=AdapterSpec(num_experts=4), router=RouterSpec(**fields)), *words)
+
+
+def test_possible_routers_of_split_networks_are_taken():
+    for router in (
+        {"top_k": 8},
+        {"top_k": 6, "shared": 2},
+        {"select": "threshold", "threshold": 0.5, **NO_K},
+        {"select": "threshold", "threshold": 0.0, "weighting": "score", **NO_K},
+        {"select": "share", "threshold": 0.9, "scorer": "norm", **NO_K},
+        {"select": "share", "threshold": 0.9, "scorer": "oracle", **NO_K},
+        {"select": "relative", "threshold": 1.0, "scorer": "mlp", "squash": "sigmoid", **NO_K},
+        {"weighting": "scaled"},
+        {"weighting": "straight_through"},
+        {"weighting": "gain", "scorer": "analytic"},
+    ):
+        assert split_edit(**router).router.splits
+    refused(
+        lambda: Edit(place="beside", experts=SplitSpec(num_experts=4), router=split_edit().router),
+        "split experts cannot stand beside",
+    )
+    refused(lambda: Edit(experts=SplitSpec(num_experts=4)), "4 split experts have no router")
+    assert Edit(experts=SplitSpec(num_experts=1)).router is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tokens": 0}, ["tokens is 0", "whole number from 1"]),
+        ({"tokens": 2.5}, ["tokens is 2.5"]),
+        ({"epochs": True}, ["epochs is True"]),
+        ({"batch_tokens": -1}, ["batch_tokens is -1"]),
+        ({"holdout": 0.0}, ["holdout is 0.0", "between 0 and 1"]),
+        ({"holdout": 1}, ["holdout is 1"]),
+        ({"holdout": "some"}, ["holdout is 'some'"]),
+        ({"learning_rate": 0}, ["learning_rate is 0", "positive"]),
+        ({"learning_rate": float("nan")}, ["learning_rate is nan"]),
+    ],
+)
+def test_impossible_fits_are_refused(fields, words):
+    refused(lambda: FitSpec(**fields), *words)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: SplitSpec(num_experts=4, markers=0), ["markers is 0"]),
+        (lambda: RouterSpec(weighting="one", scorer="norm", hidden=0), ["hidden is 0"]),
+        (lambda: sc.recipes.moefication(4, partition="kmean"), ["partition is 'kmean'"]),
+        (lambda: RouterSpec(weighting="one", temperature=0.5), ["temperature is 0.5"]),
+        (lambda: RouterSpec(weighting="one", bias=1.0, scorer="norm"), ["bias is 1.0"]),
+        (lambda: RouterSpec(weighting="one", normalize=True), ["normalize is True"]),
+        (lambda: sc.recipes.d2dmoe(4, router_dim=-3), ["hidden is -3"]),
+        (lambda: sc.recipes.cmoe(4, 2, shared=1, compensate="no"), ["compensate is 'no'"]),
+    ],
+)
+def test_nonsense_in_split_specs_is_refused_when_it_is_written(make, words):
+    def edit():
+        made = make()
+        if isinstance(made, SplitSpec):
+            Edit(experts=made, router=split_edit().router)
+        elif isinstance(made, RouterSpec):
+            Edit(experts=SplitSpec(num_experts=4), router=made)
+
+    refused(edit, *words)
+
+
+def test_stages_of_split_networks_go_through_overrides():
+    recipe = sc.recipes.d2dmoe(8)
+    changed = override(
+        recipe,
+        {"fit.tokens": "100", "stages.0.losses.relu_hoyer": "0.5", "threshold": "0.25",
+         "stages.0.loss_schedule": "linear", "stages.0.activation": "none"},
+    )  # fmt: skip
+    assert changed.stages[1].fit.tokens == 100
+    assert changed.stages[0].losses == {"relu_hoyer": 0.5}
+    assert changed.stages[0].loss_schedule == "linear" and changed.stages[0].activation is None
+    assert changed.edits[0].router.threshold == 0.25
+    for changes, words in (
+        ({"fit.loss": "mae"}, ["fit.loss is 'mae'", "'bce'"]),
+        ({"stages.0.runs": "half"}, ["runs is 'half'"]),
+        ({"stages.0.activation": "gelu"}, ["activation is 'gelu'"]),
+        ({"partition": "kmean"}, ["partition is 'kmean'", "'kmeans'"]),
+        ({"loss_schedule": "linear"}, ["ambiguous", "stages.1.loss_schedule"]),
+    ):
+        refused(lambda changes=changes: override(recipe, changes), *words)
+
+
+def test_published_defaults_of_split_networks():
+    moe = sc.recipes.moefication()
+    assert moe.edits[0].router.top_k == round(0.2 * moe.edits[0].experts.num_experts)
+    assert [s.name for s in moe.stages] == ["sparsify", "router"]
+    fit = moe.stages[1].fit
+    assert (fit.loss, fit.epochs, fit.batch_tokens, fit.learning_rate) == ("bce", 30, 512, 0.01)
+    assert fit.holdout == 0.1
+    general = sc.recipes.gmoefication()
+    assert general.edits[0].experts.compensate and general.edits[0].router.target == "deviation"
+    squared = sc.recipes.gmoefication(variant="squared")
+    assert squared.edits[0].router.target == "squared_deviation"
+    first, final = sc.recipes.dsti(), sc.recipes.d2dmoe()
+    assert first.edits[0].router.select == "share" and final.edits[0].router.select == "relative"
+    for recipe in (first, final):
+        assert recipe.edits[0].router.target == "output_norm"
+        assert recipe.edits[0].router.hidden == 128
+        assert recipe.stages[1].fit.learning_rate == 1e-3 and recipe.stages[1].fit.loss == "mse"
+    bert = sc.recipes.d2dmoe(variant="bert").stages[0]
+    assert (bert.losses, bert.learning_rate, bert.batch_size) == ({"relu_l1": 1e-4}, 2e-5, 64)
+    assert sc.recipes.d2dmoe(variant="released").stages[0].losses == {"relu_l1": 1e-3}
+    soft, hard = sc.recipes.lte().stages
+    assert (soft.runs, hard.runs) == ("soft", "sparse") and hard.losses == {}
+    assert soft.losses["lte_separability"] == 0.5 and soft.warmup_ratio == 0.06
+    assert hard.trains == ("model",) and soft.weight_decay == 0.0
+    analytic = sc.recipes.cmoe()
+    router = analytic.edits[0].router
+    assert (router.shared, router.top_k, analytic.edits[0].experts.num_experts) == (3, 3, 8)
+    assert analytic.edits[0].experts.markers == 10 and analytic.stages[0].fit.loss == "none"
+    tuned = sc.recipes.cmoe(variant="tuned")
+    assert tuned.stages[1].learning_rate == 5.95e-5
+    assert tuned.stages[1].router_learning_rate == 1e-3
+    lora = tuned.edits[1].experts
+    assert (lora.rank, lora.alpha) == (8, 32.0)
+    assert sc.recipes.cmoe(variant="released").edits[0].router.normalize
+    for name in ("moefication", "gmoefication", "dsti", "d2dmoe", "lte", "cmoe"):
+        refused(lambda name=name: by_name(name)(variant="papr"), "'papr'", "Did you mean 'paper'")

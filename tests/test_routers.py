@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sparsecraft as sc
-from cases import RECIPES, batch, dense
+from cases import RECIPES, RUNNING, batch, dense
 from sparsecraft.recipe import RouterSpec
 from sparsecraft.routers import build_router, soft, top_k
 from sparsecraft.routing import Routing
@@ -132,3 +132,24 @@ def test_the_layers_input_and_not_the_dense_output_is_read_by_pesc():
         read = layer.base(x) if reads == "output" else x
         wanted = read[0] @ layer.router.scorer.weight.T
         assert torch.allclose(layer.routing.logits_TE, wanted, atol=1e-5), reads
+
+
+def test_routers_of_split_networks_name_every_expert_in_its_place():
+    """Top-k, threshold and the whole network fit one record: (T, E), and E where none runs."""
+    for name in ("moefication", "lte", "d2dmoe", "cmoe"):
+        model, inputs = dense("llama"), batch("llama")
+        sc.convert(model, RECIPES[name].make(), certify=False)
+        with sc.trace(model) as whole, torch.no_grad():
+            model(**inputs)
+        RUNNING[f"{name}_sparse"].ready(model)
+        with sc.trace(model) as sparse, torch.no_grad():
+            model(**inputs)
+        for layer in whole:
+            routing = whole[layer]
+            assert routing.in_order and (routing.weights_TE() == 1).all()
+            assert torch.equal(routing.indices_TK[0], torch.arange(4))
+            routing = sparse[layer]
+            assert routing.in_order and routing.indices_TK.shape == routing.logits_TE.shape
+            runs = routing.indices_TK < 4
+            assert torch.equal(runs, routing.weights_TE() > 0)
+            assert routing.load_E().sum().item() == pytest.approx(1.0)

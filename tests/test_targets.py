@@ -140,3 +140,17 @@ def test_peft_refuses_a_base_that_a_merge_has_changed(tmp_path):
     with pytest.raises(ExportError, match="a merge changed its dense weights"):
         sc.export(model, "peft", tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.parametrize("target", ["mixtral", "peft"])
+def test_split_networks_are_merged_and_not_exported(tmp_path, target):
+    for recipe in (
+        sc.recipes.moefication(4, partition="random"),
+        sc.recipes.d2dmoe(4, attention_experts=2),
+        sc.recipes.cmoe(4, 1, shared=1, variant="tuned"),
+    ):
+        model = llama()
+        sc.convert(model, recipe, certify=False)
+        with pytest.raises(ExportError, match=r"sc\.merge\(model\) makes it a dense model again"):
+            sc.export(model, target, tmp_path / "out")
+        assert not (tmp_path / "out").exists()

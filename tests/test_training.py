@@ -15,6 +15,7 @@ import transformers
 import cases
 import sparsecraft as sc
 import tiny
+from sparsecraft import settings as settings_module
 from sparsecraft import trainers
 from sparsecraft.errors import CheckpointError, DataError, SparsecraftError
 
@@ -105,13 +106,13 @@ def test_the_auxiliary_loss_is_added_in_training_and_only_there(tmp_path, rows):
 def make_trainer(model, rows, **options):
     from sparsecraft import training
 
-    asked = training._options({**FAST, "packing": False, **options})
+    asked = settings_module.read({**FAST, "packing": False, **options})
     stage = model.sparsecraft.recipe.stages[0]
     # Dropout would make the training and the evaluation loss differ by more than the auxiliary.
     for module in model.modules():
         if hasattr(module, "dropout") and isinstance(module.dropout, float):
             module.dropout = 0.0
-    settings = training._settings(model, stage, asked)
+    settings = settings_module.fill(model, stage, asked)
     dataset, _ = training._dataset(model, rows, tiny.tokenizer(), settings)
     training._prepare_parameters(model, stage)
     folder = Path(rows).parent / "state"

@@ -15,11 +15,9 @@ __version__ = "0.1.0"
 _HOME = {
     "convert": "surgery",
     "revert": "surgery",
-    "Report": "surgery",
     "save": "checkpoint",
     "load": "checkpoint",
     "trace": "routing",
-    "Routing": "routing",
     "override": "recipe",
     "Recipe": "recipe",
     "Edit": "recipe",
@@ -31,6 +29,9 @@ _HOME = {
     "export": "targets",
     "count": "cost",
     "merge": "merging",
+    "set_budget": "budget",
+    "calibrate": "calibration",
+    "sweep": "analysis.sweeping",
     "match_params": "matching",
     "PescConfig": "peft",
     "MovConfig": "peft",
@@ -40,7 +41,7 @@ _HOME = {
     "embed": "sentences",
     "SparsecraftError": "errors",
 }
-_MODULES = ("recipes", "data", "hub", "losses")
+_MODULES = ("recipes", "hub", "losses")
 
 __all__ = sorted((*_HOME, *_MODULES))
 

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import Positional
 
+from sparsecraft import budgeting
+from sparsecraft.budgeting import Budget
 from sparsecraft.errors import DataError, SparsecraftError, did_you_mean
 from sparsecraft.options import TrainOptions, gathered
 
@@ -118,6 +120,7 @@ def evaluate(
     json: Path | None = None,
     limit: int | None = None,
     max_length: int | None = None,
+    budget: Budget | None = None,
 ) -> None:
     """Held-out loss, rank classification and lm-eval tasks of a checkpoint or a dense model.
 
@@ -129,6 +132,7 @@ def evaluate(
         json: write all results to this file.
         limit: rows of each file at most.
         max_length: longer rows are dropped and counted.
+        budget: share of experts of a split model to run, or `recipe`; otherwise as saved.
     """
     import json as json_module
 
@@ -143,6 +147,7 @@ def evaluate(
     if not (data or choice or tasks):
         raise DataError("There is nothing to evaluate on; pass --data, --choice or --tasks.")
     model, tokenizer = generation.load_any(folder)
+    budgeting.set_for(model, budget)
     results = evaluation.evaluate(
         model, data or None, choices=choice, tasks=tasks, tokenizer=tokenizer,
         max_length=max_length, limit=limit,
@@ -163,6 +168,7 @@ def generate(
     temperature: float = 0.0,
     stream: bool = False,
     seed: int = 0,
+    budget: Budget | None = None,
 ) -> None:
     """Answer one prompt.
 
@@ -174,11 +180,13 @@ def generate(
         temperature: 0 takes the most likely token each time.
         stream: print tokens as they come.
         seed: of sampling.
+        budget: share of experts of a split model to run, or `recipe`; otherwise as saved.
     """
     from sparsecraft import generation
 
     _quiet()
     model, tokenizer = generation.load_generator(folder)
+    budgeting.set_for(model, budget)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "stream": stream}
@@ -192,6 +200,7 @@ def chat(
     system: str | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
+    budget: Budget | None = None,
 ) -> None:
     """Talk with a model; an empty line ends it.
 
@@ -200,11 +209,13 @@ def chat(
         system: a system message before the conversation.
         max_new_tokens: longest answer.
         temperature: 0 takes the most likely token each time.
+        budget: share of experts of a split model to run, or `recipe`; otherwise as saved.
     """
     from sparsecraft import generation
 
     _quiet()
     model, tokenizer = generation.load_generator(folder)
+    budgeting.set_for(model, budget)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -289,6 +300,20 @@ def merge(
     _say(f"{report}\nSaved and read back: {out}")
 
 
+def calibrate(argv: list[str]) -> None:
+    """Find the threshold, or number of experts, for a share of the FLOPs, and save it."""
+    command = _parse(budgeting.CalibrateCommand, "calibrate", argv)
+    _quiet()
+    budgeting.run_calibrate(command, _say)
+
+
+def sweep(argv: list[str]) -> None:
+    """Draw score and latency of a split model against its FLOPs, over budgets."""
+    command = _parse(budgeting.SweepCommand, "sweep", argv)
+    _quiet()
+    budgeting.run_sweep(command, _say)
+
+
 def demo(out: Path = Path("runs/demo"), steps: int = 60, seed: int = 0) -> None:
     """SmolLM2 becomes an 8-expert PESC model, learns three domains, and answers. No GPU needed.
 
@@ -313,6 +338,8 @@ VERBS: dict[str, Callable] = {
     "inspect": show,
     "export": export,
     "merge": merge,
+    "calibrate": calibrate,
+    "sweep": sweep,
     "demo": demo,
 }
 
@@ -321,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit status. Errors of ours are one sentence on standard error."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        lines = "\n".join(f"  {v:<10}{f.__doc__.splitlines()[0]}" for v, f in VERBS.items())
+        lines = "\n".join(f"  {v:<11}{f.__doc__.splitlines()[0]}" for v, f in VERBS.items())
         print(
             f"usage: sparsecraft VERB [options]\n\n{lines}\n\nsparsecraft VERB --help tells more."
         )
@@ -337,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise SparsecraftError(f"Unknown verb {verb!r}." + did_you_mean(verb, VERBS))
-        if verb in ("convert", "train"):  # these parse their own arguments
+        if verb in ("convert", "train", "calibrate", "sweep"):  # these parse their own arguments
             VERBS[verb](rest)
         else:
             _parse(VERBS[verb], verb, rest)

@@ -66,11 +66,62 @@ def pesc_released_balance(routing: Routing, mask_T: Tensor | None = None) -> Ten
     return num_experts * (fraction_TE * mean_prob_T[:, None]).sum(-1).mean() / k
 
 
+def relu_hoyer(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """(sum |a|)^2 / sum a^2 of a network's activations after ReLU, between 1 and its width
+    (D2DMoE, section 3.1, with the square Hoyer measure)."""
+    return _hoyer(_activations(routing, mask_T).relu())
+
+
+def relu_l1(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """Sum of a network's activations after ReLU, mean over tokens (D2DMoE's code)."""
+    return _activations(routing, mask_T).relu().sum(-1).mean()
+
+
+# Below it GELU is as good as zero (D2DMoE).
+DISPLACEMENT = -10.0
+
+
+def gelu_clamped_l1(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """Sum of how far inputs of GELU lie above -10, mean over tokens (D2DMoE)."""
+    return (_activations(routing, mask_T) - DISPLACEMENT).relu().sum(-1).mean()
+
+
+def gelu_clamped_hoyer(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """The Hoyer measure of how far inputs of GELU lie above -10 (D2DMoE)."""
+    return _hoyer((_activations(routing, mask_T) - DISPLACEMENT).relu())
+
+
+def lte_efficiency(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """Mean of the squared sigmoid scores (LTE, section 4.2)."""
+    logits_TE, _ = _kept(routing, mask_T)
+    return logits_TE.sigmoid().square().mean()
+
+
+# LTE's threshold of all layers, and what keeps its loss finite where a score is on it.
+LTE_THRESHOLD, LTE_EPSILON = 0.5, 1e-2
+
+
+def lte_separability(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """Mean of 1 / ((G - 0.5)^2 + 0.01) over sigmoid scores G (LTE, section 4.2).
+
+    The paper has no 0.01; without it the loss of a router that starts from zeros is infinite.
+    """
+    logits_TE, _ = _kept(routing, mask_T)
+    distance_TE = logits_TE.sigmoid() - LTE_THRESHOLD
+    return (distance_TE.square() + LTE_EPSILON).reciprocal().mean()
+
+
 LOSSES: dict[str, Loss] = {
     "switch": switch_balance,
     "switch_unnormalized": switch_balance_unnormalized,
     "z": router_z,
     "pesc_released": pesc_released_balance,
+    "relu_hoyer": relu_hoyer,
+    "relu_l1": relu_l1,
+    "gelu_clamped_l1": gelu_clamped_l1,
+    "gelu_clamped_hoyer": gelu_clamped_hoyer,
+    "lte_efficiency": lte_efficiency,
+    "lte_separability": lte_separability,
 }
 
 
@@ -114,3 +165,18 @@ def _kept(routing: Routing, mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
         return logits_TE, routing.indices_TK
     mask_T = spread(mask_T, len(logits_TE)).to(torch.bool)
     return logits_TE[mask_T], routing.indices_TK[mask_T]
+
+
+def _activations(routing: Routing, mask_T: Tensor | None) -> Tensor:
+    """What the activation of a split network reads, (T, F) float32, of real tokens."""
+    if routing.pre_TF is None:
+        raise RecipeError(
+            "A sparsity loss reads the activations of split networks, in training with "
+            "stage.runs='every'; this layer recorded none."
+        )
+    pre_TF = routing.pre_TF.float()
+    return pre_TF if mask_T is None else pre_TF[mask_T.reshape(-1).to(torch.bool)]
+
+
+def _hoyer(a_TF: Tensor) -> Tensor:
+    return (a_TF.abs().sum(-1).square() / (a_TF.square().sum(-1) + 1e-15)).mean()

@@ -76,7 +76,8 @@ def match_params(
         arguments: of `function`, all but its size.
 
     Raises:
-        RecipeError: the recipe has no size, or `arguments` name it.
+        RecipeError: the recipe has no size, or `arguments` name it; or the target splits dense
+            networks, and adds no parameters that a baseline could match.
 
     Example:
         baseline = sc.match_params(sc.recipes.lora, sc.recipes.mov(), "smollm2")
@@ -96,6 +97,7 @@ def match(
             f"{parameter}={arguments[parameter]} and a target to match both set the size of "
             f"{function.__name__!r}; leave one out."
         )
+    _check_target(target)
     wanted = trainable(target, model)
 
     def at(size: int) -> tuple[Recipe, int]:
@@ -106,6 +108,16 @@ def match(
     size = max(1, 1 + round((wanted - one) / (two - one)))  # every update is linear in its width
     recipe, count = at(size)
     return Match(recipe, parameter, size, count, wanted)
+
+
+def _check_target(target: Recipe) -> None:
+    """Refuse a target whose trainable parameters are the dense model's own."""
+    if any(edit.experts.kind == "split" for edit in target.edits):
+        raise RecipeError(
+            f"Recipe {target.name!r} splits dense networks: it trains the dense weights themselves "
+            "and routers that leave some of them out, so that no number of new parameters is "
+            "comparable. Compare it with the dense model after as many steps on the same data."
+        )
 
 
 def size_of(function: Callable[..., Recipe]) -> str:

@@ -15,6 +15,10 @@ class TrainOptions:
     """Relative sampling rates of the sources, in rows."""
     steps: int | None = None
     """Optimizer steps per stage; None trains for `epochs`."""
+    stages: tuple[str, ...] = ()
+    """Names of the recipe's stages to run; all of them unless told."""
+    fit_tokens: int | None = None
+    """Inputs of each split network that its router is fitted to."""
     epochs: float = 1.0
     """Passes over the data when `steps` is not given."""
     batch_size: int | None = None
@@ -72,7 +76,7 @@ class ConvertOptions:
     """Of the new parameters."""
 
 
-MULTIPLE = ("--set", "--data", "--weights", "--choice", "--tasks", "--trackers")
+MULTIPLE = ("--set", "--data", "--weights", "--choice", "--tasks", "--trackers", "--stages")
 
 
 def gathered(argv: list[str]) -> list[str]:

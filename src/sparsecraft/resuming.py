@@ -35,6 +35,22 @@ def last_state(folder: Path) -> Path | None:
     return next((state for state in reversed(states) if _complete(state)), None)
 
 
+def check_folder(folder: Path, resume: bool) -> None:
+    """Refuse to resume where there is nothing, and to start over what was interrupted."""
+    states = [s for s in folder.glob("*") if s.is_dir() and last_state(s)]
+    if resume and not states:
+        raise SparsecraftError(
+            f"There is nothing to resume: {folder} holds no complete training state. "
+            "Train without resume, with save_every for states to come back to."
+        )
+    if not resume and states:
+        raise SparsecraftError(
+            f"{folder} holds the state of an interrupted run; resume it, or delete the folder."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise SparsecraftError(f"{folder} is a file; training keeps its state there. Move it away.")
+
+
 def _complete(state: Path) -> bool:
     if not all((state / name).is_file() for name in STATE_FILES) or not [*state.glob("rng_state*")]:
         return False

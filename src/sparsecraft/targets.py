@@ -21,11 +21,17 @@ from sparsecraft.errors import ExportError, did_you_mean
 from sparsecraft.folder import EXPORT_RECORD, MANIFEST, replacing, write_companions, write_json
 from sparsecraft.layer import dense_name, dense_tensors
 from sparsecraft.origin import Origin, digest
-from sparsecraft.recipe import FFNSpec
+from sparsecraft.recipe import FFNSpec, Recipe
 from sparsecraft.surgery import conversion_of, revert
 
 # Largest relative logit difference between ours and the exported model, read back.
 EXPORT_TOLERANCE = 1e-4
+
+# The standard form that a model with split networks has.
+MERGE_PARTS = (
+    "sc.merge(model) makes it a dense model again, which transformers writes as it is; "
+    "sc.set_budget(model, 1.0) first."
+)
 
 
 def export(
@@ -114,6 +120,11 @@ class MixtralTarget:
         """The reason why the model has no exact Mixtral form, with the nearest one that has."""
         recipe = conversion_of(model).recipe
         nearest = "`upcycling` with renormalize=True on a Llama or Mistral model exports exactly."
+        if splits(recipe):
+            return (
+                "its experts are parts of one network that add up, and Mixtral mixes whole "
+                f"networks by weights that sum to one. sc.save keeps it as it is; {MERGE_PARTS}"
+            )
         for edit in recipe.edits:
             if not isinstance(edit.experts, FFNSpec) or edit.place != "replace":
                 return (
@@ -212,7 +223,9 @@ class PeftTarget:
         from sparsecraft.peft.configs import why_no_adapter
 
         if reason := why_no_adapter(conversion_of(model).recipe):
-            return f"{reason} sc.save keeps it as it is; `upcycling` exports as mixtral."
+            recipe = conversion_of(model).recipe
+            other = MERGE_PARTS if splits(recipe) else "`upcycling` exports as mixtral."
+            return f"{reason} sc.save keeps it as it is; {other}"
         if conversion_of(model).report.get("merge", {}).get("folded"):
             return (
                 "a merge changed its dense weights, and an adapter would be put on the original "
@@ -267,6 +280,11 @@ class PeftTarget:
 
 
 TARGETS = {"mixtral": MixtralTarget(), "peft": PeftTarget()}
+
+
+def splits(recipe: Recipe) -> bool:
+    """Whether the recipe deals out the neurons of dense networks."""
+    return any(edit.experts.kind == "split" for edit in recipe.edits)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -59,13 +59,14 @@ class RoutedTrainerMixin:
                 "The stage has routing losses, and no router was seen in the forward pass: the "
                 "model runs as copies. Launch one process for each GPU with torchrun."
             )
-        masks = _masks(unwrapped, inputs, token_mask)
+        masks = layer_masks(unwrapped, inputs, token_mask)
         if (
             self.state.global_step == 0
             or (self.state.global_step + 1) % self.args.logging_steps == 0
         ):
             self._record(routings, masks)
-        auxiliary, parts = auxiliary_loss(routings, self.stage.losses, masks)
+        coefficients = {name: c * self._loss_factor() for name, c in self.stage.losses.items()}
+        auxiliary, parts = auxiliary_loss(routings, coefficients, masks)
         if auxiliary is None:
             return result
         if not auxiliary.requires_grad:
@@ -83,6 +84,16 @@ class RoutedTrainerMixin:
         loss = result[0] if return_outputs else result
         loss = loss + auxiliary.to(loss.device)
         return (loss, *result[1:]) if return_outputs else loss
+
+    def _loss_factor(self) -> float:
+        """Of the auxiliary losses at this step, as the stage's schedule has it."""
+        done = self.state.global_step / max(1, self.args.max_steps)
+        match self.stage.loss_schedule:
+            case "linear":
+                return done
+            case "linear_warmup":
+                return min(1.0, 2 * done)
+        return 1.0
 
     def _has_routers(self) -> bool:
         layers = conversion_of(self.accelerator.unwrap_model(self.model)).layers
@@ -115,6 +126,8 @@ class RoutedTrainerMixin:
 
     @torch.no_grad()
     def _record(self, routings: dict[str, Routing], masks) -> None:
+        if self.stage.runs == "every":  # nothing was routed
+            return
         for layer, routing in routings.items():
             mask = masks(layer)
             load_E = routing.load_E(mask)
@@ -198,7 +211,7 @@ class RoutedTrainer(RoutedTrainerMixin, Trainer):
     """Classifiers."""
 
 
-def _masks(model: torch.nn.Module, inputs: dict, token_mask: Tensor | None):
+def layer_masks(model: torch.nn.Module, inputs: dict, token_mask: Tensor | None):
     """Layer name -> which of its tokens are real.
 
     The decoder of an encoder-decoder model sees the labels' positions, its encoder the inputs',
@@ -209,7 +222,8 @@ def _masks(model: torch.nn.Module, inputs: dict, token_mask: Tensor | None):
 
     def mask(layer: str) -> Tensor | None:
         if model.get_submodule(layer).reads == "decoder":
-            return (inputs["labels"] != -100).reshape(-1)
+            labels = inputs.get("labels")
+            return None if labels is None else (labels != -100).reshape(-1)
         return None if token_mask is None else token_mask.reshape(-1)
 
     return mask

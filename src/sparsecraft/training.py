@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import functools
 import logging
-import math
 import os
 import shutil
 import time
@@ -26,10 +25,10 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from sparsecraft import checkpoint, cost, hub, resuming
+from sparsecraft import budget, checkpoint, cost, fitting, hub, resuming
 from sparsecraft import data as data_module
-from sparsecraft.errors import DataError, SparsecraftError, did_you_mean
-from sparsecraft.evaluation import positions_of
+from sparsecraft import settings as settings_module
+from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.folder import check_free
 from sparsecraft.layer import dense_name
 from sparsecraft.options import TrainOptions
@@ -37,21 +36,19 @@ from sparsecraft.recipe import Stage
 from sparsecraft.sentences import Prompts
 from sparsecraft.surgery import Conversion, conversion_of, set_trainable
 from sparsecraft.trainers import (
+    TOKEN_MASK,
     ProgressBar,
     RoutedSeq2SeqTrainer,
     RoutedSFTTrainer,
     RoutedTrainer,
     adapters_known,
+    layer_masks,
     on_cpu,
     processes,
     training_arguments,
 )
 
 log = logging.getLogger("sparsecraft")
-
-# On a CPU the papers' batches would take hours a step.
-CPU_BATCH_SIZE, CPU_MAX_LENGTH = 8, 512
-MICRO_BATCH_TOKENS = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,33 +101,99 @@ def train(
     Raises:
         DataError, CheckpointError, ResourceError: before anything is written.
     """
-    asked, out = _options(options), Path(out).resolve()
+    asked, out = settings_module.read(options), Path(out).resolve()
     model = checkpoint.load(model) if isinstance(model, (str, Path)) else model
     record = conversion_of(model)
     check_free(out, overwrite)
     checkpoint.check_loadable(model)
     _check_devices(model)
     states = out.with_name(f"{out.name}.training")
-    _check_states(states, resume)
+    resuming.check_folder(states, resume)
+    trainer = None
     reads, prompts = tokenizer or _tokenizer_of(record), Prompts.of(model)
-    for number, stage in enumerate(record.recipe.stages):
+    for number, stage in settings_module.stages_of(record.recipe, asked.stages):
         folder = states / f"{number}-{stage.name}"
-        settings = _settings(model, stage, asked)
+        settings = settings_module.fill(model, stage, asked)
         dataset, counts = _dataset(model, data, reads, settings, prompts)
-        _prepare_parameters(model, stage)
-        log.info(_needs(model, settings, out))
-        resuming.check(folder, resuming.describe(model, settings, dataset, processes()), resume)
-        with _untouched(model), adapters_known(model):
-            trainer = _trainer(model, stage, settings, dataset, reads, folder, prompts)
-            report = _run(trainer, counts, out, resume)
-        history = _history(trainer, stage, settings, report)
-        record.report.setdefault("training", []).append(history)
+        budget.begin_stage(model, stage)
+        if stage.fit is not None:
+            report = _fit(model, stage, settings, dataset, reads, counts, out)
+        else:
+            trainer, report = _descend(
+                model, stage, settings, dataset, reads, prompts, folder, counts, out, resume
+            )
+        budget.end_stage(model, stage)
     model.eval()
-    if trainer.is_world_process_zero():
+    if trainer is None or trainer.is_world_process_zero():
         checkpoint.save(model, out, overwrite=overwrite, tokenizer=tokenizer)
         shutil.rmtree(states, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
+    if trainer is not None:
+        trainer.accelerator.wait_for_everyone()
     return report
+
+
+def _descend(
+    model: nn.Module,
+    stage: Stage,
+    settings: TrainOptions,
+    dataset: Any,
+    tokenizer: Any,
+    prompts: Prompts | None,
+    folder: Path,
+    counts: dict[str, int],
+    out: Path,
+    resume: bool,
+) -> tuple[Any, TrainReport]:
+    """A stage that trains by gradient; its trainer too, which knows the other processes."""
+    _prepare_parameters(model, stage)
+    log.info(_needs(model, settings, out))
+    resuming.check(folder, resuming.describe(model, settings, dataset, processes()), resume)
+    with _untouched(model), adapters_known(model):
+        trainer = _trainer(model, stage, settings, dataset, tokenizer, folder, prompts)
+        report = _run(trainer, counts, out, resume)
+    _note(conversion_of(model), stage, settings, report, log=trainer.state.log_history)
+    return trainer, report
+
+
+def _fit(
+    model: nn.Module,
+    stage: Stage,
+    settings: TrainOptions,
+    dataset: Any,
+    tokenizer: Any,
+    counts: dict[str, int],
+    out: Path,
+) -> TrainReport:
+    """A stage that fits the routers of split networks to what the networks read."""
+    if processes() > 1:
+        raise SparsecraftError(
+            f"Stage {stage.name!r} fits routers in one process and was started in {processes()}; "
+            "train the other stages with torchrun (--stages NAME), and this one without."
+        )
+    spec = dataclasses.replace(stage.fit, tokens=settings_module.fit_tokens(stage, settings))
+    rows = settings.micro_batch
+    batches = (
+        data_module.collate(
+            list(dataset.select(range(start, min(start + rows, len(dataset))))),
+            data_module.pad_id(tokenizer),
+            packed=settings.packing,
+        )
+        for start in range(0, len(dataset), rows)
+    )
+    start = time.perf_counter()
+    found = fitting.fit(model, batches, spec, masks=_masks_of, seed=settings.seed)
+    seconds = time.perf_counter() - start
+    log.info(f"Stage {stage.name!r}: {fitting.summary(found)}, {seconds:.0f} s.")
+    losses = [layer["loss"] for layer in found["layers"].values() if "loss" in layer]
+    loss = sum(losses) / max(1, len(losses))
+    speed = found["tokens"] / seconds
+    report = TrainReport(out, found["steps"], loss, seconds, speed, counts)
+    _note(conversion_of(model), stage, settings, report, fit=found)
+    return report
+
+
+def _masks_of(model: nn.Module, batch: dict[str, Any]) -> Any:
+    return layer_masks(model, batch, batch.get(TOKEN_MASK))
 
 
 @contextmanager
@@ -150,39 +213,18 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             configuration.__dict__ = before
 
 
-def _history(
-    trainer: Any, stage: Stage, settings: TrainOptions, report: TrainReport
-) -> dict[str, Any]:
-    return {
+def _note(
+    record: Conversion, stage: Stage, settings: TrainOptions, report: TrainReport, **found: Any
+) -> None:
+    """Put what a stage did into the report that the checkpoint keeps."""
+    entry = {
         "stage": stage.name,
         "steps": report.steps,
         "loss": report.loss,
         "settings": dataclasses.asdict(settings),
         "counts": report.counts,
-        "log": trainer.state.log_history,
     }
-
-
-def _options(options: dict[str, Any]) -> TrainOptions:
-    known = {field.name for field in dataclasses.fields(TrainOptions)}
-    for name in options:
-        if name not in known:
-            raise SparsecraftError(f"train has no option {name!r}." + did_you_mean(name, known))
-    asked = TrainOptions(**options)
-    whole = ("steps", "batch_size", "micro_batch", "max_length", "save_every", "log_every")
-    for name in (*whole, "epochs", "learning_rate", "router_learning_rate"):
-        value = getattr(asked, name)
-        kinds = int if name in whole else (int, float)
-        if value is not None and not (isinstance(value, kinds) and 0 < value < math.inf):
-            raise SparsecraftError(
-                f"{name} is {value!r}; it must be a positive "
-                f"{'whole number' if name in whole else 'number'}."
-            )
-    if not isinstance(asked.seed, int) or asked.seed < 0:
-        raise SparsecraftError(f"seed is {asked.seed!r}; it must be a whole number from 0.")
-    if isinstance(asked.trackers, str):
-        asked = dataclasses.replace(asked, trackers=(asked.trackers,))
-    return asked
+    record.report.setdefault("training", []).append(entry | found)
 
 
 def _dataset(
@@ -199,7 +241,7 @@ def _dataset(
         weights=settings.weights or None,
         packing=settings.packing,
         seed=settings.seed,
-        task=data_module.TASK_OF_MODEL[_task(model)],
+        task=data_module.TASK_OF_MODEL[settings_module.task_of(model)],
         prompts=prompts,
     )
     if prompts is not None:
@@ -232,39 +274,6 @@ def _run(trainer: Any, counts: dict[str, int], out: Path, resume: bool) -> Train
     return TrainReport(out, trainer.state.global_step, loss, seconds, speed, counts)
 
 
-def _settings(model: nn.Module, stage: Stage, asked: TrainOptions) -> TrainOptions:
-    """The user's values, and the recipe's for what was left open."""
-    longest = positions_of(model)
-    length = CPU_MAX_LENGTH if on_cpu() else stage.max_length
-    defaults = {
-        "batch_size": CPU_BATCH_SIZE if on_cpu() else stage.batch_size,
-        "max_length": min(length, longest) if longest else length,
-        "learning_rate": stage.learning_rate,
-        "schedule": stage.schedule,
-    }
-    if on_cpu() and (asked.batch_size is None or asked.max_length is None):
-        log.info(
-            f"On a CPU, unless told: {CPU_BATCH_SIZE} sequences of up to {CPU_MAX_LENGTH} tokens "
-            f"a step; the recipe says {stage.batch_size} of {stage.max_length}."
-        )
-    filled = {key: value for key, value in defaults.items() if getattr(asked, key) is None}
-    settings = dataclasses.replace(asked, **filled)
-    router = settings.router_learning_rate
-    if router is None and asked.learning_rate is None:
-        router = stage.router_learning_rate
-    fits = max(1, MICRO_BATCH_TOKENS // settings.max_length)
-    if longest and settings.max_length > longest:
-        raise SparsecraftError(
-            f"max_length is {settings.max_length} and the model has {longest} positions."
-        )
-    return dataclasses.replace(
-        settings,
-        packing=settings.packing and _task(model) == "causal",
-        router_learning_rate=settings.learning_rate if router is None else router,
-        micro_batch=settings.micro_batch or min(settings.batch_size, fits),
-    )
-
-
 def _prepare_parameters(model: nn.Module, stage: Stage) -> None:
     """Let the stage's parameters require gradients, as float32 masters, in training mode.
 
@@ -272,7 +281,7 @@ def _prepare_parameters(model: nn.Module, stage: Stage) -> None:
     """
     model.train()
     set_trainable(model, stage.trains)
-    if _task(model) == "classification":
+    if settings_module.task_of(model) == "classification":
         for name, parameter in model.named_parameters():
             if not name.startswith(f"{model.base_model_prefix}."):
                 parameter.requires_grad_(True)
@@ -300,7 +309,7 @@ def _trainer(
         "causal": (RoutedSFTTrainer, SFTConfig),
         "seq2seq": (RoutedSeq2SeqTrainer, Seq2SeqTrainingArguments),
         "classification": (RoutedTrainer, TrainingArguments),
-    }[_task(model)]
+    }[settings_module.task_of(model)]
     arguments = training_arguments(stage, settings, len(dataset), folder)
     # transformers 5.2x renames gradient_checkpointing; TRL turns it on unless told otherwise.
     known = {field.name for field in dataclasses.fields(arguments_class)}
@@ -333,37 +342,12 @@ def _trainer(
     return trainer
 
 
-def _task(model: nn.Module) -> str:
-    task = hub.task_of(model)
-    if task in data_module.TASK_OF_MODEL:
-        return task
-    raise SparsecraftError(
-        f"{type(model).__name__} is an {task} model without a training objective here; use a "
-        "...ForCausalLM, ...ForConditionalGeneration or ...ForSequenceClassification model."
-    )
-
-
 def _tokenizer_of(record: Conversion) -> Any:
     folder = record.folder or (record.origin and hub.resolve(record.origin, record.revision))
     tokenizer = hub.load_tokenizer(folder) if folder else None
     if tokenizer is None:
         raise DataError("The model came without a tokenizer; pass tokenizer=...")
     return tokenizer
-
-
-def _check_states(folder: Path, resume: bool) -> None:
-    states = [s for s in folder.glob("*") if s.is_dir() and resuming.last_state(s)]
-    if resume and not states:
-        raise SparsecraftError(
-            f"There is nothing to resume: {folder} holds no complete training state. "
-            "Train without resume, with save_every for states to come back to."
-        )
-    if not resume and states:
-        raise SparsecraftError(
-            f"{folder} holds the state of an interrupted run; resume it, or delete the folder."
-        )
-    if folder.exists() and not folder.is_dir():
-        raise SparsecraftError(f"{folder} is a file; training keeps its state there. Move it away.")
 
 
 def _check_devices(model: nn.Module) -> None:

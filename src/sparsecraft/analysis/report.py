@@ -8,11 +8,13 @@ from typing import Any
 from rich.table import Table
 
 from sparsecraft import checkpoint, cost
+from sparsecraft.analysis.splitting import fit_line, split_lines
 from sparsecraft.recipe import Recipe, router_words
 
 
 def describe(folder: str | Path) -> list[str]:
-    """Lines about a checkpoint: recipe, base, parameters, exactness, training, routing."""
+    """Lines about a checkpoint: recipe, base, parameters, exactness, training, routing; and what
+    it runs of the networks that it has split."""
     manifest = checkpoint.read_manifest(Path(folder))
     model = checkpoint.load(folder)
     recipe, report, base = model.sparsecraft.recipe, model.sparsecraft.report, manifest["base"]
@@ -20,6 +22,7 @@ def describe(folder: str | Path) -> list[str]:
         f"{recipe.name} ({recipe.variant}): {recipe.title}. {recipe.paper}.",
         f"Base: {base['name']}, {base['fingerprint']}" if base else "Base: held in the folder",
         *edit_lines(recipe),
+        *split_lines(model),
         *cost_lines(cost.count(model)),
         *_history_lines(recipe, report),
     ]
@@ -50,6 +53,9 @@ def _history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     measured = f"{certificate['max_difference']:.1e}" if certificate else "not measured"
     lines = [f"At the start: claimed {claim}, measured max |logit difference| {measured}."]
     for run in report.get("training", []):
+        if "fit" in run:
+            lines.append(fit_line(run))
+            continue
         last = [entry for entry in run["log"] if "loss" in entry][-1]
         routing = "".join(
             f", {key.replace('_', ' ')} {last[key]:.3f}"

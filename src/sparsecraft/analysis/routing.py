@@ -13,14 +13,29 @@ from sparsecraft.routing import Routing
 def first_choices_E(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """How many tokens chose each expert first, float64 on the CPU.
 
+    That is the expert of largest weight; among equals, as the parts of a split network are, the one
+    of highest score. What every token has there (its shared experts) is nobody's choice.
+
     Args:
         mask_T: True on the tokens that count.
     """
-    best_TK = routing.weights_TK.argmax(-1, keepdim=True)
+    weights_TK = _choices(routing) if routing.in_order else routing.weights_TK
+    best_TK = weights_TK.argmax(-1, keepdim=True)
     first_T = routing.indices_TK.gather(-1, best_TK).squeeze(-1)
     if mask_T is not None:
         first_T = first_T[mask_T.reshape(-1)]
     return torch.bincount(first_T, minlength=routing.num_experts + 1)[:-1].double().cpu()
+
+
+def _choices(routing: Routing) -> Tensor:
+    """Weights (T, E) in which no two experts of a token are equally good, unless in score too."""
+    chosen_TE = routing.indices_TK < routing.num_experts
+    weights_TE = routing.weights_TK.masked_fill(~chosen_TE, -torch.inf)
+    always_E = chosen_TE.all(0)
+    if not always_E.all():  # parts are left out: this network is split, and weights tell little
+        weights_TE = weights_TE.masked_fill(always_E, -torch.inf)
+    equal_TE = weights_TE == weights_TE.amax(-1, keepdim=True)
+    return routing.logits_TE.float().masked_fill(~equal_TE, -torch.inf)
 
 
 def load_entropy(counts_E: Tensor) -> float:

@@ -7,6 +7,8 @@ and both commute with the Linear they stand on:
     vectors   diag(l) W or W diag(l), with l = sum_e w_e L_e        (Liu et al. 2022)
     adapters  x + s sum_e w_e U_e act(D_e x) = x + s [w_1 U_1 ... w_E U_E] act([D_1; ...; D_E] x)
 
+The parts of a split network are its neurons: with all of them on they go back where they were.
+
 Shapes: E experts, I input features, O output features, R rank, D width, H adapter width, F hidden
 width of the network.
 """
@@ -14,6 +16,7 @@ width of the network.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from sparsecraft.donor import FFN, Linear, join
 from sparsecraft.errors import MergeError
 from sparsecraft.experts import Experts
+from sparsecraft.experts.split import SplitExperts
+from sparsecraft.merging.rectified import activation_of, is_rectified
 from sparsecraft.planning import PlannedEdit, reference_tensor
 from sparsecraft.recipe import AdapterSpec, FFNLoRASpec, FFNSpec, LoRASpec
 
@@ -30,15 +35,17 @@ Rows = tuple[int, int] | None
 
 @dataclass(slots=True)
 class Ledger:
-    """Dense parameters that were given new values, and their old ones.
+    """What a merge has changed of the dense model, and what stood there.
 
     Attributes:
         old: parameter -> its value before the first write.
         shared: parameters that several modules of the model have in common.
+        settings: (owner, attribute, value before) of modules and configurations, in order.
     """
 
     old: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     shared: dict[nn.Parameter, list[str]] = field(default_factory=dict)
+    settings: list[tuple[Any, str, Any]] = field(default_factory=list)
 
     def guard(self, model: nn.Module) -> None:
         """Refuse to write what more than one module of the dense `model` reads."""
@@ -56,9 +63,16 @@ class Ledger:
         self.old.setdefault(parameter, parameter.data)
         parameter.data = value.to(parameter.dtype).contiguous()
 
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Change an attribute of a module, or of a configuration."""
+        self.settings.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
     def undo(self) -> None:
         for parameter, value in self.old.items():
             parameter.data = value
+        for owner, name, value in reversed(self.settings):
+            setattr(owner, name, value)
 
 
 def has_dense_form(item: PlannedEdit, single: bool) -> str | None:
@@ -93,7 +107,9 @@ def written(item: PlannedEdit) -> list[str]:
     """Paths of the dense modules that folding the layer of `item` changes."""
     site, form = item.site, item.site.form
     match item.edit.experts.kind:
-        case "ffn" | "ffn_lora":
+        case "split" if item.edit.place == "imitate":
+            return []
+        case "ffn" | "ffn_lora" | "split":
             return [join(site.owner, part) for part in (form.gate, form.up, form.down) if part]
         case "vector":
             return [path for path, _, _ in _scaled(item)]
@@ -153,6 +169,8 @@ def fold(
                     _change(ledger, model, path, None, lambda w_OI, d=delta_OI: w_OI + d)
         case "ffn":
             _replace_network(model, item, tensors, int(weights_E.argmax()), ledger)
+        case "split" if item.edit.place == "replace":
+            _join_parts(model, item, bank, ledger)
 
 
 def one_adapter(tensors: dict[str, Tensor], weights_E: Tensor) -> dict[str, Tensor]:
@@ -213,15 +231,35 @@ def _replace_network(
     model: nn.Module, item: PlannedEdit, tensors: dict[str, Tensor], e: int, ledger: Ledger
 ) -> None:
     """Let expert `e`, a whole feed-forward network, be the dense one."""
-    donor: FFN = item.donor
-    first = "gate_up" if donor.gated else "up"
-    parts = [donor.gate, donor.up] if donor.gate else [donor.up]
-    for name, linears in ((first, parts), ("down", [donor.down])):
+    first = "gate_up" if item.donor.gated else "up"
+    own = {
+        ours: tensors[name][e] if name in tensors else None
+        for ours, name in (
+            ("first", first), ("first_bias", f"{first}_bias"), ("down", "down"),
+            ("down_bias", "down_bias"),
+        )
+    }  # fmt: skip
+    _write_network(model, item.donor, own, ledger)
+
+
+def _join_parts(model: nn.Module, item: PlannedEdit, bank: SplitExperts, ledger: Ledger) -> None:
+    """Put the neurons of a split network back in their order, with the activation they have now."""
+    _write_network(model, item.donor, bank.dense(), ledger)
+    if is_rectified(item, bank):
+        owner, _, name = activation_of(item).rpartition(".")
+        ledger.set(model.get_submodule(owner), name, nn.ReLU())
+
+
+def _write_network(
+    model: nn.Module, donor: FFN, tensors: dict[str, Tensor | None], ledger: Ledger
+) -> None:
+    """Write a network's `first` (G F, D) and `down` (D, F), and their biases."""
+    first = [donor.gate, donor.up] if donor.gate else [donor.up]
+    for name, linears in (("first", first), ("down", [donor.down])):
         modules = [model.get_submodule(linear.path) for linear in linears]
-        for module, w_OI in zip(modules, tensors[name][e].chunk(len(modules)), strict=True):
+        for module, w_OI in zip(modules, tensors[name].chunk(len(modules)), strict=True):
             ledger.write(module.weight, w_OI.t() if isinstance(module, Conv1D) else w_OI)
-        if f"{name}_bias" in tensors:
-            for module, b_O in zip(
-                modules, tensors[f"{name}_bias"][e].chunk(len(modules)), strict=True
-            ):
+        bias = tensors[f"{name}_bias"]
+        if bias is not None:
+            for module, b_O in zip(modules, bias.chunk(len(modules)), strict=True):
                 ledger.write(module.bias, b_O)

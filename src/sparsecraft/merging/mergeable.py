@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsecraft.errors import MergeError
 from sparsecraft.layer import MoELayer
-from sparsecraft.merging import folding
+from sparsecraft.merging import folding, rectified
 from sparsecraft.merging.frozen import SUM_TOLERANCE, given_weights, measured_weights
 from sparsecraft.planning import PlannedEdit
 from sparsecraft.recipe import AdapterSpec, Edit
@@ -60,12 +61,36 @@ def plan_steps(
     for item, layer in zip(record.plan, record.layers, strict=True):
         name = names[layer]
         weights_E = fixed.get(name)
-        steps.append(Step(name, item, layer, weights_E, *_decide(item.edit, item, how, weights_E)))
+        if item.edit.experts.kind == "split":
+            decision = _decide_split(layer, how)
+        else:
+            decision = _decide(item.edit, item, how, weights_E)
+        steps.append(Step(name, item, layer, weights_E, *decision))
     return steps
 
 
 def _freezes(edit: Edit) -> bool:
-    return edit.router.select != "slots" and edit.modality is None
+    mixes = edit.router.select != "slots" and not edit.router.splits
+    return mixes and edit.modality is None
+
+
+def _decide_split(layer: MoELayer, how: How) -> tuple[str, str | None]:
+    """A split network is the dense one again where all of its experts run with weight one."""
+    if layer.place == "imitate":
+        if not layer.imitates:
+            return "fold", None  # what runs is the dense module still
+        return "keep", "it is a network that imitates a Linear, and no dense Linear computes that"
+    if how != "exact":
+        return "keep", (
+            "its experts are the parts of one network, which is their plain sum; frozen weights or "
+            "an average are none of it; use how='exact'"
+        )
+    if layer.router is not None and layer.router.runs != "every":
+        return "keep", (
+            "its router leaves out experts by token; sc.set_budget(model, 1.0) first: that is "
+            "another function"
+        )
+    return "fold", None
 
 
 def _decide(
@@ -93,7 +118,7 @@ def _decide(
     return ("keep", reason) if reason else ("fold", None)
 
 
-def check_steps(steps: list[Step], how: How, partial: bool) -> None:
+def check_steps(model: nn.Module, steps: list[Step], how: How, partial: bool) -> None:
     """Refuse what cannot be done, before anything is changed."""
     refused = [step for step in steps if step.reason]
     done = [step for step in steps if step.action != "keep"]
@@ -115,9 +140,39 @@ def check_steps(steps: list[Step], how: How, partial: bool) -> None:
                 "merged and others cannot, which one recipe does not hold; give weights that sum "
                 "to one everywhere, or name one expert everywhere."
             )
+    _check_activations(model, steps)
     for kept in (step for step in steps if step.action != "fold"):
         for step in (step for step in steps if step.action == "fold"):
             _check_apart(kept, step)
+
+
+def to_rectify(steps: Iterable[Step]) -> list[Step]:
+    """The layers whose dense form needs ReLU in the place of another activation."""
+    return [
+        step
+        for step in steps
+        if step.action == "fold" and rectified.is_rectified(step.item, step.layer.experts)
+    ]
+
+
+def _check_activations(model: nn.Module, steps: list[Step]) -> None:
+    """Refuse a dense form that no configuration of the model's class describes."""
+    found = to_rectify(steps)
+    if not found:
+        return
+    setting, reason = rectified.setting_of(model, [step.item for step in found])
+    if setting is None:
+        raise MergeError(
+            f"{len(found)} split networks have ReLU now, {found[0].name!r} among them, and the "
+            f"configuration of a dense {type(model).__name__} cannot say so: {reason}. sc.save "
+            "keeps the model as it is."
+        )
+    if stays := [step for step in steps if step.action != "fold"]:
+        raise MergeError(
+            f"{found[0].name!r} has ReLU now, which changes the dense model's configuration, and "
+            f"{stays[0].name!r} would stay on a base of another one; this model merges whole or "
+            "not at all."
+        )
 
 
 def _check_apart(kept: Step, folded: Step) -> None:

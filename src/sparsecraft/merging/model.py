@@ -1,6 +1,7 @@
 """Merge the experts of a converted model where the mathematics allows it.
 
-    exact      single experts whose update is linear become part of the dense weights
+    exact      single experts whose update is linear become part of the dense weights; networks
+               that were split are put together again, where all of their parts run
     fixed      the routing is frozen to given weights; then mixtures of updates and of vectors are
                linear too, and E adapters are one adapter of E times the width
     average    the experts' parameters are averaged to one expert (AdaMix, Wang et al. 2022): an
@@ -27,14 +28,21 @@ from sparsecraft.cost import Cost
 from sparsecraft.errors import CertificateError, MergeError, did_you_mean
 from sparsecraft.folder import EXPORT_RECORD, check_free, copy_companions, replacing, write_json
 from sparsecraft.layer import MoELayer, dense_tensors
-from sparsecraft.merging import folding
+from sparsecraft.merging import folding, rectified
 from sparsecraft.merging.change import Change, HeldOut, mean_kl, predicts_classes
 from sparsecraft.merging.folding import Ledger
 from sparsecraft.merging.frozen import frozen_routing
-from sparsecraft.merging.mergeable import How, Step, check_steps, held, plan_steps
+from sparsecraft.merging.mergeable import (
+    How,
+    Step,
+    check_steps,
+    held,
+    plan_steps,
+    to_rectify,
+)
 from sparsecraft.origin import Origin, digest
 from sparsecraft.planning import plan
-from sparsecraft.recipe import Recipe
+from sparsecraft.recipe import Recipe, Stage
 from sparsecraft.surgery import MAX_DATA_PROBES, Conversion, conversion_of
 
 HOWS = ("exact", "fixed", "average")
@@ -44,7 +52,7 @@ HOWS = ("exact", "fixed", "average")
 MERGE_TOLERANCE = 1e-4
 
 # What the record of a conversion says of the dense model and of the past.
-REMEMBERED = ("digests", "origin", "revision", "folder", "base_card", "report")
+REMEMBERED = ("digests", "origin", "revision", "folder", "base_card", "report", "running")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,7 @@ class MergeReport:
         certificate: against the given model with the same constant routing; None for `average`.
         change: against the given model.
         cost: parameter counts of the result.
+        activation: the field of the dense model's configuration that says ReLU now, if one does.
     """
 
     how: How
@@ -72,6 +81,7 @@ class MergeReport:
     certificate: Certificate | None
     change: Change
     cost: Cost
+    activation: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -88,6 +98,8 @@ class MergeReport:
         if self.certificate:
             same = "the model before" if self.how == "exact" else "it with that fixed routing"
             lines.append(f"Certificate against {same}: {self.certificate}.")
+        if self.activation:
+            lines.append(f"Training put ReLU into the networks: {self.activation} is 'relu' now.")
         return "\n".join(lines)
 
 
@@ -123,7 +135,7 @@ def merge(
     _check_arguments(how, weights, data)
     heldout = HeldOut.read(model, data, tokenizer)
     steps = plan_steps(model, how, weights, heldout.batches)
-    check_steps(steps, how, partial)
+    check_steps(model, steps, how, partial)
     probes = [random_probe(model), *heldout.probes(MAX_DATA_PROBES)]
     before, losses = outputs(model, probes), heldout.losses(model)
     wanted = before
@@ -132,7 +144,7 @@ def merge(
             wanted = outputs(model, probes)
     ledger = Ledger()
     with _given_back_on_failure(model, record, ledger):
-        _rebuild(model, record, steps, how, ledger)
+        setting = _rebuild(model, record, steps, how, ledger)
         after = outputs(model, probes)
         certificate = None if how == "average" else _certify(wanted, after)
         now = heldout.losses(model)
@@ -141,7 +153,8 @@ def merge(
         mean_kl=mean_kl(before, after, probes) if predicts_classes(model) else None,
         loss={name: (losses[name], now[name]) for name in losses},
     )
-    return _report(model, record, steps, how, certificate, change, bool(ledger.old))
+    report = _report(model, record, steps, how, certificate, change, bool(ledger.old))
+    return replace(report, activation=setting and str(setting))
 
 
 def _certify(wanted: list[Tensor], after: list[Tensor]) -> Certificate:
@@ -182,7 +195,7 @@ def _report(
     )
     if left:
         new = model.sparsecraft
-        for name in ("base_card", "folder") if new_base else REMEMBERED:
+        for name in ("base_card", "folder", "running") if new_base else REMEMBERED:
             setattr(new, name, getattr(record, name))
         new.report = {**record.report, "merge": report.to_dict()}
         if new_base:  # no folder holds the merged weights: a checkpoint will
@@ -227,7 +240,8 @@ def _check_arguments(how: str, weights: Any, data: Any) -> None:
 
 def _rebuild(
     model: nn.Module, record: Conversion, steps: list[Step], how: How, ledger: Ledger
-) -> None:
+) -> rectified.Setting | None:
+    """Take all layers out, write those that fold into dense weights, and put the others back."""
     surgery.take_out(model)
     ledger.guard(model)
     one = torch.ones(1, dtype=torch.float64)
@@ -247,8 +261,15 @@ def _rebuild(
             left[step.item.claim] = (step.layer, folding.one_adapter(tensors, weights_E))
         else:
             folding.fold(model, step.item, bank, tensors, weights_E, ledger)
+    setting = None
+    if changed := to_rectify(steps):
+        setting, _ = rectified.setting_of(model, [step.item for step in changed])
+        for holder in rectified.holders(model, setting):
+            for name, value in setting.values(holder).items():
+                ledger.set(holder, name, value)
     if left:
         _install(model, _recipe_left(record.recipe, steps, how), left)
+    return setting
 
 
 def _recipe_left(recipe: Recipe, steps: list[Step], how: How) -> Recipe:
@@ -264,6 +285,10 @@ def _recipe_left(recipe: Recipe, steps: list[Step], how: How) -> Recipe:
             single = replace(spec, num_experts=1, dim=width)
             edits.append(replace(edit, experts=single, router=None))
     recipe = replace(recipe, edits=tuple(edits))
+    if not any(edit.experts.kind == "split" for edit in edits):
+        stages = [s for s in recipe.stages if s.fit is None] or [Stage(losses={})]
+        stages = tuple(replace(s, runs="sparse", activation=None) for s in stages)
+        recipe = replace(recipe, stages=stages)
     if any(edit.router for edit in edits):
         return recipe
     stages = tuple(
@@ -291,7 +316,7 @@ def _install(
         for name, value in (tensors or {}).items():
             like = getattr(old.experts, name)
             setattr(layer.experts, name, nn.Parameter(value.to(like.device, like.dtype)))
-        layer.experts.dispatch = old.experts.dispatch
+        layer.experts.dispatch, layer.imitates = old.experts.dispatch, old.imitates
         layer.train(old.training)
     surgery.set_trainable(model, recipe.stages[0].trains)
 

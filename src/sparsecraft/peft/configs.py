@@ -215,6 +215,12 @@ def _holder(recipe: Recipe) -> type[SparsecraftConfig]:
 def why_no_adapter(recipe: Recipe) -> str | None:
     """Why a recipe cannot be a PEFT adapter; None if it can."""
     for edit in recipe.edits:
+        if edit.experts.kind == "split":
+            what = "imitates" if edit.place == "imitate" else "deals out the neurons of"
+            return (
+                f"it {what} the {edit.site} of a dense model, and an adapter only adds to a base "
+                "that stays."
+            )
         if edit.place == "replace" or edit.experts.kind == "ffn":
             return (
                 f"its {edit.experts.kind!r} experts ({edit.place} the {edit.site}) have "

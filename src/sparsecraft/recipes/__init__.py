@@ -9,10 +9,16 @@ from sparsecraft.recipe import Recipe
 from sparsecraft.recipes.adapter import adapter
 from sparsecraft.recipes.camel import camel
 from sparsecraft.recipes.camelidae import camelidae
+from sparsecraft.recipes.cmoe import cmoe
+from sparsecraft.recipes.d2dmoe import d2dmoe
+from sparsecraft.recipes.dsti import dsti
+from sparsecraft.recipes.gmoefication import gmoefication
 from sparsecraft.recipes.hydralora import hydralora
 from sparsecraft.recipes.ia3 import ia3
 from sparsecraft.recipes.lora import lora
+from sparsecraft.recipes.lte import lte
 from sparsecraft.recipes.mixlora import mixlora
+from sparsecraft.recipes.moefication import moefication
 from sparsecraft.recipes.molora import molora
 from sparsecraft.recipes.mov import mov
 from sparsecraft.recipes.smola import smola
@@ -22,10 +28,16 @@ __all__ = [
     "adapter",
     "camel",
     "camelidae",
+    "cmoe",
+    "d2dmoe",
+    "dsti",
+    "gmoefication",
     "hydralora",
     "ia3",
     "lora",
+    "lte",
     "mixlora",
+    "moefication",
     "molora",
     "mov",
     "smola",
