@@ -1,0 +1,345 @@
+"""The page of split_quality.py: tables and plots from its results."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+
+from report import insert, markdown
+from split_arms import ARMS, NATURAL, SHARES, TRAININGS
+
+RISES = (0.02, 0.05)
+ORDER = [(arm, training) for arm, about in ARMS.items() for training in about.trainings]
+# Okabe and Ito's colors, told apart with any eyes; markers and dashes differ as well.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")
+MARKERS = "osD^vPX*"
+# What the plots show: (arm, training, curve, its name there).
+LEFT = (
+    ("d2dmoe", "hoyer_1e-3", "d2dmoe", "D2DMoE (ReLU, Hoyer 1e-3)"),
+    ("d2dmoe", "hoyer_1e-3", "dsti", "DSTI (ReLU, Hoyer 1e-3)"),
+    ("moefication", "relu", "moefication", "MoEfication (ReLU)"),
+    ("gmoefication", "dense", "gmoefication", "G-MoEfication (SiLU)"),
+    ("d2dmoe_soft", "dense", "d2dmoe", "D2DMoE's router (SiLU, means)"),
+    ("moefication_soft", "dense", "moefication", "MoEfication (SiLU, no means)"),
+    ("cmoe16", "dense", "cmoe", "CMoE, 16 (SiLU)"),
+    ("cmoe_tuned", "cmoe", "cmoe", "CMoE, 16, tuned"),
+)
+BANKS = (("d2dmoe", "hoyer_1e-3", "d2dmoe"), ("gmoefication", "dense", "gmoefication"))
+NAMES = {
+    "oracle": "oracle",
+    "random_oracle": "random partition, oracle",
+    "similarity": "similarity",
+}
+
+
+# ------------------------------------------------------------------ numbers
+def arms_in(rows: list[dict]) -> dict[tuple, dict[int, dict]]:
+    """(arm, training) -> seed -> row, in the order of split_arms.py."""
+    found: dict[tuple, dict[int, dict]] = {key: {} for key in ORDER}
+    for row in rows:
+        if row["kind"] == "arm":
+            found[row["arm"], row["training"]][row["seed"]] = row
+    return {key: seeds for key, seeds in found.items() if seeds}
+
+
+def points(row: dict, label: str, y: str = "loss", x: str = "share") -> list[tuple[float, float]]:
+    """(share, value) of a curve by ascending share, the whole network last; the recipe's own rule,
+    which has no budget, is left out."""
+    found = {p[x]: p[y] for p in row["curves"][label] if y in p and p["budget"] != NATURAL}
+    return [*sorted(found.items()), (1.0, row["whole"][y])]
+
+
+def at(curve: list[tuple[float, float]], share: float) -> float | None:
+    """The value at a share, on the line between the points beside it; None outside."""
+    if curve[0][0] > share + 0.011:
+        return None
+    for (low, below), (high, above) in itertools.pairwise(curve):
+        if low - 0.011 <= share <= high:
+            if high == low:
+                return below
+            return below + (above - below) * max(0.0, share - low) / (high - low)
+    return curve[-1][1]
+
+
+def least_share(curve: list[tuple[float, float]], limit: float | None) -> float | None:
+    """The smallest share from which on, up to all, the loss stays at `limit` or below."""
+    if limit is None or curve[-1][1] > limit:
+        return None
+    share = curve[-1][0]
+    for (low, below), (high, above) in reversed(list(itertools.pairwise(curve))):
+        if below > limit:
+            return high - (high - low) * (limit - above) / max(below - above, 1e-9)
+        share = low
+    return share
+
+
+def mean(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return statistics.mean(known) if known and len(known) == len(values) else None
+
+
+def _f(value: float | None, digits: int = 3) -> str | None:
+    return None if value is None else f"{value:.{digits}f}"
+
+
+def _p(value: float | None) -> str | None:
+    return None if value is None else f"{100 * value:.0f} %"
+
+
+def control(arms: dict) -> float | None:
+    """Loss of the dense control, mean over seeds: any arm of the training `dense`, all of it."""
+    for (_, training), seeds in arms.items():
+        if training == "dense":
+            return statistics.mean(row["whole"]["loss"] for row in seeds.values())
+    return None
+
+
+# ------------------------------------------------------------------ tables
+def training_table(rows: list[dict], arms: dict) -> str:
+    found = []
+    base = control(arms)
+    for name, about in TRAININGS.items():
+        own = {seed: row for (_, training), seeds in arms.items() if training == name
+               for seed, row in seeds.items()}  # fmt: skip
+        if not own:
+            continue
+        whole = [row["whole"] for row in own.values()]
+        loss = statistics.mean(w["loss"] for w in whole)
+        found.append([
+            name, about.about, "-" if own[min(own)]["lr"] is None else f"{own[min(own)]['lr']:g}",
+            _f(loss), f"{math.exp(loss):.2f}", None if base is None else f"{loss / base - 1:+.1%}",
+            *(_f(statistics.mean(w[d] for w in whole)) for d in ("general", "math", "code")),
+            " / ".join(_f(w["loss"], 4) for w in whole),
+        ])  # fmt: skip
+    header = ["training", "what", "LR", "**loss**", "perplexity", "to the dense control", "general",
+              "math", "code", "by seed"]  # fmt: skip
+    return markdown(header, found)
+
+
+def search_table(rows: list[dict]) -> str:
+    tried: dict[str, list] = {}
+    for row in rows:
+        if row["kind"] == "search":
+            tried.setdefault(row["training"], []).append((row["lr"], row["objective"]))
+    return markdown(
+        ["training", "LR: what the first stage minimizes, on text apart"],
+        [[n, ", ".join(f"{lr:.3g}: {v:.4f}" for lr, v in sorted(own))] for n, own in tried.items()],
+    )
+
+
+def curve_table(arms: dict) -> str:
+    """Loss at shares, on the line between measured points; means over seeds."""
+    found = []
+    for (arm, training), seeds in arms.items():
+        labels = list(dict.fromkeys(label for row in seeds.values() for label in row["curves"]))
+        for label in labels:
+            own = [points(row, label) for row in seeds.values() if label in row["curves"]]
+            cells = [_f(mean([at(c, share) for c in own])) for share in SHARES]
+            experts = seeds[min(seeds)]["experts"]
+            found.append([training, f"{arm} ({experts})", NAMES.get(label, f"**{label}**"),
+                          *cells, _f(mean([c[-1][1] for c in own])), len(own)])  # fmt: skip
+    header = ["weights", "experts", "router", *(f"{s:.0%}" for s in SHARES), "100%", "seeds"]
+    return markdown(header, found)
+
+
+def rise_table(arms: dict) -> str:
+    """The smallest share of neurons (of FLOPs of the split networks, router counted) at which the
+    loss is still within 2 % and 5 %."""
+    base, found = control(arms), []
+    for (arm, training), seeds in arms.items():
+        for label in seeds[min(seeds)]["curves"]:
+            own = [r for r in seeds.values() if label in r["curves"]]
+            cells = []
+            for reference in ("own", "control"):
+                for rise in RISES:
+                    pair = []
+                    for x in ("share", "flops"):
+                        limits = [(1 + rise) * ref if (ref := r["whole"]["loss"]
+                                  if reference == "own" else base) else None
+                                  for r in own]  # fmt: skip
+                        curves = [points(r, label, x=x) for r in own]
+                        pair.append(mean([least_share(c, limit) for c, limit in
+                                          zip(curves, limits, strict=True)]))  # fmt: skip
+                    saves = label not in ("oracle", "random_oracle")
+                    text = _p(pair[0])
+                    cells.append(f"{text} ({_p(pair[1])})" if text and saves else text)
+            found.append([training, arm, NAMES.get(label, f"**{label}**"), *cells])
+    header = ["weights", "experts", "router", "+2 % of its own", "+5 % of its own",
+              "+2 % of the dense control", "+5 % of the dense control"]  # fmt: skip
+    return markdown(header, found)
+
+
+def natural_table(arms: dict) -> str:
+    """What the recipes' own thresholds run, nothing calibrated."""
+    found = []
+    for (arm, training), seeds in arms.items():
+        for label in seeds[min(seeds)]["curves"]:
+            own = [p for row in seeds.values() for p in row["curves"].get(label, ())
+                   if p["budget"] == NATURAL]  # fmt: skip
+            if own:
+                found.append([training, arm, label, *(
+                    _f(statistics.mean(p[k] for p in own)) for k in
+                    ("share", "least", "most", "flops", "loss"))])  # fmt: skip
+    header = ["weights", "experts", "router", "share of the neurons", "least of a layer",
+              "most of a layer", "share of the FLOPs", "loss"]  # fmt: skip
+    return markdown(header, found)
+
+
+def mass_table(named: list[tuple[str, dict]]) -> str:
+    found = []
+    for name, row in named:
+        for share, m in row["masses"].items():
+            cells = [_f(m[k]) for k in ("oracle", "router", "similarity", "chance")]
+            holds = m["oracle"] >= m["router"] >= m["similarity"] >= m["chance"]
+            found.append([name, f"{float(share):.0%}", *cells, "yes" if holds else "NO",
+                          f"{m['ordered']} of {m['layers']}"])  # fmt: skip
+    header = ["experts", "of them", "oracle", "router", "similarity", "chance",
+              "in this order, on average", "in layers"]  # fmt: skip
+    return markdown(header, found)
+
+
+def encoder_table(rows: list[dict]) -> str:
+    """Measured points alone, each under the share that it is nearest to."""
+    columns, found = (0.02, *SHARES), []
+
+    def cell(p: dict) -> str:
+        return f"{100 * p['accuracy']:.0f}, {100 * p['dense_head']:.0f} ({p['cosine']:.2f})"
+
+    for row in rows:
+        for label, curve in row.get("curves", {}).items():
+            own = {min(columns, key=lambda c, p=p: abs(c - p["share"])): cell(p)
+                   for p in curve if "share" in p and p["budget"] != NATURAL}  # fmt: skip
+            found.append([f"{row['arm']} ({row['experts']})", NAMES.get(label, f"**{label}**"),
+                          *(own.get(c) for c in columns), cell(row["whole"])])  # fmt: skip
+    return markdown(["experts", "router", *(f"{c:.0%}" for c in columns), "100%"], found)
+
+
+def speed_table(rows: list[dict]) -> str:
+    """Medians of three; each beside the mean of the dense model's two runs on the same device."""
+    found = []
+    for row in rows:
+        base = {way: mean([r[way]["tokens_per_s"] for r in rows if r["model"] == "dense"
+                           and r["device"] == row["device"] and way in r])
+                for way in ("generate", "graph")}  # fmt: skip
+        cells = []
+        for way in ("generate", "graph"):
+            if way not in row:
+                cells += [f"{way} failed" if f"{way}_failed" in row else None] * 2
+                continue
+            value = row[way]["tokens_per_s"]
+            cells += [f"{value:.1f}", f"{value / base[way]:.2f}" if base[way] else None]
+        name = "own rule" if row["budget"] is None else f"{row['budget']:g}"
+        found.append([row["device"], row["dtype"], row["model"], name, _f(row.get("share")), *cells,
+                      _f(row["quality"]["loss"])])  # fmt: skip
+    header = ["machine", "dtype", "model", "budget", "share, new tokens", "generate, tokens/s",
+              "to dense", "CUDA graph, tokens/s", "to dense", "validation loss"]  # fmt: skip
+    return markdown(header, found)
+
+
+# ------------------------------------------------------------------ plots
+def _axes(count: int, width: float):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, count, figsize=(width, 5.2), sharey=True, squeeze=False)
+    return figure, axes[0]
+
+
+def _draw(axis, curve: list[tuple[float, float]], number: int, name: str, dash: str = "-") -> None:
+    axis.plot(*zip(*curve, strict=True), dash, color=COLORS[number % len(COLORS)], label=name,
+              marker=MARKERS[number % len(MARKERS)], markersize=5, linewidth=1.6)  # fmt: skip
+
+
+def plot_losses(arms: dict, path) -> None:
+    figure, (left, right) = _axes(2, 13)
+    lte = [("lte", t, "lte", f"LTE ({TRAININGS[t].about})") for a, t in arms if a == "lte"]
+    for number, (arm, training, label, name) in enumerate([*LEFT, *lte]):
+        row = arms.get((arm, training), {}).get(0)
+        if row and label in row["curves"]:
+            _draw(left, points(row, label), number, name, "-" if number < 8 else "--")
+    for number, (arm, training, own) in enumerate(BANKS):
+        row = arms.get((arm, training), {}).get(0)
+        for place, label in enumerate((own, "oracle", "random_oracle", "similarity")):
+            if row and label in row["curves"]:
+                name = f"{arm}: {NAMES.get(label, 'router')}"
+                _draw(right, points(row, label), 4 * number + place, name, ("-", "--")[number])
+    base = control(arms)
+    for axis, title in ((left, "recipes"), (right, "what routers and partitions lose")):
+        if base is not None:
+            axis.axhline(base, color="0.5", linewidth=1, linestyle=":", label="dense control")
+            axis.set_ylim(base - 0.05, base + 1.2)
+        axis.set(title=title, xlabel="share of the FFN neurons", xlim=(0, 1.02))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7.5)
+    left.set_ylabel("validation loss, nats per token")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def plot_encoder(rows: list[dict], path) -> None:
+    figure, (left, right) = _axes(2, 13)
+    shown = 0
+    for row in rows:
+        for label in row.get("curves", {}):
+            side = right if label in NAMES else left
+            name = f"{row['arm']}: {NAMES.get(label, label)}"
+            _draw(side, points(row, label, "accuracy"), shown, name, "--" if shown > 7 else "-")
+            shown += 1
+    for axis, title in ((left, "recipes"), (right, "controls")):
+        axis.set(title=title, xlabel="share of the FFN neurons", xlim=(0, 1.02))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7.5)
+    left.set_ylabel("accuracy, P3 sources")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+# ------------------------------------------------------------------ the page
+def write(args) -> None:
+    rows = [json.loads(line) for line in args.results.read_text().splitlines()]
+    arms, stem = arms_in(rows), args.page.stem
+    encoder = [row for row in rows if row["kind"] == "encoder"]
+    speed = [row for row in rows if row["kind"] == "speed"]
+    parts = []
+    if arms:
+        first = next(iter(next(iter(arms.values())).values()))
+        sizes = first["sizes"]
+        tokens = sizes["steps"] * sizes["batch"] * 512
+        parts += [
+            f"{first['machine']}, torch {first['torch']}. Gradient stages: {sizes['steps']} steps "
+            f"of {sizes['batch'] * 512} tokens, {tokens / 1e6:.2f} M in all, for every recipe; "
+            f"routers: {sizes['fit_tokens']} tokens.",
+            "### Weights, all experts on", training_table(rows, arms),
+            "### Learning rates tried", search_table(rows),
+            "### Loss against the share of neurons", f"![]({stem}_smollm2.png)", curve_table(arms),
+            "### Share of neurons (of FLOPs, router counted) within 2 % and 5 %", rise_table(arms),
+            "### The recipes' own rules", natural_table(arms),
+            "### Captured mass",
+            mass_table([(f"{arm}, {training}", seeds[min(seeds)])
+                        for (arm, training), seeds in arms.items()]),
+        ]  # fmt: skip
+        plot_losses(arms, args.page.with_name(f"{stem}_smollm2.png"))
+    if any("curves" in row for row in encoder):
+        about = encoder[0]
+        parts += [
+            "### MiniLM: accuracy in percent of a regression fitted anew, of the dense model's own "
+            "(cosine to the dense embedding)",
+            f"{about['sources']} sources, {about['train_texts']} texts to train the regression and "
+            f"{about['test_texts']} to test it, {about['length']} tokens at most; on a "
+            f"{about['machine']}.",
+            f"![]({stem}_minilm.png)", encoder_table(encoder),
+            mass_table([(row["arm"], row) for row in encoder if "masses" in row]),
+        ]  # fmt: skip
+        plot_encoder(encoder, args.page.with_name(f"{stem}_minilm.png"))
+    if speed:
+        parts += ["### Generation, greedy, one sequence", speed_table(speed)]
+    failed = [row for row in rows if row["kind"] == "failed"]
+    if failed:
+        names = sorted({f"{row.get('arm', '')} {row['training']}".strip() for row in failed})
+        parts += [f"Failed: {', '.join(names)}."]
+    insert(args.page, "\n\n".join(parts))
+    print(args.page)
