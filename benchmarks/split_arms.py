@@ -77,7 +77,7 @@ TRAININGS: Mapping[str, Training] = {
         _lte(0.3, 0.0), "lte_0.5", "eta 0.3, without the separability loss", router=10.0
     ),
     "cmoe": Training(
-        lambda: r.cmoe(16, 4, shared=2, variant="tuned"), "cmoe",
+        lambda: r.cmoe(16, 4, shared=2, variant="finetuned"), "cmoe",
         "LoRA on the attention and gains, routing by the split in force",
         grid=(5.95e-5, 6e-4), extensions=0,
     ),
@@ -143,7 +143,8 @@ ARMS: Mapping[str, Arm] = {
         in_place=True,
     ),
     "cmoe_tuned": Arm(
-        lambda: r.cmoe(16, 4, shared=2, variant="tuned"), ("cmoe",), {"cmoe": OWN}, in_place=True
+        lambda: r.cmoe(16, 4, shared=2, variant="finetuned"), ("cmoe",), {"cmoe": OWN},
+        in_place=True,
     ),
 }  # fmt: skip
 

@@ -505,7 +505,7 @@ RECIPES = {
         **SPLIT,
     ),
     "cmoe_tuned": RecipeCase(
-        lambda: sc.recipes.cmoe(E, K, shared=1, variant="tuned"),
+        lambda: sc.recipes.cmoe(E, K, shared=1, variant="finetuned"),
         lambda m: split(lambda f: cmoe_router(f) + E - 1)(m) + attention_lora(m, 8),
         **SPLIT | {"learns_router": True},
     ),

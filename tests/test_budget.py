@@ -19,15 +19,15 @@ from sparsecraft.analysis.loads import Source, ffn_flops, model_flops, observe
 from sparsecraft.analysis.thresholds import Search, critical
 from sparsecraft.budget import Running, set_budget, split_layers, threshold_of
 from sparsecraft.errors import DataError, SparsecraftError
+from sparsecraft.kernels.selection import select
 from sparsecraft.recipe import RouterSpec, SplitSpec
-from sparsecraft.routers.rules import select
 
 E = 8
 RECIPES = {
     "moefication": lambda: sc.recipes.moefication(E, 2, relu=False),
     "gmoefication": lambda: sc.recipes.gmoefication(E, 2),
     "cmoe": lambda: sc.recipes.cmoe(E, 2, shared=2),
-    "cmoe_tuned": lambda: sc.recipes.cmoe(E, 2, shared=2, variant="tuned"),
+    "cmoe_tuned": lambda: sc.recipes.cmoe(E, 2, shared=2, variant="finetuned"),
     "dsti": lambda: sc.recipes.dsti(E, sparsity="none", router_dim=4),
     "d2dmoe": lambda: sc.recipes.d2dmoe(E, sparsity="none", router_dim=4),
     "lte": lambda: sc.recipes.lte(E),
@@ -265,7 +265,7 @@ def test_an_expert_begins_to_run_at_its_critical_threshold(rule):
     scores_TE = torch.rand(50, E).double()
     runs_at = critical(scores_TE, rule)
     for threshold in (0.1, 0.35, 0.7, 0.95):
-        chosen = select(scores_TE, rule, None, torch.tensor(threshold, dtype=torch.float64))
+        chosen = select(scores_TE, rule, 1, torch.tensor(threshold, dtype=torch.float64))[0] > 0
         wanted = runs_at < threshold if rule == "share" else runs_at >= threshold
         assert torch.equal(chosen, wanted)
 

@@ -635,7 +635,7 @@ def test_lte_trains_softly_and_then_hard(tmp_path, rows):
 
 
 def test_cmoe_is_built_without_a_gradient_and_then_tuned(tmp_path, rows):
-    model = llama(sc.recipes.cmoe(8, 3, shared=3, variant="tuned"))
+    model = llama(sc.recipes.cmoe(8, 3, shared=3, variant="finetuned"))
     before = {n: layer.experts.dense() for n, layer in split_layers(model).items()}
     train(model, rows, tmp_path / "out", router_learning_rate=0.05)
     for name, layer in split_layers(model).items():

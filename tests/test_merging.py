@@ -602,7 +602,7 @@ def test_a_router_that_leaves_experts_out_is_not_merged(recipe):
 
 
 def test_parts_stay_beside_a_lora_that_merges(tmp_path):
-    model = split("llama", sc.recipes.cmoe(E, 1, shared=1, variant="tuned"))
+    model = split("llama", sc.recipes.cmoe(E, 1, shared=1, variant="finetuned"))
     set_budget(model, 0.75)
     running, wanted = model.sparsecraft.running, logits(model, batch("llama"))
     report = sc.merge(model, partial=True)

@@ -279,7 +279,10 @@ NO_K = {"top_k": None}
         ({"select": "threshold", **NO_K}, ["'threshold' with threshold=None", "takes a number"]),
         ({"select": "share", **NO_K}, ["'share' with threshold=None"]),
         ({"select": "relative", "threshold": 0.1}, ["'relative' with top_k=2", "top_k=None"]),
-        ({"select": "threshold", "threshold": 1.5, **NO_K}, ["threshold is 1.5", "0 and 1"]),
+        (
+            {"select": "threshold", "threshold": 1.5, "squash": "sigmoid", **NO_K},
+            ["threshold is 1.5", "0 and 1"],
+        ),
         ({"select": "threshold", "threshold": -0.1, **NO_K}, ["threshold is -0.1"]),
         ({"select": "threshold", "threshold": float("nan"), **NO_K}, ["threshold is nan"]),
         ({"select": "share", "threshold": 0.9, **NO_K}, ["linear scorer", "may be negative"]),
@@ -373,7 +376,7 @@ def test_impossible_fits_are_refused(fields, words):
         (lambda: RouterSpec(weighting="one", scorer="norm", hidden=0), ["hidden is 0"]),
         (lambda: sc.recipes.moefication(4, partition="kmean"), ["partition is 'kmean'"]),
         (lambda: RouterSpec(weighting="one", temperature=0.5), ["temperature is 0.5"]),
-        (lambda: RouterSpec(weighting="one", bias=1.0, scorer="norm"), ["bias is 1.0"]),
+        (lambda: RouterSpec(weighting="one", bias=1.0, scorer="mlp"), ["bias is 1.0"]),
         (lambda: RouterSpec(weighting="one", normalize=True), ["normalize is True"]),
         (lambda: sc.recipes.d2dmoe(4, router_dim=-3), ["hidden is -3"]),
         (lambda: sc.recipes.cmoe(4, 2, shared=1, compensate="no"), ["compensate is 'no'"]),
@@ -439,7 +442,7 @@ def test_published_defaults_of_split_networks():
     router = analytic.edits[0].router
     assert (router.shared, router.top_k, analytic.edits[0].experts.num_experts) == (3, 3, 8)
     assert analytic.edits[0].experts.markers == 10 and analytic.stages[0].fit.loss == "none"
-    tuned = sc.recipes.cmoe(variant="tuned")
+    tuned = sc.recipes.cmoe(variant="finetuned")
     assert tuned.stages[1].learning_rate == 5.95e-5
     assert tuned.stages[1].router_learning_rate == 1e-3
     lora = tuned.edits[1].experts

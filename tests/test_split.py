@@ -30,6 +30,7 @@ from cases import (
     randomize_new,
 )
 from reference import splitting
+from sparsecraft import budget
 from sparsecraft.budget import begin_stage, end_stage, run, set_budget, split_layers
 from sparsecraft.donor import view
 from sparsecraft.errors import RecipeError, SparsecraftError
@@ -39,7 +40,6 @@ from sparsecraft.init.partition import random_partition
 from sparsecraft.kernels import selection
 from sparsecraft.losses import LOSSES, auxiliary_loss
 from sparsecraft.recipe import RouterSpec, SplitSpec
-from sparsecraft.routers import rules
 from sparsecraft.routers.split import Gate, targets
 from sparsecraft.routing import Routing
 from sparsecraft.sites import find_sites
@@ -379,11 +379,9 @@ def scores_of(seed: int, experts: int = 7, ties: bool = False) -> torch.Tensor:
     return (scores * 4).ceil() / 4 if ties else scores
 
 
-@pytest.fixture(params=["rules", "kernel"])
-def select(request):
-    """(scores, rule, k, threshold) -> mask, by the plain rules and by what routers run."""
-    if request.param == "rules":
-        return rules.select
+@pytest.fixture
+def select():
+    """(scores, rule, k, threshold) -> mask."""
     return lambda scores, rule, k, tau: selection.select(scores, rule, k or 1, 0.5 if tau is None
                                                          else tau)[0] > 0  # fmt: skip
 
@@ -585,6 +583,7 @@ def test_lte_multiplies_by_its_scores_in_the_soft_stage_and_not_after_it():
         every = [set(range(E))] * 4
         theirs = splitting.split(net, bank.neurons.tolist(), x_TD, every, weights)
         assert near(layer(x_TD), theirs, 1e-9)
+        model.sparsecraft.running.stages = ["soft"]
         begin_stage(model, model.sparsecraft.recipe.stages[1])
         kept = [splitting.threshold(row, 0.5) for row in gates_TE]
         assert 0 < sum(map(len, kept)) < 4 * E
@@ -1120,3 +1119,61 @@ def test_counted_products_are_those_of_the_papers_formula(family):
             assert split_flops(layer, k / E) == pytest.approx(ratio * whole)
         assert split_flops(layer, 1) == whole
         sc.revert(model)
+
+
+# ------------------------------------------------------------------- what stages leave behind them
+
+
+def attended(activation: str = "relu_hoyer") -> torch.nn.Module:
+    model = dense("llama")
+    sc.convert(model, sc.recipes.d2dmoe(E, sparsity=activation, attention_experts=2))
+    return model
+
+
+@pytest.mark.parametrize("order", [("distill", "sparsify"), ("sparsify", "distill")])
+def test_relu_and_imitations_outlive_a_checkpoint_in_any_order_of_stages(order, tmp_path):
+    model = attended()
+    stages = {stage.name: stage for stage in model.sparsecraft.recipe.stages}
+    for name in order:
+        with budget.staged(model, stages[name]):
+            pass
+    sc.save(model.eval(), tmp_path / "saved")
+    again = sc.load(tmp_path / "saved")
+    assert again.sparsecraft.running == model.sparsecraft.running
+    assert all(isinstance(la.experts.activation, torch.nn.ReLU) for la in again.sparsecraft.layers)
+    assert torch.equal(logits(again, batch("llama")), logits(model, batch("llama")))
+
+
+def test_a_stage_that_fails_leaves_the_model_running_as_before():
+    model = dense("llama")
+    sc.convert(model, sc.recipes.lte(E))
+    start = logits(model, batch("llama"))
+    with pytest.raises(KeyError), budget.staged(model, model.sparsecraft.recipe.stages[0]):
+        raise KeyError
+    assert torch.equal(logits(model, batch("llama")), start)
+    assert model.sparsecraft.running.stages == []
+
+
+def test_a_stage_that_needs_routers_is_refused_before_they_are_made():
+    model = dense("llama")
+    sc.convert(model, sc.recipes.lte(E))
+    with (
+        pytest.raises(SparsecraftError, match="--stages soft hard"),
+        budget.staged(model, model.sparsecraft.recipe.stages[1]),
+    ):
+        pass
+
+
+def test_losses_of_imitations_are_averaged_apart_and_added():
+    model = attended("relu_l1").train()
+    for layer in model.sparsecraft.layers:
+        layer.imitates = layer.place == "imitate"
+    with sc.trace(model) as routing:
+        model(**batch("llama"))
+    groups = {name: model.get_submodule(name).place for name in routing}
+    total, _ = auxiliary_loss(routing, {"relu_l1": 1.0}, groups=groups.__getitem__)
+    means = [
+        torch.stack([r.pre_TF.relu().sum(-1).mean() for n, r in routing.items() if groups[n] == g])
+        for g in ("replace", "imitate")
+    ]
+    torch.testing.assert_close(total, sum(mean.mean() for mean in means))

@@ -147,7 +147,7 @@ def test_split_networks_are_merged_and_not_exported(tmp_path, target):
     for recipe in (
         sc.recipes.moefication(4, partition="random"),
         sc.recipes.d2dmoe(4, attention_experts=2),
-        sc.recipes.cmoe(4, 1, shared=1, variant="tuned"),
+        sc.recipes.cmoe(4, 1, shared=1, variant="finetuned"),
     ):
         model = llama()
         sc.convert(model, recipe, certify=False)

@@ -30,11 +30,15 @@ class Running:
         stages: names of the stages that have been through.
         budget: share of experts that run; 1.0 is the dense function, None the recipe's own rule.
         calibration: (share, threshold) as measured, by ascending share.
+        rectified: ReLU has been put into the networks.
+        imitates: the networks that imitate Linears have been fitted, and run instead of them.
     """
 
     stages: list[str] = field(default_factory=list)
     budget: float | None = 1.0
     calibration: list[tuple[float, float]] = field(default_factory=list)
+    rectified: bool = False
+    imitates: bool = False
 
 
 def split_layers(model: nn.Module) -> dict[str, MoELayer]:
@@ -173,6 +177,8 @@ def state_of(model: nn.Module) -> dict[str, Any] | None:
         "stages": running.stages,
         "budget": running.budget,
         "calibration": [list(point) for point in running.calibration],
+        "rectified": running.rectified,
+        "imitates": running.imitates,
     }
 
 
@@ -183,9 +189,11 @@ def restore(model: nn.Module, state: dict[str, Any] | None) -> None:
     running: Running = model.sparsecraft.running
     running.stages = list(state["stages"])
     running.calibration = [(share, threshold) for share, threshold in state["calibration"]]
-    for stage in model.sparsecraft.recipe.stages:
-        if stage.name in running.stages:
-            _take_effect(model, stage)
+    running.rectified, running.imitates = state["rectified"], state["imitates"]
+    if running.rectified:
+        rectify(model)
+    if running.imitates:
+        _imitate(model)
     set_budget(model, state["budget"])
 
 
@@ -197,22 +205,33 @@ def rectify(model: nn.Module) -> None:
             layer.router.scorer.activation = layer.experts.activation
 
 
+def _imitate(model: nn.Module) -> None:
+    for layer in split_layers(model).values():
+        layer.imitates = layer.place == "imitate"
+
+
 def begin_stage(model: nn.Module, stage: Stage) -> None:
-    """Let split networks run as a stage of training needs them."""
+    """Let split networks run as a stage of training needs them.
+
+    Raises:
+        SparsecraftError: the stage is to train by routers that have not been made.
+    """
+    if not split_layers(model):
+        return
     if stage.activation == "relu":
         rectify(model)
-    if stage.runs == "sparse" and stage.fit is None and split_layers(model):
+        model.sparsecraft.running.rectified = True
+    if stage.fit is not None:
+        return  # it looks at the whole networks itself
+    if stage.runs == "sparse":
+        if untrained(model):
+            missing = " ".join(unmade(model.sparsecraft.recipe, model.sparsecraft.running))
+            raise SparsecraftError(
+                f"Stage {stage.name!r} trains by routers that are made before it; run that first "
+                f"(--stages {missing} {stage.name})."
+            )
         set_budget(model, None)  # not that of an earlier budget
     run(model, stage.runs)
-
-
-def _take_effect(model: nn.Module, stage: Stage) -> None:
-    """What a stage that is through has changed beside tensors."""
-    if stage.activation == "relu":
-        rectify(model)
-    if stage.fit is not None and stage.fit.what == "imitations":
-        for layer in split_layers(model).values():
-            layer.imitates = layer.place == "imitate"
 
 
 def end_stage(model: nn.Module, stage: Stage) -> None:
@@ -220,7 +239,9 @@ def end_stage(model: nn.Module, stage: Stage) -> None:
     if not split_layers(model):
         return
     record = model.sparsecraft
-    _take_effect(model, stage)
+    if stage.fit is not None and stage.fit.what == "imitations":
+        _imitate(model)
+        record.running.imitates = True
     names = [other.name for other in record.recipe.stages]
     # What came after it was made from what it has changed.
     before = names[: names.index(stage.name)]
@@ -229,14 +250,29 @@ def end_stage(model: nn.Module, stage: Stage) -> None:
     set_budget(model, 1.0 if is_untrained(record.recipe, record.running) else None)
 
 
+@contextmanager
+def staged(model: nn.Module, stage: Stage) -> Iterator[None]:
+    """One stage of training; if it fails, the model runs as it did before."""
+    before = {layer: layer.router.runs for layer in split_layers(model).values()}
+    try:
+        begin_stage(model, stage)
+        yield
+    except BaseException:
+        for layer, runs in before.items():
+            layer.router.runs = runs
+        raise
+    end_stage(model, stage)
+
+
+def unmade(recipe: Recipe, running: Running) -> list[str]:
+    """The stages that make routers, or networks that imitate Linears, and have yet to run."""
+    makers = [stage.name for stage in recipe.stages if stage.fit or stage.runs == "soft"]
+    return [name for name in makers if name not in running.stages]
+
+
 def is_untrained(recipe: Recipe, running: Running) -> bool:
-    """Whether the stage that makes the routers has yet to run."""
-    makers = [
-        stage.name
-        for stage in recipe.stages
-        if (stage.fit is not None and stage.fit.what == "routers") or stage.runs == "soft"
-    ]
-    return bool(makers) and makers[0] not in running.stages
+    """Whether a stage that makes the routers has yet to run."""
+    return bool(unmade(recipe, running))
 
 
 def warn_untrained(model: nn.Module) -> None:

@@ -69,10 +69,13 @@ def _idle(layer: MoELayer) -> int:
 
 def _idle_parts(layer: MoELayer) -> int:
     """Of a split network: experts that do not run, and of a Linear and its imitation the other."""
+    router = 0 if layer.router is None else sum(p.numel() for p in layer.router.parameters())
     if layer.place == "imitate" and not layer.imitates:
-        return sum(p.numel() for p in layer.experts.parameters())
+        return router + sum(p.numel() for p in layer.experts.parameters())
+    asked = layer.router is not None and layer.router.runs != "every"
+    router = 0 if asked else router
     base = 0 if layer.base is None else sum(_numel(p) for p in layer.base.parameters())
-    return base + round((1 - active_share(layer)) * layer.experts.products)
+    return router + base + round((1 - active_share(layer)) * layer.experts.products)
 
 
 def active_share(layer: MoELayer) -> float:

@@ -80,7 +80,9 @@ def fit(
         )
     with torch.random.fork_rng(devices=_cuda(model)), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(seed)
-        inputs = capture(model, layers, batches, spec.tokens, masks, Path(folder))
+        inputs = capture(
+            model, layers, batches, spec.tokens, masks, Path(folder), teachers=imitating
+        )
         first_held(min(map(len, inputs.values())), spec)  # before anything is changed
         make = _make_imitations if imitating else _make_routers
         report = make(layers, inputs, spec, seed)
@@ -140,8 +142,13 @@ def capture(
     tokens: int,
     masks: Callable[[nn.Module, dict[str, Any]], Masks],
     folder: Path,
+    teachers: bool = False,
 ) -> dict[str, Tensor]:
-    """Layer name -> what it reads, (T, D): up to `tokens` real tokens, in the order of the data."""
+    """Layer name -> what it reads, (T, D): up to `tokens` real tokens, in the order of the data.
+
+    Args:
+        teachers: of the dense Linears, whether or not something imitates them already.
+    """
     stores: dict[str, Tensor] = {}
     filled: dict[str, int] = defaultdict(int)
     mask: list[Masks] = []
@@ -163,7 +170,7 @@ def capture(
 
     hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
-        with _whole(model):
+        with _whole(model, teachers):
             for batch in batches:
                 mask[:] = [masks(model, batch)]
                 model(**_inputs(model, batch))
@@ -178,19 +185,26 @@ def capture(
 
 
 @contextmanager
-def _whole(model: nn.Module) -> Iterator[None]:
-    """Every expert on, no dropout, no gradients; as it was afterwards."""
+def _whole(model: nn.Module, teachers: bool) -> Iterator[None]:
+    """Every expert on, no dropout, no gradients; as it was afterwards.
+
+    Args:
+        teachers: Linears run instead of what imitates them.
+    """
     training = model.training
-    before = {layer: layer.router.runs for layer in split_layers(model).values()}
+    layers = split_layers(model).values()
+    before = [(layer, layer.router.runs, layer.imitates) for layer in layers]
     model.eval()
     run(model, "every")
+    for layer in layers:
+        layer.imitates = layer.imitates and not teachers
     try:
         with torch.no_grad():
             yield
     finally:
         model.train(training)
-        for layer, runs in before.items():
-            layer.router.runs = runs
+        for layer, runs, imitates in before:
+            layer.router.runs, layer.imitates = runs, imitates
 
 
 def _inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ only. T tokens, K slots per token, E experts.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 import torch
@@ -129,6 +130,7 @@ def auxiliary_loss(
     traced: Mapping[str, Routing],
     coefficients: Mapping[str, float],
     masks: Callable[[str], Tensor | None] = lambda layer: None,
+    groups: Callable[[str], str] = lambda layer: "",
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """The weighted sum of the named losses, each the mean over the traced layers.
 
@@ -136,6 +138,8 @@ def auxiliary_loss(
         traced: layer name -> routing.
         coefficients: loss name -> weight.
         masks: layer name -> True on that layer's real tokens.
+        groups: layer name -> the group whose mean it counts in; the groups' means are summed, as
+            D2DMoE sums those of feed-forward networks and of attention.
 
     Returns:
         The sum (None when there is nothing to add) and each unweighted loss by name.
@@ -146,10 +150,12 @@ def auxiliary_loss(
     check_names(coefficients)
     if not traced or not coefficients:
         return None, {}
-    parts = {
-        name: torch.stack([LOSSES[name](r, masks(layer)) for layer, r in traced.items()]).mean()
-        for name in coefficients
-    }
+    parts = {}
+    for name in coefficients:
+        found = defaultdict(list)
+        for layer, routing in traced.items():
+            found[groups(layer)].append(LOSSES[name](routing, masks(layer)))
+        parts[name] = sum(torch.stack(values).mean() for values in found.values())
     return sum(coefficients[name] * value for name, value in parts.items()), parts
 
 

@@ -26,8 +26,8 @@ from sparsecraft.recipe import FitSpec
 CHUNK_TOKENS = 4096
 
 Report = dict[str, dict[str, Any]]
-# (weights, inputs, wanted, how far the run is from 0 to 1) -> loss of one layer
-Loss = Callable[[dict[str, Tensor], Tensor, Tensor, float], Tensor]
+# (weights, inputs, wanted, how far the run is from 0 to 1, or None: held out) -> loss of one layer
+Loss = Callable[[dict[str, Tensor], Tensor, Tensor, float | None], Tensor]
 
 
 def first_held(tokens: int, spec: FitSpec) -> int:
@@ -78,6 +78,8 @@ def fit_imitations(layers: dict[str, MoELayer], inputs: dict[str, Tensor], spec:
         first_BF = F.linear(x_BD, weights["first"].flatten(0, 1), weights["first_bias"].flatten())
         hidden_BF = first_BF.relu()
         down_FO = weights["down"].flatten(0, 1)
+        if progress is None:
+            return F.mse_loss(hidden_BF @ down_FO + weights["down_bias"], y_BO)
         y = F.dropout(hidden_BF, spec.dropout) @ down_FO + weights["down_bias"]
         square = hidden_BF.sum(-1).square() / (hidden_BF.square().sum(-1) + 1e-15)
         return F.mse_loss(y, y_BO) + spec.sparsity * progress * square.mean()
@@ -85,7 +87,10 @@ def fit_imitations(layers: dict[str, MoELayer], inputs: dict[str, Tensor], spec:
     for names in _alike(banks):
         aims = [_outputs(layers[name].base, inputs[name]) for name in names]
         modules = [banks[name] for name in names]
+        dtype = modules[0].down.dtype
         found = _descend(modules, loss, [inputs[name] for name in names], aims, spec)
+        for bank in modules:  # routers stay float32, networks are of the model
+            bank.to(dtype)
         report |= dict(zip(names, found, strict=True))
     return report
 
@@ -127,14 +132,14 @@ def _descend(
         return torch.stack([t[index.to(t.device)].to(device) for t in tensors]).float()
 
     @torch.no_grad()
-    def held_out(progress: float) -> Tensor:
+    def held_out() -> Tensor:
         parts = torch.arange(held, tokens).split(CHUNK_TOKENS)
-        losses = [loss_of(weights, rows(inputs, p), rows(aims, p), progress) for p in parts]
+        losses = [loss_of(weights, rows(inputs, p), rows(aims, p), None) for p in parts]
         sizes = torch.tensor([len(p) for p in parts], device=device)
         return (torch.stack(losses) * sizes[:, None]).sum(0) / sizes.sum()
 
     steps = spec.epochs * -(-held // spec.batch_tokens)
-    step, start_L = 0, held_out(0.0)
+    step, start_L = 0, held_out()
     best_L = start_L if spec.sparsity == 0 else torch.full_like(start_L, torch.inf)
     best = {name: value.detach().clone() for name, value in weights.items()}
     with torch.autocast(device.type, enabled=False):
@@ -145,7 +150,7 @@ def _descend(
                 loss_of(weights, x, y, step / steps).sum().backward()
                 optimizer.step()
                 step += 1
-            found_L = held_out(step / steps)
+            found_L = held_out()
             # A sparsity loss rises with time: the last epoch counts then.
             better_L = found_L < best_L if spec.sparsity == 0 else torch.ones_like(best_L).bool()
             best_L = torch.where(better_L, found_L, best_L)

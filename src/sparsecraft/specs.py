@@ -41,7 +41,7 @@ class RouterSpec:
     hidden: int | None = None
     """Width inside the scorers `mlp` (None: as many as experts) and `norm` (None: 128)."""
     bias: float | None = None
-    """Initial bias of the scorer `linear`; None for none."""
+    """Initial biases of the scorers `linear` and `norm`; None for none."""
     normalize: bool = False
     """Tokens and rows of the scorer `analytic` are divided by their length."""
     renormalize: bool = True
@@ -233,8 +233,10 @@ def check_selection(router: RouterSpec, num_experts: int) -> None:
             f"router.select is {select!r} with threshold={threshold}: {select} selection takes "
             f"{'a number' if select in BY_THRESHOLD else 'threshold=None'}."
         )
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise RecipeError(f"router.threshold is {threshold}; it must lie between 0 and 1.")
+    most = math.inf if select == "threshold" and router.squash in ("none", "abs") else 1
+    if threshold is not None and not 0 <= threshold <= most:
+        limits = "lie between 0 and 1" if most == 1 else "be a number from 0"
+        raise RecipeError(f"router.threshold is {threshold}; it must {limits}.")
     if router.shared and not 0 < router.shared < num_experts:
         raise RecipeError(
             f"router.shared is {router.shared} with num_experts={num_experts}; one expert at least "
@@ -261,7 +263,7 @@ def _check_scorer(router: RouterSpec) -> None:
         check_whole("router.hidden", router.hidden)
     known = {
         "hidden": router.hidden is None or scorer in ("mlp", "norm"),
-        "bias": router.bias is None or scorer == "linear",
+        "bias": router.bias is None or scorer in ("linear", "norm"),
         "normalize": not router.normalize or scorer == "analytic",
     }
     if wrong := [name for name, fits in known.items() if not fits]:

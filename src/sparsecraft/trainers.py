@@ -66,7 +66,9 @@ class RoutedTrainerMixin:
         ):
             self._record(routings, masks)
         coefficients = {name: c * self._loss_factor() for name, c in self.stage.losses.items()}
-        auxiliary, parts = auxiliary_loss(routings, coefficients, masks)
+        auxiliary, parts = auxiliary_loss(
+            routings, coefficients, masks, lambda layer: _group(unwrapped, layer)
+        )
         if auxiliary is None:
             return result
         if not auxiliary.requires_grad:
@@ -209,6 +211,11 @@ class RoutedSeq2SeqTrainer(RoutedTrainerMixin, Seq2SeqTrainer):
 
 class RoutedTrainer(RoutedTrainerMixin, Trainer):
     """Classifiers."""
+
+
+def _group(model: torch.nn.Module, layer: str) -> str:
+    """Which layers a loss is averaged over: those that imitate attention's Linears apart."""
+    return "imitate" if model.get_submodule(layer).place == "imitate" else ""
 
 
 def layer_masks(model: torch.nn.Module, inputs: dict, token_mask: Tensor | None):

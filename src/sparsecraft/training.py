@@ -30,9 +30,10 @@ from sparsecraft import data as data_module
 from sparsecraft import settings as settings_module
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.folder import check_free
+from sparsecraft.init import check_metis
 from sparsecraft.layer import dense_name
 from sparsecraft.options import TrainOptions
-from sparsecraft.recipe import Stage
+from sparsecraft.recipe import SplitSpec, Stage
 from sparsecraft.sentences import Prompts
 from sparsecraft.surgery import Conversion, conversion_of, set_trainable
 from sparsecraft.trainers import (
@@ -111,18 +112,20 @@ def train(
     resuming.check_folder(states, resume)
     trainer = None
     reads, prompts = tokenizer or _tokenizer_of(record), Prompts.of(model)
-    for number, stage in settings_module.stages_of(record.recipe, asked.stages):
+    stages = settings_module.stages_of(record.recipe, asked.stages)
+    for _, stage in stages:
+        _check_fit(record, stage)
+    for number, stage in stages:
         folder = states / f"{number}-{stage.name}"
         settings = settings_module.fill(model, stage, asked)
         dataset, counts = _dataset(model, data, reads, settings, prompts)
-        budget.begin_stage(model, stage)
-        if stage.fit is not None:
-            report = _fit(model, stage, settings, dataset, reads, counts, out)
-        else:
-            trainer, report = _descend(
-                model, stage, settings, dataset, reads, prompts, folder, counts, out, resume
-            )
-        budget.end_stage(model, stage)
+        with budget.staged(model, stage):
+            if stage.fit is not None:
+                report = _fit(model, stage, settings, dataset, reads, counts, out)
+            else:
+                trainer, report = _descend(
+                    model, stage, settings, dataset, reads, prompts, folder, counts, out, resume
+                )
     model.eval()
     if trainer is None or trainer.is_world_process_zero():
         checkpoint.save(model, out, overwrite=overwrite, tokenizer=tokenizer)
@@ -130,6 +133,20 @@ def train(
     if trainer is not None:
         trainer.accelerator.wait_for_everyone()
     return report
+
+
+def _check_fit(record: Conversion, stage: Stage) -> None:
+    """Refuse what a fit cannot do, before the stages in front of it have cost anything."""
+    if stage.fit is None:
+        return
+    if processes() > 1:
+        raise SparsecraftError(
+            f"Stage {stage.name!r} fits routers in one process and was started in {processes()}; "
+            "train the other stages with torchrun (--stages NAME), and this one without."
+        )
+    graphs = [e.experts for e in record.recipe.edits if isinstance(e.experts, SplitSpec)]
+    if any(spec.partition.startswith("coactivation") for spec in graphs):
+        check_metis()
 
 
 def _descend(
@@ -165,11 +182,6 @@ def _fit(
     out: Path,
 ) -> TrainReport:
     """A stage that fits the routers of split networks to what the networks read."""
-    if processes() > 1:
-        raise SparsecraftError(
-            f"Stage {stage.name!r} fits routers in one process and was started in {processes()}; "
-            "train the other stages with torchrun (--stages NAME), and this one without."
-        )
     spec = dataclasses.replace(stage.fit, tokens=settings_module.fit_tokens(stage, settings))
     rows = settings.micro_batch
     batches = (

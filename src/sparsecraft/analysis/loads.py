@@ -261,7 +261,8 @@ def model_flops(model: nn.Module, ffn: float) -> float:
         ffn: what `ffn_flops` found.
     """
     layers = split_layers(model).values()
-    routers = sum(p.numel() for layer in layers for p in layer.router.parameters())
+    asked = [layer.router for layer in layers if layer.router.runs != "every"]
+    routers = sum(p.numel() for router in asked for p in router.parameters())
     idle = sum(round((1 - cost.active_share(la)) * la.experts.products) for la in layers)
     dense = cost.count(model).flops_per_token + 2 * (idle - routers)
     return 1 - (1 - ffn) * sum(cost.split_flops(layer, 1) for layer in layers) / dense

@@ -173,7 +173,7 @@ class Search:
 
 
 def critical(scores_TR: Tensor, select: str) -> Tensor:
-    """The threshold at which each expert begins to run, (T, R); see `routers.rules`.
+    """The threshold at which each expert begins to run, (T, R); see `selection.select`.
 
     Under `share` an expert runs above this threshold, under the other rules below it.
     """

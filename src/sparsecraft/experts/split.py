@@ -289,7 +289,7 @@ def imitation(
 ) -> FFN:
     """A random ReLU network of about the Linear's cost, to be fitted to it (D2DMoE, section 3.4).
 
-    Its width is phi (I O + O) / (I + O + 1), to the next multiple of the number of experts.
+    Its width is phi (I O + O) / (I + O + 1), to the nearest multiple of the number of experts.
     """
     I, O, E = donor.in_features, donor.out_features, spec.num_experts
     wanted = spec.flops_factor * (I * O + O) / (I + O + 1)

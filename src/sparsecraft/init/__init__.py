@@ -12,7 +12,12 @@ from sparsecraft.init.activation import (
 )
 from sparsecraft.init.auction import balanced_assignment
 from sparsecraft.init.balanced import balanced_kmeans, inertia
-from sparsecraft.init.graph import co_activation, co_activation_weights, cut_graph
+from sparsecraft.init.graph import (
+    check_metis,
+    co_activation,
+    co_activation_weights,
+    cut_graph,
+)
 from sparsecraft.init.partition import contiguous, labels_of, neurons_of, random_partition
 
 __all__ = [
@@ -20,6 +25,7 @@ __all__ = [
     "activation_markers",
     "balanced_assignment",
     "balanced_kmeans",
+    "check_metis",
     "co_activation",
     "co_activation_weights",
     "contiguous",

@@ -72,7 +72,7 @@ def partition_of_activations(
         return neurons_EM, _places(neurons_EM[shared:], representatives_R)
     positive = (chunk_TF.clamp_min(0) for chunk_TF in chunks())
     released = spec.partition == "coactivation_released"
-    return co_activation(positive, spec.num_experts, released=released), None
+    return co_activation(positive, spec.num_experts, released=released, seed=seed), None
 
 
 def _places(neurons_RM: Tensor, neurons_R: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ The graph is dense, F * F float32: 38 MB for F = 3072, 822 MB for F = 14336.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -60,6 +61,22 @@ def co_activation_weights(hidden_chunks: Iterable[Tensor], *, released: bool = F
     return weights_FF
 
 
+def check_metis() -> ModuleType:
+    """The module pymetis.
+
+    Raises:
+        ResourceError: it is not installed.
+    """
+    try:
+        import pymetis
+    except ImportError as error:
+        raise ResourceError(
+            "Cutting a co-activation graph needs METIS, and pymetis is not installed. "
+            "Install it with `pip install pymetis`, or use balanced_kmeans, which needs nothing."
+        ) from error
+    return pymetis
+
+
 def cut_graph(weights_FF: Tensor, num_experts: int, seed: int = 0) -> Tensor:
     """neurons_EM that keep much of the weight inside experts: METIS, then exactly m each.
 
@@ -72,13 +89,7 @@ def cut_graph(weights_FF: Tensor, num_experts: int, seed: int = 0) -> Tensor:
     expert_size(F, num_experts)
     if num_experts == 1 or num_experts == F:  # one way to do it, up to names
         return contiguous(F, num_experts).to(weights_FF.device)
-    try:
-        import pymetis
-    except ImportError as error:
-        raise ResourceError(
-            "Cutting a co-activation graph needs METIS, and pymetis is not installed. "
-            "Install it with `pip install pymetis`, or use balanced_kmeans, which needs nothing."
-        ) from error
+    pymetis = check_metis()
     starts, neighbors, values = _edges(weights_FF)
     _, parts = pymetis.part_graph(
         num_experts,

@@ -18,7 +18,7 @@ from sparsecraft.recipe import (
 
 PAPER = "CMoE: Converting Mixture-of-Experts from Dense to Accelerate LLM Inference"
 PAPER += " (arXiv:2502.04416)"
-VARIANTS = ("paper", "released", "tuned")
+VARIANTS = ("paper", "released", "finetuned")
 
 
 def cmoe(
@@ -40,14 +40,14 @@ def cmoe(
         top_k: routed experts per token. The paper's S3A3E8 runs 3 shared and 3 of 5 routed ones.
         shared: experts of the neurons that are active most often; every token has them.
         variant: `paper`; `released`, whose clusters are of one step by L1 distance and whose
-            routers read directions and score by size; `tuned`, the
+            routers read directions and score by size; `finetuned`, the
             paper's 2048 samples of training after `build`, with LoRA on the attention.
         markers: neurons that each token marks.
         compensate: experts that do not run give their mean; the paper's give nothing.
         paths: glob over the paths of the feed-forward networks.
     """
     check_variant(variant, VARIANTS)
-    released, tuned = variant == "released", variant == "tuned"
+    released, tuned = variant == "released", variant == "finetuned"
     experts = SplitSpec(
         num_experts=num_experts,
         partition="activation_released" if released else "activation",

@@ -39,12 +39,12 @@ def d2dmoe(
     """Train for sparse activations, split every FFN, fit routers to the norms of what experts add.
 
     Args:
-        num_experts: E; it has to divide the number of neurons. The paper has 1 to 128 neurons in
-            each, and finds small ones better.
+        num_experts: E, which divides the neurons. The paper has 1 to 128 neurons in each.
         threshold: an expert runs that reaches this times the largest norm. The paper's figures
             have 0.1, 0.01 and 0.001; its code counts 1 - threshold.
-        variant: `paper`, as for Gemma-2B; `bert`, as for BERT-base; `released`, the example of the
-            pip package.
+        variant: `paper`, trained as Gemma-2B, with the routers of all but that one (its are 512
+            wide and take 1000 steps); `bert`, as for BERT-base; `released`, the example of the
+            pip package, whose routers are as wide as E and have biases.
         sparsity: loss of the first stage; those called relu also put ReLU into the network. None is
             the variant's: relu_hoyer, or relu_l1.
         sparsity_coef: its weight; None is the variant's. L1 sums over neurons and grows with them.
@@ -60,6 +60,7 @@ def d2dmoe(
     routing = RouterSpec(
         scorer="norm",
         hidden=router_dim,
+        bias=0.0 if variant == "released" else None,
         select="relative",
         top_k=None,
         threshold=threshold,

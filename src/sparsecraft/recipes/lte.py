@@ -18,9 +18,7 @@ def lte(
     variant: str = "paper",
     efficiency: float | None = None,
     separability: float | None = None,
-    threshold: float = 0.5,
     learning_rate: float = 5e-5,
-    compensate: bool | None = False,
     paths: str = "*",
 ) -> Recipe:
     """Train sigmoid routers with the model, then the model with the routers' hard decisions.
@@ -34,13 +32,11 @@ def lte(
             paper's figures go from 0 to 2. None is 0.5, tuned 1.
         separability: lambda, the weight of what keeps scores away from the threshold. None is the
             paper's 0.5, tuned 0.
-        threshold: experts whose sigmoid score exceeds it run.
         learning_rate: of both stages: 5e-5 for GPT-2 and RoBERTa-base, 1.5e-5 for LLaMA-7B.
-        compensate: experts that do not run give their mean; the paper's give nothing.
         paths: glob over the paths of the feed-forward networks.
     """
     check_variant(variant, VARIANTS)
-    experts = SplitSpec(num_experts=num_experts, partition="kmeans", compensate=compensate)
+    experts = SplitSpec(num_experts=num_experts, partition="kmeans", compensate=False)
     # sigmoid(2.2) = 0.9: nearly dense at the start, and off the threshold, where the separability
     # loss of the paper is infinite.
     router = RouterSpec(
@@ -51,7 +47,7 @@ def lte(
         squash="sigmoid",
         select="threshold",
         top_k=None,
-        threshold=threshold,
+        threshold=0.5,
         weighting="one",
     )
     return Recipe(

@@ -136,8 +136,7 @@ class LinearGate(nn.Module):
         self.weight = _matrix(R, D, bank, None if spec.init == "kaiming_uniform" else spec.init_std)
         if spec.init == "zeros":
             nn.init.zeros_(self.weight)
-        bias = None if spec.bias is None else torch.full((R,), spec.bias, device=bank.down.device)
-        self.bias = None if bias is None else nn.Parameter(bias.to(bank.down.dtype))
+        self.bias = _bias(R, spec, bank)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return _score(self)(x_TD, self.weight, self.bias, "none", False)
@@ -193,11 +192,12 @@ class NormScorer(nn.Module):
         super().__init__()
         R, D, H = bank.num_experts - spec.shared, bank.in_features, spec.hidden or NORM_WIDTH
         self.first, self.second = _matrix(H, D, bank), _matrix(R, H, bank)
+        self.first_bias, self.second_bias = _bias(H, spec, bank), _bias(R, spec, bank)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         score = _score(self)
-        hidden_TH = score(x_TD, self.first, None, "relu", False)
-        return score(hidden_TH, self.second, None, "abs", False)
+        hidden_TH = score(x_TD, self.first, self.first_bias, "relu", False)
+        return score(hidden_TH, self.second, self.second_bias, "abs", False)
 
 
 class AnalyticScorer(nn.Module):
@@ -313,6 +313,12 @@ def _matrix(rows: int, columns: int, bank: SplitExperts, std: float | None = Non
     else:
         nn.init.normal_(matrix, std=std)
     return matrix
+
+
+def _bias(rows: int, spec: RouterSpec, bank: SplitExperts) -> nn.Parameter | None:
+    if spec.bias is None:
+        return None
+    return nn.Parameter(torch.full_like(bank.down[0, 0, :1], spec.bias).repeat(rows))
 
 
 def _wide(tensor: Tensor) -> Tensor:
