@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import sparsecraft as sc
 import tiny
@@ -379,3 +380,18 @@ def test_sweep_writes_its_files_and_prints_the_table(run, fails, routed, tmp_pat
     assert {p.name for p in out.iterdir()} == {"sweep.csv", "sweep.md", "sweep.png"}
     said = fails("sweep", routed, "--data", rows, "--out", out, "--shares", "2")
     assert "shares has 2.0" in said
+
+
+def test_a_split_checkpoint_merges_at_a_budget_of_one(tmp_path, capsys):
+    base = tiny.save_dense(tmp_path / "dense")
+    model = sc.hub.load_dense(base)
+    sc.convert(model, sc.recipes.moefication(4, relu=False))
+    sc.set_budget(model, 0.5)
+    sc.save(model, tmp_path / "split")
+    folder, out = str(tmp_path / "split"), str(tmp_path / "merged")
+    assert cli.main(["merge", folder, "--out", out]) == 1
+    assert "--budget 1.0" in capsys.readouterr().err
+    assert cli.main(["merge", folder, "--out", out, "--budget", "1.0"]) == 0
+    merged = sc.hub.load_dense(out)
+    ids = torch.arange(3, 12)[None]
+    assert torch.equal(merged(ids).logits, sc.hub.load_dense(base)(ids).logits)

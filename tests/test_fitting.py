@@ -687,3 +687,17 @@ def test_a_stage_again_takes_back_what_was_calibrated(tmp_path, rows):
     train(model, rows, tmp_path / "two", stages=("router",))
     assert model.sparsecraft.running.calibration == []
     assert model.sparsecraft.running.stages == ["sparsify", "router"]
+
+
+def test_an_interrupted_run_is_not_resumed_with_other_stages(tmp_path):
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.chat_rows())
+    model = tiny.llama()
+    sc.convert(model, sc.recipes.d2dmoe(8, router_dim=8))
+    options = {"tokenizer": tiny.tokenizer(), "steps": 1, "batch_size": 4, "max_length": 64,
+               "save_every": 1, "progress": False}  # fmt: skip
+    with pytest.raises(DataError, match="--fit-tokens"):
+        sc.train(model, rows, tmp_path / "out", fit_tokens=1, **options)
+    with pytest.raises(SparsecraftError, match="without --stages"):
+        sc.train(model, rows, tmp_path / "out", resume=True, stages=("router",), **options)
+    sc.train(model, rows, tmp_path / "out", resume=True, fit_tokens=300, **options)
+    assert model.sparsecraft.running.stages == ["sparsify", "router"]

@@ -467,7 +467,7 @@ def test_partial_keeps_the_modalities_beside_the_merged_weights():
 
 
 def test_a_merge_that_fails_gives_the_model_back(monkeypatch):
-    """However far it came: here the certificate finds another function."""
+    """However far it came: here the certificate finds only the dense function."""
     camelid = sc.recipes.camelidae(num_experts=E, adapter_dim=8, lora_rank=R)
     for recipe, arguments in (
         (camelid, {"partial": True}),
@@ -592,7 +592,7 @@ def test_relu_in_some_networks_is_what_no_configuration_says():
 def test_a_router_that_leaves_experts_out_is_not_merged(recipe):
     model = split("llama", RECIPES[recipe].make())
     set_budget(model, None)
-    refused(model, "another function")
+    refused(model, "only the dense function")
     refused(model, "the parts of one network", how="average")
     refused(model, "the parts of one network", how="fixed", weights=WEIGHTS)
     set_budget(model, 1.0)

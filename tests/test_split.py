@@ -1177,3 +1177,17 @@ def test_losses_of_imitations_are_averaged_apart_and_added():
         for g in ("replace", "imitate")
     ]
     torch.testing.assert_close(total, sum(mean.mean() for mean in means))
+
+
+def test_a_rule_that_is_changed_at_loading_takes_no_thresholds_of_another(tmp_path, caplog):
+    model = dense("llama")
+    sc.convert(model, sc.recipes.d2dmoe(E))
+    model.sparsecraft.running.calibration = [(0.2, 0.8), (0.9, 0.1)]
+    set_budget(model, 0.5)
+    sc.save(model, tmp_path / "saved")
+    again = sc.load(tmp_path / "saved", override={"router.threshold": 0.3})
+    assert "changed at loading" in caplog.text
+    gates = [layer.router for layer in split_layers(again).values()]
+    assert all(gate.threshold == pytest.approx(0.3) for gate in gates)
+    assert again.sparsecraft.running.budget is None
+    assert again.sparsecraft.running.calibration == []

@@ -147,10 +147,13 @@ def threshold_of(share: float, calibration: list[tuple[float, float]]) -> float:
             "none; run `sparsecraft calibrate DIR --data ...` (sc.calibrate) first."
         )
     shares = [known for known, _ in calibration]
+    # A share that was printed with three digits is the one that was measured.
+    share = min((s for s in (shares[0], shares[-1]) if abs(s - share) < 5e-3), default=share)
     if not shares[0] <= share <= shares[-1]:
         raise SparsecraftError(
             f"A budget of {share} lies outside of what was calibrated, {shares[0]:.3f} to "
-            f"{shares[-1]:.3f}; run `sparsecraft calibrate` (sc.calibrate) with targets around it."
+            f"{shares[-1]:.3f}. It is a share of the experts, and `calibrate` takes shares of the "
+            "FLOPs; run `sparsecraft calibrate` (sc.calibrate) with targets on both sides of it."
         )
     right = bisect_left(shares, share)
     if shares[right] == share:
@@ -182,25 +185,38 @@ def state_of(model: nn.Module) -> dict[str, Any] | None:
     }
 
 
-def restore(model: nn.Module, state: dict[str, Any] | None) -> None:
-    """Let a model that was just loaded run as it did when it was saved."""
+def restore(model: nn.Module, state: dict[str, Any] | None, changed: bool = False) -> None:
+    """Let a model that was just loaded run as it did when it was saved.
+
+    Args:
+        changed: its recipe is another now, so that budget and thresholds may be of another rule.
+    """
     if state is None:
         return
     running: Running = model.sparsecraft.running
     running.stages = list(state["stages"])
     running.calibration = [(share, threshold) for share, threshold in state["calibration"]]
-    running.rectified, running.imitates = state["rectified"], state["imitates"]
+    running.rectified = state.get("rectified", False)
+    running.imitates = state.get("imitates", False)
     if running.rectified:
         rectify(model)
     if running.imitates:
         _imitate(model)
-    set_budget(model, state["budget"])
+    if changed and state["budget"] != 1.0:
+        log.warning(
+            "The recipe was changed at loading: the budget and the calibration that were saved are "
+            "dropped, and the changed recipe's rule is in force."
+        )
+        running.calibration = []
+        set_budget(model, None)
+    else:
+        set_budget(model, state["budget"])
 
 
-def rectify(model: nn.Module) -> None:
-    """ReLUfication: let ReLU be the activation of every split network."""
+def rectify(model: nn.Module, undo: bool = False) -> None:
+    """ReLUfication: let ReLU be the activation of every split network, or no longer."""
     for layer in split_layers(model).values():
-        layer.experts.rectify()
+        layer.experts.rectify(undo)
         if hasattr(layer.router.scorer, "activation"):
             layer.router.scorer.activation = layer.experts.activation
 
@@ -253,13 +269,20 @@ def end_stage(model: nn.Module, stage: Stage) -> None:
 @contextmanager
 def staged(model: nn.Module, stage: Stage) -> Iterator[None]:
     """One stage of training; if it fails, the model runs as it did before."""
-    before = {layer: layer.router.runs for layer in split_layers(model).values()}
+    gates = [layer.router for layer in split_layers(model).values()]
+    before = [(gate, gate.runs, gate.k, gate.threshold) for gate in gates]
+    training, running = model.training, model.sparsecraft.running
+    rectified, budget = running.rectified, running.budget
     try:
         begin_stage(model, stage)
         yield
     except BaseException:
-        for layer, runs in before.items():
-            layer.router.runs = runs
+        if running.rectified and not rectified:
+            rectify(model, undo=True)
+        running.rectified, running.budget = rectified, budget
+        for gate, runs, k, threshold in before:
+            gate.runs, gate.k, gate.threshold = runs, k, threshold
+        model.train(training)
         raise
     end_stage(model, stage)
 

@@ -171,7 +171,7 @@ def load(
     record.digests, record.base_card = digests, manifest.get("base_card")
     record.folder, record.report = folder.absolute(), read_json(folder / "report.json")
     read_tensors(model, folder / WEIGHTS, manifest["tensors"], complete=origin is None)
-    budget.restore(model, manifest.get("running"))
+    budget.restore(model, manifest.get("running"), changed=recipe != from_json(manifest["recipe"]))
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if dtype is not None:

@@ -17,7 +17,6 @@ import tyro
 from tyro.conf import Positional
 
 from sparsecraft import budgeting
-from sparsecraft.budgeting import Budget
 from sparsecraft.errors import DataError, SparsecraftError, did_you_mean
 from sparsecraft.options import TrainOptions, gathered
 
@@ -120,7 +119,7 @@ def evaluate(
     json: Path | None = None,
     limit: int | None = None,
     max_length: int | None = None,
-    budget: Budget | None = None,
+    budget: budgeting.Budget | None = None,
 ) -> None:
     """Held-out loss, rank classification and lm-eval tasks of a checkpoint or a dense model.
 
@@ -168,7 +167,7 @@ def generate(
     temperature: float = 0.0,
     stream: bool = False,
     seed: int = 0,
-    budget: Budget | None = None,
+    budget: budgeting.Budget | None = None,
 ) -> None:
     """Answer one prompt.
 
@@ -200,7 +199,7 @@ def chat(
     system: str | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
-    budget: Budget | None = None,
+    budget: budgeting.Budget | None = None,
 ) -> None:
     """Talk with a model; an empty line ends it.
 
@@ -272,6 +271,7 @@ def merge(
     weights: str | None = None,
     data: Paths = (),
     partial: bool = False,
+    budget: budgeting.Budget | None = None,
     overwrite: bool = False,
 ) -> None:
     """Merge the experts of a checkpoint into dense weights, or into one adapter.
@@ -279,11 +279,11 @@ def merge(
     Args:
         folder: checkpoint of a converted model.
         out: folder to write; of a plain transformers model where no layer is left.
-        how: exact merges single experts; fixed freezes the routing to `--weights`; average makes
-            one expert of all, an approximation.
+        how: exact; fixed, with the routing frozen to `--weights`; average, an approximation.
         weights: for fixed: 0.5,0.3,0.2 for the experts of every layer, or `measured` on the data.
         data: held-out files; their loss before and after is printed.
         partial: merge what can be merged and keep the other layers, instead of refusing.
+        budget: of a split model before the merge: 1.0, its dense function, is what can be merged.
         overwrite: replace an existing folder once the new one is complete.
     """
     from sparsecraft import generation, merging
@@ -293,6 +293,7 @@ def merge(
     given = merging.read_weights(weights)
     check_free(out, overwrite)
     model, tokenizer = generation.load_any(folder)
+    budgeting.set_for(model, budget)
     report = merging.merge(
         model, how, weights=given, data=data or None, tokenizer=tokenizer, partial=partial
     )

@@ -34,7 +34,10 @@ def first_held(tokens: int, spec: FitSpec) -> int:
     """Where the held-out tokens begin."""
     held = max(1, round(tokens * spec.holdout))
     if tokens - held < 1:
-        raise DataError(f"{tokens} tokens are too few to fit anything and hold some out.")
+        raise DataError(
+            f"{tokens} tokens are too few to fit anything and hold some out; give more data, or "
+            "more --fit-tokens."
+        )
     return tokens - held
 
 

@@ -25,7 +25,7 @@ RUN_RECORD = "run.json"
 STATE_FILES = ("moe.safetensors", "digest", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 # What may differ between a run and its continuation: how it is shown and kept.
-FREE = ("save_every", "log_every", "trackers", "progress")
+FREE = ("save_every", "log_every", "trackers", "progress", "fit_tokens")
 
 
 def last_state(folder: Path) -> Path | None:
@@ -35,7 +35,7 @@ def last_state(folder: Path) -> Path | None:
     return next((state for state in reversed(states) if _complete(state)), None)
 
 
-def check_folder(folder: Path, resume: bool) -> None:
+def check_folder(folder: Path, resume: bool, stages: tuple[str, ...] = ()) -> None:
     """Refuse to resume where there is nothing, and to start over what was interrupted."""
     states = [s for s in folder.glob("*") if s.is_dir() and last_state(s)]
     if resume and not states:
@@ -43,12 +43,30 @@ def check_folder(folder: Path, resume: bool) -> None:
             f"There is nothing to resume: {folder} holds no complete training state. "
             "Train without resume, with save_every for states to come back to."
         )
+    if resume:
+        _check_stages(folder, stages)
     if not resume and states:
         raise SparsecraftError(
             f"{folder} holds the state of an interrupted run; resume it, or delete the folder."
         )
     if folder.exists() and not folder.is_dir():
         raise SparsecraftError(f"{folder} is a file; training keeps its state there. Move it away.")
+
+
+def _check_stages(folder: Path, stages: tuple[str, ...]) -> None:
+    """Refuse to go on with other stages than the interrupted run was asked for.
+
+    Raises:
+        SparsecraftError: they are others; nothing of its state is lost.
+    """
+    for path in folder.glob(f"*/{RUN_RECORD}"):
+        before = read_json(path).get("stages", [])
+        if before != list(stages):
+            asked = f"--stages {' '.join(before)}" if before else "all stages, without --stages"
+            raise SparsecraftError(
+                f"The interrupted run in {folder} was asked for {asked}; resume it so, or delete "
+                "the folder and start anew."
+            )
 
 
 def _complete(state: Path) -> bool:

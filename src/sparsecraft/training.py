@@ -109,12 +109,11 @@ def train(
     checkpoint.check_loadable(model)
     _check_devices(model)
     states = out.with_name(f"{out.name}.training")
-    resuming.check_folder(states, resume)
+    resuming.check_folder(states, resume, asked.stages)
     trainer = None
     reads, prompts = tokenizer or _tokenizer_of(record), Prompts.of(model)
     stages = settings_module.stages_of(record.recipe, asked.stages)
-    for _, stage in stages:
-        _check_fit(record, stage)
+    _check_stages(record, [stage for _, stage in stages])
     for number, stage in stages:
         folder = states / f"{number}-{stage.name}"
         settings = settings_module.fill(model, stage, asked)
@@ -135,17 +134,16 @@ def train(
     return report
 
 
-def _check_fit(record: Conversion, stage: Stage) -> None:
+def _check_stages(record: Conversion, stages: list[Stage]) -> None:
     """Refuse what a fit cannot do, before the stages in front of it have cost anything."""
-    if stage.fit is None:
-        return
-    if processes() > 1:
+    fits = [stage.name for stage in stages if stage.fit is not None]
+    if fits and processes() > 1:
         raise SparsecraftError(
-            f"Stage {stage.name!r} fits routers in one process and was started in {processes()}; "
+            f"Stage {fits[0]!r} fits routers in one process and was started in {processes()}; "
             "train the other stages with torchrun (--stages NAME), and this one without."
         )
-    graphs = [e.experts for e in record.recipe.edits if isinstance(e.experts, SplitSpec)]
-    if any(spec.partition.startswith("coactivation") for spec in graphs):
+    splits = [e.experts for e in record.recipe.edits if isinstance(e.experts, SplitSpec)]
+    if fits and any(spec.partition.startswith("coactivation") for spec in splits):
         check_metis()
 
 

@@ -127,8 +127,8 @@ def sweep(
         out: folder of the files, made if it is missing.
         shares: of experts; 1.0, the dense function, is measured in any case.
         batch_sizes: of the passes that are timed; none skips that.
-        calibration_data: where thresholds are found. None takes the first quarter of the rows of
-            `data` (shuffled with a fixed seed), for every rule; the score is then of the others.
+        calibration_data: where thresholds are found. None takes the first quarter of `data` (rows
+            of files are shuffled with a fixed seed); the score is then of the others.
         max_tokens: score so many tokens, and calibrate on so many; None is all.
         context: tokens in a causal model's cache when one more is timed.
         rounds: times that each pass is timed.
@@ -138,6 +138,7 @@ def sweep(
         SparsecraftError: no split networks, untrained routers, or shares outside (0, 1].
         DataError: too few rows, or data without a score.
     """
+    _check_measuring(context, rounds, Path(out))
     shares = _checked(shares, batch_sizes)
     if isinstance(model, (str, Path)):
         model, own = load_any(str(model))
@@ -158,8 +159,7 @@ def sweep(
     for row in seen:
         loss = row["loss"]
         row["loss_change"] = None if loss is None else loss / seen[0]["loss"] - 1
-    notes = (f"{split}.", _machine(model), *notes)
-    result = Sweep(tuple(seen), notes, name, tuple(batch_sizes))
+    result = Sweep(tuple(seen), (f"{split}.", _machine(model), *notes), name, tuple(batch_sizes))
     _write(model, result, Path(out), context, rounds)
     return result
 
@@ -176,6 +176,15 @@ class Setting:
     def use(self, model: nn.Module) -> None:
         model.sparsecraft.running.calibration = list(self.points)
         set_budget(model, self.share)
+
+
+def _check_measuring(context: int, rounds: int, out: Path) -> None:
+    """Refuse before anything is measured what would fail at its end."""
+    for name, value in (("context", context), ("rounds", rounds)):
+        if type(value) is not int or value < 1:
+            raise SparsecraftError(f"{name} is {value!r}; it must be a whole number from 1.")
+    if out.exists() and not out.is_dir():
+        raise SparsecraftError(f"{out} is a file; a sweep writes a folder. Choose another --out.")
 
 
 def _checked(shares: Sequence[float], batch_sizes: Sequence[int]) -> list[float]:

@@ -52,6 +52,7 @@ class SplitExperts(Experts):
         self.spec = spec
         self.num_experts, self.out_features = E, donor.width
         self.activation = donor.activation
+        self._own_activation = (donor.activation,)  # in a tuple, so that it is no part of the bank
         self.hidden_dropout, self.output_dropout = donor.hidden_dropout, donor.output_dropout
         self.compensates = (
             not is_relu(donor.activation) if spec.compensate is None else spec.compensate
@@ -271,9 +272,9 @@ class SplitExperts(Experts):
             "down_bias": self.down_bias,
         }
 
-    def rectify(self) -> None:
-        """Let ReLU be the activation."""
-        self.activation = nn.ReLU()
+    def rectify(self, undo: bool = False) -> None:
+        """Let ReLU be the activation, or the dense network's own again."""
+        self.activation = self._own_activation[0] if undo else nn.ReLU()
 
 
 def _in_order(weights_TE: Tensor) -> Routing:

@@ -87,8 +87,8 @@ def _decide_split(layer: MoELayer, how: How) -> tuple[str, str | None]:
         )
     if layer.router is not None and layer.router.runs != "every":
         return "keep", (
-            "its router leaves out experts by token; sc.set_budget(model, 1.0) first: that is "
-            "another function"
+            "its router leaves out experts by token; only the dense function can be merged, that "
+            "of sc.set_budget(model, 1.0) (--budget 1.0)"
         )
     return "fold", None
 

@@ -56,6 +56,8 @@ class Gate(nn.Module):
 
     @threshold.setter
     def threshold(self, value: float) -> None:
+        if self._threshold.is_inference():
+            self._threshold = torch.tensor(value, device=self._threshold.device)
         self._threshold.fill_(value)  # in place: a captured CUDA graph reads it
 
     def forward(self, x: Tensor, batch: Batch | None = None) -> Routing:
@@ -86,7 +88,8 @@ class Gate(nn.Module):
         if self.runs == "soft":
             return scores_TR, torch.ones_like(scores_TR), None
         if self._threshold.device != logits_TR.device:
-            self._threshold = self._threshold.to(logits_TR.device)
+            with torch.inference_mode(False):
+                self._threshold = torch.tensor(self.threshold, device=logits_TR.device)
         k = 1 if self.k is None else self.k
         kept_TR, used = selection.select(scores_TR.detach(), self.spec.select, k, self._threshold)
         match self.spec.weighting:
