@@ -170,14 +170,17 @@ def test_a_trained_base_travels_with_the_folder(shelf, tmp_path, family, standal
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data = parameter + 0.02 * torch.randn_like(parameter)
-    wanted = logits(model, batch(family))
+    wanted, state = logits(model, batch(family)), model.state_dict()
     folder = sc.save(model, tmp_path / "out", standalone=standalone)
     if standalone:
         shutil.move(shelf.base(family), tmp_path / "hidden")
     loaded = sc.load(folder)
     if standalone:
         shutil.move(tmp_path / "hidden", shelf.base(family))
-    assert torch.equal(logits(loaded, batch(family)), wanted)
+    found = loaded.state_dict()
+    assert found.keys() == state.keys() and all(torch.equal(found[n], state[n]) for n in state)
+    # A product rounds by where its tensors lie in memory, on some processors.
+    torch.testing.assert_close(logits(loaded, batch(family)), wanted)
     again = sc.save(loaded, tmp_path / "again", standalone=standalone)
     assert (again / "moe.safetensors").read_bytes() == (folder / "moe.safetensors").read_bytes()
     if not standalone:

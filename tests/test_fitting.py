@@ -568,7 +568,8 @@ def test_the_stages_apart_equal_the_stages_together(tmp_path, rows):
     second = sc.load(tmp_path / "one")
     train(second, rows, tmp_path / "three", stages=("router",))
     for name, tensor in state_of(second).items():
-        assert torch.equal(tensor, wanted[name]), f"from the checkpoint: {name}"
+        # A product rounds by where its tensors lie in memory, on some processors.
+        torch.testing.assert_close(tensor, wanted[name], msg=f"from the checkpoint: {name}")
 
 
 def test_a_stage_that_does_not_exist_is_refused(tmp_path, rows):

@@ -15,6 +15,7 @@ import torch
 import transformers
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 
 import cases
 import sparsecraft as sc
@@ -183,6 +184,10 @@ def test_an_exported_folder_is_read_by_everyone(tmp_path, base):
 
 
 def test_transformers_adds_saves_and_reads_adapters_itself(tmp_path, base):
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError as error:  # transformers 5.24 asks for a PEFT that is not released
+        pytest.skip(str(error))
     auto = transformers.AutoModelForCausalLM
     model = auto.from_pretrained(base)
     dense = cases.logits(model, IDS)

@@ -25,6 +25,7 @@ OURS = ("sentence_embeddings", "sentence_ids", "prefix_mask")
 FIELDS = ("attention_mask", "mm_token_type_ids", *OURS)
 MASKS = ("attention_mask", "mm_token_type_ids", "prefix_mask")
 INPUTS = ("input_ids", "inputs_embeds")
+CACHES = ("cache", "past_key_values")  # the name since transformers 5.24, and before
 
 
 @dataclass(slots=True, eq=False)
@@ -91,7 +92,7 @@ class Batch:
                 setattr(self, name, values[name])
         inputs = next((values[n] for n in INPUTS if values.get(n) is not None), None)
         self.shape = None if inputs is None else inputs.shape[:2]
-        cache, self.past = values.get("past_key_values"), 0
+        cache, self.past = next((values[n] for n in CACHES if values.get(n) is not None), None), 0
         if self.grows and cache is not None and any(getattr(self, n) is not None for n in MASKS):
             self.past = int(cache.get_seq_length())
 

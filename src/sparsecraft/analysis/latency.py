@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sparsecraft import evaluation, hub
 from sparsecraft.analysis.loads import NOT_READ, Batch
+from sparsecraft.batch import CACHES
 from sparsecraft.certificate import evaluation_mode
 from sparsecraft.errors import DataError
 
@@ -103,11 +104,12 @@ def _next_token(model: nn.Module, batches: Sequence[Batch], size: int, context: 
     positions = evaluation.positions_of(model)
     context = min(context, positions - 1) if positions else context
     ids_BS = _tokens(batches, size * (context + 1)).view(size, context + 1).to(model.device)
-    cache = model(input_ids=ids_BS[:, :-1], use_cache=True).past_key_values
+    read = model(input_ids=ids_BS[:, :-1], use_cache=True)
+    name = next(name for name in CACHES if name in read)
 
     def prepare() -> Callable[[], object]:
-        own = copy.deepcopy(cache)  # a pass adds to it
-        return lambda: model(input_ids=ids_BS[:, -1:], past_key_values=own, use_cache=True)
+        own = {name: copy.deepcopy(read[name])}  # a pass adds to it
+        return lambda: model(input_ids=ids_BS[:, -1:], use_cache=True, **own)
 
     return prepare
 
