@@ -104,6 +104,8 @@ class Router:
 
 def sparse(net: SplitNet, router: Router, path: str = "gather") -> Callable[[Tensor], Tensor]:
     def run(x: Tensor) -> Tensor:
+        if path == "masked, beside":
+            return split.masked_beside(net, x, lambda: router(x)[0])
         weights_TE, used = router(x)
         if path == "masked":
             return split.masked(net, x, weights_TE)
@@ -211,6 +213,8 @@ def time_tokens(args, name: str, T: int, nets, denses, routers) -> list[dict]:
         union = statistics.mean((c > 0).any(0).float().mean().item() for c in chosen)
         own = statistics.mean(c.mean().item() for c in chosen)
         best = split.choose(nets[0], inputs[0], chosen[0])
+        if best == "masked" and T > split.CUDA_GATHER_TOKENS:
+            best = "masked, beside"  # as in every CUDA graph
         for path in paths_of(args, T, kind, share):
             layers = [sparse(n, r, path) for n, r in zip(nets, routers[kind], strict=True)]
             key = f"{kind}, {share}, {path}"
@@ -218,7 +222,7 @@ def time_tokens(args, name: str, T: int, nets, denses, routers) -> list[dict]:
             selection.EARLY_LAUNCH = usual or path == "gather, early"
             sides[key] = captured(layers, inputs)
             selection.EARLY_LAUNCH = usual
-            read = bytes_read(nets[0], routers[kind][0], 1.0 if path == "masked" else union)
+            read = bytes_read(nets[0], routers[kind][0], 1.0 if "masked" in path else union)
             facts[key] = {
                 "router": kind, "share": share, "path": path, "own": own, "union": union,
                 "bytes": read, "chosen": path == best,
@@ -235,11 +239,13 @@ def time_tokens(args, name: str, T: int, nets, denses, routers) -> list[dict]:
 
 
 def paths_of(args, T: int, kind: str, share: float) -> list[str]:
-    """`masked` costs the same for every router and, but for noise, every share."""
+    """`masked` costs the same for, but for noise, every share."""
     found = ["gather"]
     if args.pdl and T <= 4:
         found.append("gather, early")
-    if kind == ROUTERS[0] and (share == 0.5 if T == 1 else share < 1):
+    if T > split.CUDA_GATHER_TOKENS and share < 1:
+        found.append("masked, beside")
+    if kind == ROUTERS[0] and share == 0.5:
         found.append("masked")
     return found
 

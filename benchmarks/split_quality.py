@@ -158,7 +158,12 @@ class Worker:
 def run(args) -> None:
     worker = Worker(args)
     worker.say("ready", worker.about)
-    wanted = [j for j in JOBS if not args.trainings or j.training in args.trainings]
+    wanted = [
+        job
+        for job in JOBS
+        if (not args.trainings or job.training in args.trainings)
+        and (not args.seeds or job.seed in args.seeds)
+    ]
     for job in wanted:
         try:
             worker.arms(job)
@@ -197,12 +202,14 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/split"), help="trained weights")
     parser.add_argument("--tiny", action="store_true", help="random weights, a few steps: a trial")
     parser.add_argument("--trainings", nargs="+", choices=TRAININGS)
+    parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--fit-tokens", type=int)
     parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after this")
     parser.add_argument("--least", type=float, default=30, help="seconds that an arm may take")
     parser.add_argument("--texts", type=int, help="encoder: so many texts of each source")
     parser.add_argument("--length", type=int, default=128, help="encoder: tokens of each text")
+    parser.add_argument("--devices", nargs="+", choices=("cuda", "cpu"), help="of speed")
     parser.add_argument("--threads", type=int, default=2, help="of speed on the CPU")
     parser.add_argument("--page", type=Path, default=HERE / "split_quality.md")
     args = parser.parse_args()

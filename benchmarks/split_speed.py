@@ -209,8 +209,9 @@ def measure(worker) -> None:
             if ":" in name:
                 budget.set_budget(model, share)
             quality[name, share] = evaluate(model, worker.texts, routed=":" in name)
-    kinds = [("cuda", torch.bfloat16)] if worker.device == "cuda" else []
-    for device, dtype in [*kinds, ("cpu", torch.float32)]:
+    kinds = {"cuda": torch.bfloat16, "cpu": torch.float32}
+    for device in worker.args.devices or (["cuda", "cpu"] if worker.device == "cuda" else ["cpu"]):
+        dtype = kinds[device]
         if device == "cpu":
             torch.set_num_threads(worker.args.threads)
         prompts = [torch.from_numpy(p)[None].to(device) for p in worker.texts.prompts]

@@ -9,14 +9,22 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import sparsecraft as sc
+from sparsecraft.experts.split import SplitExperts
 from sparsecraft.kernels import selection, split
 from sparsecraft.kernels.split import SplitNet
+from sparsecraft.routers.split import Gate
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+RULED = {
+    "top_k": sc.recipes.moefication, "share": sc.recipes.dsti,
+    "relative": sc.recipes.d2dmoe, "threshold": sc.recipes.lte,
+}  # fmt: skip
 ROUNDING = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 SHAPES = [
     (24, 32, 512, True), (9, 6, 600, False), (344, 4, 1024, True), (5, 96, 4096, True),
@@ -176,6 +184,50 @@ def test_the_whole_layer_waits_for_nothing_and_runs_in_a_graph(T, rule, early, m
             wanted, chosen = layer(net, router, x, rule, threshold)
             assert torch.equal(weights, chosen) and torch.equal(y, wanted)
             assert relative(y, in_float64(net, x, chosen)) < 8e-3
+
+
+@pytest.mark.parametrize("rule", selection.RULES)
+@pytest.mark.parametrize("T", [3, 16])
+def test_in_a_graph_the_router_runs_beside_the_first_product(T, rule):
+    bank, gate = bank_and_gate(rule)
+    x = torch.randn(T, 256, device="cuda").bfloat16()
+    with torch.no_grad():
+        bank.routed(x, gate.weigh)  # compiles
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            bank.routed(x, gate.weigh)
+        torch.cuda.synchronize()
+        calls, graph = [], torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            assert split.overlaps(x)
+
+            def weigh(x_TD):
+                calls.append(torch.cuda.current_stream() != stream)
+                return gate.weigh(x_TD)
+
+            layers = [bank.routed(x, weigh) for _ in range(20)]
+        assert calls == [True] * 20
+        for _ in range(20):
+            x.copy_(torch.randn(T, 256, device="cuda"))
+            graph.replay()
+            torch.cuda.synchronize()
+            wanted = bank.weighed(x, *gate.weigh(x))
+            assert wanted.abs().max() > 0 and all(torch.equal(y, wanted) for y in layers)
+
+
+def bank_and_gate(rule: str) -> tuple[SplitExperts, Gate]:
+    """A split network of bf16, and its router of random rows."""
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=4,
+        vocab_size=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).cuda().bfloat16().eval()
+    sc.convert(model, RULED[rule](32))
+    layer = model.model.layers[0].mlp
+    for weight in layer.router.parameters():
+        nn.init.normal_(weight, std=0.1)
+    layer.router.runs = "sparse"
+    return layer.experts, layer.router
 
 
 @pytest.mark.parametrize("T", [1, 3, 16])

@@ -163,7 +163,7 @@ class MoELayer(nn.Module):
         x_TD, every = _flat(x), self.router is None or self.router.runs == "every"
         self.experts.records = every and self.tracing and self.training
         if not every and not self.tracing:
-            y_TD = self.experts.weighed(x_TD, *self.router.weigh(x_TD))
+            y_TD = self.experts.routed(x_TD, self.router.weigh)
         else:
             routing = None if every else self.router(x)
             y_TD = self.experts(x_TD, routing)

@@ -10,6 +10,8 @@ matrix where it has a gate (its rows come first), else 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -111,6 +113,17 @@ class SplitExperts(Experts):
             y_TD = y_TD if constant_D is None else y_TD + constant_D.to(y_TD.dtype)
             return F.dropout(y_TD, self.output_dropout, self.training)
         return self.weighed(x_TD, routing.weights_TE())
+
+    def routed(
+        self, x_TD: Tensor, weigh: Callable[[Tensor], tuple[Tensor, Active | None]]
+    ) -> Tensor:
+        """`weighed` by what `weigh` makes of x_TD, at the same time where that is faster."""
+        if split.overlaps(x_TD) and self.dispatch in ("auto", "dense") and not self._is_plain():
+            net = self.net(x_TD.dtype)
+            if split.weighs_at_once(net, x_TD):
+                y_TD = split.masked_beside(net, x_TD, lambda: weigh(x_TD)[0])
+                return F.dropout(y_TD, self.output_dropout, self.training)
+        return self.weighed(x_TD, *weigh(x_TD))
 
     def weighed(self, x_TD: Tensor, weights_TE: Tensor, used: Active | None = None) -> Tensor:
         """y_TD by weights that are zero where an expert does not run.

@@ -28,6 +28,7 @@ OUTCOMES = ("none", "sigmoid", "relu", "tanh", "abs")
 MAX_EXPERTS = 16384  # of one token in the registers of one program
 TILE = 8192  # scores of several tokens at once, likewise
 ROWS = 4  # of the router's weights in one program, for several tokens; as `_score_many` is written
+LISTED_TOKENS = 2  # up to here the experts in use are listed at once: `gather` is the fast path
 # Whether a kernel for a few tokens is sent to the multiprocessors before the one in front of it
 # has ended: it then waits there. Compute capability 9.0 or later.
 EARLY_LAUNCH = False
@@ -119,8 +120,8 @@ def select(
             under a captured graph.
 
     Returns:
-        The weights, and the list that `gather` takes; None on a CPU, where it would not be used,
-        and for several tokens of `top_k` and `share`, where it is a launch of its own.
+        The weights, and the list that `gather` takes; None on a CPU and for many tokens, where it
+        would not be used, and for several of `top_k` and `share`, where it is a launch of its own.
     """
     E = scores_TE.shape[-1]
     if rule not in RULES:
@@ -187,8 +188,8 @@ def _launch(
     EP = max(16, triton.next_power_of_2(E))
     cuts = RULES[rule : rule + 1] in (("top_k",), ("share",))
     # A cut is found in many steps: one program for each token, and no list of all of them.
-    apart = cuts and T > 1
-    TB = 1 if cuts or T == 1 else max(1, min(16, TILE // EP))
+    apart = weights_TE is not None and (1 if cuts else LISTED_TOKENS) < T
+    TB = 1 if apart or T == 1 else max(1, min(16, TILE // EP))
     # A warp that is alone waits for no other at each of the steps.
     warps = max(1, min(16, EP // 1024 if cuts else TB * EP // 256))
     used = Active(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,14 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsecraft.errors import SparsecraftError
-from sparsecraft.kernels import split_triton, split_weigh
+from sparsecraft.kernels import selection, split_triton, split_weigh
 from sparsecraft.kernels.fused import usable
 from sparsecraft.kernels.product import needs_grad
 from sparsecraft.kernels.selection import Active, active
 
 # On CUDA up to here only what is in use is read; beyond, the union of the tokens' experts is
 # nearly everything and the library's own products are faster (benchmarks/sparse_decode.md).
-CUDA_GATHER_TOKENS = 2
+CUDA_GATHER_TOKENS = selection.LISTED_TOKENS
 # On CUDA up to here one kernel does all that lies between the two products of all experts.
 WEIGH_TOKENS = 64
 # On a CPU `gather` takes about 30 ms for all pairs of one token and its experts, `masked` only
@@ -120,6 +121,37 @@ def every(net: SplitNet, x_TD: Tensor, bias_D: Tensor | None = None) -> Tensor:
 def masked(net: SplitNet, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
     """Every expert computed, then weighed: nothing is saved. Differentiable."""
     return F.linear(between(net, x_TD, weights_TE), net.down_EHD.flatten(0, 1).t(), net.bias_D)
+
+
+def masked_beside(net: SplitNet, x_TD: Tensor, route: Callable[[], Tensor]) -> Tensor:
+    """`masked` by the weights that `route` computes on x_TD, which runs beside the first product,
+    on a stream of its own: the router's small kernels leave most of the GPU idle.
+
+    For a CUDA graph under capture, where `overlaps` and `weighs_at_once` allow it.
+    """
+    here, beside = torch.cuda.current_stream(x_TD.device), _second_stream(x_TD.device.index)
+    beside.wait_stream(here)
+    with torch.cuda.stream(beside):
+        weights_TE = route()
+    first_TN = F.linear(x_TD, net.first_EMD.flatten(0, 1))
+    here.wait_stream(beside)
+    hidden_TF = split_weigh.weigh(net, first_TN, weights_TE)
+    return F.linear(hidden_TF, net.down_EHD.flatten(0, 1).t(), net.bias_D)
+
+
+def overlaps(x_TD: Tensor) -> bool:
+    """Whether `masked_beside` pays: launched one by one, kernels do not wait in line."""
+    return (
+        x_TD.is_cuda
+        and CUDA_GATHER_TOKENS < len(x_TD) <= WEIGH_TOKENS
+        and torch.cuda.is_current_stream_capturing()
+        and not torch.is_grad_enabled()
+    )
+
+
+@functools.cache
+def _second_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def between(net: SplitNet, x_TD: Tensor, weights_TE: Tensor | None) -> Tensor:
