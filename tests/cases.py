@@ -354,12 +354,10 @@ def hydralora(family: Family) -> int:
 
 
 def split(router: int | Callable[[Family], int]) -> Callable[[Family], int]:
-    """Every network again, its neurons in another order, and a router of this size."""
+    """A router of this size for every network, whose neurons are the dense ones."""
 
     def new(family: Family) -> int:
-        return family.ffns * (
-            ffn_parameters(family) + (router(family) if callable(router) else router)
-        )
+        return family.ffns * (router(family) if callable(router) else router)
 
     return new
 

@@ -425,3 +425,86 @@ def test_an_untrained_split_warns_before_it_is_saved(tmp_path, caplog):
             budget.end_stage(model, stage)
         sc.save(model, tmp_path / "made")
         assert not caplog.messages
+
+
+def test_a_calibration_does_not_outlive_its_rule(tmp_path):
+    model = split(RECIPES["d2dmoe"]())
+    model.sparsecraft.running.calibration = [(0.2, 0.8), (0.9, 0.1)]
+    sc.set_budget(model, 1.0)
+    sc.save(model, tmp_path / "out")
+    changed = sc.load(tmp_path / "out", override={"router.select": "share"})
+    assert changed.sparsecraft.running.budget == 1.0
+    with pytest.raises(SparsecraftError, match="needs thresholds that were measured"):
+        sc.set_budget(changed, 0.5)
+    assert sc.load(tmp_path / "out").sparsecraft.running.calibration == [(0.2, 0.8), (0.9, 0.1)]
+
+
+def test_a_measured_share_gives_its_own_threshold():
+    points = [(0.497, 0.30), (0.4995, 0.29), (0.9, 0.1)]
+    assert budget.threshold_of(0.4995, points) == 0.29
+    assert budget.threshold_of(0.494, points) == 0.30  # as it was printed
+    assert budget.threshold_of(0.904, points) == 0.1
+    with pytest.raises(SparsecraftError, match="lies outside"):
+        budget.threshold_of(0.49, points)
+
+
+def test_a_failed_stage_leaves_the_share_as_it_was():
+    model = split(RECIPES["lte"]())
+    sc.calibrate(model, tokens(), target_flops=0.7)
+    before = [gate.share for gate in gates(model)]
+    (stage,) = [s for s in model.sparsecraft.recipe.stages if s.name == "hard"]
+    with pytest.raises(RuntimeError), budget.staged(model, stage):
+        raise RuntimeError
+    assert [gate.share for gate in gates(model)] == before and None not in before
+
+
+def test_routers_are_not_fitted_before_the_relu_that_they_are_for():
+    model = cases.dense("llama")
+    sc.convert(model, sc.recipes.moefication(E, 2), certify=False)
+    (stage,) = [s for s in model.sparsecraft.recipe.stages if s.name == "router"]
+    with pytest.raises(SparsecraftError, match="--stages sparsify router"):
+        budget.begin_stage(model, stage)
+    opt = cases.dense("opt")  # has ReLU of its own
+    sc.convert(opt, sc.recipes.moefication(E, 2), certify=False)
+    budget.begin_stage(opt, stage)
+
+
+def test_a_similarity_router_is_counted():
+    model = cases.dense("llama")
+    recipe = sc.recipes.moefication(E, 2, router="similarity", relu=False)
+    dense = sc.convert(model, recipe, certify=False).cost
+    assert dense.new == 0
+    sc.set_budget(model, 0.5)
+    layers = split_layers(model).values()
+    saved = sum(layer.experts.products // 2 - layer.router.products for layer in layers)
+    assert sum(layer.router.products for layer in layers) == 2 * E * cases.D
+    assert dense.flops_per_token - cost.count(model).flops_per_token == 2 * saved
+
+
+def test_a_budget_of_untrained_routers_is_warned_of(caplog):
+    from sparsecraft.budgeting import set_for
+
+    model = cases.dense("llama")
+    sc.convert(model, sc.recipes.gmoefication(E, 2), certify=False)
+    set_for(model, 1.0)
+    assert not caplog.records
+    set_for(model, 0.5)
+    assert "routers have not been trained" in caplog.text
+
+
+def test_the_means_own_output_follows_every_change():
+    model = split(RECIPES["gmoefication"]())
+    sc.set_budget(model, 0.5)
+    bank = next(iter(split_layers(model).values())).experts.eval()
+    with torch.no_grad():
+        first = bank._constant().clone()
+        bank.mean.data.fill_(1.0)
+        bank.eval()
+        assert torch.equal(bank._constant(), bank._summed())
+        assert not torch.equal(bank._constant(), first)
+    with torch.inference_mode():
+        bank.mean = bank.mean.clone()
+        bank.mean.fill_(2.0)
+        once = bank._constant().clone()
+        bank.mean.fill_(3.0)
+        assert not torch.equal(bank._constant(), once)

@@ -187,7 +187,7 @@ def test_a_trained_split_is_described(trained, capsys):
         "8 x 8 neurons by kmeans (ReLU), weighted by one; those that do not run give nothing",
         "Stages: sparsify done, router done.",
         "Budget: the recipe's own rule, 2 of 8 experts.",
-        "Calibration: none.",
+        "Calibration: not needed, top-k follows from the budget.",
         "Fitted (router):",
         "mass captured by 20% of the experts: router",
         "Trained (sparsify): 2 steps",

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from sparsecraft.errors import SparsecraftError
+from sparsecraft.experts.split import is_relu
 from sparsecraft.layer import MoELayer
 from sparsecraft.recipe import Recipe, Stage
 from sparsecraft.routers import Gate
@@ -148,7 +149,8 @@ def threshold_of(share: float, calibration: list[tuple[float, float]]) -> float:
         )
     shares = [known for known, _ in calibration]
     # A share that was printed with three digits is the one that was measured.
-    share = min((s for s in (shares[0], shares[-1]) if abs(s - share) < 5e-3), default=share)
+    if shares[0] - 5e-3 < share < shares[-1] + 5e-3:
+        share = min(max(share, shares[0]), shares[-1])
     if not shares[0] <= share <= shares[-1]:
         raise SparsecraftError(
             f"A budget of {share} lies outside of what was calibrated, {shares[0]:.3f} to "
@@ -202,15 +204,15 @@ def restore(model: nn.Module, state: dict[str, Any] | None, changed: bool = Fals
         rectify(model)
     if running.imitates:
         _imitate(model)
-    if changed and state["budget"] != 1.0:
+    budget = state["budget"]
+    if changed and (running.calibration or budget != 1.0):
+        running.calibration, budget = [], 1.0 if budget == 1.0 else None
+        in_force = "every expert runs" if budget else "the changed recipe's rule is in force"
         log.warning(
             "The recipe was changed at loading: the budget and the calibration that were saved are "
-            "dropped, and the changed recipe's rule is in force."
+            f"dropped, and {in_force}."
         )
-        running.calibration = []
-        set_budget(model, None)
-    else:
-        set_budget(model, state["budget"])
+    set_budget(model, budget)
 
 
 def rectify(model: nn.Module, undo: bool = False) -> None:
@@ -238,6 +240,7 @@ def begin_stage(model: nn.Module, stage: Stage) -> None:
         rectify(model)
         model.sparsecraft.running.rectified = True
     if stage.fit is not None:
+        _check_rectified(model, stage)
         return  # it looks at the whole networks itself
     if stage.runs == "sparse":
         if untrained(model):
@@ -248,6 +251,21 @@ def begin_stage(model: nn.Module, stage: Stage) -> None:
             )
         set_budget(model, None)  # not that of an earlier budget
     run(model, stage.runs)
+
+
+def _check_rectified(model: nn.Module, stage: Stage) -> None:
+    """Refuse to fit routers to a network that an earlier stage is to give ReLU, and has not."""
+    record = model.sparsecraft
+    names = [other.name for other in record.recipe.stages]
+    earlier = record.recipe.stages[: names.index(stage.name)]
+    missing = [other.name for other in earlier if other.activation == "relu"]
+    banks = [layer.experts for layer in split_layers(model).values() if layer.place == "replace"]
+    if missing and stage.fit.what == "routers" and not all(is_relu(b.activation) for b in banks):
+        raise SparsecraftError(
+            f"Stage {stage.name!r} fits routers for networks with ReLU, and stage {missing[0]!r}, "
+            f"which puts it in, has not run; run both (--stages {missing[0]} {stage.name}), or "
+            "convert by a recipe that keeps the activation, such as gmoefication."
+        )
 
 
 def end_stage(model: nn.Module, stage: Stage) -> None:
@@ -270,7 +288,7 @@ def end_stage(model: nn.Module, stage: Stage) -> None:
 def staged(model: nn.Module, stage: Stage) -> Iterator[None]:
     """One stage of training; if it fails, the model runs as it did before."""
     gates = [layer.router for layer in split_layers(model).values()]
-    before = [(gate, gate.runs, gate.k, gate.threshold) for gate in gates]
+    before = [(gate, gate.runs, gate.k, gate.share, gate.threshold) for gate in gates]
     training, running = model.training, model.sparsecraft.running
     rectified, budget = running.rectified, running.budget
     try:
@@ -280,8 +298,8 @@ def staged(model: nn.Module, stage: Stage) -> Iterator[None]:
         if running.rectified and not rectified:
             rectify(model, undo=True)
         running.rectified, running.budget = rectified, budget
-        for gate, runs, k, threshold in before:
-            gate.runs, gate.k, gate.threshold = runs, k, threshold
+        for gate, *state in before:
+            gate.runs, gate.k, gate.share, gate.threshold = state
         model.train(training)
         raise
     end_stage(model, stage)

@@ -111,7 +111,8 @@ def run_sweep(command: SweepCommand, say: Callable[[str], None]) -> None:
 
 def set_for(model: Any, budget: Budget | None) -> None:
     """Set the budget that a command was given, if it was."""
-    from sparsecraft.budget import set_budget
+    from sparsecraft.budget import set_budget, warn_untrained
 
     if budget is not None:
         set_budget(model, None if budget == "recipe" else budget)
+        warn_untrained(model)

@@ -21,7 +21,7 @@ class Cost:
 
     Attributes:
         total: all parameters.
-        new: those that the dense model does not have.
+        new: those that the dense model does not have, in its order or, dealt out, in another.
         trainable: those that require gradients.
         active: those that one token meets; K of E experts per routed layer, and all of experts
             that are mixed before they meet it (LoRAs, vectors), whatever their weights.
@@ -50,11 +50,19 @@ def count(model: nn.Module) -> Cost:
     looked_up = 0 if embedding is None or tied else sum(p.numel() for p in embedding.parameters())
     return Cost(
         total=total,
-        new=sum(_numel(p) for name, p in parameters.items() if dense_name(model, name) is None),
+        new=sum(_numel(p) for name, p in parameters.items() if dense_name(model, name) is None)
+        - sum(_dealt_out(module) for module in model.modules() if isinstance(module, MoELayer)),
         trainable=sum(_numel(p) for p in parameters.values() if p.requires_grad),
         active=total - idle,
         flops_per_token=2 * (total - idle - looked_up + repeated),
     )
+
+
+def _dealt_out(layer: MoELayer) -> int:
+    """Parameters of a split network, which are the dense one's."""
+    if layer.place != "replace" or not isinstance(layer.experts, SplitExperts):
+        return 0
+    return sum(p.numel() for p in layer.experts.parameters())
 
 
 def _idle(layer: MoELayer) -> int:
@@ -98,7 +106,10 @@ def split_flops(layer: MoELayer, share: float | None = None) -> int:
 
 
 def _repeated(layer: MoELayer) -> int:
-    """Expert parameters that a token meets again: LoRAs inside a network, in every further slot."""
+    """What a token meets beyond the parameters: LoRAs inside a network, in every further slot, and
+    a similarity router's centers, which are no parameters."""
+    if isinstance(layer.experts, SplitExperts) and layer.router and layer.router.runs == "sparse":
+        return sum(b.numel() for b in layer.router.buffers())
     if layer.place != "inside" or layer.router is None:
         return 0
     slots = layer.router.spec.top_k or layer.experts.num_experts

@@ -74,7 +74,7 @@ def _score(axes: Any, rows: Sequence[dict[str, Any]], score: str, axis: str) -> 
         marker="*",
         markersize=13,
         linestyle="none",
-        label=f"every expert (dense): {dense[score]:.3f}",
+        label=f"every expert: {dense[score]:.3f}",
         zorder=4,
     )
     axes.set_ylabel(axis)
@@ -99,10 +99,10 @@ def _latency(axes: Any, rows: Sequence[dict[str, Any]], batch_sizes: Sequence[in
             marker=MARKERS[number % len(MARKERS)],
             markersize=4.5,
             linewidth=1.6,
-            label=f"batch {size} (dense {dense:.3g} ms)",
+            label=f"batch {size} (all {dense:.3g} ms)",
             zorder=3,
         )
-    axes.set_ylabel("measured latency of one pass\n(dense = 1; band: quartiles)")
+    axes.set_ylabel("measured latency of one pass\n(every expert = 1; band: quartiles)")
     axes.set_ylim(bottom=0)
     _tidy(axes)
 

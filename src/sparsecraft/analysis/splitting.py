@@ -12,6 +12,7 @@ from sparsecraft.experts.split import is_relu
 from sparsecraft.fitting import summary
 from sparsecraft.layer import MoELayer
 from sparsecraft.recipe import Stage
+from sparsecraft.routers.split import Gate
 
 
 def split_lines(model: nn.Module) -> list[str]:
@@ -29,7 +30,7 @@ def split_lines(model: nn.Module) -> list[str]:
         *_imitations(imitations),
         f"Stages: {_stages(record.recipe.stages, running)}.",
         f"Budget: {_budget(layers, running)}.",
-        f"Calibration: {_calibration(running)}.",
+        f"Calibration: {_calibration(layers[0].router, running)}.",
         f"FFN FLOPs per token: {_flops(layers)}.",
     ]
 
@@ -68,7 +69,9 @@ def _budget(layers: list[MoELayer], running: Running) -> str:
     return f"{words}, {gate.spec.select} at threshold {gate.threshold:.4g}"
 
 
-def _calibration(running: Running) -> str:
+def _calibration(gate: Gate, running: Running) -> str:
+    if gate.spec.select == "top_k":
+        return "not needed, top-k follows from the budget"
     if not running.calibration:
         return "none"
     (low, first), *_, (high, last) = [*running.calibration, running.calibration[-1]]

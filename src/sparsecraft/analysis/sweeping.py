@@ -52,12 +52,15 @@ DETAILS = ("share_", "load_", "union_", "latency_")
 AXES = {"loss": "held-out loss (nats per token)", "accuracy": "held-out accuracy"}
 
 
+AGAINST = "Compared with this model with every expert, whatever it was trained from."
+
+
 @dataclass(frozen=True, slots=True)
 class Sweep:
     """What `sweep` measured.
 
     Attributes:
-        rows: one for each budget, the dense function first. `budget`: share of experts asked for.
+        rows: one for each budget, that of every expert first. `budget`: share of experts asked for.
             `share`, `share_min`, `share_max`: of experts that ran, over layers; `load_cv`: see
             `Observed`. `threshold` or `k`. `ffn_flops`, `model_flops`: over the dense ones, routers
             included. `loss`, `loss_change` (relative), `accuracy`, `score`. For each batch size B:
@@ -79,7 +82,7 @@ class Sweep:
         for size in self.batch_sizes:
             names[f"union_{size}"] = f"union of {size}"
             names[f"latency_ms_{size}"] = f"ms at batch {size}"
-            names[f"relative_{size}"] = f"x dense at {size}"
+            names[f"relative_{size}"] = f"x all at {size}"
         if brief:
             names = {key: name for key, name in names.items() if not key.startswith(DETAILS)}
         kept = [key for key in names if any(row.get(key) is not None for row in self.rows)]
@@ -144,9 +147,8 @@ def sweep(
         model, own = load_any(str(model))
         tokenizer = tokenizer or own
     select = rule_of(model)
-    held, calibrated, split = _split(
-        model, data, calibration_data, tokenizer or tokenizer_of(model), max_tokens, max_length
-    )
+    limits, tokenizer = (max_tokens, max_length), tokenizer or tokenizer_of(model)
+    held, calibrated, split = _split(model, data, calibration_data, tokenizer, *limits, select)
     with unchanged(model):
         settings, notes = _settings(model, shares, calibrated, select)
         seen = []
@@ -159,7 +161,8 @@ def sweep(
     for row in seen:
         loss = row["loss"]
         row["loss_change"] = None if loss is None else loss / seen[0]["loss"] - 1
-    result = Sweep(tuple(seen), (f"{split}.", _machine(model), *notes), name, tuple(batch_sizes))
+    said = (f"{split}. {AGAINST}", _machine(model), *notes)
+    result = Sweep(tuple(seen), said, name, tuple(batch_sizes))
     _write(model, result, Path(out), context, rounds)
     return result
 
@@ -204,10 +207,14 @@ def _split(
     tokenizer: Any,
     max_tokens: int | None,
     max_length: int | None,
+    select: str,
 ) -> tuple[list[Batch], list[Batch], str]:
     """Batches to score, batches to calibrate on, and a sentence that says which is which."""
     source = Source(model, data, tokenizer, max_length, split="test")
-    if calibration_data is None:
+    if select == "top_k":
+        held = calibrated = source.batches(max_tokens)
+        said = f"Score of all {len(source)} rows; top-k needs no thresholds"
+    elif calibration_data is None:
         first = max(1, round(CALIBRATION_SHARE * len(source)))
         held = source.batches(max_tokens, start=first)
         calibrated = source.batches(max_tokens, end=first)

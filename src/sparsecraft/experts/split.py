@@ -219,17 +219,23 @@ class SplitExperts(Experts):
     def _constant(self) -> Tensor | None:
         """What a token gets of which no expert runs, (D,): the bias, and all the means.
 
-        Kept while nothing changes and no gradient is wanted: it reads the whole second matrix.
+        Kept in evaluation while nothing changes and no gradient is wanted: it reads the whole
+        second matrix. After an edit through `.data`, which no version counts, call `eval()`.
         """
         if self.mean is None:
             return self.down_bias
         tensors = [t for t in (self.mean, self.down, self.down_bias) if t is not None]
-        if torch.compiler.is_compiling() or needs_grad(*tensors):
+        uncounted = any(t.is_inference() for t in tensors)
+        if self.training or uncounted or torch.compiler.is_compiling() or needs_grad(*tensors):
             return self._summed()
-        state = [(t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors]
+        state = [(t.data_ptr(), t._version, t.dtype) for t in tensors]
         if self._kept is None or self._kept[0] != state:
             self._kept = state, self._summed()
         return self._kept[1]
+
+    def train(self, mode: bool = True) -> SplitExperts:
+        self._kept = None
+        return super().train(mode)
 
     def _summed(self) -> Tensor:
         wide = torch.promote_types(self.down.dtype, torch.float32)
