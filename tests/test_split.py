@@ -338,11 +338,11 @@ def test_set_dispatch_knows_the_paths_of_split_experts():
     sc.convert(model, RECIPES["moefication"].make(), certify=False)
     set_budget(model, 0.5)
     wanted = logits(model, batch("opt"))
-    for path in ("loop", "dense", "gather", "auto"):
+    for path in ("loop", "dense", "gather", "grouped", "auto"):
         sc.set_dispatch(model, path)
         assert (logits(model, batch("opt")) - wanted).abs().max() <= 1e-5
-    sc.set_dispatch(model, "grouped")
-    with pytest.raises(SparsecraftError, match="do not run by the 'grouped' path; use auto, loop"):
+    sc.set_dispatch(model, "merged")
+    with pytest.raises(SparsecraftError, match="do not run by the 'merged' path; use auto, loop"):
         logits(model, batch("opt"))
 
 

@@ -66,6 +66,8 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 def paths(net, x, weights) -> dict[str, torch.Tensor]:
     found = {"masked": split.masked(net, x, weights), "gather": split.gather(net, x, weights)}
+    if split.why_not_grouped(net, x, weights) is None:
+        found["grouped"] = split.grouped(net, x, weights)
     if usable(x):
         found["torch"] = split.gather_torch(net, x, weights)
         found["masked in torch"] = torch_only(split.masked, net, x, weights)
@@ -120,6 +122,27 @@ def test_halves(dtype, most, T):
     net = net_of(m=32, D=64, bias=True, dtype=dtype)
     x = torch.randn(T, 64).to(dtype)
     assert_equal_paths(net, x, some(T, 7), most)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_many_tokens_by_grouped_products(gated):
+    net = net_of(E=5, m=8, D=24, gated=gated, bias=True, mean=True)
+    x, weights = torch.randn(70, 24), some(70, 5) * torch.rand(70, 5)
+    weights[3], weights[:, 2] = 0, 0  # a token without an expert, an expert without a token
+    found, again = (split.grouped(net, x, weights) for _ in range(2))
+    assert torch.equal(found, again) and relative(found, slowly(net, x, weights)) < 2e-6
+    assert torch.equal(found[3], net.bias_D)
+    nobody = split.grouped(net, x, torch.zeros(70, 5))
+    assert torch.equal(nobody, net.bias_D.expand(70, -1))
+
+
+def test_grouped_says_why_it_cannot_run():
+    net = net_of(m=8)
+    x, weights = torch.randn(9, 24), some(9, 7)
+    with pytest.raises(SparsecraftError, match="it has no gradient"):
+        split.grouped(net, x.requires_grad_(), weights)
+    with pytest.raises(SparsecraftError, match=r"a width of 3 in torch\.float32"):
+        split.grouped(net_of(m=3, gated=False), x.detach(), weights)
 
 
 def test_two_cores_share_the_pairs(monkeypatch):
@@ -199,6 +222,18 @@ def test_the_choice_of_a_path():
     if not INTERPRETED:
         assert split.choose(net, x, torch.ones(1, 7)) == "masked"
     assert split.gather(net, x[:0], few[:0]).shape == (0, 24)
+
+
+def test_many_tokens_of_large_experts_are_grouped(monkeypatch):
+    monkeypatch.setattr(split, "GROUPED_TOKENS", 20)
+    monkeypatch.setattr(split, "GROUPED_NEURONS", 8)
+    x, half = torch.randn(20, 24), torch.zeros(20, 7)
+    half[:, :3] = 1
+    assert split.choose(net_of(m=8), x, half) == "grouped"
+    assert split.choose(net_of(m=4), x, half) == "masked"
+    assert split.choose(net_of(m=8), x, torch.ones(20, 7)) == "masked"
+    assert split.choose(net_of(m=8), x[:17], half[:17]) == "masked"
+    assert split.choose(net_of(m=8), x.requires_grad_(), half) == "masked"
 
 
 def test_shapes_that_do_not_fit_say_so():

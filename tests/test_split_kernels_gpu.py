@@ -95,6 +95,17 @@ def test_masked_equals_float64(E, m, D, gated, dtype, T):
     assert relative(split.every(whole, x), in_float64(whole, x, ones)) < most
 
 
+@pytest.mark.parametrize("T", [100, 1000])
+@pytest.mark.parametrize("E,m,D,gated", [(8, 176, 512, True), (5, 96, 1024, False)])
+def test_grouped_equals_float64(E, m, D, gated, T):
+    net, x = net_of(E, m, D, gated), torch.randn(T, D, device="cuda").bfloat16()
+    weights = some(T, E) * torch.rand(T, E, device="cuda")
+    weights[:, 1], weights[7] = 0, 0
+    found, again = (split.grouped(net, x, weights) for _ in range(2))
+    assert torch.equal(found, again)
+    assert relative(found, in_float64(net, x, weights)) < 2 * ROUNDING[torch.bfloat16]
+
+
 @pytest.mark.parametrize("T", [1, 2, 4, 16])
 def test_a_large_layer_many_times(T):
     """Programs of a tile add their parts when all have arrived: the same bits every time."""

@@ -144,10 +144,12 @@ class SplitExperts(Experts):
                     y_TD = split.masked(net, x_TD, weights_TE)
                 case "gather":
                     y_TD = split.gather(net, x_TD, weights_TE, used)
+                case "grouped":
+                    y_TD = split.grouped(net, x_TD, weights_TE)
                 case _:
                     raise SparsecraftError(
-                        f"Split experts do not run by the {path!r} path; use auto, loop, dense or "
-                        "gather."
+                        f"Split experts do not run by the {path!r} path; use auto, loop, dense, "
+                        "gather or grouped."
                     )
         return F.dropout(y_TD, self.output_dropout, self.training)
 

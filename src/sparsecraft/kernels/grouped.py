@@ -6,6 +6,8 @@ O output features, M first-layer features, H hidden features.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,18 +22,23 @@ ALIGNMENT_BYTES = 16
 
 def why_not_grouped(bank: Experts, x_TI: Tensor) -> str | None:
     """The reason why `grouped` cannot run this bank on these tokens, or None."""
-    dtype = compute_dtype(x_TI)
-    if x_TI.is_cuda and dtype != torch.bfloat16:
-        return f"grouped_mm on CUDA takes bfloat16 and the tokens are {dtype}"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"grouped_mm takes no {dtype}"
     # In the bank's own dtype: only shapes are read here, and a cast would copy the bank.
     net = bank.two_layer(next(bank.parameters()).dtype)
     if net is None:
         return f"{type(bank).__name__} has no two-layer form"
     if are_views(bank):
         return "the experts are views of one tensor, which grouped_mm does not take"
-    for width in (*net.first_EMI.shape[1:], *net.second_EOH.shape[1:]):
+    return why_no_product(x_TI, (*net.first_EMI.shape[1:], *net.second_EOH.shape[1:]))
+
+
+def why_no_product(x: Tensor, widths: Iterable[int]) -> str | None:
+    """The reason why grouped_mm takes no x, or matrices of these widths, or None."""
+    dtype = compute_dtype(x)
+    if x.is_cuda and dtype != torch.bfloat16:
+        return f"grouped_mm on CUDA takes bfloat16 and the tokens are {dtype}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"grouped_mm takes no {dtype}"
+    for width in widths:
         if width * dtype.itemsize % ALIGNMENT_BYTES:
             return f"a width of {width} in {dtype} is no multiple of {ALIGNMENT_BYTES} bytes"
     return None

@@ -1,11 +1,12 @@
 """A feed-forward network whose neurons are split into experts: all of it, all of it under a mask,
-or only the experts in use. `masked` is what `gather` equals.
+or only the experts in use. `masked` is what `gather` and `grouped` equal.
 
     y_t = bias + sum_e w_te down_e^T (a_e(x_t) - mean_e)
     a_e = act(gate_e x) * (up_e x) when gated, else act(first_e x)
 
 Shapes: T tokens, D features, E experts, H neurons of one expert, M rows of its first matrix: H, or
-2H when gated, the gate's first; F = E*H.
+2H when gated, the gate's first; F = E*H;
+P pairs of a token and an expert that it uses.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.kernels import selection, split_triton, split_weigh
 from sparsecraft.kernels.fused import usable
+from sparsecraft.kernels.grouped import why_no_product
 from sparsecraft.kernels.product import needs_grad
 from sparsecraft.kernels.selection import Active, active
 
@@ -34,6 +36,10 @@ WEIGH_TOKENS = 64
 # On a CPU `gather` takes about 30 ms for all pairs of one token and its experts, `masked` only
 # 19 (two cores, float32, 4096 -> 11008 gated in experts of 32): up to this many pairs per expert.
 CPU_GATHER_PAIRS = 0.6
+# From here `grouped` computes the pairs in use alone: where experts are large enough for products of
+# their own, for which tokens are copied once for each expert, and where enough is left out
+# (benchmarks/sparse_prefill.md).
+GROUPED_TOKENS, GROUPED_NEURONS, GROUPED_SHARE = 512, 1024, 0.75
 # Products that are worth a second core's start.
 CPU_CORE_PRODUCTS = 2**20
 
@@ -184,9 +190,16 @@ def weighs_at_once(net: SplitNet, x_TD: Tensor, weights_TE: Tensor | None = None
 def choose(net: SplitNet, x_TD: Tensor, weights_TE: Tensor) -> str:
     """'gather' where it was measured to be faster than 'masked' and can run, else 'masked'.
 
-    On CUDA the weights' values are not looked at.
+    On CUDA the weights' values are looked at for many tokens alone, and not under capture.
     """
-    if not 0 < len(x_TD) <= split_triton.MAX_TOKENS or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not len(x_TD):
+        return "masked"
+    if len(x_TD) >= GROUPED_TOKENS and net.m >= GROUPED_NEURONS:
+        if why_not_grouped(net, x_TD, weights_TE):
+            return "masked"
+        few = torch.count_nonzero(weights_TE).item() <= GROUPED_SHARE * weights_TE.numel()
+        return "grouped" if few else "masked"
+    if len(x_TD) > split_triton.MAX_TOKENS:
         return "masked"
     if why_not_gather(net, x_TD, weights_TE):
         return "masked"
@@ -234,6 +247,48 @@ def gather(net: SplitNet, x_TD: Tensor, weights_TE: Tensor, used: Active | None 
         used = active(weights_TE) if used is None else used
         return split_triton.gather(net, x_TD, weights_TE.float(), used)
     return gather_torch(net, x_TD, weights_TE)
+
+
+def why_not_grouped(net: SplitNet, x_TD: Tensor, weights_TE: Tensor) -> str | None:
+    """The reason why `grouped` cannot run, or None."""
+    if needs_grad(x_TD, weights_TE, *net.tensors()):
+        return "it has no gradient"
+    if any(t.dtype != x_TD.dtype for t in (net.first_EMD, net.down_EHD)):
+        return f"the tokens are {x_TD.dtype} and the weights {net.first_EMD.dtype}"
+    if torch.is_autocast_enabled(x_TD.device.type):
+        return "autocast is on"
+    if x_TD.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "the number of pairs is read from the device, which a CUDA graph cannot do"
+    return why_no_product(x_TD, (*net.first_EMD.shape[1:], *net.down_EHD.shape[1:]))
+
+
+def grouped(net: SplitNet, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
+    """Only the pairs of a token and an expert in use, sorted by expert, in two grouped GEMMs;
+    equals `masked`, without gradients. The number of pairs is read from the device.
+
+    Raises:
+        SparsecraftError: it cannot run.
+    """
+    if reason := why_not_grouped(net, x_TD, weights_TE):
+        raise SparsecraftError(f"grouped cannot run: {reason}. Use masked.")
+    used_TE = weights_TE != 0
+    token_P, expert_P = used_TE.nonzero(as_tuple=True)
+    order_P = expert_P.argsort(stable=True)
+    expert_P, ends_E = expert_P[order_P], used_TE.sum(0).cumsum(0, dtype=torch.int32)
+    token_P = token_P[order_P]
+    first_PM = F.grouped_mm(x_TD[token_P], net.first_EMD.transpose(1, 2), offs=ends_E)
+    if net.first_bias_EM is not None:
+        first_PM += net.first_bias_EM[expert_P]
+    hidden_PH = activate(net, first_PM)
+    if net.mean_EH is not None:
+        hidden_PH = hidden_PH - net.mean_EH[expert_P]
+    hidden_PH = hidden_PH * weights_TE[token_P, expert_P, None].to(hidden_PH.dtype)
+    part_PD = F.grouped_mm(hidden_PH, net.down_EHD, offs=ends_E)
+    # Back in the order of tokens, so that each sums its own in one order, the same every time.
+    part_PD = torch.empty_like(part_PD).index_copy_(0, order_P, part_PD)
+    y_TD = torch.segment_reduce(part_PD.float(), "sum", lengths=used_TE.sum(1), unsafe=True)
+    y_TD = y_TD.to(x_TD.dtype)
+    return y_TD if net.bias_D is None else y_TD + net.bias_D
 
 
 # ------------------------------------------------------------------ gather on a CPU
