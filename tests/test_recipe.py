@@ -450,3 +450,12 @@ def test_published_defaults_of_split_networks():
     assert sc.recipes.cmoe(variant="released").edits[0].router.normalize
     for name in ("moefication", "gmoefication", "dsti", "d2dmoe", "lte", "cmoe"):
         refused(lambda name=name: by_name(name)(variant="papr"), "'papr'", "Did you mean 'paper'")
+
+
+def test_gmoefication_names_what_its_routers_predict():
+    made = {v: sc.recipes.gmoefication(8, variant=v) for v in ("paper", "squared", "output_norm")}
+    assert {v: r.edits[0].router.target for v, r in made.items()} == {
+        "paper": "deviation", "squared": "squared_deviation", "output_norm": "output_norm",
+    }  # fmt: skip
+    with pytest.raises(RecipeError, match="Unknown variant 'norm'"):
+        sc.recipes.gmoefication(8, variant="norm")

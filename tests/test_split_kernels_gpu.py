@@ -80,7 +80,7 @@ def test_activations(act, T):
         assert relative(path(net, x, weights), in_float64(net, x, weights)) < 1e-5
 
 
-@pytest.mark.parametrize("T", [1, 5, 16, 64])
+@pytest.mark.parametrize("T", [1, 5, 16, 64, 3000])
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.parametrize("E,m,D,gated", SHAPES)
 def test_masked_equals_float64(E, m, D, gated, dtype, T):

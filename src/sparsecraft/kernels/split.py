@@ -31,15 +31,18 @@ from sparsecraft.kernels.selection import Active, active
 # On CUDA up to here only what is in use is read; beyond, the union of the tokens' experts is
 # nearly everything and the library's own products are faster (benchmarks/sparse_decode.md).
 CUDA_GATHER_TOKENS = selection.LISTED_TOKENS
-# On CUDA up to here one kernel does all that lies between the two products of all experts.
-WEIGH_TOKENS = 64
+# On CUDA up to here, the most that a grid takes, one kernel does all that lies between the two
+# products of all experts.
+WEIGH_TOKENS = 65535
+# Up to here a router is worth a stream of its own beside the first product.
+BESIDE_TOKENS = 64
 # On a CPU `gather` takes about 30 ms for all pairs of one token and its experts, `masked` only
 # 19 (two cores, float32, 4096 -> 11008 gated in experts of 32): up to this many pairs per expert.
 CPU_GATHER_PAIRS = 0.6
-# From here `grouped` computes the pairs in use alone: where experts are large enough for products of
-# their own, for which tokens are copied once for each expert, and where enough is left out
+# From here `grouped` computes the pairs in use alone: where experts are large enough for products
+# of their own, for which tokens are copied once for each expert, and where enough is left out
 # (benchmarks/sparse_prefill.md).
-GROUPED_TOKENS, GROUPED_NEURONS, GROUPED_SHARE = 512, 1024, 0.75
+GROUPED_TOKENS, GROUPED_NEURONS, GROUPED_SHARE = 4096, 1024, 0.25
 # Products that are worth a second core's start.
 CPU_CORE_PRODUCTS = 2**20
 
@@ -149,7 +152,7 @@ def overlaps(x_TD: Tensor) -> bool:
     """Whether `masked_beside` pays: launched one by one, kernels do not wait in line."""
     return (
         x_TD.is_cuda
-        and CUDA_GATHER_TOKENS < len(x_TD) <= WEIGH_TOKENS
+        and CUDA_GATHER_TOKENS < len(x_TD) <= BESIDE_TOKENS
         and torch.cuda.is_current_stream_capturing()
         and not torch.is_grad_enabled()
     )

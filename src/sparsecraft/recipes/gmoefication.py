@@ -11,7 +11,11 @@ from sparsecraft.recipe import Edit, Recipe, RouterSpec, SplitSpec, check_varian
 from sparsecraft.recipes.moefication import router_stage
 
 PAPER = "Breaking ReLU Barrier: Generalized MoEfication for Dense Pretrained Models (EMNLP 2024)"
-VARIANTS = ("paper", "squared")
+TARGETS = {
+    "paper": "deviation",
+    "squared": "squared_deviation",
+    "output_norm": "output_norm",
+}
 
 
 def gmoefication(
@@ -29,17 +33,16 @@ def gmoefication(
         num_experts: E; it has to divide the number of neurons. The released example has 64.
         top_k: experts per token; None is MoEfication's 20 %.
         variant: `paper` sums |a - mean| over an expert (the code's `use_abs`), `squared` its
-            square.
+            square; `output_norm`, ours, is the norm of what the expert adds to its mean.
         partition: balanced k-means on the first matrix, the gate's where there is one; the
             co-activation graph; at random.
         router: `mlp`, `similarity` or `oracle`, as in `moefication`.
         paths: glob over the paths of the feed-forward networks.
     """
-    check_variant(variant, VARIANTS)
+    check_variant(variant, tuple(TARGETS))
     top_k = max(1, round(0.2 * num_experts)) if top_k is None else top_k
     experts = SplitSpec(num_experts=num_experts, partition=partition, compensate=True)
-    target = "squared_deviation" if variant == "squared" else "deviation"
-    routing = RouterSpec(scorer=router, top_k=top_k, weighting="one", target=target)
+    routing = RouterSpec(scorer=router, top_k=top_k, weighting="one", target=TARGETS[variant])
     return Recipe(
         name="gmoefication",
         title="Groups of neurons with any activation; those left out give their mean",
