@@ -227,6 +227,7 @@ def test_the_choice_of_a_path():
 def test_many_tokens_of_large_experts_are_grouped(monkeypatch):
     monkeypatch.setattr(split, "GROUPED_TOKENS", 20)
     monkeypatch.setattr(split, "GROUPED_NEURONS", 8)
+    monkeypatch.setattr(split, "GROUPED_SHARE", 0.5)
     x, half = torch.randn(20, 24), torch.zeros(20, 7)
     half[:, :3] = 1
     assert split.choose(net_of(m=8), x, half) == "grouped"
