@@ -22,7 +22,7 @@ LENGTH = 512
 DOMAINS = ("general", "math", "code")
 TRAIN_PACKS = 6144
 ENCODER_LENGTH = 128
-TRAIN_EACH, TEST_EACH = 16, 8  # texts of each P3 source for the encoder
+TRAIN_EACH, TEST_EACH = 48, 24  # texts of each P3 source for the encoder
 PROMPTS, PROMPT_LENGTH = 8, 48  # of generation, each the beginning of a validation text
 
 

@@ -306,13 +306,13 @@ def plot_encoder(rows: list[dict], path) -> None:
         for label in row.get("curves", {}):
             side = right if label in NAMES else left
             name = f"{row['arm']}: {NAMES.get(label, label)}"
-            _draw(side, points(row, label, "accuracy"), shown, name, "--" if shown > 7 else "-")
+            _draw(side, points(row, label, "dense_head"), shown, name, "--" if shown > 7 else "-")
             shown += 1
     for axis, title in ((left, "recipes"), (right, "controls")):
         axis.set(title=title, xlabel="share of the FFN neurons", xlim=(0, 1.02))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7.5)
-    left.set_ylabel("accuracy, P3 sources")
+    left.set_ylabel("accuracy of the dense model's regression, P3 sources")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -343,17 +343,23 @@ def write(args) -> None:
         ]  # fmt: skip
         plot_losses(arms, args.page.with_name(f"{stem}_smollm2.png"))
     if any("curves" in row for row in encoder):
-        about = encoder[0]
         parts += [
             "### MiniLM: accuracy in percent of a regression fitted anew, of the dense model's own "
             "(cosine to the dense embedding)",
-            f"{about['sources']} sources, {about['train_texts']} texts to train the regression and "
-            f"{about['test_texts']} to test it, {about['length']} tokens at most; on a "
-            f"{about['machine']}.",
-            f"![]({stem}_minilm.png)", encoder_table(encoder), encoder_rise_table(encoder),
-            mass_table([(row["arm"], row) for row in encoder if "masses" in row]),
-        ]  # fmt: skip
-        plot_encoder(encoder, args.page.with_name(f"{stem}_minilm.png"))
+        ]
+        settings = {row["train_texts"]: row for row in encoder}
+        for count, about in sorted(settings.items(), reverse=True):
+            own = [row for row in encoder if row["train_texts"] == count]
+            parts += [
+                f"{about['sources']} sources, {count} texts to train the regression and "
+                f"{about['test_texts']} to test it, {about['length']} tokens at most; on a "
+                f"{about['machine']}.",
+                *([f"![]({stem}_minilm.png)"] if count == max(settings) else []),
+                encoder_table(own), encoder_rise_table(own),
+                mass_table([(row["arm"], row) for row in own if "masses" in row]),
+            ]  # fmt: skip
+            if count == max(settings):
+                plot_encoder(own, args.page.with_name(f"{stem}_minilm.png"))
     if speed:
         parts += ["### Generation, greedy, one sequence", speed_table(speed)]
     failed = [row for row in rows if row["kind"] == "failed"]
