@@ -311,7 +311,7 @@ def plot_encoder(rows: list[dict], path) -> None:
     for axis, title in ((left, "recipes"), (right, "controls")):
         axis.set(title=title, xlabel="share of the FFN neurons", xlim=(0, 1.02))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7.5)
+        axis.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=2)
     left.set_ylabel("accuracy of the dense model's regression, P3 sources")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
