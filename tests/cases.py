@@ -440,6 +440,22 @@ RECIPES = {
         trains_base=True,
         dropout=False,
     ),
+    "btx": RecipeCase(
+        lambda: sc.recipes.btx(num_experts=E), upcycled, trains_base=True, dropout=False
+    ),
+    "btx_switch": RecipeCase(
+        lambda: sc.recipes.btx(num_experts=E, routing="switch"),
+        upcycled,
+        exact=False,
+        trains_base=True,
+        dropout=False,
+    ),
+    "btx_soft": RecipeCase(
+        lambda: sc.recipes.btx(num_experts=E, routing="soft"),
+        upcycled,
+        trains_base=True,
+        dropout=False,
+    ),
     "ia3": RecipeCase(sc.recipes.ia3, vectors, routed=False, **MERGED),
     "mov": RecipeCase(lambda: sc.recipes.mov(E), mov, **MERGED),
     "mov_top2": RecipeCase(lambda: sc.recipes.mov(E, top_k=K), mov, **MERGED),

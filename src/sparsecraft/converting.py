@@ -26,8 +26,11 @@ def parse(function: Callable, argv: list[str]) -> tuple[dict[str, Any], ConvertO
         prog=f"sparsecraft convert {function.__name__}",
         args=gathered(argv),
     )
-    values = dataclasses.asdict(options)
-    return {name: values[name] for name in inspect.signature(function).parameters}, options
+    values, parameters = dataclasses.asdict(options), inspect.signature(function).parameters
+    arguments = {name: values[name] for name in parameters}
+    if options.sources and arguments.get("num_experts") == parameters["num_experts"].default:
+        arguments["num_experts"] = len(options.sources)  # one of each, unless told
+    return arguments, options
 
 
 def options_of(function: Callable, *bases: type) -> type:
@@ -136,10 +139,20 @@ def run(recipe: Any, options: ConvertOptions, say: Say) -> None:
     )
     tokenizer = hub.load_tokenizer(folder) if options.data else None
     report = surgery.convert(
-        model, recipe, options.data or None, tokenizer=tokenizer, seed=options.seed
+        model,
+        recipe,
+        options.data or None,
+        tokenizer=tokenizer,
+        seed=options.seed,
+        sources=options.sources,
+        unrelated=options.unrelated,
     )
     checkpoint.save(model, options.out, standalone=options.standalone, overwrite=options.overwrite)
-    claim = "exact at start" if recipe.exact_at_start else "not exact at start"
     say("\n".join(cost_lines(report.cost)))
-    say(f"Claim: {claim}. Certificate: {report.certificate}.")
+    if report.sources:
+        say(f"Experts from {', '.join(report.sources)}; other tensors: {recipe.others}.")
+        say(f"Beside {options.model} alone: {report.certificate}.")
+    else:
+        claim = "exact at start" if recipe.exact_at_start else "not exact at start"
+        say(f"Claim: {claim}. Certificate: {report.certificate}.")
     say(f"Saved and read back: {options.out}")

@@ -9,6 +9,9 @@ Shapes: D width, F hidden width; weights are (out, in) here, also for GPT-2's tr
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -182,6 +185,16 @@ class Linear:
             )
         return weight.t() if isinstance(self.module, Conv1D) else weight
 
+    def of(self, read: Callable[[str], Tensor]) -> Linear:
+        """The same projection of another model; see `FFN.of`."""
+        module = copy.copy(self.module)
+        named = self.module._parameters.items()
+        module._parameters = {
+            name: old if old is None else nn.Parameter(read(f"{self.path}.{name}"), False)
+            for name, old in named
+        }
+        return Linear(module, self.path, self.rows)
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -253,6 +266,22 @@ class FFN:
 
     def down_bias(self) -> Tensor | None:
         return self.down.module.bias
+
+    def of(self, read: Callable[[str], Tensor]) -> FFN:
+        """The same network of another model of this shape.
+
+        Args:
+            read: gives the other model's tensor of a dense name, such as `...up_proj.weight`.
+        """
+        parts = {name: getattr(self, name) for name in ("gate", "up", "down")}
+        return dataclasses.replace(
+            self, **{name: part and part.of(read) for name, part in parts.items()}
+        )
+
+    def tensor_names(self) -> list[str]:
+        """Dense names of its weights and biases."""
+        parts = filter(None, (self.gate, self.up, self.down))
+        return [f"{p.path}.{name}" for p in parts for name, _ in p.module.named_parameters()]
 
 
 Donor = FFN | Linear | Activation

@@ -26,6 +26,10 @@ class CertificateError(SurgeryError):
     """A conversion that claims to be exact is not."""
 
 
+class SourceError(SparsecraftError):
+    """Dense models that cannot be joined: they differ in shape, tokenizer or ancestor."""
+
+
 class CheckpointError(SparsecraftError):
     """A checkpoint folder is incomplete, edited, truncated or stands on another base."""
 

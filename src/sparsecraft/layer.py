@@ -295,4 +295,6 @@ def matches(parameter_name: str, word: str) -> bool:
         return f".{word}." in f".{parameter_name}"
     if word == "model":
         return ".router." not in f".{parameter_name}"
+    if word == "others":
+        return not any(matches(parameter_name, part) for part in ("experts", "router"))
     return fnmatch.fnmatch(parameter_name, word)

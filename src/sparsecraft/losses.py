@@ -46,6 +46,16 @@ def switch_balance_unnormalized(routing: Routing, mask_T: Tensor | None = None) 
     return switch_balance(routing, mask_T, normalize_by_topk=False)
 
 
+def btx_balance(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """E * sum_e u_e p_e with u the mean mixing weight of each expert and p its mean probability
+    (BTX, section 3.3): 1 at perfect balance, and u has a gradient, which Switch's f has not."""
+    logits_TE, _ = _kept(routing, mask_T)
+    weights_TE = routing.weights_TE().float()
+    if mask_T is not None:
+        weights_TE = weights_TE[spread(mask_T, len(weights_TE)).to(torch.bool)]
+    return logits_TE.shape[-1] * (weights_TE.mean(0) * logits_TE.softmax(-1).mean(0)).sum()
+
+
 def router_z(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """Mean squared log-partition of the logits (ST-MoE, Zoph et al. 2022)."""
     logits_TE, _ = _kept(routing, mask_T)
@@ -115,6 +125,7 @@ def lte_separability(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
 LOSSES: dict[str, Loss] = {
     "switch": switch_balance,
     "switch_unnormalized": switch_balance_unnormalized,
+    "btx": btx_balance,
     "z": router_z,
     "pesc_released": pesc_released_balance,
     "relu_hoyer": relu_hoyer,

@@ -57,6 +57,10 @@ class ConvertOptions:
     """Local folder, hub id, or the packaged `smollm2`."""
     out: Path
     """Checkpoint folder to write."""
+    sources: tuple[str, ...] = ()
+    """Dense models of one ancestor with `--model` that give the experts."""
+    unrelated: bool = False
+    """Join sources even if they have no common ancestor."""
     data: tuple[str, ...] = ()
     """Files whose rows enter the certificate beside random tokens."""
     set: tuple[str, ...] = ()
@@ -76,7 +80,16 @@ class ConvertOptions:
     """Of the new parameters."""
 
 
-MULTIPLE = ("--set", "--data", "--weights", "--choice", "--tasks", "--trackers", "--stages")
+MULTIPLE = (
+    "--set",
+    "--data",
+    "--sources",
+    "--weights",
+    "--choice",
+    "--tasks",
+    "--trackers",
+    "--stages",
+)
 
 
 def gathered(argv: list[str]) -> list[str]:

@@ -153,7 +153,8 @@ class Stage:
 
     name: str = "train"
     trains: tuple[str, ...] = ("experts", "router")
-    """`experts`, `router`, `model` (all but the routers), `all`, or globs over parameter names."""
+    """`experts`, `router`, `others` (all but those two), `model` (all but the routers), `all`, or
+    globs over parameter names."""
     losses: dict[str, float] = field(default_factory=dict)
     """Name in `sparsecraft.losses.LOSSES` -> coefficient."""
     loss_schedule: Literal["constant", "linear", "linear_warmup"] = "constant"
@@ -218,6 +219,10 @@ class Recipe:
     exact_at_start: bool
     """The claim that the converted model computes the dense model's function."""
     base_quantization: Literal["nf4"] | None = None
+    others: Literal["base", "mean"] = "base"
+    """Where experts come from several dense models: what all other tensors are, those of the
+    model that is converted, or the mean of the sources'. The network beside which experts stand
+    is the converted model's own."""
     edits: tuple[Edit, ...]
     stages: tuple[Stage, ...]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -23,6 +23,7 @@ from sparsecraft.cost import Cost
 from sparsecraft.data import as_batches
 from sparsecraft.donor import FFNSpan
 from sparsecraft.errors import CertificateError, RecipeError, SurgeryError
+from sparsecraft.gathering import gather, opened
 from sparsecraft.layer import MoELayer, dense_tensors, matches
 from sparsecraft.losses import check_names
 from sparsecraft.origin import Origin, digest
@@ -79,6 +80,7 @@ class Report:
         certificate: what was measured; None if `certify=False`.
         layers: module path -> kind of experts installed there.
         cost: parameter counts.
+        sources: names of the dense models that the experts came from; none if from the converted.
     """
 
     recipe: str
@@ -87,6 +89,7 @@ class Report:
     certificate: Certificate | None
     layers: dict[str, str]
     cost: Cost
+    sources: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -100,6 +103,8 @@ def convert(
     tokenizer: Any = None,
     certify: bool = True,
     seed: int = 0,
+    sources: Sequence[str | Path | PreTrainedModel] = (),
+    unrelated: bool = False,
 ) -> Report:
     """Turn a dense transformers model into the MoE model of `recipe`, in place.
 
@@ -108,20 +113,24 @@ def convert(
             an iterable of (B, S) token ids or of dicts of model inputs.
         certify: measure the largest output difference to the dense model.
         seed: of the new parameters. The global random state is left as it was.
+        sources: dense models of one ancestor with `model`, which give the experts, each as many;
+            without them all experts come from `model`. What else they give, `Recipe.others` says.
+        unrelated: let sources without a common ancestor pass.
 
     Raises:
         SurgeryError, DonorError, RecipeError: the plan is impossible; nothing has been changed.
+        SourceError: the sources do not fit the model; nothing has been changed.
         CertificateError: the recipe claims to start exactly as the dense model and does not; the
             model has been given back.
     """
     _check_arguments(model, recipe)
     edits = plan(model, recipe)
+    given = opened(model, recipe, edits, sources, unrelated=unrelated)
     probes = [random_probe(model, seed)] if certify else []
     if certify and data is not None:
         batches = as_batches(data, tokenizer, batch_size=PROBE_SHAPE[0], max_length=DATA_LENGTH)
         probes += islice(batches, MAX_DATA_PROBES)
     before = outputs(model, probes)
-    origin = Origin.of(model)
     digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
     with _dense_on_failure(model):
         cuda = {p.device for p in model.parameters() if p.is_cuda}
@@ -129,15 +138,12 @@ def convert(
             torch.manual_seed(seed)
             record = apply(model, recipe, edits)
         record.digests = digests
-        if origin:
-            record.origin, record.revision = origin.name, origin.revision
-            record.base_card = (origin.name, hub.license_of(origin.folder))
+        if given:
+            gather(model, recipe, edits, record.layers, given)
+        _remember_origin(model, record)
         certificate = compare(before, outputs(model, probes)) if certify else None
-        if certificate and recipe.exact_at_start and not certificate.exact:
-            raise CertificateError(
-                f"Recipe {recipe.name!r} should start exactly as the dense model, and does not: "
-                f"{certificate}. The dense model was given back."
-            )
+        if not given:  # a claim is about copies of one model
+            _check_claim(recipe, certificate)
     report = Report(
         recipe=recipe.name,
         variant=recipe.variant,
@@ -145,9 +151,24 @@ def convert(
         certificate=certificate,
         layers={item.site.path: item.edit.experts.kind for item in edits},
         cost=cost.count(model),
+        sources=tuple(source.name for source in given),
     )
     record.report = {"conversion": report.to_dict()}
     return report
+
+
+def _check_claim(recipe: Recipe, certificate: Certificate | None) -> None:
+    if certificate and recipe.exact_at_start and not certificate.exact:
+        raise CertificateError(
+            f"Recipe {recipe.name!r} should start exactly as the dense model, and does not: "
+            f"{certificate}. The dense model was given back."
+        )
+
+
+def _remember_origin(model: nn.Module, record: Conversion) -> None:
+    if origin := Origin.of(model):
+        record.origin, record.revision = origin.name, origin.revision
+        record.base_card = (origin.name, hub.license_of(origin.folder))
 
 
 def _check_arguments(model: Any, recipe: Any) -> None:

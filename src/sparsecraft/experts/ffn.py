@@ -30,13 +30,7 @@ class FFNExperts(Experts):
         self.activation = donor.activation
         self.hidden_dropout = donor.hidden_dropout
         self.output_dropout = donor.output_dropout
-        first = "gate_up" if donor.gated else "up"
-        for name, tensor in {
-            first: donor.first_weight(),
-            f"{first}_bias": donor.first_bias(),
-            "down": donor.down_weight(),
-            "down_bias": donor.down_bias(),
-        }.items():
+        for name, tensor in _tensors(donor).items():
             self.register_parameter(
                 name, None if tensor is None else _copies(tensor, self.num_experts)
             )
@@ -60,6 +54,13 @@ class FFNExperts(Experts):
             output_dropout=self.output_dropout if self.training else 0.0,
         )
 
+    @torch.no_grad()
+    def put(self, e: int, donor: FFN) -> None:
+        """Let expert `e` be the network of `donor`. The bank must be materialized."""
+        for name, tensor in _tensors(donor).items():
+            if tensor is not None:
+                getattr(self, name)[e].copy_(tensor)
+
     def materialize(self) -> None:
         """Give every copy memory of its own."""
         for parameter in self.parameters():
@@ -81,6 +82,17 @@ class FFNExperts(Experts):
         else:
             hidden = self.activation(hidden)
         return F.dropout(hidden, self.hidden_dropout, self.training)
+
+
+def _tensors(donor: FFN) -> dict[str, Tensor | None]:
+    """A bank's name of each of the donor's tensors."""
+    first = "gate_up" if donor.gated else "up"
+    return {
+        first: donor.first_weight(),
+        f"{first}_bias": donor.first_bias(),
+        "down": donor.down_weight(),
+        "down_bias": donor.down_bias(),
+    }
 
 
 def _copies(tensor: Tensor, count: int) -> nn.Parameter:

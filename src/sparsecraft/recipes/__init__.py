@@ -7,6 +7,7 @@ from collections.abc import Callable
 from sparsecraft.errors import RecipeError, did_you_mean
 from sparsecraft.recipe import Recipe
 from sparsecraft.recipes.adapter import adapter
+from sparsecraft.recipes.btx import btx
 from sparsecraft.recipes.camel import camel
 from sparsecraft.recipes.camelidae import camelidae
 from sparsecraft.recipes.cmoe import cmoe
@@ -26,6 +27,7 @@ from sparsecraft.recipes.upcycling import upcycling
 
 __all__ = [
     "adapter",
+    "btx",
     "camel",
     "camelidae",
     "cmoe",

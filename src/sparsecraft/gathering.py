@@ -1,0 +1,83 @@
+"""Experts from several dense models of one ancestor (BTX, Sukhbaatar et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from sparsecraft.donor import FFN
+from sparsecraft.errors import RecipeError
+from sparsecraft.experts.ffn import FFNExperts
+from sparsecraft.layer import MoELayer, dense_tensors
+from sparsecraft.planning import PlannedEdit
+from sparsecraft.recipe import Recipe
+from sparsecraft.sources import Source, check_sources, mean, open_source
+
+
+def opened(
+    model: nn.Module,
+    recipe: Recipe,
+    plan: Sequence[PlannedEdit],
+    given: Sequence,
+    *,
+    unrelated: bool,
+) -> list[Source]:
+    """The sources that a user gave, checked against the dense model and the recipe.
+
+    Raises:
+        RecipeError: the recipe has other experts than full networks, or not a multiple of them.
+        SourceError, HubError: a source does not fit, or is not there.
+    """
+    if not given:
+        return []
+    _check_counts(recipe, len(given))
+    sources = [open_source(model, source) for source in given]
+    check_sources(model, sources, tensor_names(plan), unrelated=unrelated)
+    return sources
+
+
+def _check_counts(recipe: Recipe, count: int) -> None:
+    for edit in recipe.edits:
+        if edit.experts.kind != "ffn":
+            raise RecipeError(
+                f"Recipe {recipe.name!r} has {edit.experts.kind} experts, which come from one "
+                "model; sources are for full feed-forward experts (btx, upcycling)."
+            )
+        if edit.experts.num_experts % count:
+            raise RecipeError(
+                f"{edit.experts.num_experts} experts cannot come from {count} sources "
+                f"alike; set num_experts={count}, or a multiple of it."
+            )
+
+
+def tensor_names(plan: Sequence[PlannedEdit]) -> list[str]:
+    """Dense names of the networks that the experts come from."""
+    return [
+        name for item in plan if isinstance(item.donor, FFN) for name in item.donor.tensor_names()
+    ]
+
+
+@torch.no_grad()
+def gather(
+    model: nn.Module,
+    recipe: Recipe,
+    plan: Sequence[PlannedEdit],
+    layers: Sequence[MoELayer],
+    sources: Sequence[Source],
+) -> None:
+    """Fill the experts of a converted model from `sources`, and its other tensors as the recipe
+    says. Expert e of E comes from source e N // E of N."""
+    for item, layer in zip(plan, layers, strict=True):
+        bank = layer.experts
+        if isinstance(bank, FFNExperts):
+            bank.materialize()
+            for e in range(bank.num_experts):
+                bank.put(e, item.donor.of(sources[e * len(sources) // bank.num_experts].tensor))
+    if recipe.others == "base":
+        return
+    own = set(tensor_names(plan))
+    for name, tensor in dense_tensors(model).items():
+        if name not in own and tensor.is_floating_point():
+            tensor.copy_(mean(sources, name))

@@ -1,0 +1,71 @@
+"""Branch-Train-MiX: the feed-forward networks of several dense models as the experts of one.
+
+Paper: Sukhbaatar et al. Branch-Train-MiX: Mixing Expert LLMs into a Mixture-of-Experts LLM.
+COLM 2024.
+Command: sparsecraft convert btx --model BASE --sources BASE MATH CODE --out runs/btx
+"""
+
+from sparsecraft.errors import RecipeError
+from sparsecraft.recipe import Edit, FFNSpec, Recipe, RouterSpec, Stage
+
+ROUTINGS = ("top_2", "soft", "switch")
+
+
+def btx(
+    num_experts: int = 4,
+    *,
+    routing: str = "top_2",
+    freeze_experts: bool = False,
+    balance_coef: float = 0.01,
+    router_std: float = 0.02,
+    learning_rate: float = 1e-4,
+    paths: str = "*",
+) -> Recipe:
+    """Experts from several dense models, all else their mean; all parameters train.
+
+    Args:
+        num_experts: experts of every feed-forward network; with sources a multiple of their number.
+        routing: `top_2` (softmax over the two kept), `soft` (all experts) or `switch` (top-1,
+            weighted by the softmax over all, so that the router learns).
+        freeze_experts: train routers and all other tensors only; the paper found it as good.
+        balance_coef: weight of the balance loss; 0 turns it off.
+        router_std: standard deviation of the normal router initialization.
+        learning_rate: peak of the cosine.
+        paths: glob over the paths of the feed-forward networks.
+    """
+    if routing not in ROUTINGS:
+        raise RecipeError(f"routing is {routing!r}; it must be {' or '.join(ROUTINGS)}.")
+    router = {
+        "top_2": {"top_k": min(2, num_experts)},
+        "soft": {"select": "soft", "top_k": None},
+        "switch": {"top_k": 1, "renormalize": False},
+    }[routing]
+    return Recipe(
+        name="btx",
+        title="Feed-forward networks of several dense models behind a router",
+        paper="Sukhbaatar et al., COLM 2024 (Branch-Train-MiX)",
+        variant=routing,
+        exact_at_start=routing != "switch" or num_experts == 1,
+        others="mean",
+        edits=(
+            Edit(
+                site="ffn",
+                paths=paths,
+                place="replace",
+                experts=FFNSpec(num_experts=num_experts),
+                router=RouterSpec(init="normal", init_std=router_std, **router),
+            ),
+        ),
+        stages=(
+            Stage(
+                trains=("router", "others") if freeze_experts else ("all",),
+                losses={"btx": balance_coef} if balance_coef else {},
+                learning_rate=learning_rate,
+                schedule="cosine",
+                warmup_steps=100,
+                weight_decay=0.1,
+                batch_size=1024,
+                max_length=4096,
+            ),
+        ),
+    )

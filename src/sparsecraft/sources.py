@@ -1,0 +1,156 @@
+"""The dense models that the experts of one mixture come from: read by tensor, checked to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from sparsecraft import hub
+from sparsecraft.errors import SourceError
+from sparsecraft.layer import unique_tensors
+from sparsecraft.origin import Origin
+
+# Fields of a configuration that do not change what the tensors mean.
+FREE = set(
+    "_name_or_path architectures attention_dropout bos_token_id chunk_size_feed_forward dtype "
+    "eos_token_id id2label initializer_range label2id max_position_embeddings output_attentions "
+    "output_hidden_states pad_token_id pretraining_tp problem_type return_dict torch_dtype "
+    "transformers_version use_cache".split()
+)
+
+# Cosine of the same matrix in two models: about 0 of models that were trained apart from the start,
+# above 0.9 of fine-tuned ones.
+KIN = 0.5
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dense model.
+
+    Attributes:
+        name: what the user called it.
+        config: its configuration.
+        find: dense name -> tensor, or None.
+        tokenizer: gives its tokenizer, if it has one.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    find: Callable[[str], Tensor | None]
+    tokenizer: Callable[[], Any] = lambda: None
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of a dense name.
+
+        Raises:
+            SourceError: the model has none.
+        """
+        tensor = self.find(name)
+        if tensor is None:
+            raise SourceError(f"{self.name!r} has no tensor {name!r}, which the base model has.")
+        return tensor
+
+
+def open_source(model: nn.Module, given: str | Path | PreTrainedModel) -> Source:
+    """A folder, hub id or packaged name, or a model in memory.
+
+    Args:
+        model: the base, by whose names tensors are asked for.
+
+    Raises:
+        HubError: there is no such model.
+        SourceError: its folder holds no safetensors.
+    """
+    if isinstance(given, PreTrainedModel):
+        name = given.name_or_path or type(given).__name__
+        return Source(name, given.config, unique_tensors(given).get)
+    folder = hub.resolve(given)
+    origin = Origin.find(str(folder))
+    if origin is None:
+        raise SourceError(f"{str(given)!r} holds no safetensors; save the model as safetensors.")
+    return Source(
+        name=str(given),
+        config=AutoConfig.from_pretrained(folder),
+        find=lambda name: origin.tensor(model, name),
+        tokenizer=lambda: hub.load_tokenizer(folder),
+    )
+
+
+def check_sources(
+    model: nn.Module, sources: Sequence[Source], names: Iterable[str], *, unrelated: bool = False
+) -> None:
+    """Refuse sources that do not fit the base, naming the first thing that differs.
+
+    Args:
+        names: dense names of the tensors that will be read; the first matrix among them tells
+            whether two models have one ancestor.
+        unrelated: let models without a common ancestor pass.
+
+    Raises:
+        SourceError: configuration, tokenizer, shapes or ancestry differ.
+    """
+    tensors, names = unique_tensors(model), list(names)
+    base = Path(getattr(model, "name_or_path", "") or "")
+    tokenizer = hub.load_tokenizer(base) if (base / "tokenizer.json").is_file() else None
+    for source in sources:
+        _check_config(model.config, source)
+        _check_tokenizer(tokenizer, source)
+        for name in names:
+            found, wanted = tuple(source.tensor(name).shape), tuple(tensors[name].shape)
+            if found != wanted:
+                raise SourceError(
+                    f"{name!r} is {list(found)} in {source.name!r} and {list(wanted)} in the base."
+                )
+        if not unrelated:
+            _check_kin(tensors, source, next(n for n in names if tensors[n].ndim == 2))
+
+
+def _check_config(base: PreTrainedConfig, source: Source) -> None:
+    ours, theirs = base.to_dict(), source.config.to_dict()
+    for key in sorted(ours.keys() | theirs.keys() - FREE, key=lambda k: (k != "model_type", k)):
+        if key not in FREE and ours.get(key) != theirs.get(key):
+            raise SourceError(
+                f"{source.name!r} has {key}={theirs.get(key)!r} and the base {ours.get(key)!r}; "
+                "experts of one mixture must be models of one architecture."
+            )
+
+
+def _check_tokenizer(base: Any, source: Source) -> None:
+    other = source.tokenizer() if base is not None else None
+    if other is None:
+        return
+    ours, theirs = base.get_vocab(), other.get_vocab()
+    for token in sorted(ours.keys() | theirs.keys(), key=lambda t: (ours.get(t, theirs.get(t)), t)):
+        if ours.get(token) != theirs.get(token):
+            raise SourceError(
+                f"The token {token!r} is number {theirs.get(token)} in the tokenizer of "
+                f"{source.name!r} and {ours.get(token)} in the base's; experts of one mixture must "
+                "read the same tokens."
+            )
+
+
+def _check_kin(tensors: dict[str, Tensor], source: Source, name: str) -> None:
+    pair = (t.detach().cpu().float().flatten() for t in (tensors[name], source.tensor(name)))
+    cosine = F.cosine_similarity(*pair, dim=0).item()
+    if not cosine >= KIN:
+        raise SourceError(
+            f"{source.name!r} and the base have no common ancestor: the cosine of their "
+            f"{name!r} is {cosine:.3f}, and of fine-tuned models it is above 0.9. A mixture of "
+            "unrelated networks computes nothing; pass unrelated=True to join them all the same."
+        )
+
+
+def mean(sources: Sequence[Source], name: str) -> Tensor:
+    """The mean of the sources' tensors, in float32 at least, one in memory at a time beside it."""
+    first = sources[0].tensor(name)
+    total = first.to(torch.promote_types(first.dtype, torch.float32), copy=True)
+    for source in sources[1:]:
+        total += source.tensor(name).to(total)
+    return total / len(sources)
