@@ -366,6 +366,16 @@ def cmoe_router(family: Family) -> int:
     return splitting.analytic_router(D, E - 1, family.gated, family.biased)
 
 
+def attentions(family: Family) -> int:
+    """E attentions with separate projections, and their router; norms of queries and keys once."""
+    widths = family.q + 2 * family.kv
+    biases = {"llama": widths + D, "qwen2": widths}
+    name = next(name for name, other in FAMILIES.items() if other is family)
+    one = D * widths + family.q * D + biases.get(name, 0)
+    norms = 2 * family.head if name == "qwen3" else 0
+    return family.attentions * (E * one + norms + E * D)
+
+
 @dataclass(frozen=True)
 class RecipeCase:
     """A small instance of a recipe.
@@ -373,6 +383,7 @@ class RecipeCase:
     Attributes:
         make: builds the recipe.
         new: the number of new parameters in a family, by hand.
+        families: those that it works on.
         exact: whether it starts as the dense model.
         routed: whether it has routers.
         trains_base: whether the dense parameters train too.
@@ -385,6 +396,7 @@ class RecipeCase:
 
     make: Callable[[], sc.Recipe]
     new: Callable[[Family], int]
+    families: tuple[str, ...] = tuple(FAMILIES)
     exact: bool = True
     routed: bool = True
     trains_base: bool = False
@@ -397,6 +409,12 @@ class RecipeCase:
 
 MERGED = {"paths": ("merged", "auto"), "dropout": False, "rate": 5e-2}
 LORAS = {"paths": ("merged", "grouped", "dense", "auto")}
+ATTENTION = {
+    "families": ("llama", "mistral", "qwen2", "qwen3", "gemma"),
+    "exact": False,
+    "trains_base": True,
+    "dropout": False,
+}
 SMALL = {"num_experts": E, "top_k": K, "adapter_dim": H}
 # Converted, a split network runs whole: only `RUNNING` asks its router, which chooses and does not
 # weigh.
@@ -439,6 +457,9 @@ RECIPES = {
         upcycled,
         trains_base=True,
         dropout=False,
+    ),
+    "bam": RecipeCase(
+        lambda: sc.recipes.bam(E), lambda m: attentions(m) + upcycled(m), **ATTENTION
     ),
     "btx": RecipeCase(
         lambda: sc.recipes.btx(num_experts=E), upcycled, trains_base=True, dropout=False

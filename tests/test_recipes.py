@@ -405,6 +405,8 @@ def test_the_state_holds_no_surprise_names(family, recipe):
     leaves |= {"router.scorer.weight", "experts.vectors"}
     leaves |= {f"experts.{p}.lora_{x}" for p in ("gate", "up", "down") for x in "AB"}
     leaves |= {f"experts.{x}" for x in ("first", "first_bias", "neurons", "mean")}
+    of_attention = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+    leaves |= {f"experts.attention.{p}.{x}" for p in of_attention for x in ("weight", "bias")}
     scorers = ("first", "second", "rows", "bias", "centers")
     leaves |= {"router.gain", *(f"router.scorer.{x}" for x in scorers)}
     shared = set()

@@ -284,7 +284,42 @@ class FFN:
         return [f"{p.path}.{name}" for p in parts for name, _ in p.module.named_parameters()]
 
 
-Donor = FFN | Linear | Activation
+@dataclass(frozen=True)
+class Attention:
+    """A dense attention with separate projections; `module` holds what else belongs to it, such
+    as norms of queries and keys."""
+
+    path: str
+    module: nn.Module
+    form: AttentionForm
+
+    @property
+    def query(self) -> nn.Module:
+        return self.module.get_submodule(self.form.query)
+
+    @property
+    def in_features(self) -> int:
+        return self.query.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.module.get_submodule(self.form.output).out_features
+
+    def of(self, read: Callable[[str], Tensor]) -> Attention:
+        """The same attention of another model; see `FFN.of`."""
+        module = copy.copy(self.module)
+        module._modules = dict(module._modules)
+        for name in self.form.parts():
+            linear = Linear(self.module.get_submodule(name), f"{self.path}.{name}")
+            module._modules[name] = linear.of(read).module
+        return dataclasses.replace(self, module=module)
+
+    def tensor_names(self) -> list[str]:
+        """Dense names of its weights and biases."""
+        return [f"{self.path}.{name}" for name, _ in self.module.named_parameters()]
+
+
+Donor = FFN | Attention | Linear | Activation
 
 
 def view(model: nn.Module, site: Site) -> Donor:
@@ -294,6 +329,8 @@ def view(model: nn.Module, site: Site) -> Donor:
         return Activation(ffn.down.module, site.path, ffn.hidden_width)
     if site.kind == "ffn":
         return _view_ffn(model, site)
+    if site.kind == "attention":
+        return _view_attention(model, site)
     return Linear(model.get_submodule(site.path), site.path, site.rows)
 
 
@@ -318,6 +355,26 @@ def _view_ffn(model: nn.Module, site: Site) -> FFN:
         hidden_dropout=rate(form.hidden_dropout),
         output_dropout=rate(form.output_dropout),
     )
+
+
+def _view_attention(model: nn.Module, site: Site) -> Attention:
+    module = model.get_submodule(site.path)
+    form = next(f for f in ATTENTION_FORMS if all(has(module, part) for part in f.parts()))
+    plain = all(type(module.get_submodule(part)) is nn.Linear for part in form.parts())
+    if len(form.parts()) < 4 or not plain or not hasattr(module, "num_key_value_groups"):
+        raise DonorError(
+            f"The attention at {site.path!r} ({type(module).__name__}) cannot be an expert: that "
+            "takes separate Linear projections of queries, keys, values and outputs, and heads in "
+            "groups (Llama, Mistral, Qwen2, Qwen3 and their relatives)."
+        )
+    return Attention(site.path, module, form)
+
+
+def has(module: nn.Module, path: str) -> bool:
+    """Whether there is a module at `path` below."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return isinstance(module, nn.Module)
 
 
 def join(owner: str, part: str) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from sparsecraft.donor import FFN
+from sparsecraft.donor import FFN, Attention
 from sparsecraft.errors import RecipeError
+from sparsecraft.experts.attention import AttentionExperts
 from sparsecraft.experts.ffn import FFNExperts
 from sparsecraft.layer import MoELayer, dense_tensors
 from sparsecraft.planning import PlannedEdit
@@ -40,10 +41,10 @@ def opened(
 
 def _check_counts(recipe: Recipe, count: int) -> None:
     for edit in recipe.edits:
-        if edit.experts.kind != "ffn":
+        if edit.experts.kind not in ("ffn", "attention"):
             raise RecipeError(
                 f"Recipe {recipe.name!r} has {edit.experts.kind} experts, which come from one "
-                "model; sources are for full feed-forward experts (btx, upcycling)."
+                "model; sources are for full feed-forward experts and attentions (btx, bam)."
             )
         if edit.experts.num_experts % count:
             raise RecipeError(
@@ -54,9 +55,8 @@ def _check_counts(recipe: Recipe, count: int) -> None:
 
 def tensor_names(plan: Sequence[PlannedEdit]) -> list[str]:
     """Dense names of the networks that the experts come from."""
-    return [
-        name for item in plan if isinstance(item.donor, FFN) for name in item.donor.tensor_names()
-    ]
+    donors = [item.donor for item in plan if isinstance(item.donor, (FFN, Attention))]
+    return [name for donor in donors for name in donor.tensor_names()]
 
 
 @torch.no_grad()
@@ -71,10 +71,14 @@ def gather(
     says. Expert e of E comes from source e N // E of N."""
     for item, layer in zip(plan, layers, strict=True):
         bank = layer.experts
-        if isinstance(bank, FFNExperts):
-            bank.materialize()
-            for e in range(bank.num_experts):
-                bank.put(e, item.donor.of(sources[e * len(sources) // bank.num_experts].tensor))
+        if not isinstance(bank, (FFNExperts, AttentionExperts)):
+            continue
+        bank.materialize()
+        for e in range(bank.num_experts):
+            bank.put(e, item.donor.of(sources[e * len(sources) // bank.num_experts].tensor))
+        if isinstance(bank, AttentionExperts) and recipe.others == "mean":
+            for name, parameter in bank.shared_parts().items():
+                parameter.copy_(mean(sources, f"{item.donor.path}.{name}").view_as(parameter))
     if recipe.others == "base":
         return
     own = set(tensor_names(plan))

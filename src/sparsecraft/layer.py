@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sparsecraft.batch import Batch
 from sparsecraft.donor import FFNSpan
 from sparsecraft.errors import SparsecraftError
+from sparsecraft.experts.attention import AttentionExperts
 from sparsecraft.experts.base import Experts, all_in_order, everyone
 from sparsecraft.experts.peft import VectorExperts
 from sparsecraft.experts.slots import slots
@@ -77,8 +78,12 @@ class MoELayer(nn.Module):
         self.tracing = False
         self.routing: Routing | None = None
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor | None = None, *args, **kwargs) -> Tensor | tuple:
+        if x is None:  # transformers calls an attention by keywords
+            x = kwargs.pop("hidden_states")
         match self.place:
+            case "replace" if isinstance(self.experts, AttentionExperts):
+                return self.experts(x, self._route(x)[0], *args, **kwargs)
             case "imitate" if not self.imitates:
                 return self.base(x, *args, **kwargs)
             case "imitate":

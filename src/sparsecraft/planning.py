@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.donor import FFN, Donor, Site, view
+from sparsecraft.donor import FFN, Attention, Donor, Site, view
 from sparsecraft.errors import SurgeryError
 from sparsecraft.experts import build_experts
 from sparsecraft.experts.split import SplitExperts
@@ -191,4 +191,6 @@ def router_width(model: nn.Module, item: PlannedEdit) -> int:
 
 
 def reference_tensor(donor: Donor) -> Tensor:
+    if isinstance(donor, Attention):
+        return donor.query.weight
     return (donor.down if isinstance(donor, FFN) else donor).module.weight

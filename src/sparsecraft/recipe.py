@@ -17,6 +17,7 @@ from sparsecraft.errors import RecipeError, did_you_mean
 from sparsecraft.specs import (
     PLACES,
     AdapterSpec,
+    AttentionSpec,
     ExpertsSpec,
     FFNLoRASpec,
     FFNSpec,
@@ -33,6 +34,7 @@ from sparsecraft.typed import parse, read
 
 __all__ = [
     "AdapterSpec",
+    "AttentionSpec",
     "Edit",
     "FFNLoRASpec",
     "FFNSpec",
@@ -57,6 +59,7 @@ Place = Literal["replace", "beside", "after", "before", "inside", "imitate"]
 
 SiteKind = Literal[
     "ffn",
+    "attention",
     "linear",
     "attention_linear",
     "ffn_linear",
@@ -76,11 +79,11 @@ class Edit:
     """Put one MoE layer at every matching site of the model."""
 
     site: SiteKind = "ffn"
-    """Every feed-forward network (`ffn`); every Linear/Conv1D of attention and feed-forward
-    (`linear`), or of one of them; one projection of every attention (`query`, `key`, `value`,
-    `output`); or a part of every feed-forward network: `gate`, the projection that the activation
-    follows; `down`; the `activation`; and `intermediate`, what the down projection reads, at the
-    last module whose input is still that of the network."""
+    """Every feed-forward network (`ffn`) or attention (`attention`); every Linear/Conv1D of
+    attention and feed-forward (`linear`), or of one of them; one projection of every attention
+    (`query`, `key`, `value`, `output`); or a part of every feed-forward network: `gate`, the
+    projection that the activation follows; `down`; the `activation`; and `intermediate`, what the
+    down projection reads, at the last module whose input is still that of the network."""
     paths: str = "*"
     """Glob over the sites' module paths, such as `model.layers.1?.mlp`."""
     place: Place = "replace"
@@ -98,22 +101,7 @@ class Edit:
         if router is not None:
             read(RouterSpec, dataclasses.asdict(router), "router")
         check_whole("num_experts", experts.num_experts)
-        places = PLACES.get(experts.kind, ("replace", "beside", "after", "before"))
-        if self.place not in places:
-            raise RecipeError(
-                f"{experts.kind} experts cannot stand {self.place} a module; they stand "
-                f"{' or '.join(places)} it."
-            )
-        if self.place == "imitate" and "linear" not in self.site:
-            raise RecipeError(
-                f"A network cannot imitate site {self.site!r}; it imitates a linear, "
-                "attention_linear or ffn_linear."
-            )
-        if self.modality and self.place != "beside":
-            raise RecipeError(
-                f"modality={self.modality!r} with place={self.place!r}: only experts beside a "
-                "module can leave tokens out."
-            )
+        _check_place(self)
         if router is None:
             if experts.num_experts != 1:
                 raise RecipeError(
@@ -145,6 +133,38 @@ class Edit:
                 f"router.select is 'slots' with place={self.place!r} and "
                 f"decides={router.decides!r}; slots are for experts beside a module, by token."
             )
+
+
+def _check_place(edit: Edit) -> None:
+    """Refuse experts where they make no sense.
+
+    Raises:
+        RecipeError: the kind of experts, the place and the site do not go together.
+    """
+    experts, router = edit.experts, edit.router
+    places = PLACES.get(experts.kind, ("replace", "beside", "after", "before"))
+    if edit.place not in places:
+        raise RecipeError(
+            f"{experts.kind} experts cannot stand {edit.place} a module; they stand "
+            f"{' or '.join(places)} it."
+        )
+    if (edit.site == "attention") != (experts.kind == "attention"):
+        raise RecipeError(
+            f"{experts.kind} experts cannot stand at site {edit.site!r}; attention experts "
+            "replace an attention, and nothing else does."
+        )
+    if edit.place == "imitate" and "linear" not in edit.site:
+        raise RecipeError(
+            f"A network cannot imitate site {edit.site!r}; it imitates a linear, "
+            "attention_linear or ffn_linear."
+        )
+    if edit.modality and edit.place != "beside":
+        raise RecipeError(
+            f"modality={edit.modality!r} with place={edit.place!r}: only experts beside a "
+            "module can leave tokens out."
+        )
+    if experts.kind == "attention" and (router is None or router.decides != "token"):
+        raise RecipeError("Attention experts need a router that decides by token.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

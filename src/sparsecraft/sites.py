@@ -16,6 +16,7 @@ from sparsecraft.donor import (
     FFNForm,
     Linear,
     Site,
+    has,
     join,
 )
 from sparsecraft.errors import DonorError, SurgeryError
@@ -44,7 +45,7 @@ def _ffn_sites(model: nn.Module) -> list[Site]:
     sites = []
     for owner, module in model.named_modules():
         for form in FORMS:
-            if not all(_has(module, part) for part in form.parts()):
+            if not all(has(module, part) for part in form.parts()):
                 continue
             roots = {part.split(".")[0] for part in form.parts()}
             if roots == {name for name, _ in module.named_children()}:
@@ -72,7 +73,7 @@ def _attentions(model: nn.Module) -> list[tuple[str, nn.Module, AttentionForm]]:
         (owner, module, form)
         for owner, module in model.named_modules()
         for form in ATTENTION_FORMS
-        if all(_has(module, part) for part in form.parts())
+        if all(has(module, part) for part in form.parts())
     ]
     if not found:
         known = "; ".join(", ".join(form.parts()) for form in ATTENTION_FORMS)
@@ -141,6 +142,9 @@ def _linear_sites(model: nn.Module, kind: SiteKind) -> list[Site]:
 
 FINDERS: dict[SiteKind, Callable[[nn.Module], list[Site]]] = {
     "ffn": _ffn_sites,
+    "attention": lambda model: [
+        Site("attention", owner, (owner,), owner=owner) for owner, _, _ in _attentions(model)
+    ],
     "linear": lambda model: _linear_sites(model, "linear"),
     "attention_linear": lambda model: _linear_sites(model, "attention_linear"),
     "ffn_linear": lambda model: _linear_sites(model, "ffn_linear"),
@@ -153,9 +157,3 @@ FINDERS: dict[SiteKind, Callable[[nn.Module], list[Site]]] = {
     "intermediate": lambda model: _ffn_part_sites(model, "intermediate"),
     "activation": lambda model: _ffn_part_sites(model, "activation"),
 }
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return isinstance(module, nn.Module)

@@ -60,6 +60,8 @@ class RouterSpec:
     init: Literal["kaiming_uniform", "normal", "zeros"] = "kaiming_uniform"
     init_std: float = 0.02
     """Standard deviation of `init="normal"`; unused otherwise."""
+    balanced: bool = True
+    """Whether the losses on routings count this router."""
 
     @property
     def splits(self) -> bool:
@@ -79,6 +81,17 @@ class FFNSpec:
     kind: Literal["ffn"] = "ffn"
     num_experts: int = 8
     init: Literal["copy"] = "copy"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionSpec:
+    """Whole attentions as experts, with their own queries and outputs."""
+
+    kind: Literal["attention"] = "attention"
+    num_experts: int = 4
+    kv: Literal["expert", "shared"] = "expert"
+    """Keys and values of each expert, and a cache as many times as large; or one of both for all
+    experts, from several sources their mean (BAM, section 3.1)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -334,10 +347,13 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-ExpertsSpec = FFNSpec | AdapterSpec | LoRASpec | VectorSpec | FFNLoRASpec | SplitSpec
+ExpertsSpec = (
+    FFNSpec | AttentionSpec | AdapterSpec | LoRASpec | VectorSpec | FFNLoRASpec | SplitSpec
+)
 
 # Where a kind of experts makes sense, unless anywhere.
 PLACES = {
+    "attention": ("replace",),
     "lora": ("beside",),
     "vector": ("after", "before"),
     "ffn_lora": ("inside",),

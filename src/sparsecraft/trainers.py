@@ -67,7 +67,10 @@ class RoutedTrainerMixin:
             self._record(routings, masks)
         coefficients = {name: c * self._loss_factor() for name, c in self.stage.losses.items()}
         auxiliary, parts = auxiliary_loss(
-            routings, coefficients, masks, lambda layer: _group(unwrapped, layer)
+            {n: r for n, r in routings.items() if _counts(unwrapped, n)},
+            coefficients,
+            masks,
+            lambda layer: _group(unwrapped, layer),
         )
         if auxiliary is None:
             return result
@@ -211,6 +214,11 @@ class RoutedSeq2SeqTrainer(RoutedTrainerMixin, Seq2SeqTrainer):
 
 class RoutedTrainer(RoutedTrainerMixin, Trainer):
     """Classifiers."""
+
+
+def _counts(model: torch.nn.Module, layer: str) -> bool:
+    """Whether losses on routings count this layer's."""
+    return model.get_submodule(layer).router.spec.balanced
 
 
 def _group(model: torch.nn.Module, layer: str) -> str:

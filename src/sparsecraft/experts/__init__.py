@@ -6,6 +6,7 @@ import torch
 
 from sparsecraft.donor import FFN, Donor, Linear, Site
 from sparsecraft.errors import RecipeError
+from sparsecraft.experts.attention import AttentionExperts
 from sparsecraft.experts.base import Experts, TwoLayer, loop
 from sparsecraft.experts.ffn import FFNExperts
 from sparsecraft.experts.ffn_lora import FFNLoRAExperts
@@ -13,6 +14,7 @@ from sparsecraft.experts.peft import AdapterExperts, LoRAExperts, VectorExperts
 from sparsecraft.experts.split import SplitExperts, imitation
 from sparsecraft.recipe import (
     AdapterSpec,
+    AttentionSpec,
     FFNLoRASpec,
     FFNSpec,
     LoRASpec,
@@ -51,6 +53,8 @@ def build_experts(
     match spec:
         case FFNSpec():
             return FFNExperts(spec, donor)
+        case AttentionSpec():
+            return AttentionExperts(spec, donor)
         case SplitSpec() if place == "imitate":
             return SplitExperts(spec, imitation(spec, donor, **where), device=device)
         case SplitSpec():
@@ -68,6 +72,7 @@ def build_experts(
 
 __all__ = [
     "AdapterExperts",
+    "AttentionExperts",
     "Experts",
     "FFNExperts",
     "FFNLoRAExperts",

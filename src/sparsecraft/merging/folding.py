@@ -28,7 +28,7 @@ from sparsecraft.experts import Experts
 from sparsecraft.experts.split import SplitExperts
 from sparsecraft.merging.rectified import activation_of, is_rectified
 from sparsecraft.planning import PlannedEdit, reference_tensor
-from sparsecraft.recipe import AdapterSpec, FFNLoRASpec, FFNSpec, LoRASpec
+from sparsecraft.recipe import AdapterSpec, AttentionSpec, FFNLoRASpec, FFNSpec, LoRASpec
 
 Rows = tuple[int, int] | None
 
@@ -86,6 +86,8 @@ def has_dense_form(item: PlannedEdit, single: bool) -> str | None:
         return "an adapter has an activation inside, and no dense Linear computes that"
     if isinstance(spec, LoRASpec) and (not isinstance(item.donor, Linear) or item.site.chain):
         return "a LoRA beside a network with an activation has no Linear to be added to"
+    if isinstance(spec, AttentionSpec):
+        return "a sum of several attentions is none with as many heads"
     if isinstance(spec, (FFNSpec, FFNLoRASpec)) and not single:
         return (
             "a sum of several feed-forward networks is none of the same width; use how='average', "

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from sparsecraft.errors import RecipeError, did_you_mean
 from sparsecraft.recipe import Recipe
 from sparsecraft.recipes.adapter import adapter
+from sparsecraft.recipes.bam import bam
 from sparsecraft.recipes.btx import btx
 from sparsecraft.recipes.camel import camel
 from sparsecraft.recipes.camelidae import camelidae
@@ -27,6 +28,7 @@ from sparsecraft.recipes.upcycling import upcycling
 
 __all__ = [
     "adapter",
+    "bam",
     "btx",
     "camel",
     "camelidae",

@@ -1,0 +1,176 @@
+"""Whole attentions as experts, all mixed by the token (BAM, Zhang et al. 2024, section 3.1).
+
+    y_t = sum_j g_j(x_t) MHA_j(x)_t
+
+The heads of all experts run in one pass of the model's own attention, as if it had N times as
+many: its kernels, masks, rotary embeddings and cache serve unchanged. What tells experts apart is
+the output projection, each expert's own, weighted by the gates.
+
+Shapes: B sequences, S positions, D width, N experts, G key-value heads, R query heads of each, d
+width of a head, O output features.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsecraft.donor import Attention
+from sparsecraft.errors import SparsecraftError
+from sparsecraft.experts.base import Experts
+from sparsecraft.recipe import AttentionSpec
+from sparsecraft.routing import Routing
+
+
+class AttentionExperts(Experts):
+    """N attentions of the donor's own form, from which copies start as views of one tensor.
+
+    Norms of queries and keys, where a family has them, are one for all experts.
+
+    Attributes:
+        attention: the donor's module with all experts' heads, queries in the order of the key-value
+            heads that they read.
+    """
+
+    def __init__(self, spec: AttentionSpec, donor: Attention):
+        super().__init__()
+        N, form = spec.num_experts, donor.form
+        self.num_experts, self.out_features = N, donor.out_features
+        self.kv, self.form = spec.kv, form
+        dense = donor.module
+        self.attention = copy.copy(dense)
+        self.attention._modules = copy.deepcopy(
+            {name: m for name, m in dense._modules.items() if name not in form.parts()}
+        )
+        kv_heads = dense.get_submodule(form.key).out_features // dense.head_dim
+        # Key-value heads that all experts read, and how many experts have their own.
+        common, own = (kv_heads, 1) if spec.kv == "shared" else (None, N)
+        self.attention.num_key_value_groups = dense.num_key_value_groups * N // own
+        parts = {
+            form.query: Projections(dense.get_submodule(form.query), N, common),
+            form.key: Projections(dense.get_submodule(form.key), own),
+            form.value: Projections(dense.get_submodule(form.value), own),
+            form.output: Outputs(dense.get_submodule(form.output), N, common),
+        }
+        for name, part in parts.items():
+            self.attention.add_module(name, part)
+
+    def forward(self, x_BSD: Tensor, routing: Routing, *args, **kwargs) -> tuple:
+        """What the dense attention returns, mixed by the routing's weights."""
+        output = self.attention.get_submodule(self.form.output)
+        output.gates_BSN = routing.weights_TE().view(*x_BSD.shape[:-1], -1)
+        try:
+            return self.attention(x_BSD, *args, **kwargs)
+        finally:
+            output.gates_BSN = None
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        raise SparsecraftError(
+            "An attention expert reads a whole sequence with its mask and cache, and does not run "
+            "on tokens apart; call the layer."
+        )
+
+    @torch.no_grad()
+    def put(self, e: int, donor: Attention) -> None:
+        """Let expert `e` be the attention of `donor`: queries and outputs, and keys and values of
+        its own. The bank must be materialized."""
+        for name, part in self._stacks():
+            if len(part.weight) == self.num_experts:
+                part.put(e, donor.module.get_submodule(name))
+
+    def shared_parts(self) -> dict[str, nn.Parameter]:
+        """Parameters that all experts share, by their name in the dense attention."""
+        stacks = dict(self._stacks())
+        found = {}
+        for name, parameter in self.attention.named_parameters():
+            part = stacks.get(name.rpartition(".")[0])
+            if part is None or len(part.weight) != self.num_experts:
+                found[name] = parameter
+        return found
+
+    def _stacks(self) -> list[tuple[str, Projections | Outputs]]:
+        return [(name, self.attention.get_submodule(name)) for name in self.form.parts()]
+
+    def materialize(self) -> None:
+        """Give every copy memory of its own."""
+        for parameter in self.parameters():
+            if parameter.stride(0) == 0:
+                parameter.data = parameter.data.contiguous()
+
+    def train(self, mode: bool = True) -> AttentionExperts:
+        if mode:
+            self.materialize()
+        return super().train(mode)
+
+
+class Projections(nn.Module):
+    """The same projection of `count` experts, one after the other: x (..., D) -> (..., count O).
+
+    Args:
+        common: key-value heads that all experts share: the heads of a projection then come in
+            their order, those of all experts that read the first one first.
+    """
+
+    def __init__(self, dense: nn.Linear, count: int, common: int | None = None):
+        super().__init__()
+        self.common = common
+        self.weight = _stacked(dense.weight, count)
+        self.bias = None if dense.bias is None else _stacked(dense.bias, count)
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[-1]
+
+    def put(self, e: int, dense: nn.Linear) -> None:
+        self.weight[e].copy_(dense.weight)
+        if self.bias is not None:
+            self.bias[e].copy_(dense.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.flatten()
+        y = F.linear(x, self.weight.flatten(0, 1), bias)
+        if self.common is None:
+            return y
+        # (N, G, R d) -> (G, N, R d)
+        return y.unflatten(-1, (len(self.weight), self.common, -1)).transpose(-3, -2).flatten(-3)
+
+
+class Outputs(nn.Module):
+    """sum_j gate_j (W_j heads_j + b_j): heads of all experts (..., N I) -> (..., O).
+
+    Attributes:
+        gates_BSN: the weights of the pass that is under way.
+    """
+
+    def __init__(self, dense: nn.Linear, count: int, common: int | None = None):
+        super().__init__()
+        self.common = common
+        self.weight = _stacked(dense.weight, count)
+        self.bias = None if dense.bias is None else _stacked(dense.bias, count)
+        self.gates_BSN: Tensor | None = None
+
+    def put(self, e: int, dense: nn.Linear) -> None:
+        Projections.put(self, e, dense)
+
+    def forward(self, heads: Tensor) -> Tensor:
+        N = len(self.weight)
+        if self.common is None:
+            heads_N = heads.unflatten(-1, (N, -1)).unbind(-2)
+        else:
+            heads_N = heads.unflatten(-1, (self.common, N, -1)).unbind(-2)
+            heads_N = [part.flatten(-2) for part in heads_N]
+        gates = self.gates_BSN.to(heads.dtype)
+        total = None
+        for j, part in enumerate(heads_N):
+            bias = None if self.bias is None else self.bias[j]
+            y = F.linear(part, self.weight[j], bias) * gates[..., j, None]
+            total = y if total is None else total + y
+        return total
+
+
+def _stacked(tensor: Tensor, count: int) -> nn.Parameter:
+    tensor = tensor.detach()
+    return nn.Parameter(tensor.clone()[None] if count == 1 else tensor.expand(count, *tensor.shape))

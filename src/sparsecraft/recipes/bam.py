@@ -1,0 +1,69 @@
+"""Branch-Attend-Mix: attentions and feed-forward networks of several dense models as experts.
+
+Paper: Zhang et al. BAM! Just Like That: Simple and Efficient Parameter Upcycling for Mixture of
+Experts. NeurIPS 2024.
+Command: sparsecraft convert bam --model BASE --sources BASE MATH CODE --out runs/bam
+"""
+
+from typing import Literal
+
+from sparsecraft.recipe import AttentionSpec, Edit, FFNSpec, Recipe, RouterSpec, Stage
+
+
+def bam(
+    num_experts: int = 4,
+    kv: Literal["expert", "shared"] = "expert",
+    *,
+    balance_coef: float = 0.01,
+    z_coef: float = 0.001,
+    router_std: float = 0.02,
+    learning_rate: float = 1e-4,
+) -> Recipe:
+    """Attention experts, all mixed by the token, beside top-1 feed-forward experts.
+
+    Args:
+        num_experts: experts of every attention and of every feed-forward network; with sources a
+            multiple of their number.
+        kv: keys and values of each attention expert, whose cache is as many times as large, or
+            one of both for all (the paper's shared KV).
+        balance_coef: weight of the Switch balance loss on the feed-forward routers. The paper does
+            not say it; this is Switch's.
+        z_coef: weight of the z-loss on them; likewise, ST-MoE's.
+        router_std: standard deviation of the normal router initialization.
+        learning_rate: peak of the cosine.
+    """
+    losses = {"switch": balance_coef, "z": z_coef}
+    return Recipe(
+        name="bam",
+        title="Attentions and feed-forward networks of several dense models",
+        paper="Zhang et al., NeurIPS 2024 (BAM)",
+        variant=f"{kv}_kv",
+        exact_at_start=num_experts == 1,
+        others="mean",
+        edits=(
+            Edit(
+                site="attention",
+                experts=AttentionSpec(num_experts=num_experts, kv=kv),
+                router=RouterSpec(
+                    select="soft", top_k=None, init="normal", init_std=router_std, balanced=False
+                ),
+            ),
+            Edit(
+                site="ffn",
+                experts=FFNSpec(num_experts=num_experts),
+                router=RouterSpec(top_k=1, renormalize=False, init="normal", init_std=router_std),
+            ),
+        ),
+        stages=(
+            Stage(
+                trains=("all",),
+                losses={name: weight for name, weight in losses.items() if weight},
+                learning_rate=learning_rate,
+                schedule="cosine",
+                warmup_steps=1000,
+                weight_decay=0.1,
+                batch_size=1024,
+                max_length=2048,
+            ),
+        ),
+    )
