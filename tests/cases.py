@@ -3,7 +3,8 @@
 A new recipe is one row of RECIPES: a small instance of it, the number of new parameters written
 out by hand, and whether it starts as the dense model.
 
-Shapes: L feed-forward networks, d width, f hidden width, E experts, h adapter width, r LoRA rank.
+Shapes: L feed-forward networks, d width, f hidden width, E experts, h adapter width, r LoRA rank,
+G shards of a network.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from reference.papers import camelidae_parameters, lora_parameters
 from sparsecraft.budget import set_budget, split_layers
 
 VOCAB, D, F, HEADS, KV_HEADS, LAYERS, POSITIONS = 96, 32, 48, 4, 2, 2, 64
-E, K, H, R = 4, 2, 16, 4
+E, K, H, R, G = 4, 2, 16, 4, 2
 
 
 @dataclass(frozen=True)
@@ -305,6 +306,12 @@ def upcycled(family: Family) -> int:
     return family.ffns * E * (ffn_parameters(family) + D)
 
 
+def grouped(family: Family) -> int:
+    """E copies of every network in G shards, each with the second bias, and G router rows each."""
+    biases = (G - 1) * D if family.biased else 0
+    return family.ffns * E * (ffn_parameters(family) + biases + G * D)
+
+
 def ffn_linears(family: Family) -> list[tuple[int, int]]:
     fused = family is FAMILIES["phi3"]  # GPT-2's fused attention happens to have 2 F outputs too
     return [(i, o) for i, o in family.linears if F in (i, o) or (fused and o == 2 * F)]
@@ -408,6 +415,7 @@ class RecipeCase:
 
 
 MERGED = {"paths": ("merged", "auto"), "dropout": False, "rate": 5e-2}
+COPIES = {"trains_base": True, "dropout": False}
 LORAS = {"paths": ("merged", "grouped", "dense", "auto")}
 ATTENTION = {
     "families": ("llama", "mistral", "qwen2", "qwen3", "gemma"),
@@ -460,6 +468,35 @@ RECIPES = {
     ),
     "bam": RecipeCase(
         lambda: sc.recipes.bam(E), lambda m: attentions(m) + upcycled(m), **ATTENTION
+    ),
+    "upcycling_noise": RecipeCase(
+        lambda: sc.recipes.upcycling(num_experts=E, top_k=K, noise_std=0.1, noise_share=0.5),
+        upcycled,
+        exact=False,
+        **COPIES,
+    ),
+    "drop_upcycling": RecipeCase(
+        lambda: sc.recipes.drop_upcycling(E, K), upcycled, exact=False, **COPIES
+    ),
+    "drop_upcycling_released": RecipeCase(
+        lambda: sc.recipes.drop_upcycling(E, K, variant="released"),
+        upcycled,
+        exact=False,
+        **COPIES,
+    ),
+    "drop_upcycling_none": RecipeCase(
+        lambda: sc.recipes.drop_upcycling(E, K, ratio=0.0, variant="released"), upcycled, **COPIES
+    ),
+    "virtual_groups": RecipeCase(
+        lambda: sc.recipes.virtual_groups(E, granularity=G, top_k=2 * G), grouped, **COPIES
+    ),
+    "virtual_groups_raw": RecipeCase(
+        lambda: sc.recipes.virtual_groups(
+            E, granularity=G, top_k=G, renormalize=False, scaling="none"
+        ),
+        grouped,
+        exact=False,
+        **COPIES,
     ),
     "btx": RecipeCase(
         lambda: sc.recipes.btx(num_experts=E), upcycled, trains_base=True, dropout=False

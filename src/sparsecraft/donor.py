@@ -248,21 +248,27 @@ class FFN:
     def hidden_width(self) -> int:
         return self.down.in_features
 
-    def first_weight(self) -> Tensor:
-        """(2F, D) with the gate's rows first when gated, else (F, D)."""
-        if self.gate is None:
-            return self.up.weight()
-        return torch.cat([self.gate.weight(), self.up.weight()])
+    def first_weight(self, neurons: slice | None = None) -> Tensor:
+        """(2F, D) with the gate's rows first when gated, else (F, D); or of some neurons only."""
+        return self._of_neurons([linear.weight() for linear in self._firsts], neurons)
 
-    def first_bias(self) -> Tensor | None:
-        up = self.up.module.bias
-        if self.gate is None or up is None:
-            return up
-        return torch.cat([self.gate.module.bias, up])
+    def first_bias(self, neurons: slice | None = None) -> Tensor | None:
+        biases = [linear.module.bias for linear in self._firsts]
+        return None if biases[0] is None else self._of_neurons(biases, neurons)
 
-    def down_weight(self) -> Tensor:
-        """(D, F)."""
-        return self.down.weight()
+    def down_weight(self, neurons: slice | None = None) -> Tensor:
+        """(D, F); or of some neurons only."""
+        return self.down.weight() if neurons is None else self.down.weight()[:, neurons]
+
+    @property
+    def _firsts(self) -> list[Linear]:
+        return [self.up] if self.gate is None else [self.gate, self.up]
+
+    def _of_neurons(self, tensors: list[Tensor], neurons: slice | None) -> Tensor:
+        if neurons is None:
+            return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        halves = tensors[0].chunk(2) if self.fused else tensors
+        return torch.cat([half[neurons] for half in halves])
 
     def down_bias(self) -> Tensor | None:
         return self.down.module.bias

@@ -11,6 +11,7 @@ from sparsecraft.donor import FFN, Attention
 from sparsecraft.errors import RecipeError
 from sparsecraft.experts.attention import AttentionExperts
 from sparsecraft.experts.ffn import FFNExperts
+from sparsecraft.init.neurons import diversify
 from sparsecraft.layer import MoELayer, dense_tensors
 from sparsecraft.planning import PlannedEdit
 from sparsecraft.recipe import Recipe
@@ -46,10 +47,16 @@ def _check_counts(recipe: Recipe, count: int) -> None:
                 f"Recipe {recipe.name!r} has {edit.experts.kind} experts, which come from one "
                 "model; sources are for full feed-forward experts and attentions (btx, bam)."
             )
-        if edit.experts.num_experts % count:
+        whole = edit.experts.kind == "attention"
+        granularity = 1 if whole else edit.experts.granularity
+        blend = not whole and edit.experts.blend
+        networks = edit.experts.num_experts // granularity
+        if networks % count or (blend and networks != count):
+            of = "" if granularity == 1 else f" ({networks} networks in shards)"
             raise RecipeError(
-                f"{edit.experts.num_experts} experts cannot come from {count} sources "
-                f"alike; set num_experts={count}, or a multiple of it."
+                f"{edit.experts.num_experts} experts{of} cannot come from {count} sources "
+                f"alike; set num_experts={count}"
+                + (" for blending." if blend else ", or a multiple of it.")
             )
 
 
@@ -68,20 +75,36 @@ def gather(
     sources: Sequence[Source],
 ) -> None:
     """Fill the experts of a converted model from `sources`, and its other tensors as the recipe
-    says. Expert e of E comes from source e N // E of N."""
+    says. Expert e of E comes from source e N // E of N. Then, with sources or without, whatever
+    of the experts the recipe draws at random."""
     for item, layer in zip(plan, layers, strict=True):
         bank = layer.experts
-        if not isinstance(bank, (FFNExperts, AttentionExperts)):
-            continue
-        bank.materialize()
-        for e in range(bank.num_experts):
-            bank.put(e, item.donor.of(sources[e * len(sources) // bank.num_experts].tensor))
-        if isinstance(bank, AttentionExperts) and recipe.others == "mean":
+        if sources and isinstance(bank, (FFNExperts, AttentionExperts)):
+            _fill(bank, item.donor, sources)
+        if isinstance(bank, FFNExperts):
+            diversify(bank, item.edit.experts)
+        if sources and isinstance(bank, AttentionExperts) and recipe.others == "mean":
             for name, parameter in bank.shared_parts().items():
                 parameter.copy_(mean(sources, f"{item.donor.path}.{name}").view_as(parameter))
-    if recipe.others == "base":
+    if recipe.others == "base" or not sources:
         return
     own = set(tensor_names(plan))
     for name, tensor in dense_tensors(model).items():
         if name not in own and tensor.is_floating_point():
             tensor.copy_(mean(sources, name))
+
+
+def _fill(
+    bank: FFNExperts | AttentionExperts, donor: FFN | Attention, sources: Sequence[Source]
+) -> None:
+    bank.materialize()
+    if isinstance(bank, FFNExperts) and bank.spec.blend:
+        donors = [donor.of(source.tensor) for source in sources]
+        for e in range(bank.num_experts):
+            bank.put(e, *donors)
+        return
+    each = bank.num_experts // len(sources)
+    for number, source in enumerate(sources):
+        of_source = donor.of(source.tensor)
+        for e in range(number * each, (number + 1) * each):
+            bank.put(e, of_source)

@@ -57,9 +57,12 @@ class RouterSpec:
     """The frozen sentence encoder of `decides="sentence"`: a hub id, folder or packaged name."""
     sentence_dim: int = 384
     """Width of its embeddings."""
-    init: Literal["kaiming_uniform", "normal", "zeros"] = "kaiming_uniform"
+    init: Literal["kaiming_uniform", "normal", "uniform", "zeros"] = "kaiming_uniform"
+    """`uniform`, of whole experts alone, has mean zero and standard deviation `init_std`."""
     init_std: float = 0.02
-    """Standard deviation of `init="normal"`; unused otherwise."""
+    """Standard deviation of `init="normal"` and `"uniform"`; unused otherwise."""
+    init_repeat: int = 1
+    """So many experts in a row start with one row of the scorer (virtual groups)."""
     balanced: bool = True
     """Whether the losses on routings count this router."""
 
@@ -76,11 +79,45 @@ class RouterSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FFNSpec:
-    """Full feed-forward experts made from the dense one."""
+    """Full feed-forward experts made from the dense one, or shards of it."""
 
     kind: Literal["ffn"] = "ffn"
     num_experts: int = 8
     init: Literal["copy"] = "copy"
+    granularity: int = 1
+    """Shards G of a network: experts e G to e G + G - 1 are those of copy, or source, e."""
+    blend: bool = False
+    """Expert e is the e-th of `num_experts` shards of every source, side by side (BTX)."""
+    scaling: Literal["none", "exact", "paper"] = "none"
+    """How an expert's output becomes `scale` times as large: by up and down so that it is exact for
+    its activation; or as the paper of virtual groups has it, by one root on all matrices."""
+    scale: float = 1.0
+    redraw: float = 0.0
+    """Share of each expert's neurons that `convert` draws anew, from a normal distribution with the
+    mean and deviation of what they replace in each matrix (Drop-Upcycling)."""
+    redraw_apart: bool = False
+    """Gate, up and down each draw other neurons (Drop-Upcycling's code)."""
+    permute: bool = False
+    """Each expert has its neurons in a random order of its own, which changes no output."""
+    noise_std: float = 0.0
+    """Standard deviation of noise on each expert's matrices and first bias."""
+    noise_share: float = 1.0
+    """Share of the neurons of each matrix that the noise is on."""
+
+    def __post_init__(self) -> None:
+        check_whole("granularity", self.granularity)
+        uneven = type(self.num_experts) is int and self.num_experts % self.granularity
+        if uneven or (self.blend and self.granularity > 1):
+            raise RecipeError(
+                f"granularity is {self.granularity} with num_experts={self.num_experts} and "
+                f"blend={self.blend}; it must divide them, and be 1 with blend."
+            )
+        if not (_is_number(self.scale) and 0 < self.scale < math.inf):
+            raise RecipeError(f"scale is {self.scale!r}; it must be a positive number.")
+        for name in ("redraw", "noise_share"):
+            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
+                raise RecipeError(f"{name} is {getattr(self, name)!r}; it must lie in [0, 1].")
+        _check_deviation(self.noise_std, "noise_std")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,6 +298,11 @@ def check_selection(router: RouterSpec, num_experts: int) -> None:
             f"top_k is {top_k} with num_experts={num_experts}{beside}; "
             f"it must lie between 1 and {'num_experts' if not beside else 'what they leave'}."
         )
+    if num_experts % router.init_repeat:
+        raise RecipeError(
+            f"router.init_repeat is {router.init_repeat} with num_experts={num_experts}; it must "
+            "divide them."
+        )
     signed = router.squash == "none" and router.scorer not in ("norm", "oracle")
     if select in NOT_NEGATIVE and signed:
         raise RecipeError(
@@ -293,7 +335,13 @@ def check_split(router: RouterSpec) -> None:
         RecipeError: a router of whole experts with fields of a split network's, or the reverse.
     """
     _check_scorer(router)
+    check_whole("router.init_repeat", router.init_repeat)
     if router.splits:
+        if router.init == "uniform" or router.init_repeat > 1:
+            raise RecipeError(
+                f"router.init is {router.init!r} with init_repeat={router.init_repeat}; a split "
+                "network's is kaiming_uniform, normal or zeros, and 1."
+            )
         if router.temperature != 1:
             raise RecipeError(
                 f"router.temperature is {router.temperature} with weighting={router.weighting!r}; "
@@ -338,9 +386,9 @@ def _check_adapter(name: str, width: int, dropout: float, **factors: float) -> N
             raise RecipeError(f"{factor} is {value!r}; it must be a positive number.")
 
 
-def _check_deviation(value: float) -> None:
+def _check_deviation(value: float, name: str = "init_std") -> None:
     if not (_is_number(value) and 0 <= value < math.inf):
-        raise RecipeError(f"init_std is {value!r}; it must be a number from 0.")
+        raise RecipeError(f"{name} is {value!r}; it must be a number from 0.")
 
 
 def _is_number(value: object) -> bool:

@@ -137,9 +137,8 @@ def convert(
         with torch.random.fork_rng(devices=list(cuda)):
             torch.manual_seed(seed)
             record = apply(model, recipe, edits)
-        record.digests = digests
-        if given:
             gather(model, recipe, edits, record.layers, given)
+        record.digests = digests
         _remember_origin(model, record)
         certificate = compare(before, outputs(model, probes)) if certify else None
         if not given:  # a claim is about copies of one model

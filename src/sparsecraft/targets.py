@@ -168,6 +168,7 @@ class MixtralTarget:
 
         edit = conversion_of(model).recipe.edits[0]
         base = model.config.to_dict()
+        base["intermediate_size"] //= edit.experts.granularity
         shared = (
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
             "num_key_value_heads head_dim hidden_act max_position_embeddings initializer_range "

@@ -52,7 +52,7 @@ def build_experts(
         )
     match spec:
         case FFNSpec():
-            return FFNExperts(spec, donor)
+            return FFNExperts(spec, donor, device=device)
         case AttentionSpec():
             return AttentionExperts(spec, donor)
         case SplitSpec() if place == "imitate":

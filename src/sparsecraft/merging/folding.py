@@ -93,6 +93,8 @@ def has_dense_form(item: PlannedEdit, single: bool) -> str | None:
             "a sum of several feed-forward networks is none of the same width; use how='average', "
             "or fixed weights that name one expert"
         )
+    if isinstance(spec, FFNSpec) and spec.granularity > 1:
+        return "its experts are shards of networks, and no one of them has the dense one's width"
     if isinstance(spec, FFNSpec) and place != "replace":
         return f"feed-forward experts {place} the dense network cannot take its place"
     if place == "before" and at == "activation":

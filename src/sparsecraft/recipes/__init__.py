@@ -13,6 +13,7 @@ from sparsecraft.recipes.camel import camel
 from sparsecraft.recipes.camelidae import camelidae
 from sparsecraft.recipes.cmoe import cmoe
 from sparsecraft.recipes.d2dmoe import d2dmoe
+from sparsecraft.recipes.drop_upcycling import drop_upcycling
 from sparsecraft.recipes.dsti import dsti
 from sparsecraft.recipes.gmoefication import gmoefication
 from sparsecraft.recipes.hydralora import hydralora
@@ -25,6 +26,7 @@ from sparsecraft.recipes.molora import molora
 from sparsecraft.recipes.mov import mov
 from sparsecraft.recipes.smola import smola
 from sparsecraft.recipes.upcycling import upcycling
+from sparsecraft.recipes.virtual_groups import virtual_groups
 
 __all__ = [
     "adapter",
@@ -34,6 +36,7 @@ __all__ = [
     "camelidae",
     "cmoe",
     "d2dmoe",
+    "drop_upcycling",
     "dsti",
     "gmoefication",
     "hydralora",
@@ -46,6 +49,7 @@ __all__ = [
     "mov",
     "smola",
     "upcycling",
+    "virtual_groups",
 ]
 
 

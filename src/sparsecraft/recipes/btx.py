@@ -8,13 +8,15 @@ Command: sparsecraft convert btx --model BASE --sources BASE MATH CODE --out run
 from sparsecraft.errors import RecipeError
 from sparsecraft.recipe import Edit, FFNSpec, Recipe, RouterSpec, Stage
 
-ROUTINGS = ("top_2", "soft", "switch")
+ROUTINGS = ("top_2", "top_4", "soft", "switch")
 
 
 def btx(
     num_experts: int = 4,
     *,
     routing: str = "top_2",
+    splitting: int = 1,
+    blending: bool = False,
     freeze_experts: bool = False,
     balance_coef: float = 0.01,
     router_std: float = 0.02,
@@ -25,34 +27,34 @@ def btx(
 
     Args:
         num_experts: experts of every feed-forward network; with sources a multiple of their number.
-        routing: `top_2` (softmax over the two kept), `soft` (all experts) or `switch` (top-1,
-            weighted by the softmax over all, so that the router learns).
+        routing: `top_2` or `top_4` (softmax over those kept), `soft` (all experts) or `switch`
+            (top-1, weighted by the softmax over all, so that the router learns).
+        splitting: C, each network is cut into so many experts; the paper found it worse.
+        blending: expert n is the n-th shard of every source, side by side; the paper found it
+            much worse.
         freeze_experts: train routers and all other tensors only; the paper found it as good.
         balance_coef: weight of the balance loss; 0 turns it off.
         router_std: standard deviation of the normal router initialization.
         learning_rate: peak of the cosine.
         paths: glob over the paths of the feed-forward networks.
     """
-    if routing not in ROUTINGS:
-        raise RecipeError(f"routing is {routing!r}; it must be {' or '.join(ROUTINGS)}.")
-    router = {
-        "top_2": {"top_k": min(2, num_experts)},
-        "soft": {"select": "soft", "top_k": None},
-        "switch": {"top_k": 1, "renormalize": False},
-    }[routing]
+    count = num_experts * splitting
+    router = _router(routing, count)
+    if blending and splitting > 1:
+        raise RecipeError(f"blending with splitting={splitting}; choose one of them.")
     return Recipe(
         name="btx",
         title="Feed-forward networks of several dense models behind a router",
         paper="Sukhbaatar et al., COLM 2024 (Branch-Train-MiX)",
         variant=routing,
-        exact_at_start=routing != "switch" or num_experts == 1,
+        exact_at_start=count == 1 or not (routing == "switch" or splitting > 1 or blending),
         others="mean",
         edits=(
             Edit(
                 site="ffn",
                 paths=paths,
                 place="replace",
-                experts=FFNSpec(num_experts=num_experts),
+                experts=FFNSpec(num_experts=count, granularity=splitting, blend=blending),
                 router=RouterSpec(init="normal", init_std=router_std, **router),
             ),
         ),
@@ -69,3 +71,14 @@ def btx(
             ),
         ),
     )
+
+
+def _router(routing: str, count: int) -> dict:
+    if routing not in ROUTINGS:
+        raise RecipeError(f"routing is {routing!r}; it must be {' or '.join(ROUTINGS)}.")
+    return {
+        "top_2": {"top_k": min(2, count)},
+        "top_4": {"top_k": min(4, count)},
+        "soft": {"select": "soft", "top_k": None},
+        "switch": {"top_k": 1, "renormalize": False},
+    }[routing]

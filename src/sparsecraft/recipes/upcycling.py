@@ -15,6 +15,9 @@ def upcycling(
     router_std: float = 0.02,
     balance_coef: float = 0.01,
     paths: str = "*",
+    *,
+    noise_std: float = 0.0,
+    noise_share: float = 1.0,
 ) -> Recipe:
     """Copied experts; all parameters train.
 
@@ -28,18 +31,26 @@ def upcycling(
         router_std: standard deviation of the normal router initialization.
         balance_coef: weight of the Switch balance loss; 0 turns it off.
         paths: glob over the paths of the feed-forward networks.
+        noise_std: standard deviation of noise on every copy's matrices, so that they differ from
+            the first step; the model no longer starts as the dense one.
+        noise_share: share of the neurons of each matrix that the noise is on.
     """
     return Recipe(
         name="upcycling",
         title="Copies of every FFN behind a top-k router",
         paper="Komatsuzaki et al., ICLR 2023 (Sparse Upcycling)",
-        exact_at_start=renormalize or top_k == num_experts,
+        exact_at_start=(renormalize or top_k == num_experts) and not (noise_std and noise_share),
         edits=(
             Edit(
                 site="ffn",
                 paths=paths,
                 place="replace",
-                experts=FFNSpec(num_experts=num_experts, init="copy"),
+                experts=FFNSpec(
+                    num_experts=num_experts,
+                    init="copy",
+                    noise_std=noise_std,
+                    noise_share=noise_share,
+                ),
                 router=RouterSpec(
                     top_k=top_k, renormalize=renormalize, init="normal", init_std=router_std
                 ),

@@ -17,13 +17,18 @@ class LinearScorer(nn.Module):
     def __init__(self, width: int, num_experts: int, spec: RouterSpec, *, device=None, dtype=None):
         super().__init__()
         self.width = width
-        self.weight = nn.Parameter(torch.empty(num_experts, width, device=device, dtype=dtype))
-        if spec.init == "kaiming_uniform":  # the default of nn.Linear, which PESC's code keeps
-            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        elif spec.init == "normal":
-            nn.init.normal_(self.weight, std=spec.init_std)
-        else:
-            nn.init.zeros_(self.weight)
+        weight = torch.empty(num_experts // spec.init_repeat, width, device=device, dtype=dtype)
+        match spec.init:
+            case "kaiming_uniform":  # the default of nn.Linear, which PESC's code keeps
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+            case "normal":
+                nn.init.normal_(weight, std=spec.init_std)
+            case "uniform":
+                edge = math.sqrt(3) * spec.init_std
+                nn.init.uniform_(weight, -edge, edge)
+            case "zeros":
+                nn.init.zeros_(weight)
+        self.weight = nn.Parameter(weight.repeat_interleave(spec.init_repeat, dim=0))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return float32_product(x_TD, self.weight)
