@@ -508,6 +508,11 @@ RECIPES = {
         trains_base=True,
         dropout=False,
     ),
+    "btx_sample": RecipeCase(
+        lambda: sc.recipes.btx(num_experts=E, routing="sample"),
+        upcycled,
+        trains_base=True,
+    ),
     "btx_soft": RecipeCase(
         lambda: sc.recipes.btx(num_experts=E, routing="soft"),
         upcycled,

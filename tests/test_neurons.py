@@ -448,8 +448,12 @@ def test_equal_sources_are_cut_as_the_model_itself():
             "init_repeat is 3 with num_experts=4",
         ),
         (
+            lambda: Edit(experts=FFNSpec(), router=RouterSpec(select="sample")),
+            "'sample' with top_k=2: sample selection takes top_k=1",
+        ),
+        (
             lambda: sc.override(sc.recipes.moefication(), {"router.init": "uniform"}),
-            "router.init is 'uniform'",
+            "router.init='uniform'",
         ),
     ],
 )

@@ -270,6 +270,7 @@ NO_K = {"top_k": None}
     ("router", "words"),
     [
         ({"top_k": None}, ["'top_k' with top_k=None", "takes a number"]),
+        ({"select": "sample", "top_k": 1}, ["'sample' with weighting='one'"]),
         ({"top_k": 0}, ["top_k is 0 with num_experts=8", "between 1 and num_experts"]),
         ({"top_k": 9}, ["top_k is 9 with num_experts=8"]),
         ({"top_k": 7, "shared": 2}, ["top_k is 7", "shared=2", "what they leave"]),

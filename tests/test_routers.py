@@ -8,7 +8,7 @@ import torch
 import sparsecraft as sc
 from cases import RECIPES, RUNNING, batch, dense
 from sparsecraft.recipe import RouterSpec
-from sparsecraft.routers import build_router, soft, top_k
+from sparsecraft.routers import Sample, build_router, soft, top_k
 from sparsecraft.routing import Routing
 
 T, E, D = 20, 6, 16
@@ -42,6 +42,44 @@ def test_soft_uses_every_expert():
     weights_TE, indices_TE = soft(logits_TE)
     assert torch.equal(weights_TE, logits_TE.softmax(-1))
     assert torch.equal(indices_TE[3], torch.arange(E))
+
+
+def test_sampling_draws_by_the_softmax_in_training_and_takes_the_best_at_inference():
+    torch.manual_seed(0)
+    sample, logits_E = Sample(), torch.tensor([1.0, 0.0, 2.0, -1.0])
+    logits_TE = logits_E.expand(40_000, 4).clone().requires_grad_()
+    assert sample.temperature == 1
+    for step, tau in ((0, 1.0), (5000, 0.6065), (6931, 0.5001), (100_000, 0.5)):
+        sample.step = step
+        assert sample.temperature == pytest.approx(tau, abs=1e-4)
+        weights_T1, indices_T1 = sample(logits_TE)
+        drawn_E = torch.bincount(indices_T1[:, 0], minlength=4) / len(logits_TE)
+        # Gumbel-max: the draws are by the softmax at any temperature.
+        assert torch.allclose(drawn_E, logits_E.softmax(-1), atol=0.01)
+        assert (weights_T1 > 1 / 4).all() and (weights_T1 < 1 + 1e-6).all()
+    (gradient_TE,) = torch.autograd.grad(weights_T1.sum(), logits_TE)
+    assert (gradient_TE.abs().sum(-1) > 0).float().mean() > 0.9
+    sample.eval()
+    weights_T1, indices_T1 = sample(logits_TE)
+    assert (weights_T1 == 1).all() and (indices_T1 == 2).all()
+
+
+def test_the_first_of_sampling_layers_is_soft_and_all_are_deterministic_at_inference():
+    model, inputs = dense("llama"), batch("llama")
+    sc.convert(model, sc.recipes.btx(4, routing="sample"))
+    model.train().eval()
+    with sc.trace(model) as routing:
+        first, again = model(**inputs).logits, model(**inputs).logits
+    assert torch.equal(first, again)
+    soft_one, sampled = routing.values()
+    assert soft_one.in_order and soft_one.weights_TK.shape[-1] == 4
+    assert not sampled.in_order and sampled.weights_TK.shape[-1] == 1
+    assert torch.equal(sampled.indices_TK[:, 0], sampled.logits_TE.argmax(-1))
+    model.train()
+    with sc.trace(model) as routing:
+        model(**inputs)
+    weights_T = list(routing.values())[1].weights_TK[:, 0]
+    assert (weights_T < 1).any()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])

@@ -78,6 +78,23 @@ def test_routing_statistics_stand_beside_the_loss(tmp_path, rows):
     assert entry["switch_loss"] >= 0.9
 
 
+def test_sampling_routers_are_told_the_trainers_step(rows):
+    model = tiny.llama()
+    sc.convert(model, sc.recipes.btx(4, routing="sample"))
+    trainer = make_trainer(model, rows)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.current_gradient_accumulation_steps = 1
+    model.train()
+    sampler = model.model.layers[1].mlp.router.select
+    for step in (0, 7000):  # as after a resume, which restores the trainer's own count
+        trainer.state.global_step = step
+        trainer.compute_loss(model, dict(batch)).backward()
+        assert sampler.step == step
+    assert sampler.temperature == 0.5
+    for layer in model.model.layers:
+        assert layer.mlp.router.scorer.weight.grad.abs().sum() > 0
+
+
 def test_the_auxiliary_loss_is_added_in_training_and_only_there(tmp_path, rows):
     gradients = {}
     for coefficient in (0.0, 1.0):

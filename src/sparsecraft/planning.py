@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,7 @@ def build_layer(
     """The layer for one planned edit, without its base, on the donor's device unless told.
 
     Args:
-        number: of the layer, so that random partitions differ.
+        number: of the layer, so that random partitions differ, and the first may be soft.
     """
     edit, donor, site = item.edit, item.donor, item.site
     reference = reference_tensor(donor)
@@ -167,8 +167,10 @@ def build_layer(
             experts.arrange(partition_of_weights(experts, number))
         router = edit.router and Gate(edit.router, experts)
     elif edit.router is not None:
-        width, count = router_width(model, item), edit.experts.num_experts
-        router = build_router(edit.router, width, count, device=device, dtype=dtype)
+        width, count, spec = router_width(model, item), edit.experts.num_experts, edit.router
+        if spec.soft_first and number == 0:
+            spec = replace(spec, select="soft", top_k=None)
+        router = build_router(spec, width, count, device=device, dtype=dtype)
     layer = MoELayer(edit.place, experts, router, rows=site.rows, modality=edit.modality)
     layer.causal = is_causal(model, site.path)
     layer.reads = reads(model, site.path)

@@ -15,13 +15,16 @@ class RouterSpec:
 
     scorer: Literal["linear", "similarity", "mlp", "norm", "analytic", "oracle"] = "linear"
     """All but `linear` are of split networks; see `sparsecraft.routers.split`."""
-    select: Literal["top_k", "soft", "slots", "share", "relative", "threshold"] = "top_k"
-    """`slots` is Soft MoE's: every expert works on one weighted mean of the tokens of a sequence
-    (of its prefix, in a causal model), and tokens outside are mixed softly. `share` takes the best
+    select: Literal["top_k", "sample", "soft", "slots", "share", "relative", "threshold"] = "top_k"
+    """`sample` draws one expert in training and takes the best at inference (BTX). `slots` is
+    Soft MoE's: every expert works on one weighted mean of the tokens of a sequence (of its prefix,
+    in a causal model), and tokens outside are mixed softly. `share` takes the best
     experts until their scores sum to `threshold` of all, `relative` those that reach `threshold`
     times the best, `threshold` those that exceed it."""
     top_k: int | None = 2
-    """Experts per token, for `top_k` alone."""
+    """Experts per token, for `top_k`; 1 for `sample`."""
+    soft_first: bool = False
+    """The first layer is `soft`, whatever the others are (BTX's sampling)."""
     threshold: float | None = None
     """Of the rules by threshold."""
     shared: int = 0
@@ -89,16 +92,14 @@ class FFNSpec:
     blend: bool = False
     """Expert e is the e-th of `num_experts` shards of every source, side by side (BTX)."""
     scaling: Literal["none", "exact", "paper"] = "none"
-    """How an expert's output becomes `scale` times as large: by up and down so that it is exact for
-    its activation; or as the paper of virtual groups has it, by one root on all matrices."""
+    """How outputs become `scale` times as large: see `sparsecraft.experts.ffn.factors`."""
     scale: float = 1.0
     redraw: float = 0.0
-    """Share of each expert's neurons that `convert` draws anew, from a normal distribution with the
-    mean and deviation of what they replace in each matrix (Drop-Upcycling)."""
+    """Share of each expert's neurons drawn anew: see `sparsecraft.init.neurons`."""
     redraw_apart: bool = False
     """Gate, up and down each draw other neurons (Drop-Upcycling's code)."""
     permute: bool = False
-    """Each expert has its neurons in a random order of its own, which changes no output."""
+    """Each expert has its neurons in a random order, which changes no output."""
     noise_std: float = 0.0
     """Standard deviation of noise on each expert's matrices and first bias."""
     noise_share: float = 1.0
@@ -273,10 +274,11 @@ def check_selection(router: RouterSpec, num_experts: int) -> None:
         RecipeError: the number is missing, not needed, or out of its range.
     """
     select, top_k, threshold = router.select, router.top_k, router.threshold
-    if (select == "top_k") == (top_k is None):
+    wanted = 1 if select == "sample" else None
+    if (top_k is None) if select == "top_k" else (top_k != wanted):
         raise RecipeError(
             f"router.select is {select!r} with top_k={top_k}: {select} selection takes "
-            f"{'a number' if select == 'top_k' else 'top_k=None'}."
+            f"{'a number' if select == 'top_k' else f'top_k={wanted}'}."
         )
     if (select in BY_THRESHOLD) == (threshold is None):
         raise RecipeError(
@@ -337,17 +339,17 @@ def check_split(router: RouterSpec) -> None:
     _check_scorer(router)
     check_whole("router.init_repeat", router.init_repeat)
     if router.splits:
-        if router.init == "uniform" or router.init_repeat > 1:
+        if router.init == "uniform" or router.init_repeat > 1 or router.soft_first:
             raise RecipeError(
-                f"router.init is {router.init!r} with init_repeat={router.init_repeat}; a split "
-                "network's is kaiming_uniform, normal or zeros, and 1."
+                f"router.init={router.init!r}, init_repeat={router.init_repeat} or soft_first="
+                f"{router.soft_first} is for whole experts; a split network's has init='normal'."
             )
         if router.temperature != 1:
             raise RecipeError(
                 f"router.temperature is {router.temperature} with weighting={router.weighting!r}; "
                 "it divides the logits of whole experts only."
             )
-        if router.select in ("soft", "slots"):
+        if router.select in ("soft", "slots", "sample"):
             raise RecipeError(
                 f"router.select is {router.select!r} with weighting={router.weighting!r}; the "
                 "experts of a split network are selected by top_k, share, relative or threshold."

@@ -28,6 +28,7 @@ from sparsecraft.layer import matches, unique_tensors
 from sparsecraft.losses import auxiliary_loss
 from sparsecraft.options import TrainOptions
 from sparsecraft.recipe import Stage
+from sparsecraft.routers import Sample
 from sparsecraft.routing import Routing, spread, trace
 from sparsecraft.surgery import conversion_of
 
@@ -47,6 +48,7 @@ class RoutedTrainerMixin:
         token_mask = inputs.pop(TOKEN_MASK, None)
         training = model.training
         unwrapped = self.accelerator.unwrap_model(model)
+        self._tell_step(unwrapped)
         with trace(unwrapped) as traced:
             result = super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
@@ -89,6 +91,12 @@ class RoutedTrainerMixin:
         loss = result[0] if return_outputs else result
         loss = loss + auxiliary.to(loss.device)
         return (loss, *result[1:]) if return_outputs else loss
+
+    def _tell_step(self, model: torch.nn.Module) -> None:
+        """Let the routers that sample cool down, also where a run is resumed."""
+        for layer in conversion_of(model).layers:
+            if isinstance(getattr(layer.router, "select", None), Sample):
+                layer.router.select.step = self.state.global_step
 
     def _loss_factor(self) -> float:
         """Of the auxiliary losses at this step, as the stage's schedule has it."""

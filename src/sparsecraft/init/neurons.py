@@ -18,7 +18,8 @@ from sparsecraft.recipe import FFNSpec
 def diversify(bank: FFNExperts, spec: FFNSpec) -> None:
     """Permute, redraw and disturb the neurons of every expert, as `spec` has it.
 
-    Draws from torch's global random state; each expert draws anew.
+    What is drawn anew has the mean and the deviation of what it replaces in each matrix. All comes
+    from torch's global random state, so that every expert of every layer draws other numbers.
     """
     if not (spec.permute or spec.redraw or spec.noise_std):
         return

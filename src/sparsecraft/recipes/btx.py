@@ -8,7 +8,7 @@ Command: sparsecraft convert btx --model BASE --sources BASE MATH CODE --out run
 from sparsecraft.errors import RecipeError
 from sparsecraft.recipe import Edit, FFNSpec, Recipe, RouterSpec, Stage
 
-ROUTINGS = ("top_2", "top_4", "soft", "switch")
+ROUTINGS = ("top_2", "top_4", "soft", "switch", "sample")
 
 
 def btx(
@@ -27,11 +27,11 @@ def btx(
 
     Args:
         num_experts: experts of every feed-forward network; with sources a multiple of their number.
-        routing: `top_2` or `top_4` (softmax over those kept), `soft` (all experts) or `switch`
-            (top-1, weighted by the softmax over all, so that the router learns).
+        routing: `top_2` or `top_4` (softmax over those kept), `soft` (all experts), `switch`
+            (top-1, weighted by the softmax over all, so that the router learns) or `sample` (one
+            drawn in training, the best at inference; the first layer soft).
         splitting: C, each network is cut into so many experts; the paper found it worse.
-        blending: expert n is the n-th shard of every source, side by side; the paper found it
-            much worse.
+        blending: expert n is the n-th shard of every source; the paper found it much worse.
         freeze_experts: train routers and all other tensors only; the paper found it as good.
         balance_coef: weight of the balance loss; 0 turns it off.
         router_std: standard deviation of the normal router initialization.
@@ -81,4 +81,5 @@ def _router(routing: str, count: int) -> dict:
         "top_4": {"top_k": min(4, count)},
         "soft": {"select": "soft", "top_k": None},
         "switch": {"top_k": 1, "renormalize": False},
+        "sample": {"select": "sample", "top_k": 1, "soft_first": True},
     }[routing]

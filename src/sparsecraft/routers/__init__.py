@@ -5,7 +5,7 @@ from functools import partial
 from sparsecraft.recipe import RouterSpec
 from sparsecraft.routers.base import Router
 from sparsecraft.routers.scorers import LinearScorer
-from sparsecraft.routers.selectors import soft, top_k
+from sparsecraft.routers.selectors import Sample, soft, top_k
 from sparsecraft.routers.split import Gate
 
 SCORERS = {"linear": LinearScorer}
@@ -17,12 +17,14 @@ def build_router(
     """The router that `spec` describes, for tokens of `width` features; of whole experts, that is:
     the parts of a split network have a `Gate`."""
     scorer = SCORERS[spec.scorer](width, num_experts, spec, device=device, dtype=dtype)
-    select = (
-        partial(top_k, k=spec.top_k, renormalize=spec.renormalize)
-        if spec.select == "top_k"
-        else soft  # slots are combined by the same softmax
-    )
+    match spec.select:
+        case "top_k":
+            select = partial(top_k, k=spec.top_k, renormalize=spec.renormalize)
+        case "sample":
+            select = Sample()
+        case _:
+            select = soft  # slots are combined by the same softmax
     return Router(scorer, spec, select)
 
 
-__all__ = ["SCORERS", "Gate", "Router", "build_router", "soft", "top_k"]
+__all__ = ["SCORERS", "Gate", "Router", "Sample", "build_router", "soft", "top_k"]

@@ -40,7 +40,8 @@ class Router(nn.Module):
         if self.spec.decides in ("sequence", "sentence"):
             logits = self._for_tokens(logits, x, batch)
         weights_TK, indices_TK = self.select(logits)
-        return Routing(weights_TK, indices_TK, logits, in_order=self.spec.select != "top_k")
+        in_order = self.spec.select not in ("top_k", "sample")
+        return Routing(weights_TK, indices_TK, logits, in_order=in_order)
 
     def scores_of_input(self) -> Tensor | None:
         """The matrix (E, D) whose product with each token of the layer's input is all that the

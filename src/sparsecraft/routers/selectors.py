@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def top_k(logits_TE: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -23,6 +25,33 @@ def soft(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     """Every expert, weighted by the softmax (MoV and MoLORA Eq. 1)."""
     weights_TE = logits_TE.softmax(-1)
     return weights_TE, _count(logits_TE).expand_as(weights_TE)
+
+
+class Sample(nn.Module):
+    """BTX's Sample Top-1: the best of softmax((logits + Gumbel noise) / tau), weighted by it, in
+    training; the best expert with weight one at inference, where nothing is drawn.
+
+    Attributes:
+        step: training steps so far, which the trainer tells: tau = max(0.5, exp(-1e-4 step)).
+    """
+
+    RATE, FLOOR = 1e-4, 0.5
+
+    def __init__(self):
+        super().__init__()
+        self.step = 0
+
+    def forward(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.training:
+            best_T1 = logits_TE.argmax(-1, keepdim=True)
+            return torch.ones_like(best_T1, dtype=logits_TE.dtype), best_T1
+        gumbel_TE = -torch.empty_like(logits_TE).exponential_().log()
+        return ((logits_TE + gumbel_TE) / self.temperature).softmax(-1).max(-1, keepdim=True)
+
+    @property
+    def temperature(self) -> float:
+        # The paper prints max(0.5, -r t); this is Jang et al.'s annealing, which it refers to.
+        return max(self.FLOOR, math.exp(-self.RATE * self.step))
 
 
 def _count(logits_TE: Tensor) -> Tensor:
