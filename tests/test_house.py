@@ -19,7 +19,7 @@ MODULES = {str(p.relative_to(SOURCE).with_suffix("")).replace("/", "."): p for p
 # Lower may not import higher. Modules of one rank may import each other.
 RANKS = (
     ("errors", "__init__"),
-    ("recipe", "specs", "typed", "routing", "batch"),
+    ("recipe", "specs", "gating", "typed", "routing", "batch"),
     ("donor", "sites", "hub", "packaged", "encoding", "rows", "corpus", "sentences"),
     ("experts", "routers", "kernels", "init", "data", "losses"),
     ("layer",),

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from sparsecraft.errors import SparsecraftError, did_you_mean
+from sparsecraft.gating import RouterSpec
 from sparsecraft.recipe import Edit
-from sparsecraft.specs import RouterSpec
 
 # What no transformers model takes itself, and what a layer may ask for.
 OURS = ("sentence_embeddings", "sentence_ids", "prefix_mask")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sparsecraft.errors import RecipeError, did_you_mean
+from sparsecraft.gating import RouterSpec, check_selection, check_split
 from sparsecraft.specs import (
     PLACES,
     AdapterSpec,
@@ -23,11 +24,8 @@ from sparsecraft.specs import (
     FFNSpec,
     FitSpec,
     LoRASpec,
-    RouterSpec,
     SplitSpec,
     VectorSpec,
-    check_selection,
-    check_split,
     check_whole,
 )
 from sparsecraft.typed import parse, read
