@@ -27,7 +27,7 @@ RANKS = (
     ("planning",),
     ("gathering",),
     ("surgery",),
-    ("folder",),
+    ("folder", "shards"),
     ("checkpoint", "preflight"),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

@@ -30,6 +30,9 @@ class Certificate:
         tolerance: the difference up to which the two count as equal, for this dtype and scale.
         dtype: of the outputs.
         probes: how many batches were compared, the random one included.
+        layers: 0 if the model's outputs were compared; else how many layers were, each alone on
+            the input that it has in the dense model. The numbers are then those of the layer with
+            the largest difference relative to its output.
     """
 
     max_difference: float
@@ -37,6 +40,7 @@ class Certificate:
     tolerance: float
     dtype: str
     probes: int
+    layers: int = 0
 
     @property
     def exact(self) -> bool:
@@ -44,9 +48,13 @@ class Certificate:
 
     def __str__(self) -> str:
         verdict = "equal" if self.exact else "different"
+        compared = (
+            f"of {self.layers} layers one by one, max |output" if self.layers else "max |logit"
+        )
+        scale = "that layer's output" if self.layers else "logit"
         return (
-            f"max |logit difference| {self.max_difference:.1e} on {self.probes} probe "
-            f"batch(es), logit scale {self.scale:.1f}, tolerance {self.tolerance:.1e} "
+            f"{compared} difference| {self.max_difference:.1e} on {self.probes} probe "
+            f"batch(es), {scale} scale {self.scale:.1f}, tolerance {self.tolerance:.1e} "
             f"in {self.dtype}: {verdict}"
         )
 

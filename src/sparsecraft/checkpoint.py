@@ -1,7 +1,8 @@
 """A converted model on disk: `recipe.json`, `moe.safetensors`, and what other tools expect beside.
 
     recipe.json       format_version, recipe, base (name, revision, fingerprint), digests
-    moe.safetensors   tensors that are new or differ from the base; all of them if standalone
+    moe.safetensors   tensors that are new or differ from the base; all of them if standalone.
+                      If large, moe-00001-of-0000N.safetensors and moe.safetensors.index.json
     report.json       certificate, parameter counts, training log
     config.json       model_type "sparsecraft" with the base's configuration inside
     README.md, tokenizer files, generation_config.json
@@ -20,7 +21,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 import sparsecraft
-from sparsecraft import budget, cost, hub, tensorfile
+from sparsecraft import budget, cost, hub, shards
 from sparsecraft.errors import CheckpointError, HubError, SparsecraftError
 from sparsecraft.folder import (
     COMPANIONS,
@@ -55,6 +56,7 @@ def save(
     overwrite: bool = False,
     tokenizer: Any = None,
     keep: tuple[str, ...] | None = None,
+    shard_size: int = shards.SHARD_SIZE,
 ) -> Path:
     """Write a converted model as a checkpoint folder.
 
@@ -64,6 +66,7 @@ def save(
         overwrite: replace an existing folder once the new one is complete.
         tokenizer: written beside the model; by default the base's own files are copied.
         keep: write into a folder of the user's too; these globs of its files win over ours.
+        shard_size: bytes beyond which the tensors are split over several files.
 
     Raises:
         SurgeryError: the model is dense.
@@ -71,44 +74,51 @@ def save(
         ResourceError: the disk is too small.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    record = conversion_of(model)
+    conversion_of(model)
     check_loadable(model)
     budget.warn_untrained(model)
     out = Path(out)
-    origin = _usable_base(model, out, standalone)
+    origin = usable_base(model, out, standalone)
     tensors = new_or_changed(model, origin)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     cost.require(out, disk=size, memory=0, task="Saving")
-    config = config_of(model)
     with replacing(out, overwrite, keep or (), foreign=keep is not None) as folder:
-        weights_digest = tensorfile.write(folder / WEIGHTS, tensors)
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "sparsecraft": sparsecraft.__version__,
-            "recipe": to_json(record.recipe),
-            "base": origin
-            and {
-                "name": origin.name,
-                "revision": origin.revision,
-                "fingerprint": origin.fingerprint(),
-                "dtype": word(base_dtype(model)),
-            },
-            "base_card": record.base_card,
-            # What `revert` compares with, where there is no base to read the originals from.
-            "dense": None if origin else {n: [word(d), h] for n, (d, h) in record.digests.items()},
-            "running": budget.state_of(model),
-            "tensors": weights_digest,
-            "config": json_digest(config),
-        }
-        write_json(folder / MANIFEST, {**manifest, "digest": json_digest(manifest)})
-        write_json(folder / "report.json", record.report)
-        write_json(folder / "config.json", config)
-        write_companions(model, folder, tokenizer)
-        (folder / "README.md").write_text(readme(model, origin))
+        weights_digest = shards.write(folder / WEIGHTS, tensors, shard_size)
+        write_rest(model, folder, origin, weights_digest, tokenizer)
     return out
 
 
-def _usable_base(model: nn.Module, out: Path, standalone: bool) -> Origin | None:
+def write_rest(
+    model: nn.Module, folder: Path, origin: Origin | None, weights_digest: str, tokenizer: Any
+) -> None:
+    """All of a checkpoint but its tensors, of which only the names and dtypes are asked."""
+    record, config = conversion_of(model), config_of(model)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "sparsecraft": sparsecraft.__version__,
+        "recipe": to_json(record.recipe),
+        "base": origin
+        and {
+            "name": origin.name,
+            "revision": origin.revision,
+            "fingerprint": origin.fingerprint(),
+            "dtype": word(base_dtype(model)),
+        },
+        "base_card": record.base_card,
+        # What `revert` compares with, where there is no base to read the originals from.
+        "dense": None if origin else {n: [word(d), h] for n, (d, h) in record.digests.items()},
+        "running": budget.state_of(model),
+        "tensors": weights_digest,
+        "config": json_digest(config),
+    }
+    write_json(folder / MANIFEST, {**manifest, "digest": json_digest(manifest)})
+    write_json(folder / "report.json", record.report)
+    write_json(folder / "config.json", config)
+    write_companions(model, folder, tokenizer)
+    (folder / "README.md").write_text(readme(model, origin))
+
+
+def usable_base(model: nn.Module, out: Path, standalone: bool) -> Origin | None:
     """The base that a checkpoint in `out` can stand on; None if it has to hold everything."""
     record = conversion_of(model)
     origin = Origin.find(record.origin, record.revision)
@@ -276,7 +286,7 @@ def read_tensors(
     required = set() if in_place else set(known) if complete else new
     devices = _devices(model)
     digests = {}
-    for name, tensor in tensorfile.read(path):
+    for name, tensor in shards.read(path):
         digests[name] = digest(tensor)
         if name not in known:
             raise CheckpointError(f"{path} holds {name!r}, which this recipe has no place for.")

@@ -112,7 +112,6 @@ def run(recipe: Any, options: ConvertOptions, say: Say) -> None:
     import torch
 
     from sparsecraft import checkpoint, cost, hub, preflight, surgery
-    from sparsecraft.analysis.report import cost_lines
     from sparsecraft.folder import check_free
     from sparsecraft.recipe import override
 
@@ -125,8 +124,12 @@ def run(recipe: Any, options: ConvertOptions, say: Say) -> None:
         raise SparsecraftError(
             f"--device {options.device}: torch sees no such device here; use cpu."
         )
-    folder = hub.resolve(options.model)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    if options.stream:
+        return _stream(recipe, options, dtype, say)
+    if options.resume:
+        raise SparsecraftError("--resume is for --stream; other conversions write at their end.")
+    folder = hub.resolve(options.model)
     needs = preflight.needs(folder, recipe, dtype, data=bool(options.data))
     disk = needs.new + (needs.base if options.standalone else 0)
     memory = sum(dataclasses.astuple(needs))
@@ -143,16 +146,57 @@ def run(recipe: Any, options: ConvertOptions, say: Say) -> None:
         recipe,
         options.data or None,
         tokenizer=tokenizer,
+        certify=options.certify,
         seed=options.seed,
         sources=options.sources,
         unrelated=options.unrelated,
     )
-    checkpoint.save(model, options.out, standalone=options.standalone, overwrite=options.overwrite)
+    checkpoint.save(
+        model,
+        options.out,
+        standalone=options.standalone,
+        overwrite=options.overwrite,
+        shard_size=round(options.shard_size * 1e9),
+    )
+    _say_report(report, recipe, options, say)
+
+
+def _stream(recipe: Any, options: ConvertOptions, dtype: Any, say: Say) -> None:
+    from sparsecraft import streaming
+
+    for name, given in (("--data", options.data), ("--device", options.device != "cpu")):
+        if given:
+            raise SparsecraftError(
+                f"{name} is not for --stream, which has no whole model to run; leave it out."
+            )
+    report = streaming.convert_files(
+        options.model,
+        recipe,
+        options.out,
+        sources=options.sources,
+        unrelated=options.unrelated,
+        dtype=dtype,
+        standalone=options.standalone,
+        overwrite=options.overwrite,
+        resume=options.resume,
+        certify=options.certify,
+        seed=options.seed,
+        shard_size=round(options.shard_size * 1e9),
+        progress=options.progress,
+        say=say,
+    )
+    _say_report(report, recipe, options, say)
+
+
+def _say_report(report: Any, recipe: Any, options: ConvertOptions, say: Say) -> None:
+    from sparsecraft.analysis.report import cost_lines
+
+    measured = report.certificate or "not measured"
     say("\n".join(cost_lines(report.cost)))
     if report.sources:
         say(f"Experts from {', '.join(report.sources)}; other tensors: {recipe.others}.")
-        say(f"Beside {options.model} alone: {report.certificate}.")
+        say(f"Beside {options.model} alone: {measured}.")
     else:
         claim = "exact at start" if recipe.exact_at_start else "not exact at start"
-        say(f"Claim: {claim}. Certificate: {report.certificate}.")
+        say(f"Claim: {claim}. Certificate: {measured}.")
     say(f"Saved and read back: {options.out}")

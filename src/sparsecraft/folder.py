@@ -50,6 +50,8 @@ OWN = (
     MANIFEST,
     EXPORT_RECORD,
     "moe.safetensors",
+    "moe-*.safetensors",
+    "moe.safetensors.index.json",
     "model.safetensors",
     "model-*.safetensors",
     "model.safetensors.index.json",
@@ -82,7 +84,7 @@ def replacing(
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        _swap(temporary, out, keep)
+        swap(temporary, out, keep)
     except OSError as error:
         raise CheckpointError(
             f"{out} could not be written ({error}); nothing was changed."
@@ -91,7 +93,7 @@ def replacing(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _swap(new: Path, out: Path, keep: tuple[str, ...]) -> None:
+def swap(new: Path, out: Path, keep: tuple[str, ...] = ()) -> None:
     """Let `new` take the place of `out`; a failure at any point leaves `out` as it was."""
     if not out.exists():
         new.rename(out)
@@ -195,8 +197,9 @@ def readme(model: nn.Module, origin: Origin | None) -> str:
     name, license = record.base_card or ("a model built in memory", None)
     held = "" if origin else ", held in this folder"
     certificate = report.get("certificate")
+    what = "layer output" if certificate and certificate.get("layers") else "logit"
     measured = (
-        f"max |logit difference| {certificate['max_difference']:.1e} at the start "
+        f"max |{what} difference| {certificate['max_difference']:.1e} at the start "
         f"(tolerance {certificate['tolerance']:.1e} in {certificate['dtype']})"
         if certificate
         else "not measured"

@@ -78,6 +78,17 @@ class ConvertOptions:
     """Replace an existing folder once the new one is complete."""
     seed: int = 0
     """Of the new parameters."""
+    certify: bool = True
+    """Measure how far the converted model is from the dense one."""
+    shard_size: float = 5.0
+    """Gigabytes (10^9 bytes) of one file; larger checkpoints are several files with an index."""
+    stream: bool = False
+    """Convert tensor by tensor, for models that do not fit into memory: experts that are copies,
+    sources' networks, or small. The certificate then compares layer by layer."""
+    resume: bool = False
+    """Of `--stream`: go on with an interrupted conversion."""
+    progress: bool = True
+    """Of `--stream`: show a progress bar on standard error."""
 
 
 MULTIPLE = (

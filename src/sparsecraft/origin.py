@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +20,18 @@ from sparsecraft.errors import CheckpointError
 
 def digest(tensor: Tensor) -> str:
     """xxh3_128 of a tensor's dtype, shape and bytes. It tells edits apart, it does not sign."""
-    state = xxhash.xxh3_128(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    state.update(tensor_bytes(tensor))
+    state = started(tensor.dtype, tensor.shape)
+    feed(state, tensor)
     return state.hexdigest()
+
+
+def started(dtype: torch.dtype, shape: Sequence[int]) -> xxhash.xxh3_128:
+    """A digest that waits for the tensor's bytes, which may come in pieces."""
+    return xxhash.xxh3_128(f"{dtype}{list(shape)}".encode())
+
+
+def feed(state: xxhash.xxh3_128, piece: Tensor) -> None:
+    state.update(tensor_bytes(piece))
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsecraft.donor import FFN, Attention, Donor, Site, view
 from sparsecraft.errors import SurgeryError
-from sparsecraft.experts import build_experts
+from sparsecraft.experts import Experts, build_experts
 from sparsecraft.experts.split import SplitExperts
 from sparsecraft.init.banks import partition_of_weights
 from sparsecraft.layer import MoELayer, Reads
@@ -155,6 +155,22 @@ def build_layer(
     Args:
         number: of the layer, so that random partitions differ, and the first may be soft.
     """
+    edit, site = item.edit, item.site
+    experts, router = build_parts(model, item, number=number, device=device)
+    layer = MoELayer(edit.place, experts, router, rows=site.rows, modality=edit.modality)
+    layer.causal = is_causal(model, site.path)
+    layer.reads = reads(model, site.path)
+    return layer
+
+
+def build_parts(
+    model: nn.Module,
+    item: PlannedEdit,
+    *,
+    number: int = 0,
+    device: torch.device | str | None = None,
+) -> tuple[Experts, nn.Module | None]:
+    """The experts and the router of one planned edit; see `build_layer`."""
     edit, donor, site = item.edit, item.donor, item.site
     reference = reference_tensor(donor)
     device = reference.device if device is None else device
@@ -171,10 +187,7 @@ def build_layer(
         if spec.soft_first and number == 0:
             spec = replace(spec, select="soft", top_k=None)
         router = build_router(spec, width, count, device=device, dtype=dtype)
-    layer = MoELayer(edit.place, experts, router, rows=site.rows, modality=edit.modality)
-    layer.causal = is_causal(model, site.path)
-    layer.reads = reads(model, site.path)
-    return layer
+    return experts, router
 
 
 def router_width(model: nn.Module, item: PlannedEdit) -> int:

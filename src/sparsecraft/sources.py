@@ -109,7 +109,9 @@ def check_sources(
                     f"{name!r} is {list(found)} in {source.name!r} and {list(wanted)} in the base."
                 )
         if not unrelated:
-            _check_kin(tensors, source, next(n for n in names if tensors[n].ndim == 2))
+            name = next(n for n in names if tensors[n].ndim == 2)
+            ours = tensors[name]
+            _check_kin(Origin.of(model).tensor(model, name) if ours.is_meta else ours, source, name)
 
 
 def _check_config(base: PreTrainedConfig, source: Source) -> None:
@@ -136,8 +138,8 @@ def _check_tokenizer(base: Any, source: Source) -> None:
             )
 
 
-def _check_kin(tensors: dict[str, Tensor], source: Source, name: str) -> None:
-    pair = (t.detach().cpu().float().flatten() for t in (tensors[name], source.tensor(name)))
+def _check_kin(ours: Tensor, source: Source, name: str) -> None:
+    pair = (t.detach().cpu().float().flatten() for t in (ours, source.tensor(name)))
     cosine = F.cosine_similarity(*pair, dim=0).item()
     if not cosine >= KIN:
         raise SourceError(

@@ -139,10 +139,10 @@ def convert(
             record = apply(model, recipe, edits)
             gather(model, recipe, edits, record.layers, given)
         record.digests = digests
-        _remember_origin(model, record)
+        remember_origin(model, record)
         certificate = compare(before, outputs(model, probes)) if certify else None
         if not given:  # a claim is about copies of one model
-            _check_claim(recipe, certificate)
+            check_claim(recipe, certificate)
     report = Report(
         recipe=recipe.name,
         variant=recipe.variant,
@@ -156,7 +156,7 @@ def convert(
     return report
 
 
-def _check_claim(recipe: Recipe, certificate: Certificate | None) -> None:
+def check_claim(recipe: Recipe, certificate: Certificate | None) -> None:
     if certificate and recipe.exact_at_start and not certificate.exact:
         raise CertificateError(
             f"Recipe {recipe.name!r} should start exactly as the dense model, and does not: "
@@ -164,7 +164,7 @@ def _check_claim(recipe: Recipe, certificate: Certificate | None) -> None:
         )
 
 
-def _remember_origin(model: nn.Module, record: Conversion) -> None:
+def remember_origin(model: nn.Module, record: Conversion) -> None:
     if origin := Origin.of(model):
         record.origin, record.revision = origin.name, origin.revision
         record.base_card = (origin.name, hub.license_of(origin.folder))
@@ -306,7 +306,7 @@ def revert(model: nn.Module) -> nn.Module:
             the original ones. The model is then left converted.
     """
     record = conversion_of(model)
-    tensors = dense_tensors(model) | _replaced_tensors(record)
+    tensors = dense_tensors(model) | replaced_tensors(record)
     known = {name: wanted for name, (_, wanted) in record.digests.items()}
     changed = [name for name, tensor in tensors.items() if digest(tensor) != known.get(name)]
     originals = _originals(model, record, changed)
@@ -317,7 +317,7 @@ def revert(model: nn.Module) -> nn.Module:
     return model
 
 
-def _replaced_tensors(record: Conversion) -> dict[str, Tensor]:
+def replaced_tensors(record: Conversion) -> dict[str, Tensor]:
     """Dense name -> tensor of the modules that experts took the place of."""
     replaced = [path for i in record.plan if i.edit.place == "replace" for path in i.site.members]
     modules = {path: record.dense[path] for path in replaced if path in record.dense}

@@ -172,6 +172,11 @@ def _tensors(
     return {name: None if t is None else t.detach().to(device) for name, t in found.items()}
 
 
+def bank_tensors(donor: FFN) -> dict[str, Tensor | None]:
+    """A bank's name of each tensor of a whole network."""
+    return _tensors(donor, None, donor.gated, None)
+
+
 def _side_by_side(shards: list[dict[str, Tensor | None]], gated: bool) -> dict[str, Tensor | None]:
     """Networks as one with the neurons of all; the second bias is the mean of theirs."""
 

@@ -1,0 +1,130 @@
+"""A folder that is being written piece by piece, and what is known of it after a kill.
+
+It stands hidden beside the folder that it will be, with a progress file: which task it is, and the
+digests of the tensors in every file that is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sparsecraft import tensorfile
+from sparsecraft.errors import CheckpointError, SparsecraftError
+from sparsecraft.folder import check_free, read_json, swap, write_json
+
+PROGRESS = "progress.json"
+
+
+class Progress:
+    """What is complete in a folder.
+
+    Attributes:
+        folder: where the files are written.
+        finished: file name -> digests of its tensors.
+    """
+
+    def __init__(self, folder: Path, task: dict[str, Any], finished: dict[str, dict[str, str]]):
+        self.folder, self.task, self.finished = folder, task, finished
+        self._write()
+
+    def finish(self, file: str, digests: dict[str, str]) -> None:
+        """Remember that a file is complete and was read back."""
+        self.finished[file] = digests
+        self._write()
+
+    def _write(self) -> None:
+        data = {"process": os.getpid(), "task": self.task, "finished": self.finished}
+        write_json(self.folder / PROGRESS, data)
+
+
+@contextmanager
+def continued(
+    out: Path, task: dict[str, Any], *, overwrite: bool, resume: bool
+) -> Iterator[Progress]:
+    """A folder beside `out` that takes its name once the block has succeeded.
+
+    A kill leaves it for `resume`; an error of ours, which would come again, removes it.
+
+    Args:
+        task: all that the files depend on, as JSON data.
+        resume: go on with what was left of the same task.
+
+    Raises:
+        CheckpointError: `out` may not be written, something was left and `resume` is False, or
+            nothing was left, or of another task, and it is True.
+    """
+    out, task = out.resolve(), json.loads(json.dumps(task))  # as it will be read: tuples are lists
+    check_free(out, overwrite)
+    folder = out.with_name(f".{out.name}.partial")
+    finished = _left(folder, task, out) if resume else {}
+    if not resume:
+        _create(folder, out)
+    try:
+        progress = Progress(folder, task, finished)
+        yield progress
+        (folder / PROGRESS).unlink()
+        swap(folder, out)
+    except OSError as error:
+        raise CheckpointError(
+            f"{out} could not be written ({error}); --resume (resume=True) goes on."
+        ) from error
+    except SparsecraftError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _create(folder: Path, out: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise CheckpointError(
+            f"{folder} is left of an interrupted conversion to {out}; pass --resume (resume=True) "
+            "to go on, or delete it."
+        ) from None
+
+
+def _left(folder: Path, task: dict[str, Any], out: Path) -> dict[str, dict[str, str]]:
+    """The complete files in a folder that was left, each read again."""
+    if not (folder / PROGRESS).is_file():
+        raise CheckpointError(
+            f"There is nothing to resume: {folder} is not there; leave out --resume (resume=True)."
+        )
+    known = read_json(folder / PROGRESS)
+    if known["process"] != os.getpid() and _runs(known["process"]):
+        raise CheckpointError(
+            f"Process {known['process']} is converting to {out}; wait for it, or end it."
+        )
+    for name, then, now in _differences(known["task"], task):
+        raise CheckpointError(
+            f"{folder} was left of another conversion: {name} was {then!r} and is {now!r}. Convert "
+            "as before, or delete the folder and leave out --resume (resume=True)."
+        )
+    return {
+        file: digests
+        for file, digests in known["finished"].items()
+        if (folder / file).is_file() and tensorfile.read_digests(folder / file) == digests
+    }
+
+
+def _runs(process: int) -> bool:
+    try:
+        return "python" in psutil.Process(process).name()
+    except psutil.Error:
+        return False
+
+
+def _differences(then: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted path, value then, value now) of whatever differs."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in {**then, **now}:
+            yield from _differences(then.get(key), now.get(key), f"{path}.{key}" if path else key)
+    elif then != now:
+        yield path, then, now
