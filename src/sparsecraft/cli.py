@@ -387,10 +387,9 @@ def _parse(target: Callable, verb: str, argv: list[str]) -> Any:
 
 def _quiet() -> None:
     """No bars and notes of other libraries: our own lines and the training bar say enough."""
-    import datasets
     from transformers.utils import logging as transformers_logging
 
-    datasets.disable_progress_bars()
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read when datasets is first imported
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 

@@ -39,12 +39,14 @@ class Source:
         config: its configuration.
         find: dense name -> tensor, or None.
         tokenizer: gives its tokenizer, if it has one.
+        folder: where it is, if it is not in memory.
     """
 
     name: str
     config: PreTrainedConfig
     find: Callable[[str], Tensor | None]
     tokenizer: Callable[[], Any] = lambda: None
+    folder: Path | None = None
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of a dense name.
@@ -80,6 +82,7 @@ def open_source(model: nn.Module, given: str | Path | PreTrainedModel) -> Source
         config=AutoConfig.from_pretrained(folder),
         find=lambda name: origin.tensor(model, name),
         tokenizer=lambda: hub.load_tokenizer(folder),
+        folder=folder,
     )
 
 
@@ -98,10 +101,9 @@ def check_sources(
     """
     tensors, names = unique_tensors(model), list(names)
     base = Path(getattr(model, "name_or_path", "") or "")
-    tokenizer = hub.load_tokenizer(base) if (base / "tokenizer.json").is_file() else None
     for source in sources:
         _check_config(model.config, source)
-        _check_tokenizer(tokenizer, source)
+        _check_tokenizer(base, source)
         for name in names:
             found, wanted = tuple(source.tensor(name).shape), tuple(tensors[name].shape)
             if found != wanted:
@@ -124,11 +126,16 @@ def _check_config(base: PreTrainedConfig, source: Source) -> None:
             )
 
 
-def _check_tokenizer(base: Any, source: Source) -> None:
-    other = source.tokenizer() if base is not None else None
+def _check_tokenizer(base: Path, source: Source) -> None:
+    files = _tokenizer_files(base)
+    if "tokenizer.json" not in files or files == _tokenizer_files(source.folder):
+        return  # the same to a byte: loading both would cost a second
+    other = source.tokenizer()
     if other is None:
         return
-    ours, theirs = base.get_vocab(), other.get_vocab()
+    ours, theirs = hub.load_tokenizer(base).get_vocab(), other.get_vocab()
+    if ours == theirs:
+        return
     for token in sorted(ours.keys() | theirs.keys(), key=lambda t: (ours.get(t, theirs.get(t)), t)):
         if ours.get(token) != theirs.get(token):
             raise SourceError(
@@ -136,6 +143,11 @@ def _check_tokenizer(base: Any, source: Source) -> None:
                 f"{source.name!r} and {ours.get(token)} in the base's; experts of one mixture must "
                 "read the same tokens."
             )
+
+
+def _tokenizer_files(folder: Path | None) -> dict[str, bytes]:
+    paths = folder.glob("*token*.json") if folder else ()
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def _check_kin(ours: Tensor, source: Source, name: str) -> None:
