@@ -169,7 +169,11 @@ def _tensors(
         "down": donor.down_weight(neurons),
         "down_bias": donor.down_bias(),
     }
-    return {name: None if t is None else t.detach().to(device) for name, t in found.items()}
+    # A donor without memory gives shapes, wherever the bank is to be.
+    return {
+        name: t if t is None else t.detach().to("meta" if t.is_meta else device)
+        for name, t in found.items()
+    }
 
 
 def bank_tensors(donor: FFN) -> dict[str, Tensor | None]:
