@@ -536,7 +536,7 @@ def test_words_of_a_stage():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "t5"])
 def test_the_announced_bytes_are_the_bytes(family, on_disk):
     """Known from the configuration alone, before any weight is read."""
-    for case in RECIPES.values():
+    for case in (c for c in RECIPES.values() if family in c.families):
         announced = needs(on_disk(family), case.make())
         model = dense(family)
         assert announced.base == 4 * sum(p.numel() for p in model.parameters())
