@@ -25,6 +25,7 @@ from sparsecraft.budget import set_budget, split_layers
 
 VOCAB, D, F, HEADS, KV_HEADS, LAYERS, POSITIONS = 96, 32, 48, 4, 2, 2, 64
 E, K, H, R, G = 4, 2, 16, 4, 2
+EMBEDDING = 24
 
 
 @dataclass(frozen=True)
@@ -312,6 +313,11 @@ def grouped(family: Family) -> int:
     return family.ffns * E * (ffn_parameters(family) + biases + G * D)
 
 
+def nexus(family: Family) -> int:
+    """The experts, and for each router W1 (2 d, 24) and W2 (d, d); embeddings are no parameters."""
+    return family.ffns * (E * ffn_parameters(family) + 2 * D * EMBEDDING + D * D)
+
+
 def ffn_linears(family: Family) -> list[tuple[int, int]]:
     fused = family is FAMILIES["phi3"]  # GPT-2's fused attention happens to have 2 F outputs too
     return [(i, o) for i, o in family.linears if F in (i, o) or (fused and o == 2 * F)]
@@ -516,6 +522,20 @@ RECIPES = {
     "btx_soft": RecipeCase(
         lambda: sc.recipes.btx(num_experts=E, routing="soft"),
         upcycled,
+        trains_base=True,
+        dropout=False,
+    ),
+    "nexus": RecipeCase(
+        lambda: sc.recipes.nexus(num_experts=E, embedding_dim=EMBEDDING),
+        nexus,
+        exact=False,
+        trains_base=True,
+        dropout=False,
+    ),
+    "nexus_linear": RecipeCase(
+        lambda: sc.recipes.nexus(num_experts=E, variant="linear"),
+        upcycled,
+        exact=False,
         trains_base=True,
         dropout=False,
     ),

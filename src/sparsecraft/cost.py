@@ -13,6 +13,7 @@ from torch import nn
 from sparsecraft.errors import ResourceError
 from sparsecraft.experts.split import SplitExperts
 from sparsecraft.layer import MoELayer, dense_name
+from sparsecraft.routers.domain import DomainScorer
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def count(model: nn.Module) -> Cost:
         - sum(_dealt_out(module) for module in model.modules() if isinstance(module, MoELayer)),
         trainable=sum(_numel(p) for p in parameters.values() if p.requires_grad),
         active=total - idle,
-        flops_per_token=2 * (total - idle - looked_up + repeated),
+        flops_per_token=2 * (total - idle - looked_up + repeated - _precomputed(model)),
     )
 
 
@@ -114,6 +115,15 @@ def _repeated(layer: MoELayer) -> int:
         return 0
     slots = layer.router.spec.top_k or layer.experts.num_experts
     return (slots - 1) * sum(p.numel() for p in layer.experts.parameters())
+
+
+def _precomputed(model: nn.Module) -> int:
+    """Parameters that give the rows of routers once for all tokens, less those rows."""
+    scorers = [module for module in model.modules() if isinstance(module, DomainScorer)]
+    return sum(
+        sum(p.numel() for p in scorer.parameters()) - len(scorer.domains) * scorer.width
+        for scorer in scorers
+    )
 
 
 def _numel(parameter: nn.Parameter) -> int:

@@ -12,14 +12,19 @@ from sparsecraft.specs import check_whole
 # Rules that select by a threshold, and those among them whose scores must not be negative.
 BY_THRESHOLD = ("share", "relative", "threshold")
 NOT_NEGATIVE = ("share", "relative")
+# Inits that read data.
+FROM_DATA = ("hidden", "kmeans")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RouterSpec:
     """A scorer of tokens and a selection rule. All of it is computed in float32."""
 
-    scorer: Literal["linear", "similarity", "mlp", "norm", "analytic", "oracle"] = "linear"
-    """All but `linear` are of split networks; see `sparsecraft.routers.split`."""
+    scorer: Literal["linear", "domain", "similarity", "mlp", "norm", "analytic", "oracle"] = (
+        "linear"
+    )
+    """`domain` projects an embedding of each expert's domain to its row (Nexus); the others but
+    `linear` are of split networks; see `sparsecraft.routers.split`."""
     select: Literal["top_k", "sample", "soft", "slots", "share", "relative", "threshold"] = "top_k"
     """`sample` draws one expert in training and takes the best at inference (BTX). `slots` is
     Soft MoE's: every expert works on one weighted mean of the tokens of a sequence (of its prefix,
@@ -62,13 +67,19 @@ class RouterSpec:
     """For each token; for each attention head of a token; for the mean of a sequence's tokens
     (encoders only: it would show a decoder its future); or for a frozen sentence embedding."""
     encoder: str = "minilm"
-    """The frozen sentence encoder of `decides="sentence"`: a hub id, folder or packaged name."""
+    """The frozen sentence encoder of `decides="sentence"` and of the scorer `domain`: a hub id,
+    folder or packaged name; for domains also `self`, the mean last hidden state of the model."""
     sentence_dim: int = 384
-    """Width of its embeddings."""
-    init: Literal["kaiming_uniform", "normal", "uniform", "zeros"] = "kaiming_uniform"
-    """`uniform`, of whole experts alone, has mean zero and standard deviation `init_std`."""
+    """Width of its embeddings; of `self` it is the width of what the router reads."""
+    init: Literal["kaiming_uniform", "normal", "uniform", "zeros", "hidden", "kmeans"] = (
+        "kaiming_uniform"
+    )
+    """`uniform`, of whole experts alone, has mean zero and standard deviation `init_std`. `hidden`:
+    the mean of what the router reads of each expert's domain; `kmeans`: centers of what it reads of
+    all data. Both are given to `convert`, and are centered over the experts."""
     init_std: float = 0.02
-    """Standard deviation of `init="normal"` and `"uniform"`; unused otherwise."""
+    """Standard deviation of all inits but `kaiming_uniform` and `zeros`; of the scorer `domain`,
+    of the rows that its projection gives."""
     init_repeat: int = 1
     """So many experts in a row start with one row of the scorer (virtual groups)."""
     balanced: bool = True
@@ -148,6 +159,30 @@ def _check_scorer(router: RouterSpec) -> None:
         )
 
 
+def _check_start(router: RouterSpec) -> None:
+    """Refuse starts that the scorer cannot have."""
+    check_whole("router.sentence_dim", router.sentence_dim)
+    domain, by_token = (
+        router.scorer == "domain",
+        (router.decides, router.reads) == ("token", "input"),
+    )
+    if domain and router.init != "normal":
+        raise RecipeError(
+            f"router.init is {router.init!r} with scorer='domain', whose projection starts "
+            "normal; set init='normal'."
+        )
+    if router.encoder == "self" and not (domain and router.decides != "sentence"):
+        raise RecipeError(
+            f"router.encoder is 'self' with scorer={router.scorer!r} and "
+            f"decides={router.decides!r}; only domains are embedded by the model itself."
+        )
+    if router.init in FROM_DATA and not by_token:
+        raise RecipeError(
+            f"router.init is {router.init!r} with decides={router.decides!r} and "
+            f"reads={router.reads!r}; it is for routers by token that read the layer's input."
+        )
+
+
 def check_split(router: RouterSpec) -> None:
     """Refuse what only one of the two kinds of routers can do.
 
@@ -156,7 +191,13 @@ def check_split(router: RouterSpec) -> None:
     """
     _check_scorer(router)
     check_whole("router.init_repeat", router.init_repeat)
+    _check_start(router)
     if router.splits:
+        if router.scorer == "domain" or router.init in FROM_DATA:
+            raise RecipeError(
+                f"The router of a split network has scorer={router.scorer!r} and "
+                f"init={router.init!r}; domains are for whole experts, and its routers are fitted."
+            )
         if router.init == "uniform" or router.init_repeat > 1 or router.soft_first:
             raise RecipeError(
                 f"router.init={router.init!r}, init_repeat={router.init_repeat} or soft_first="
@@ -184,7 +225,7 @@ def check_split(router: RouterSpec) -> None:
             )
         return
     own = {
-        "scorer": router.scorer != "linear",
+        "scorer": router.scorer not in ("linear", "domain"),
         "select": router.select in BY_THRESHOLD,
         "shared": router.shared != 0,
         "squash": router.squash != "none",

@@ -24,6 +24,7 @@ from sparsecraft.recipes.mixlora import mixlora
 from sparsecraft.recipes.moefication import moefication
 from sparsecraft.recipes.molora import molora
 from sparsecraft.recipes.mov import mov
+from sparsecraft.recipes.nexus import nexus
 from sparsecraft.recipes.smola import smola
 from sparsecraft.recipes.upcycling import upcycling
 from sparsecraft.recipes.virtual_groups import virtual_groups
@@ -47,6 +48,7 @@ __all__ = [
     "moefication",
     "molora",
     "mov",
+    "nexus",
     "smola",
     "upcycling",
     "virtual_groups",

@@ -4,11 +4,12 @@ from functools import partial
 
 from sparsecraft.recipe import RouterSpec
 from sparsecraft.routers.base import Router
+from sparsecraft.routers.domain import DomainScorer
 from sparsecraft.routers.scorers import LinearScorer
 from sparsecraft.routers.selectors import Sample, soft, top_k
 from sparsecraft.routers.split import Gate
 
-SCORERS = {"linear": LinearScorer}
+SCORERS = {"linear": LinearScorer, "domain": DomainScorer}
 
 
 def build_router(

@@ -16,7 +16,7 @@ class LinearScorer(nn.Module):
 
     def __init__(self, width: int, num_experts: int, spec: RouterSpec, *, device=None, dtype=None):
         super().__init__()
-        self.width = width
+        self.width, self.std = width, spec.init_std
         weight = torch.empty(num_experts // spec.init_repeat, width, device=device, dtype=dtype)
         match spec.init:
             case "kaiming_uniform":  # the default of nn.Linear, which PESC's code keeps
@@ -26,9 +26,17 @@ class LinearScorer(nn.Module):
             case "uniform":
                 edge = math.sqrt(3) * spec.init_std
                 nn.init.uniform_(weight, -edge, edge)
-            case "zeros":
+            case _:  # zeros; those from data: until `begin`
                 nn.init.zeros_(weight)
         self.weight = nn.Parameter(weight.repeat_interleave(spec.init_repeat, dim=0))
+
+    @torch.no_grad()
+    def begin(self, means_ED: Tensor) -> None:
+        """Start from what tokens are like for each expert: the means' distances to the mean of all,
+        scaled to the standard deviation `init_std` around zero."""
+        rows_ED = means_ED.double() - means_ED.double().mean(0)
+        size = rows_ED.square().mean().sqrt()
+        self.weight.copy_(rows_ED * (self.std / size) if size > 0 else rows_ED)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return float32_product(x_TD, self.weight)
