@@ -25,7 +25,7 @@ RANKS = (
     ("layer",),
     ("cost", "budget", "certificate", "origin", "tensorfile", "sources"),
     ("planning",),
-    ("gathering",),
+    ("gathering", "domains"),
     ("surgery",),
     ("folder", "shards"),
     ("checkpoint", "preflight"),

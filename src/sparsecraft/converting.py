@@ -28,8 +28,9 @@ def parse(function: Callable, argv: list[str]) -> tuple[dict[str, Any], ConvertO
     )
     values, parameters = dataclasses.asdict(options), inspect.signature(function).parameters
     arguments = {name: values[name] for name in parameters}
-    if options.sources and arguments.get("num_experts") == parameters["num_experts"].default:
-        arguments["num_experts"] = len(options.sources)  # one of each, unless told
+    each = options.sources or options.domains
+    if each and arguments.get("num_experts") == parameters["num_experts"].default:
+        arguments["num_experts"] = len(each)  # one of each, unless told
     return arguments, options
 
 
@@ -140,7 +141,7 @@ def run(recipe: Any, options: ConvertOptions, say: Say) -> None:
         device_map=options.device,
         quantize=recipe.base_quantization,
     )
-    tokenizer = hub.load_tokenizer(folder) if options.data else None
+    tokenizer = hub.load_tokenizer(folder) if options.data or options.domains else None
     report = surgery.convert(
         model,
         recipe,
@@ -150,6 +151,7 @@ def run(recipe: Any, options: ConvertOptions, say: Say) -> None:
         seed=options.seed,
         sources=options.sources,
         unrelated=options.unrelated,
+        domains=options.domains,
     )
     checkpoint.save(
         model,
@@ -193,6 +195,8 @@ def _say_report(report: Any, recipe: Any, options: ConvertOptions, say: Say) -> 
 
     measured = report.certificate or "not measured"
     say("\n".join(cost_lines(report.cost)))
+    if report.domains:
+        say(f"Routers start from {', '.join(report.domains)}.")
     if report.sources:
         say(f"Experts from {', '.join(report.sources)}; other tensors: {recipe.others}.")
         say(f"Beside {options.model} alone: {measured}.")

@@ -45,6 +45,19 @@ def prompt_ids(messages: list[dict], tokenizer) -> list[int]:
     return _tokenize(render(messages, tokenizer, generate=True), tokenizer)[0]
 
 
+def row_ids(row: dict, tokenizer, adds_bos_only: bool = True) -> list[int]:
+    """Token ids of all the text of a canonical row, a chat by its template.
+
+    Args:
+        adds_bos_only: as `encode` lays them out; else with all that the tokenizer adds.
+    """
+    chat = row.get("messages")
+    text = row["text"] if chat is None else render(chat, tokenizer)
+    if adds_bos_only:
+        return _tokenize(text, tokenizer)[0]
+    return list(tokenizer(text, verbose=False)["input_ids"])
+
+
 def pad_id(tokenizer) -> int:
     """The id to pad with: the tokenizer's, else its end of text, else 0 (padding is masked)."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)

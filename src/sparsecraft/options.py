@@ -61,6 +61,8 @@ class ConvertOptions:
     """Dense models of one ancestor with `--model` that give the experts."""
     unrelated: bool = False
     """Join sources even if they have no common ancestor."""
+    domains: tuple[str, ...] = ()
+    """Files or data sets that the routers start from, one for each expert, in their order."""
     data: tuple[str, ...] = ()
     """Files whose rows enter the certificate beside random tokens."""
     set: tuple[str, ...] = ()
@@ -95,6 +97,7 @@ MULTIPLE = (
     "--set",
     "--data",
     "--sources",
+    "--domains",
     "--weights",
     "--choice",
     "--tasks",

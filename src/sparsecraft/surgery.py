@@ -21,6 +21,7 @@ from sparsecraft.budget import Running, run
 from sparsecraft.certificate import PROBE_SHAPE, Certificate, compare, outputs, random_probe
 from sparsecraft.cost import Cost
 from sparsecraft.data import as_batches
+from sparsecraft.domains import find_starts
 from sparsecraft.donor import FFNSpan
 from sparsecraft.errors import CertificateError, RecipeError, SurgeryError
 from sparsecraft.gathering import gather, opened
@@ -29,6 +30,7 @@ from sparsecraft.losses import check_names
 from sparsecraft.origin import Origin, digest
 from sparsecraft.planning import PlannedEdit, build_layer, plan, reference_tensor
 from sparsecraft.recipe import Recipe
+from sparsecraft.sources import Source
 
 # What of the user's data enters the certificate: all logits are kept until the comparison.
 MAX_DATA_PROBES, DATA_LENGTH = 4, 128
@@ -81,6 +83,7 @@ class Report:
         layers: module path -> kind of experts installed there.
         cost: parameter counts.
         sources: names of the dense models that the experts came from; none if from the converted.
+        domains: names of what the routers started from, one for each expert, if anything.
     """
 
     recipe: str
@@ -90,6 +93,7 @@ class Report:
     layers: dict[str, str]
     cost: Cost
     sources: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -105,6 +109,7 @@ def convert(
     seed: int = 0,
     sources: Sequence[str | Path | PreTrainedModel] = (),
     unrelated: bool = False,
+    domains: Sequence | Tensor = (),
 ) -> Report:
     """Turn a dense transformers model into the MoE model of `recipe`, in place.
 
@@ -116,6 +121,8 @@ def convert(
         sources: dense models of one ancestor with `model`, which give the experts, each as many;
             without them all experts come from `model`. What else they give, `Recipe.others` says.
         unrelated: let sources without a common ancestor pass.
+        domains: for routers that start from them, one for each expert, in their order: a data set,
+            a list of texts or batches; or their embeddings (E, M). See `sparsecraft.domains`.
 
     Raises:
         SurgeryError, DonorError, RecipeError: the plan is impossible; nothing has been changed.
@@ -126,19 +133,14 @@ def convert(
     _check_arguments(model, recipe)
     edits = plan(model, recipe)
     given = opened(model, recipe, edits, sources, unrelated=unrelated)
-    probes = [random_probe(model, seed)] if certify else []
-    if certify and data is not None:
-        batches = as_batches(data, tokenizer, batch_size=PROBE_SHAPE[0], max_length=DATA_LENGTH)
-        probes += islice(batches, MAX_DATA_PROBES)
+    probes = _probes(model, data, tokenizer, seed) if certify else []
+    starts = find_starts(model, recipe, edits, domains, data, tokenizer=tokenizer, seed=seed)
     before = outputs(model, probes)
     digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
     with _dense_on_failure(model):
-        cuda = {p.device for p in model.parameters() if p.is_cuda}
-        with torch.random.fork_rng(devices=list(cuda)):
-            torch.manual_seed(seed)
-            record = apply(model, recipe, edits)
-            gather(model, recipe, edits, record.layers, given)
+        record = _made(model, recipe, edits, given, seed)
         record.digests = digests
+        starts.put(record.layers)
         remember_origin(model, record)
         certificate = compare(before, outputs(model, probes)) if certify else None
         if not given:  # a claim is about copies of one model
@@ -151,9 +153,30 @@ def convert(
         layers={item.site.path: item.edit.experts.kind for item in edits},
         cost=cost.count(model),
         sources=tuple(source.name for source in given),
+        domains=starts.names,
     )
     record.report = {"conversion": report.to_dict()}
     return report
+
+
+def _made(
+    model: nn.Module, recipe: Recipe, edits: list[PlannedEdit], given: Sequence[Source], seed: int
+) -> Conversion:
+    """The edits, with what their experts start from, by random numbers of this seed alone."""
+    cuda = {p.device for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=list(cuda)):
+        torch.manual_seed(seed)
+        record = apply(model, recipe, edits)
+        gather(model, recipe, edits, record.layers, given)
+    return record
+
+
+def _probes(model: nn.Module, data: Any, tokenizer: Any, seed: int) -> list[dict[str, Tensor]]:
+    probes = [random_probe(model, seed)]
+    if data is not None:
+        batches = as_batches(data, tokenizer, batch_size=PROBE_SHAPE[0], max_length=DATA_LENGTH)
+        probes += islice(batches, MAX_DATA_PROBES)
+    return probes
 
 
 def check_claim(recipe: Recipe, certificate: Certificate | None) -> None:

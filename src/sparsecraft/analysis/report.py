@@ -51,7 +51,8 @@ def _history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     certificate = report.get("conversion", {}).get("certificate")
     claim = "exact" if recipe.exact_at_start else "not exact"
     measured = f"{certificate['max_difference']:.1e}" if certificate else "not measured"
-    lines = [f"At the start: claimed {claim}, measured max |logit difference| {measured}."]
+    lines = [*_domain_lines(recipe, report)]
+    lines += [f"At the start: claimed {claim}, measured max |logit difference| {measured}."]
     for run in report.get("training", []):
         if "fit" in run:
             lines.append(fit_line(run))
@@ -69,6 +70,15 @@ def _history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     if merged := report.get("merge"):
         lines.append(f"Merged ({merged['how']}) from {merged['recipe']}.")
     return lines if report.get("training") else [*lines, "Not trained yet."]
+
+
+def _domain_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
+    """What the routers started from, where their recipe can start from data."""
+    if names := report.get("conversion", {}).get("domains"):
+        return [f"The routers started from, one for each expert: {'; '.join(names)}."]
+    if any(e.router and e.router.scorer == "domain" for e in recipe.edits):
+        return ["The routers started from random embeddings; no domains were given."]
+    return []
 
 
 def result_tables(results: dict[str, Any]) -> list[Table]:
