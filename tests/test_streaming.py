@@ -360,3 +360,8 @@ def test_options_that_do_not_fit_a_stream_are_refused(tmp_path, capsys):
     assert cli.main([*command(folder, out), "--no-progress"]) == 0
     output = capsys.readouterr()
     assert "layers one by one" in output.out and "converting" not in output.err
+
+
+def test_routers_that_start_from_domains_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match="start from domains or data"):
+        convert_files(str(tmp_path), sc.recipes.nexus(3), tmp_path / "out")

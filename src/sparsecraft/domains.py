@@ -21,6 +21,7 @@ from sparsecraft.certificate import evaluation_mode
 from sparsecraft.data import as_batches, collate, pad_id
 from sparsecraft.encoding import row_ids
 from sparsecraft.errors import DataError, RecipeError
+from sparsecraft.gating import FROM_DATA
 from sparsecraft.init.centers import Centers
 from sparsecraft.layer import MoELayer
 from sparsecraft.origin import Origin
@@ -28,7 +29,6 @@ from sparsecraft.planning import PlannedEdit, reads
 from sparsecraft.recipe import Recipe
 from sparsecraft.rows import load_rows
 from sparsecraft.sentences import embed
-from sparsecraft.specs import FROM_DATA
 
 log = logging.getLogger("sparsecraft")
 

@@ -25,6 +25,7 @@ from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.experts.ffn import FFNExperts, bank_tensors
 from sparsecraft.folder import check_free
 from sparsecraft.gathering import opened, tensor_names
+from sparsecraft.gating import FROM_DATA
 from sparsecraft.interrupted import Progress, continued
 from sparsecraft.layer import dense_name, unique_tensors
 from sparsecraft.origin import Origin, digest
@@ -110,6 +111,12 @@ def _check_recipe(recipe: Recipe) -> None:
             raise RecipeError(
                 f"Recipe {recipe.name!r} has {what}, which tensor by tensor cannot be made; "
                 "convert in memory (sc.convert, or without --stream)."
+            )
+        router = edit.router
+        if router and (router.scorer == "domain" or router.init in FROM_DATA):
+            raise RecipeError(
+                f"The routers of recipe {recipe.name!r} start from domains or data, which the "
+                "whole model reads; convert in memory (sc.convert, or without --stream)."
             )
     if recipe.others not in ("base", "mean"):
         raise RecipeError(f"others={recipe.others!r} cannot be made tensor by tensor.")
