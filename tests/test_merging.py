@@ -363,7 +363,17 @@ def test_weights_that_name_one_expert_pick_that_network():
 # ----------------------------------------------------------------------------------------- average
 
 
-@pytest.mark.parametrize("recipe", [r for r in ROUTED if r != "smola_modalities"])
+AVERAGED = [r for r in ROUTED if r not in ("smola_modalities", "nexus", "nexus_linear")]
+
+
+@pytest.mark.parametrize("recipe", ["nexus", "nexus_linear"])
+def test_networks_beside_the_dense_one_are_refused(recipe):
+    model = converted("llama", RECIPES[recipe].make())
+    with pytest.raises(MergeError, match="beside the dense network cannot take its place"):
+        sc.merge(model, "average")
+
+
+@pytest.mark.parametrize("recipe", AVERAGED)
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_average_is_the_mean_expert_and_says_what_it_changes(family, recipe):
     case = RECIPES[recipe]
