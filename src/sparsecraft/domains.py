@@ -7,6 +7,7 @@ Shapes: B sequences, S positions, T tokens, D width, E experts, M width of the e
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -32,8 +33,9 @@ from sparsecraft.sentences import embed
 
 log = logging.getLogger("sparsecraft")
 
-# Rows of a data set that are read, tokens of a row, rows of a forward pass.
-ROWS, LENGTH, BATCH = 512, 512, 8
+# Rows of a data set that are taken, tokens of a row, rows of a forward pass; and the tokens of a
+# domain after which the model reads no further: the sentence encoder is much smaller.
+ROWS, LENGTH, BATCH, TOKENS = 512, 512, 8, 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,9 @@ class Domain:
 
     @classmethod
     def of(cls, given: Any) -> Domain:
-        """From a file, folder or hub data set, of which `ROWS` rows are read, evenly spaced; a list
-        of texts; or an iterable of batches, token ids (B, S) or dicts of model inputs.
+        """From a file, folder or hub data set, of which `ROWS` rows are taken, evenly spaced and
+        shuffled; a list of texts; or an iterable of batches, token ids (B, S) or dicts of model
+        inputs.
 
         Raises:
             DataError: none of these, or nothing in it.
@@ -62,7 +65,8 @@ class Domain:
             rows = load_rows(given)
             name, count = str(given), len(rows)
             if count > ROWS:
-                rows = rows.select([i * count // ROWS for i in range(ROWS)])
+                places = [i * count // ROWS for i in range(ROWS)]
+                rows = rows.select(random.Random(0).sample(places, ROWS))
                 name += f" ({ROWS} of {count} rows)"
             found = cls(name, rows=list(rows))
         elif isinstance(given, (list, tuple)) and all(isinstance(text, str) for text in given):
@@ -338,7 +342,8 @@ def _real(x: Tensor, mask_BS: Tensor | None) -> Tensor:
 
 
 def _batches(model: nn.Module, domain: Domain, tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """The domain as model inputs, chats as the tokenizer's template has them, long rows cut."""
+    """The domain as model inputs, chats as the tokenizer's template has them, long rows cut; up to
+    about `TOKENS` tokens of text, and all batches."""
     if domain.batches is not None:
         yield from domain.batches
         return
@@ -347,6 +352,7 @@ def _batches(model: nn.Module, domain: Domain, tokenizer: Any) -> Iterator[dict[
         raise DataError(f"The domain {domain.name} is text; pass the model's tokenizer.")
     length, pad = _length(model), pad_id(tokenizer)
     decodes = model.can_generate() and not model.config.is_encoder_decoder
+    count = 0
     for start in range(0, len(domain.rows), BATCH):
         features = []
         for row in domain.rows[start : start + BATCH]:
@@ -355,6 +361,9 @@ def _batches(model: nn.Module, domain: Domain, tokenizer: Any) -> Iterator[dict[
                 raise DataError(f"A row of the domain {domain.name} has no token; leave it out.")
             features.append({"input_ids": ids, "labels": ids})
         yield collate(features, pad)
+        count += sum(len(feature["input_ids"]) for feature in features)
+        if count >= TOKENS:
+            return
 
 
 def _mixed(model: nn.Module, domains: Sequence[Domain], tokenizer: Any) -> Iterator[dict[str, Any]]:
