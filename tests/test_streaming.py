@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -125,6 +126,9 @@ def test_what_cannot_be_made_tensor_by_tensor_is_refused(tmp_path):
     quantized = dataclasses.replace(sc.recipes.lora(2), base_quantization="nf4")
     with pytest.raises(RecipeError, match="quantized base"):
         convert_files(folder, quantized, out)
+    recipe = dataclasses.replace(UPCYCLING, others="median")
+    with pytest.raises(RecipeError, match="others='median'"):
+        convert_files(folder, recipe, out)
     torch.manual_seed(3)
     stranger = type(dense("llama"))(dense("llama").config)
     stranger.save_pretrained(tmp_path / "stranger")
@@ -219,7 +223,7 @@ def test_a_killed_conversion_goes_on(tmp_path, capsys):
     assert not left.exists()
 
 
-def test_what_was_left_is_checked(tmp_path):
+def test_what_was_left_is_checked(tmp_path, monkeypatch):
     folder, out = base(tmp_path), tmp_path / "out"
 
     class Stop(BaseException):
@@ -235,25 +239,33 @@ def test_what_was_left_is_checked(tmp_path):
 
     with pytest.raises(CheckpointError, match="nothing to resume"):
         convert_files(folder, UPCYCLING, out, resume=True)
-    real = shards.write_json  # the index comes after the last shard
 
-    def no_index(path, data):
-        raise Stop
+    def no_index(path, data):  # it comes after the last shard
+        raise OSError("No space left on device")
 
-    shards.write_json = no_index
-    try:
-        with pytest.raises(Stop):
-            convert_files(folder, UPCYCLING, out, shard_size=20_000)
-    finally:
-        shards.write_json = real
+    with monkeypatch.context() as patched, pytest.raises(CheckpointError, match=r"space.*--resume"):
+        patched.setattr(shards, "write_json", no_index)
+        convert_files(folder, UPCYCLING, out, shard_size=20_000)
     left = tmp_path / ".out.partial"
-    first = sorted(left.glob("moe-00001*"))[0]
-    damaged = bytearray(first.read_bytes())
-    damaged[-1] ^= 1
-    first.write_bytes(damaged)
+    files = sorted(left.glob("moe-*"))
+    data = bytearray(files[0].read_bytes())
+    data[-1] ^= 1
+    files[0].write_bytes(data)
+    files[1].write_bytes(files[1].read_bytes()[:-1])
+    files[2].unlink()
+    (left / "progress.json.7.tmp").write_text("{")
+    known = json.loads((left / "progress.json").read_text())
+    assert known["finished"].keys() == {file.name for file in files}
+    parent = psutil.Process(os.getppid())
+    known["process"] = [parent.pid, parent.create_time()]
+    (left / "progress.json").write_text(json.dumps(known))
+    with pytest.raises(CheckpointError, match=f"Process {parent.pid} is converting"):
+        convert_files(folder, UPCYCLING, out, shard_size=20_000, resume=True)
+    known["process"][1] -= 1  # another process has got its number
+    (left / "progress.json").write_text(json.dumps(known))
     interrupted(resume=True)
-    known = json.loads((left / "progress.json").read_text())["finished"]
-    assert first.name not in known and len(known) == len(list(left.glob("moe-*"))) - 1
+    again = json.loads((left / "progress.json").read_text())["finished"]
+    assert known["finished"].keys() - again.keys() == {file.name for file in files[:3]}
     other = sc.override(UPCYCLING, {"router.temperature": 0.5})
     with pytest.raises(CheckpointError, match=r"recipe\.edits was .* and is "):
         convert_files(folder, other, out, shard_size=20_000, resume=True)

@@ -41,7 +41,8 @@ class Progress:
         self._write()
 
     def _write(self) -> None:
-        data = {"process": os.getpid(), "task": self.task, "finished": self.finished}
+        process = [os.getpid(), psutil.Process().create_time()]
+        data = {"process": process, "task": self.task, "finished": self.finished}
         write_json(self.folder / PROGRESS, data)
 
 
@@ -63,15 +64,15 @@ def continued(
     """
     out, task = out.resolve(), json.loads(json.dumps(task))  # as it will be read: tuples are lists
     check_free(out, overwrite)
-    folder = out.with_name(f".{out.name}.partial")
+    folder = _partial(out)
     finished = _left(folder, task, out) if resume else {}
     if not resume:
         _create(folder, out)
     try:
         progress = Progress(folder, task, finished)
         yield progress
-        (folder / PROGRESS).unlink()
         swap(folder, out)
+        (out / PROGRESS).unlink()
     except OSError as error:
         raise CheckpointError(
             f"{out} could not be written ({error}); --resume (resume=True) goes on."
@@ -93,32 +94,51 @@ def _create(folder: Path, out: Path) -> None:
 
 def _left(folder: Path, task: dict[str, Any], out: Path) -> dict[str, dict[str, str]]:
     """The complete files in a folder that was left, each read again."""
-    if not (folder / PROGRESS).is_file():
+    if not folder.is_dir():
         raise CheckpointError(
             f"There is nothing to resume: {folder} is not there; leave out --resume (resume=True)."
         )
+    if not (folder / PROGRESS).is_file():
+        return {}  # the kill came at once
     known = read_json(folder / PROGRESS)
-    if known["process"] != os.getpid() and _runs(known["process"]):
+    if _runs(*known["process"]):
         raise CheckpointError(
-            f"Process {known['process']} is converting to {out}; wait for it, or end it."
+            f"Process {known['process'][0]} is converting to {out}; wait for it, or end it."
         )
     for name, then, now in _differences(known["task"], task):
         raise CheckpointError(
             f"{folder} was left of another conversion: {name} was {then!r} and is {now!r}. Convert "
             "as before, or delete the folder and leave out --resume (resume=True)."
         )
-    return {
-        file: digests
-        for file, digests in known["finished"].items()
-        if (folder / file).is_file() and tensorfile.read_digests(folder / file) == digests
-    }
+    for path in folder.glob("*.tmp"):  # of a JSON file that the kill came between
+        path.unlink()
+    return {f: digests for f, digests in known["finished"].items() if _is(folder / f, digests)}
 
 
-def _runs(process: int) -> bool:
+def _is(file: Path, digests: dict[str, str]) -> bool:
+    """Whether a file holds the tensors that were written."""
     try:
-        return "python" in psutil.Process(process).name()
+        return tensorfile.read_digests(file) == digests
+    except CheckpointError:
+        return False
+
+
+def _runs(process: int, created: float) -> bool:
+    """Whether another process still writes; its number may have been given to a new one."""
+    try:
+        return process != os.getpid() and psutil.Process(process).create_time() == created
     except psutil.Error:
         return False
+
+
+def _partial(out: Path) -> Path:
+    return out.resolve().with_name(f".{out.resolve().name}.partial")
+
+
+def bytes_left(out: Path) -> int:
+    """Of the files that an interrupted conversion to `out` has left on the disk."""
+    folder = _partial(out)
+    return sum(p.stat().st_size for p in folder.iterdir()) if folder.is_dir() else 0
 
 
 def _differences(then: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

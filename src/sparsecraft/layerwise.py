@@ -44,10 +44,9 @@ def certify(model: nn.Module, dense: Read, new: Read, seed: int = 0) -> Certific
     _fill_buffers(model)
     comparison = _Comparison(model, dense, new)
     comparison.listen()
-    trunk = getattr(model, model.base_model_prefix, model)
     try:
         with torch.no_grad():
-            trunk(**random_probe(model, seed))
+            model.base_model(**random_probe(model, seed))
     except (NotImplementedError, RuntimeError) as error:
         why = str(error).splitlines()[0]
         raise CannotCompareError(f"{type(model).__name__} failed on it: {why}") from error
@@ -70,7 +69,6 @@ class _Comparison:
 
     def __init__(self, model: nn.Module, dense: Read, new: Read):
         self.model, self.record = model, conversion_of(model)
-        self.dense, self.new = dense, new
         self.sources: dict[int, Callable[[], Tensor]] = {}
         for name, tensor in unique_tensors(model).items():
             was = dense_name(model, name)

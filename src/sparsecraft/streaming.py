@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 import sparsecraft
-from sparsecraft import checkpoint, cost, hub, layerwise, shards
+from sparsecraft import checkpoint, cost, hub, interrupted, layerwise, shards
 from sparsecraft.certificate import Certificate
 from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.experts.ffn import FFNExperts, bank_tensors
@@ -27,7 +27,7 @@ from sparsecraft.folder import check_free
 from sparsecraft.gathering import opened, tensor_names
 from sparsecraft.gating import FROM_DATA
 from sparsecraft.interrupted import Progress, continued
-from sparsecraft.layer import dense_name, unique_tensors
+from sparsecraft.layer import dense_name, dense_tensors, unique_tensors
 from sparsecraft.origin import Origin, digest
 from sparsecraft.planning import PlannedEdit, build_parts, plan
 from sparsecraft.recipe import FFNSpec, Recipe, to_json
@@ -87,7 +87,8 @@ def convert_files(
     _check_recipe(recipe)
     stream = _Stream(model, recipe, sources, dtype=dtype, unrelated=unrelated, seed=seed)
     tensors = stream.tensors(Path(out), standalone)
-    disk, memory = sum(map(size_of, tensors.values())), stream.largest() * (2 if certify else 1)
+    disk, memory = sum(map(size_of, tensors.values())), stream.memory(certify)
+    disk -= interrupted.bytes_left(Path(out)) if resume else 0
     say(cost.require(Path(out), disk=disk, memory=memory, task="Conversion, tensor by tensor,"))
     task = stream.task(seed=seed, standalone=standalone, shard_size=shard_size)
     with continued(Path(out), task, overwrite=overwrite, resume=resume) as begun:
@@ -103,6 +104,11 @@ def convert_files(
 def _check_recipe(recipe: Recipe) -> None:
     """Refuse what is not made from copies and random numbers alone."""
     for edit in recipe.edits:
+        if edit.router and edit.router.init not in ("kaiming_uniform", "normal", "zeros"):
+            raise RecipeError(
+                f"Recipe {recipe.name!r} starts its routers by {edit.router.init!r}, which needs "
+                "the model to run; convert in memory (sc.convert, or without --stream)."
+            )
         spec = edit.experts
         whole = spec.kind == "ffn" and spec != FFNSpec(num_experts=spec.num_experts)
         if spec.kind not in KINDS or whole or recipe.base_quantization:
@@ -227,10 +233,13 @@ class _Stream:
                 tensor = bank_tensors(donor)[leaf].detach().to(getattr(bank, leaf).dtype)
             yield tensor
 
-    def largest(self) -> int:
-        """Bytes of the largest layer or tensor."""
-        sizes = [t.numel() * t.element_size() for t in unique_tensors(self.model).values()]
-        return max(*sizes, *(cost.bytes_of(layer) for layer in self.record.layers))
+    def memory(self, certify: bool) -> int:
+        """Bytes in memory at a time: the largest tensor or expert and what it is made from; for the
+        certificate the largest layer and its dense module."""
+        tensors = [t.numel() * t.element_size() for t in dense_tensors(self.model).values()]
+        layers = [cost.bytes_of(layer) for layer in self.record.layers]
+        counts = [1 if certify else item.edit.experts.num_experts for item in self.edits]
+        return 2 * max(*tensors, *(n // count for n, count in zip(layers, counts, strict=True)))
 
     def task(self, **options: Any) -> dict[str, Any]:
         """All that the files depend on, as JSON data."""
