@@ -508,3 +508,13 @@ def test_the_means_own_output_follows_every_change():
         once = bank._constant().clone()
         bank.mean.fill_(3.0)
         assert not torch.equal(bank._constant(), once)
+
+
+def test_the_dense_flops_leave_out_a_similarity_router():
+    model = cases.dense("llama")
+    whole = cost.count(model).flops_per_token
+    recipe = sc.recipes.moefication(E, 2, router="similarity", relu=False)
+    sc.convert(model, recipe, certify=False)
+    sc.set_budget(model, 0.5)
+    ffns = sum(cost.split_flops(layer, 1) for layer in split_layers(model).values())
+    assert model_flops(model, 0.5) == pytest.approx(1 - 0.5 * ffns / whole)

@@ -262,7 +262,8 @@ def model_flops(model: nn.Module, ffn: float) -> float:
     """
     layers = split_layers(model).values()
     asked = [layer.router for layer in layers if layer.router.runs != "every"]
-    routers = sum(p.numel() for router in asked for p in router.parameters())
+    # As `cost.count` has them: a similarity router's centers are no parameters.
+    routers = sum(p.numel() for r in asked for p in (*r.parameters(), *r.buffers()))
     idle = sum(round((1 - cost.active_share(la)) * la.experts.products) for la in layers)
     dense = cost.count(model).flops_per_token + 2 * (idle - routers)
     return 1 - (1 - ffn) * sum(cost.split_flops(layer, 1) for layer in layers) / dense
