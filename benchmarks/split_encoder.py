@@ -2,8 +2,8 @@
 regression, against the share of neurons that run.
 
 Recipes with gradient stages learn to give the dense model's own embeddings (1 - cosine), beside
-their losses on activations or scores; all take the same steps over the same texts. A dense control
-has nothing to learn there: its loss is zero.
+their losses on activations or scores; all take the same steps over the same texts. The dense
+control is the untouched model, whose embeddings they are.
 
 Shapes: P texts, S tokens of the longest, D width, C sources.
 """
