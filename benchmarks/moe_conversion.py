@@ -3,9 +3,9 @@
 Command: python benchmarks/moe_conversion.py --mergekit VENV/bin/mergekit-moe [--runs 3] [--table]
 
 `VENV` is its own environment: pip install 'torch>=2.11,<2.14' mergekit. Every arm is a process
-of its own and writes a self-contained folder of the same tensors: the attention and embeddings of
-the base, E copies of its feed-forward networks, random routers. The arms run in turn, in another
-order in each repeat; what one has written is on the disk before the next one starts.
+of its own, with one thread, and writes a self-contained folder of the same tensors: the attention
+and embeddings of the base, E copies of its feed-forward networks, random routers. The arms run in
+turn, in another order in each repeat; what one has written is on the disk before the next starts.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def run(arguments: list[str], work: Path) -> dict[str, float]:
     shutil.rmtree(work / "out", ignore_errors=True)
     os.sync()
     load = os.getloadavg()[0]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    # Threads that wait for each other on cores that other jobs use would be all that is measured.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     start = time.perf_counter()
     with open(work / "log", "w") as log:
         process = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment)
