@@ -249,6 +249,13 @@ def export(argv: list[str]) -> None:
     exchange.run_export(command, _say)
 
 
+def import_(argv: list[str]) -> None:
+    """Read a standard mixture that was made elsewhere, and save it as a converted model."""
+    command = _parse(exchange.ImportCommand, "import", argv)
+    _quiet()
+    exchange.run_import(command, _say)
+
+
 def merge(
     folder: Positional[str],
     out: Path,
@@ -323,6 +330,7 @@ VERBS: dict[str, Callable] = {
     "chat": chat,
     "inspect": show,
     "export": export,
+    "import": import_,
     "merge": merge,
     "calibrate": calibrate,
     "sweep": sweep,
@@ -331,7 +339,7 @@ VERBS: dict[str, Callable] = {
 
 
 # They parse their own arguments.
-OWN_ARGUMENTS = ("convert", "train", "export", "calibrate", "sweep")
+OWN_ARGUMENTS = ("convert", "train", "export", "import", "calibrate", "sweep")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The command `export`. Torch-free until it runs."""
+"""The commands `export` and `import`. Torch-free until they run."""
 
 from __future__ import annotations
 
@@ -49,3 +49,28 @@ def run_export(command: ExportCommand, say: Callable[[str], None]) -> None:
     )
     for warning in record.get("lint", ()):
         say(f"  {warning}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportCommand:
+    """Read a standard mixture that was made elsewhere, and save it as a converted model."""
+
+    source: Positional[str]
+    """Folder or hub id of a Mixtral, Qwen-MoE or Granite mixture, or one of MixtureKit."""
+    out: Path
+    """Checkpoint folder to write; it needs no base."""
+    overwrite: bool = False
+    """Replace an existing folder once the new one is complete."""
+
+
+def run_import(command: ImportCommand, say: Callable[[str], None]) -> None:
+    from sparsecraft import checkpoint, cost, importing
+    from sparsecraft.analysis.report import cost_lines, edit_lines
+    from sparsecraft.folder import check_free
+
+    check_free(command.out, command.overwrite)
+    model = importing.import_moe(command.source)
+    checkpoint.save(model, command.out, overwrite=command.overwrite)
+    recipe = model.sparsecraft.recipe
+    say("\n".join([f"{recipe.paper}.", *edit_lines(recipe), *cost_lines(cost.count(model))]))
+    say(f"Saved and read back: {command.out}")

@@ -98,7 +98,7 @@ class Granite(Standard):
         }
 
     def read_form(self, config: Any, layers: list[Part]) -> Form:
-        shared = config.shared_intermediate_size
+        shared = getattr(config, "shared_intermediate_size", 0)  # GraniteMoe has none
         return _form(config, config.num_local_experts, config.intermediate_size, True, shared)
 
     def dense_config(self, config: Any, form: Form) -> Any:
