@@ -23,7 +23,7 @@ RANKS = (
     ("donor", "sites", "hub", "packaged", "encoding", "rows", "corpus", "sentences"),
     ("experts", "routers", "kernels", "init", "data", "losses"),
     ("layer",),
-    ("cost", "budget", "certificate", "origin", "tensorfile", "sources"),
+    ("cost", "budget", "certificate", "origin", "tensorfile", "sources", "merged_lora"),
     ("planning",),
     ("gathering", "domains"),
     ("surgery",),

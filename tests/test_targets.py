@@ -97,6 +97,7 @@ def mixture(name: str, recipe: str):
     return model
 
 
+IDS = torch.arange(3, 43).view(2, 20)
 M, G, Q2, Q3 = "mixtral", "granite", "qwen2_moe", "qwen3_moe"
 # What is exact, by hand: of weights that sum to one instead of the network and beside it.
 ATTENTION = {
@@ -232,6 +233,30 @@ def test_nexus_is_qwen2_moe_with_the_rows_of_its_domains(tmp_path):
     assert record["difference"] <= 1e-5
     assert len(record["lint"]) == 1 and "output.weight" in record["lint"][0]
     assert {p.target for p in plan(model) if p.reason is None} == {Q2}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "exact"),
+    [
+        (sc.recipes.virtual_groups(8, granularity=8, top_k=8), {M, G, Q2}),  # of six neurons
+        (sc.recipes.drop_upcycling(4), {M, G, Q2}),
+        (sc.recipes.btx(4, routing="soft"), {M, G, Q2}),
+        (sc.recipes.btx(4, routing="switch"), {Q2}),
+    ],
+)
+def test_recipes_of_full_experts_are_exported(recipe, exact, tmp_path):
+    model = base("llama")
+    sc.convert(model, recipe, certify=False)
+    model.train().eval()
+    cases.randomize_new(model, std=0.1)
+    prospects = {p.target: p for p in plan(model) if p.reason is None}
+    assert prospects.keys() == exact
+    for target, prospect in prospects.items():
+        assert sc.export(model, target, tmp_path / target)["difference"] <= 1e-5
+        odd = model.sparsecraft.layers[0].experts.down.shape[-1] % 4 != 0
+        assert any("'eager' alone: [6]" in warning for warning in prospect.lint) == odd
+        again = sc.import_moe(tmp_path / target)
+        assert torch.allclose(again(IDS).logits, model(IDS).logits, atol=1e-5)
 
 
 def test_any_scorer_with_rows_is_exported_as_a_linear_router(tmp_path):

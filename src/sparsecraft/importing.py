@@ -24,7 +24,7 @@ from sparsecraft.recipe import Edit, FFNSpec, Recipe, RouterSpec, Stage
 from sparsecraft.surgery import apply
 from sparsecraft.targets import EXPORT_TOLERANCE, STANDARD
 from sparsecraft.targets.form import Form, attention_of
-from sparsecraft.targets.standard import Part, by_layer
+from sparsecraft.targets.standard import Part, aligned, by_layer
 
 # model_type -> the architecture.
 KINDS = {
@@ -68,6 +68,8 @@ def import_moe(source: str | Path, revision: str | None = None) -> nn.Module:
 
 def _import_standard(folder: Path, kind: str) -> nn.Module:
     target, theirs = KINDS[kind], hub.load_dense(str(folder))
+    if not aligned(theirs):
+        theirs.set_experts_implementation("eager")
     tensors = {name: tensor.detach() for name, tensor in theirs.state_dict().items()}
     form = target.read_form(theirs.config, list(by_layer(tensors)[1].values()))
     config = target.dense_config(theirs.config, form)

@@ -18,7 +18,11 @@ def lint(config: Any) -> list[str]:
     head_dim = getattr(config, "head_dim", None) or width
     granite, qwen2 = kind == "granitemoeshared", kind == "qwen2_moe"
     normalized = getattr(config, "norm_topk_prob", False) and config.num_experts_per_tok < experts
+    expert = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    odd = [n for n in (expert, config.hidden_size) if n * config.dtype.itemsize % 16]
     found = {
+        f"transformers runs it with experts_implementation='eager' alone: {odd} features are no "
+        "multiple of 16 bytes.": bool(odd),
         f"llama.cpp and vLLM compute silu here, and the model has hidden_act={act!r}: wrong "
         "logits.": act != "silu",
         f"llama.cpp and vLLM take hidden_size / num_attention_heads = {width} for the width of a "

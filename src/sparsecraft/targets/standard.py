@@ -186,7 +186,17 @@ class Standard(ABC):
 
     def read(self, model: nn.Module, folder: Path) -> nn.Module:
         cls = getattr(transformers, self.model)
-        return cls.from_pretrained(folder, dtype=dtype_of(model)).to(model.device)
+        again = cls.from_pretrained(folder, dtype=dtype_of(model)).to(model.device)
+        if not aligned(again):
+            again.set_experts_implementation("eager")
+        return again
+
+
+def aligned(model: nn.Module) -> bool:
+    """Whether transformers' default for a mixture, a grouped product, can take its matrices: their
+    rows have to be multiples of 16 bytes."""
+    banks = (t for name, t in model.named_parameters() if ".experts." in name and t.ndim == 3)
+    return all(t.shape[-1] * t.element_size() % 16 == 0 for t in banks)
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
