@@ -238,3 +238,36 @@ def test_mixturekits_other_layouts_are_refused(tmp_path):
     mixturekit(tmp_path / "bts", "mistral", moe_method="bts")
     with pytest.raises(CheckpointError, match="'bts' mixture of 'MistralForCausalLM'"):
         sc.import_moe(tmp_path / "bts")
+
+
+@pytest.mark.parametrize(("base", "key"), [("mistral", "{}"), ("llama", "expert_{}")])
+def test_the_published_layouts_of_pesc_are_read(base, key, tmp_path):
+    """sparsetral numbers its experts, Camelidae names them; the configuration's width is wrong."""
+    config = dict(cases.LLAMA_LIKE) | ({"sliding_window": 8} if base == "mistral" else {})
+    torch.manual_seed(4)
+    wanted = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(base, **config)
+    ).eval()
+    recipe = sc.recipes.camelidae(3, 2, 8, adapter_scale=0.25, lora_rank=0)
+    sc.convert(wanted, recipe, certify=False)
+    cases.randomize_new(wanted, std=0.1)
+    state = {}
+    for name, tensor in wanted.state_dict().items():
+        path, _, leaf = name.partition(".mlp.")
+        if leaf in ("experts.down", "experts.up"):
+            part = leaf.removeprefix("experts.")
+            for e, matrix in enumerate(tensor):
+                at = f"{path}.mlp.moe_adapter.experts.{key.format(e)}.adapter_{part}.weight"
+                state[at] = matrix.contiguous()
+        else:
+            leaf = {"router.scorer.weight": "moe_adapter.router.weight"}.get(leaf, leaf)
+            state[f"{path}.mlp.{leaf.removeprefix('base.')}" if leaf else name] = tensor
+    save_file(state, tmp_path / "model.safetensors")
+    own = {"moe_scaling": 0.25, "num_experts": 3, "topk": 2, "adapter_dim": 64}
+    data = wanted.config.to_dict() | own | {"moe_dtype": "bfloat16", "architectures": ["Custom"]}
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    model = sc.import_moe(tmp_path)
+    assert torch.equal(logits(model), logits(wanted)) and type(model) is type(wanted)
+    assert model.sparsecraft.recipe.name == "camelidae"
+    sc.save(model, tmp_path / "ours")
+    assert torch.equal(logits(sc.load(tmp_path / "ours")), logits(wanted))

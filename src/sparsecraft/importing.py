@@ -18,9 +18,10 @@ from sparsecraft import hub
 from sparsecraft.certificate import compare, outputs, random_probe
 from sparsecraft.errors import CertificateError, CheckpointError
 from sparsecraft.folder import read_json
-from sparsecraft.mixturekit import read_mixturekit
+from sparsecraft.layouts import read_mixturekit, read_pesc
 from sparsecraft.planning import plan
 from sparsecraft.recipe import Edit, FFNSpec, Recipe, RouterSpec, Stage
+from sparsecraft.recipes import camelidae
 from sparsecraft.surgery import apply
 from sparsecraft.targets import EXPORT_TOLERANCE, STANDARD
 from sparsecraft.targets.form import Form, attention_of
@@ -41,7 +42,8 @@ def import_moe(source: str | Path, revision: str | None = None) -> nn.Module:
 
     Args:
         source: folder or hub id of a Mixtral, Qwen2-MoE, Qwen3-MoE, GraniteMoe or GraniteMoeShared
-            checkpoint (mergekit-moe writes such), or of a `traditional` mixture of MixtureKit.
+            checkpoint (mergekit-moe writes such), of a `traditional` mixture of MixtureKit, or of
+            PESC's published models (Camelidae, sparsetral), which have the recipe `camelidae`.
         revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -52,8 +54,12 @@ def import_moe(source: str | Path, revision: str | None = None) -> nn.Module:
     folder = hub.resolve(source, revision)
     data = read_json(folder / "config.json")
     kind = data.get("model_type")
-    if data.get("moe_method"):
-        model = _build(*read_mixturekit(folder, data))
+    if "moe_method" in data:
+        config, form, held = read_mixturekit(folder, data)
+        model = _build(config, imported(form, "MixtureKit"), held.dense, held.dtype)
+    elif {"moe_scaling", "topk"} <= data.keys():
+        config, arguments, held = read_pesc(folder, data)
+        model = _build(config, camelidae(**arguments), held.dense, held.dtype)
     elif kind in KINDS:
         model = _import_standard(folder, kind)
     else:
@@ -74,7 +80,7 @@ def _import_standard(folder: Path, kind: str) -> nn.Module:
     form = target.read_form(theirs.config, list(by_layer(tensors)[1].values()))
     config = target.dense_config(theirs.config, form)
     tensors = target.from_target(tensors, form, attention_of(config))
-    model = _build(config, form, tensors, theirs.dtype, target.title)
+    model = _build(config, imported(form, target.title), tensors, theirs.dtype)
     model.generation_config = theirs.generation_config
     probes = [random_probe(model)]
     certificate = compare(outputs(theirs, probes), outputs(model, probes))
@@ -83,17 +89,16 @@ def _import_standard(folder: Path, kind: str) -> nn.Module:
     return model
 
 
-def _build(config: Any, form: Form, tensors: Part, dtype: torch.dtype, title: str) -> nn.Module:
-    """The converted model of a dense configuration, a mixture in each layer, and all tensors."""
+def _build(config: Any, recipe: Recipe, tensors: Part, dtype: torch.dtype) -> nn.Module:
+    """The converted model of a dense configuration, a recipe and all tensors."""
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    recipe = imported(form, title)
     record = apply(model, recipe, plan(model, recipe), on_meta=True)
     found = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     missing = sorted(set(found.missing_keys) - set(model.all_tied_weights_keys))
     if wrong := missing or sorted(found.unexpected_keys):
         word = "lacks" if missing else "holds what ours has no place for:"
-        raise CheckpointError(f"This {title} {word} {len(wrong)} tensors: {', '.join(wrong[:3])}.")
+        raise CheckpointError(f"The mixture {word} {len(wrong)} tensors: {', '.join(wrong[:3])}.")
     record.digests = {}  # there is no dense model to give back
     return model
 
