@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import cases
 import sparsecraft as sc
 import tiny
-from sparsecraft.errors import CheckpointError, SurgeryError
+from sparsecraft.errors import CheckpointError, RecipeError, SurgeryError
 from sparsecraft.targets import STANDARD, plan
 
 LIKE = {k: v for k, v in cases.LLAMA_LIKE.items() if k != "intermediate_size"}
@@ -168,6 +168,29 @@ def test_names_of_older_and_newer_writers_are_read(tmp_path):
     model.save_pretrained(fused, save_original_format=False)
     assert "model.layers.0.mlp.experts.gate_up_proj" in tensors(fused)
     assert torch.equal(logits(sc.import_moe(fused)), logits(sc.import_moe(tmp_path / "in")))
+
+
+def test_a_gate_and_another_width_are_for_what_has_them():
+    with pytest.raises(RecipeError, match="gates_base is True with place='replace'"):
+        sc.override(sc.recipes.upcycling(4), {"router.gates_base": True})
+    wide = sc.override(sc.recipes.upcycling(4), {"experts.width": 24})
+    model = cases.dense("llama")
+    with pytest.raises(RecipeError, match=r"width is 24.*48 neurons.*come with a checkpoint"):
+        sc.convert(model, wide)
+    assert not hasattr(model, "sparsecraft")
+
+
+def test_the_gate_multiplies_the_dense_network_by_a_sigmoid():
+    model = cases.dense("mistral")
+    changes = {"place": "beside", "router.gates_base": True}
+    sc.convert(model, sc.override(sc.recipes.upcycling(4), changes), certify=False)
+    cases.randomize_new(model, std=0.1)
+    layer = model.sparsecraft.layers[0]
+    x = torch.randn(2, 5, 32)
+    gate = torch.sigmoid(x @ layer.router.base_gate.weight.T)
+    added = layer(x) - gate * layer.base(x)
+    layer.router.base_gate.weight.data.zero_()
+    torch.testing.assert_close(layer(x), layer.base(x) / 2 + added)
 
 
 def test_what_ours_cannot_have_is_refused(tmp_path):

@@ -259,6 +259,14 @@ def test_recipes_of_full_experts_are_exported(recipe, exact, tmp_path):
         assert torch.allclose(again(IDS).logits, model(IDS).logits, atol=1e-5)
 
 
+def test_an_untied_model_is_exported_untied(tmp_path):
+    model = mixture("qwen2", "nexus")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    assert sc.export(model, Q2, tmp_path / "out")["lint"] == []
+    assert "lm_head.weight" in tensor_names(tmp_path / "out")
+
+
 def test_any_scorer_with_rows_is_exported_as_a_linear_router(tmp_path):
     class Rows(torch.nn.Module):
         """Logits by a matrix that is computed."""
