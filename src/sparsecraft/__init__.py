@@ -27,6 +27,7 @@ _HOME = {
     "train": "training",
     "evaluate": "evaluation",
     "export": "targets",
+    "import_moe": "importing",
     "count": "cost",
     "merge": "merging",
     "set_budget": "budget",

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from sparsecraft import budgeting
+from sparsecraft import budgeting, exchange
 from sparsecraft.errors import DataError, SparsecraftError, did_you_mean
 from sparsecraft.options import TrainOptions, gathered
 
@@ -242,26 +242,18 @@ def show(folder: Positional[str]) -> None:
     _say("\n".join(describe(folder)))
 
 
-def export(folder: Positional[str], to: str, out: Path, overwrite: bool = False) -> None:
-    """Write a checkpoint in a standard architecture that loads without sparsecraft.
-
-    Args:
-        folder: checkpoint of a converted model.
-        to: mixtral, or peft for the folder of a PEFT adapter.
-        out: folder to write.
-        overwrite: replace an existing export once the new one is complete.
-    """
-    from sparsecraft import checkpoint, targets
-    from sparsecraft.folder import check_free
-
+def export(argv: list[str]) -> None:
+    """Write a checkpoint in a standard architecture that loads without sparsecraft."""
+    command = _parse(exchange.ExportCommand, "export", argv)
     _quiet()
-    check_free(out, overwrite)
-    model = checkpoint.load(folder)
-    record = targets.export(model, to, out, overwrite=overwrite)
-    _say(
-        f"{out}: {record['parameters']:,} parameters as {to}; read back, "
-        f"max |logit difference| {record['difference']:.1e} at scale {record['scale']:.1f}."
-    )
+    exchange.run_export(command, _say)
+
+
+def import_(argv: list[str]) -> None:
+    """Read a standard mixture that was made elsewhere, and save it as a converted model."""
+    command = _parse(exchange.ImportCommand, "import", argv)
+    _quiet()
+    exchange.run_import(command, _say)
 
 
 def merge(
@@ -338,11 +330,16 @@ VERBS: dict[str, Callable] = {
     "chat": chat,
     "inspect": show,
     "export": export,
+    "import": import_,
     "merge": merge,
     "calibrate": calibrate,
     "sweep": sweep,
     "demo": demo,
 }
+
+
+# They parse their own arguments.
+OWN_ARGUMENTS = ("convert", "train", "export", "import", "calibrate", "sweep")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -365,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise SparsecraftError(f"Unknown verb {verb!r}." + did_you_mean(verb, VERBS))
-        if verb in ("convert", "train", "calibrate", "sweep"):  # these parse their own arguments
+        if verb in OWN_ARGUMENTS:
             VERBS[verb](rest)
         else:
             _parse(VERBS[verb], verb, rest)

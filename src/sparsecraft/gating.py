@@ -61,6 +61,9 @@ class RouterSpec:
     """Whether the k kept weights are scaled to sum to one."""
     temperature: float = 1.0
     """Divides the logits."""
+    gates_base: bool = False
+    """The dense network that experts stand beside is multiplied by the sigmoid of a learned row
+    (Qwen2-MoE's shared expert)."""
     reads: Literal["input", "output"] = "input"
     """The layer's input, or the output of the dense module it stands on."""
     decides: Literal["token", "head", "sequence", "sentence"] = "token"

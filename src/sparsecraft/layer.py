@@ -129,6 +129,8 @@ class MoELayer(nn.Module):
     def _beside(
         self, x: Tensor, y: Tensor, z_TN: Tensor | None, scores_TE: Tensor | None
     ) -> Tensor:
+        if self.router and self.router.spec.gates_base:
+            y = y * self.router.gate_base(x)
         if self.router and self.router.spec.select == "slots":
             return self._on_rows(y, lambda part: part + self._mix_slots(x).reshape(part.shape))
         # Nobody else holds what a plain Linear has just computed: the update can be added to it.

@@ -140,6 +140,11 @@ def _check_place(edit: Edit) -> None:
         RecipeError: the kind of experts, the place and the site do not go together.
     """
     experts, router = edit.experts, edit.router
+    if router and router.gates_base and (edit.place, edit.site) != ("beside", "ffn"):
+        raise RecipeError(
+            f"router.gates_base is True with place={edit.place!r} at site {edit.site!r}; only a "
+            "feed-forward network that experts stand beside can be gated."
+        )
     places = PLACES.get(experts.kind, ("replace", "beside", "after", "before"))
     if edit.place not in places:
         raise RecipeError(

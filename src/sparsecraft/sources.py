@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from sparsecraft import hub
+from sparsecraft import hub, merged_lora
 from sparsecraft.errors import SourceError
 from sparsecraft.layer import unique_tensors
+from sparsecraft.merged_lora import MergedLora
 from sparsecraft.origin import Origin
 
 # Fields of a configuration that do not change what the tensors mean.
@@ -61,18 +63,20 @@ class Source:
 
 
 def open_source(model: nn.Module, given: str | Path | PreTrainedModel) -> Source:
-    """A folder, hub id or packaged name, or a model in memory.
+    """A folder, hub id or packaged name, the folder of a PEFT LoRA, or a model in memory.
 
     Args:
         model: the base, by whose names tensors are asked for.
 
     Raises:
         HubError: there is no such model.
-        SourceError: its folder holds no safetensors.
+        SourceError: its folder holds no safetensors, or more than a LoRA.
     """
     if isinstance(given, PreTrainedModel):
         name = given.name_or_path or type(given).__name__
         return Source(name, given.config, unique_tensors(given).get)
+    if (Path(given) / merged_lora.CONFIG).is_file():
+        return _open_lora(model, Path(given))
     folder = hub.resolve(given)
     origin = Origin.find(str(folder))
     if origin is None:
@@ -81,6 +85,32 @@ def open_source(model: nn.Module, given: str | Path | PreTrainedModel) -> Source
         name=str(given),
         config=AutoConfig.from_pretrained(folder),
         find=lambda name: origin.tensor(model, name),
+        tokenizer=lambda: hub.load_tokenizer(folder),
+        folder=folder,
+    )
+
+
+def _open_lora(model: nn.Module, folder: Path) -> Source:
+    """A LoRA on the base that it names; on `model` itself where that is the one, or it names none.
+
+    The base's tensors are read one by one.
+    """
+    lora = MergedLora(folder, lambda name: None)
+    named = lora.config.get("base_model_name_or_path")
+    own = Origin.of(model)
+    if not named or named == getattr(model, "name_or_path", None):
+        config, held = model.config, unique_tensors(model)
+        on_disk = own is not None and any(tensor.is_meta for tensor in held.values())
+        find = partial(own.tensor, model) if on_disk else held.get
+    else:
+        source = open_source(model, named)
+        config, find = source.config, source.find
+    lora = MergedLora(folder, find)
+    lora.check()
+    return Source(
+        name=str(folder),
+        config=config,
+        find=lora.tensor,
         tokenizer=lambda: hub.load_tokenizer(folder),
         folder=folder,
     )

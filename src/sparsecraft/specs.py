@@ -16,6 +16,9 @@ class FFNSpec:
     kind: Literal["ffn"] = "ffn"
     num_experts: int = 8
     init: Literal["copy"] = "copy"
+    width: int | None = None
+    """Neurons of an expert, where they are not the dense network's or a shard of it: of experts
+    that were imported (`sparsecraft import`)."""
     granularity: int = 1
     """Shards G of a network: experts e G to e G + G - 1 are those of copy, or source, e."""
     blend: bool = False
@@ -36,6 +39,8 @@ class FFNSpec:
 
     def __post_init__(self) -> None:
         check_whole("granularity", self.granularity)
+        if self.width is not None:
+            check_whole("width", self.width)
         uneven = type(self.num_experts) is int and self.num_experts % self.granularity
         if uneven or (self.blend and self.granularity > 1):
             raise RecipeError(

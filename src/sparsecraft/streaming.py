@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 import sparsecraft
-from sparsecraft import checkpoint, cost, hub, interrupted, layerwise, shards
+from sparsecraft import checkpoint, cost, hub, interrupted, layerwise, merged_lora, shards
 from sparsecraft.certificate import Certificate
 from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.experts.ffn import FFNExperts, bank_tensors
@@ -247,7 +247,7 @@ class _Stream:
             "options": {"dtype": str(self.dtype), **options},
             "recipe": to_json(self.recipe),
             "base": _stamps(self.origin.folder),
-            "sources": {f"{i}: {s}": _stamps(hub.resolve(s)) for i, s in enumerate(self.given)},
+            "sources": {f"{i}: {s.name}": _stamps(s.folder) for i, s in enumerate(self.sources)},
             "versions": {"sparsecraft": sparsecraft.__version__, "torch": str(torch.__version__)},
         }
 
@@ -322,7 +322,8 @@ class _Drawn:
 
 def _stamps(folder: Path) -> dict[str, Any]:
     """File name -> size and time of change of what a dense model is read from."""
-    paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    configs = (folder / name for name in ("config.json", merged_lora.CONFIG))
+    paths = [*filter(Path.is_file, configs), *sorted(folder.glob("*.safetensors"))]
     return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in paths}
 
 

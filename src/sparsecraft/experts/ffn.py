@@ -30,7 +30,8 @@ class FFNExperts(Experts):
         device: `meta` for a bank whose values a checkpoint brings.
 
     Raises:
-        RecipeError: the donor's neurons cannot be cut into shards alike.
+        RecipeError: the donor's neurons cannot be cut into shards alike, or experts of another
+            width come without a checkpoint.
     """
 
     def __init__(self, spec: FFNSpec, donor: FFN, *, device: torch.device | str | None = None):
@@ -50,6 +51,8 @@ class FFNExperts(Experts):
             )
         donors = [donor] * (self.parts if spec.blend else 1)
         networks = [self._network(e, donors, device) for e in range(self.parts)]
+        if spec.width is not None:
+            networks = [_blank(spec.width, donor, networks[0])]
         for name in networks[0]:
             tensors = [network[name] for network in networks]
             copies = None if tensors[0] is None else _copies(tensors, self.num_experts)
@@ -202,6 +205,22 @@ def _times(tensor: Tensor, factors: list[float]) -> Tensor:
     """Equal parts of the tensor's rows, each times its factor."""
     parts = tensor.chunk(len(factors)) if len(factors) > 1 else [tensor]
     return torch.cat([part * factor for part, factor in zip(parts, factors, strict=True)])
+
+
+def _blank(width: int, donor: FFN, network: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """`network` with another width, without values."""
+    if not network["down"].is_meta:
+        raise RecipeError(
+            f"width is {width}, and {donor.path!r} has {donor.hidden_width} neurons: experts of "
+            "another width come with a checkpoint (`sparsecraft import`); leave out width."
+        )
+    F, D = width, donor.width
+    shapes = {"gate_up": (2 * F, D), "gate_up_bias": (2 * F,), "up": (F, D), "up_bias": (F,)}
+    shapes |= {"down": (D, F), "down_bias": (D,)}
+    return {
+        name: None if tensor is None else tensor.new_empty(shapes[name])
+        for name, tensor in network.items()
+    }
 
 
 def _copies(tensors: list[Tensor], count: int) -> nn.Parameter:

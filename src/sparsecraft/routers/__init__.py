@@ -2,6 +2,8 @@
 
 from functools import partial
 
+from torch import nn
+
 from sparsecraft.recipe import RouterSpec
 from sparsecraft.routers.base import Router
 from sparsecraft.routers.domain import DomainScorer
@@ -25,7 +27,14 @@ def build_router(
             select = Sample()
         case _:
             select = soft  # slots are combined by the same softmax
-    return Router(scorer, spec, select)
+    gate = _base_gate(width, device, dtype) if spec.gates_base else None
+    return Router(scorer, spec, select, gate)
+
+
+def _base_gate(width: int, device, dtype) -> nn.Linear:
+    gate = nn.Linear(width, 1, bias=False, device=device, dtype=dtype)
+    nn.init.zeros_(gate.weight)
+    return gate
 
 
 __all__ = ["SCORERS", "Gate", "Router", "Sample", "build_router", "soft", "top_k"]

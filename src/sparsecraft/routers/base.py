@@ -10,20 +10,28 @@ from torch import Tensor, nn
 
 from sparsecraft.batch import Batch
 from sparsecraft.errors import SparsecraftError
-from sparsecraft.kernels.projections import is_plain
+from sparsecraft.kernels.projections import float32_product, is_plain
 from sparsecraft.recipe import RouterSpec
 from sparsecraft.routers.scorers import LinearScorer
 from sparsecraft.routing import Routing
 
 
 class Router(nn.Module):
-    """A scorer, x_TD -> logits_TE, followed by a selector, logits_TE -> weights and indices."""
+    """A scorer, x_TD -> logits_TE, followed by a selector, logits_TE -> weights and indices.
 
-    def __init__(self, scorer: nn.Module, spec: RouterSpec, select):
+    Attributes:
+        base_gate: the row whose sigmoid the dense network is multiplied by, a Linear of D to 1; see
+            `RouterSpec.gates_base`.
+    """
+
+    def __init__(
+        self, scorer: nn.Module, spec: RouterSpec, select, base_gate: nn.Linear | None = None
+    ):
         super().__init__()
         self.scorer = scorer
         self.spec = spec
         self.select = select
+        self.base_gate = base_gate
 
     def forward(
         self, x: Tensor, batch: Batch | None = None, scores_TE: Tensor | None = None
@@ -48,6 +56,11 @@ class Router(nn.Module):
         router reads, if it is; a caller may compute it together with other products."""
         by_token = self.spec.decides == "token" and self.spec.reads == "input"
         return self.scorer.weight if by_token and is_plain(self.scorer, LinearScorer) else None
+
+    def gate_base(self, x: Tensor) -> Tensor:
+        """What the dense network's output for x (..., D) is multiplied by, (..., 1)."""
+        gate_T1 = float32_product(x.reshape(-1, x.shape[-1]), self.base_gate.weight).sigmoid()
+        return gate_T1.to(x.dtype).reshape(*x.shape[:-1], 1)
 
     def _for_tokens(self, logits: Tensor, x: Tensor, batch: Batch) -> Tensor:
         """One row for each sequence, or for several beams of it -> one row for each token."""

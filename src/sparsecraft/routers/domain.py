@@ -83,6 +83,10 @@ class DomainScorer(nn.Module):
                 self._kept = kept = known, self._project()
         return kept[1]
 
+    def weight_rows(self) -> Tensor:
+        """The matrix (E, D) whose product with a token gives its logits."""
+        return self.rows()[: len(self.domains)]
+
     def _keeps(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether rows may be kept: nothing trains, and a change of the tensors would be seen."""
         if torch.compiler.is_compiling():

@@ -40,3 +40,7 @@ class LinearScorer(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return float32_product(x_TD, self.weight)
+
+    def weight_rows(self) -> Tensor:
+        """The matrix (E, D) whose product with a token gives its logits."""
+        return self.weight

@@ -1,0 +1,94 @@
+"""The folder of a PEFT LoRA as a dense model: its base with the update added, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sparsecraft.errors import SourceError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class MergedLora:
+    """W + scale B A of every tensor that the adapter changes, and the base's of all others.
+
+    Attributes:
+        folder: with adapter_config.json and adapter_model.safetensors.
+        base: dense name -> tensor of the base, or None.
+    """
+
+    folder: Path
+    base: Callable[[str], Tensor | None]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return json.loads((self.folder / CONFIG).read_text())
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        try:
+            held = load_file(self.folder / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise SourceError(f"{self.folder / WEIGHTS} cannot be read: {error}.") from None
+        return {name.removeprefix(PREFIX): tensor for name, tensor in held.items()}
+
+    def check(self) -> None:
+        """Refuse what is more than W + scale B A.
+
+        Raises:
+            SourceError: another method than LoRA, DoRA, or tensors that belong to no dense one.
+        """
+        kind = self.config.get("peft_type")
+        if kind != "LORA":
+            raise SourceError(f"{self.folder} is a PEFT folder of type {kind!r}; LoRAs are joined.")
+        if self.config.get("alora_invocation_tokens"):
+            raise SourceError(
+                f"{self.folder} is an activated LoRA, which acts on some tokens only."
+            )
+        for name in self._tensors:
+            if self.base(self._dense_name(name)) is None:
+                raise SourceError(
+                    f"{self.folder} holds {name!r}, which is no LoRA of a matrix of the base: "
+                    "DoRA, LoRAs of embeddings and of whole banks are not read. Merge it with "
+                    "PEFT, save the dense model and name that."
+                )
+
+    def tensor(self, name: str) -> Tensor | None:
+        """The merged tensor of a dense name; None if the base has none."""
+        if name in self._tensors:  # trained in full (`modules_to_save`, biases)
+            return self._tensors[name]
+        weight, path = self.base(name), name.removesuffix(".weight")
+        down_RI = self._tensors.get(f"{path}.lora_A.weight")
+        if weight is None or down_RI is None or path == name:
+            return weight
+        up_OR = self._tensors[f"{path}.lora_B.weight"]
+        delta = self._scale(path, len(down_RI)) * (up_OR.float() @ down_RI.float())
+        delta = delta.t() if self.config.get("fan_in_fan_out") else delta
+        return (weight.detach().cpu().float() + delta).to(weight.dtype)
+
+    def _scale(self, path: str, rank: int) -> float:
+        alpha = self.config["lora_alpha"]
+        if patterns := self.config.get("alpha_pattern"):
+            from peft.utils.other import get_pattern_key  # PEFT costs seconds to import
+
+            alpha = patterns.get(get_pattern_key(patterns, path), alpha)
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    @staticmethod
+    def _dense_name(name: str) -> str:
+        for part in (".lora_A.weight", ".lora_B.weight"):
+            if name.endswith(part):
+                return name.removesuffix(part) + ".weight"
+        return name
