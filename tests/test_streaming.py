@@ -366,6 +366,8 @@ def test_options_that_do_not_fit_a_stream_are_refused(tmp_path, capsys):
     data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.chat_rows(2))
     assert cli.main([*command(folder, out), "--data", data]) == 1
     assert "--data is not for --stream" in capsys.readouterr().err
+    assert cli.main([*command(folder, out), "--domains", f"a={data}"]) == 1
+    assert "--domains is not for --stream" in capsys.readouterr().err
     plain = ["convert", "upcycling", "--model", folder, "--out", str(out), "--resume"]
     assert cli.main(plain) == 1
     assert "--resume is for --stream" in capsys.readouterr().err

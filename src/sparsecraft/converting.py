@@ -166,7 +166,12 @@ def run(recipe: Any, options: ConvertOptions, say: Say) -> None:
 def _stream(recipe: Any, options: ConvertOptions, dtype: Any, say: Say) -> None:
     from sparsecraft import streaming
 
-    for name, given in (("--data", options.data), ("--device", options.device != "cpu")):
+    unfit = {
+        "--data": options.data,
+        "--domains": options.domains,
+        "--device": options.device != "cpu",
+    }
+    for name, given in unfit.items():
         if given:
             raise SparsecraftError(
                 f"{name} is not for --stream, which has no whole model to run; leave it out."

@@ -10,6 +10,7 @@ from torch import nn
 from sparsecraft.donor import FFN, Attention
 from sparsecraft.errors import RecipeError
 from sparsecraft.experts.attention import AttentionExperts
+from sparsecraft.experts.base import CopiedExperts
 from sparsecraft.experts.ffn import FFNExperts
 from sparsecraft.init.neurons import diversify
 from sparsecraft.layer import MoELayer, dense_tensors
@@ -79,7 +80,7 @@ def gather(
     of the experts the recipe draws at random."""
     for item, layer in zip(plan, layers, strict=True):
         bank = layer.experts
-        if sources and isinstance(bank, (FFNExperts, AttentionExperts)):
+        if sources and isinstance(bank, CopiedExperts):
             _fill(bank, item.donor, sources)
         if isinstance(bank, FFNExperts):
             diversify(bank, item.edit.experts)
@@ -94,9 +95,7 @@ def gather(
             tensor.copy_(mean(sources, name))
 
 
-def _fill(
-    bank: FFNExperts | AttentionExperts, donor: FFN | Attention, sources: Sequence[Source]
-) -> None:
+def _fill(bank: CopiedExperts, donor: FFN | Attention, sources: Sequence[Source]) -> None:
     bank.materialize()
     if isinstance(bank, FFNExperts) and bank.spec.blend:
         donors = [donor.of(source.tensor) for source in sources]

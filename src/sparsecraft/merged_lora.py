@@ -20,6 +20,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / CONFIG).read_text())
+
+
 @dataclass(frozen=True)
 class MergedLora:
     """W + scale B A of every tensor that the adapter changes, and the base's of all others.
@@ -27,14 +31,16 @@ class MergedLora:
     Attributes:
         folder: with adapter_config.json and adapter_model.safetensors.
         base: dense name -> tensor of the base, or None.
+        base_shape: dense name -> its shape, or None.
     """
 
     folder: Path
     base: Callable[[str], Tensor | None]
+    base_shape: Callable[[str], tuple[int, ...] | None]
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return json.loads((self.folder / CONFIG).read_text())
+        return read_config(self.folder)
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
@@ -58,7 +64,7 @@ class MergedLora:
                 f"{self.folder} is an activated LoRA, which acts on some tokens only."
             )
         for name in self._tensors:
-            if self.base(self._dense_name(name)) is None:
+            if self.base_shape(self._dense_name(name)) is None:
                 raise SourceError(
                     f"{self.folder} holds {name!r}, which is no LoRA of a matrix of the base: "
                     "DoRA, LoRAs of embeddings and of whole banks are not read. Merge it with "
@@ -69,14 +75,33 @@ class MergedLora:
         """The merged tensor of a dense name; None if the base has none."""
         if name in self._tensors:  # trained in full (`modules_to_save`, biases)
             return self._tensors[name]
-        weight, path = self.base(name), name.removesuffix(".weight")
-        down_RI = self._tensors.get(f"{path}.lora_A.weight")
-        if weight is None or down_RI is None or path == name:
+        weight, pair = self.base(name), self._pair(name)
+        if weight is None or pair is None:
             return weight
-        up_OR = self._tensors[f"{path}.lora_B.weight"]
-        delta = self._scale(path, len(down_RI)) * (up_OR.float() @ down_RI.float())
+        down_RI, up_OR = pair
+        scale = self._scale(name.removesuffix(".weight"), len(down_RI))
+        delta = scale * (up_OR.float() @ down_RI.float())
         delta = delta.t() if self.config.get("fan_in_fan_out") else delta
         return (weight.detach().cpu().float() + delta).to(weight.dtype)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of what `tensor` gives, without a tensor of the base."""
+        if name in self._tensors:
+            return tuple(self._tensors[name].shape)
+        shape, pair = self.base_shape(name), self._pair(name)
+        if shape is None or pair is None:
+            return shape
+        down_RI, up_OR = pair
+        delta = (len(up_OR), down_RI.shape[1])
+        return delta[::-1] if self.config.get("fan_in_fan_out") else delta
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """A (R, I) and B (O, R) of a weight, if the adapter changes it."""
+        path = name.removesuffix(".weight")
+        down_RI = self._tensors.get(f"{path}.lora_A.weight")
+        if down_RI is None or path == name:
+            return None
+        return down_RI, self._tensors[f"{path}.lora_B.weight"]
 
     def _scale(self, path: str, rank: int) -> float:
         alpha = self.config["lora_alpha"]

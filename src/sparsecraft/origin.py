@@ -107,17 +107,18 @@ class Origin:
         with safe_open(self._files[found], "pt") as file:
             return file.get_tensor(found)
 
+    def shape(self, model: nn.Module, name: str) -> tuple[int, ...] | None:
+        """The shape of what `tensor` gives, from the file's header; None if the folder has none."""
+        if (found := self._find(model, name)) is None:
+            return None
+        with safe_open(self._files[found], "pt") as file:
+            return tuple(file.get_slice(found).get_shape())
+
     def holds(self, model: nn.Module, shapes: dict[str, torch.Size]) -> bool:
         """Whether the dense `model` can be built from this folder: its class and its shapes."""
         if hub.model_class(self.folder) is not type(model):
             return False
-        for name, shape in shapes.items():
-            if (found := self._find(model, name)) is None:
-                return False
-            with safe_open(self._files[found], "pt") as file:
-                if tuple(file.get_slice(found).get_shape()) != tuple(shape):
-                    return False
-        return True
+        return all(self.shape(model, name) == tuple(shape) for name, shape in shapes.items())
 
     def _find(self, model: nn.Module, name: str) -> str | None:
         """What the folder's files call a dense tensor of `model`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ class Source:
         name: what the user called it.
         config: its configuration.
         find: dense name -> tensor, or None.
+        shape: dense name -> its shape, or None; reads no tensor from a disk.
         tokenizer: gives its tokenizer, if it has one.
         folder: where it is, if it is not in memory.
     """
@@ -47,6 +48,7 @@ class Source:
     name: str
     config: PreTrainedConfig
     find: Callable[[str], Tensor | None]
+    shape: Callable[[str], tuple[int, ...] | None]
     tokenizer: Callable[[], Any] = lambda: None
     folder: Path | None = None
 
@@ -58,8 +60,25 @@ class Source:
         """
         tensor = self.find(name)
         if tensor is None:
-            raise SourceError(f"{self.name!r} has no tensor {name!r}, which the base model has.")
+            raise self._lacks(name)
         return tensor
+
+    def check_shape(self, name: str, wanted: torch.Size) -> None:
+        """Refuse a tensor of another shape than the base's.
+
+        Raises:
+            SourceError: it has another, or there is none.
+        """
+        found = self.shape(name)
+        if found is None:
+            raise self._lacks(name)
+        if found != tuple(wanted):
+            raise SourceError(
+                f"{name!r} is {list(found)} in {self.name!r} and {list(wanted)} in the base."
+            )
+
+    def _lacks(self, name: str) -> SourceError:
+        return SourceError(f"{self.name!r} has no tensor {name!r}, which the base model has.")
 
 
 def open_source(model: nn.Module, given: str | Path | PreTrainedModel) -> Source:
@@ -74,7 +93,8 @@ def open_source(model: nn.Module, given: str | Path | PreTrainedModel) -> Source
     """
     if isinstance(given, PreTrainedModel):
         name = given.name_or_path or type(given).__name__
-        return Source(name, given.config, unique_tensors(given).get)
+        held = unique_tensors(given)
+        return Source(name, given.config, held.get, partial(_shape, held))
     if (Path(given) / merged_lora.CONFIG).is_file():
         return _open_lora(model, Path(given))
     folder = hub.resolve(given)
@@ -84,7 +104,8 @@ def open_source(model: nn.Module, given: str | Path | PreTrainedModel) -> Source
     return Source(
         name=str(given),
         config=AutoConfig.from_pretrained(folder),
-        find=lambda name: origin.tensor(model, name),
+        find=partial(origin.tensor, model),
+        shape=partial(origin.shape, model),
         tokenizer=lambda: hub.load_tokenizer(folder),
         folder=folder,
     )
@@ -95,25 +116,30 @@ def _open_lora(model: nn.Module, folder: Path) -> Source:
 
     The base's tensors are read one by one.
     """
-    lora = MergedLora(folder, lambda name: None)
-    named = lora.config.get("base_model_name_or_path")
+    named = merged_lora.read_config(folder).get("base_model_name_or_path")
     own = Origin.of(model)
     if not named or named == getattr(model, "name_or_path", None):
         config, held = model.config, unique_tensors(model)
         on_disk = own is not None and any(tensor.is_meta for tensor in held.values())
         find = partial(own.tensor, model) if on_disk else held.get
+        shape = partial(_shape, held)
     else:
         source = open_source(model, named)
-        config, find = source.config, source.find
-    lora = MergedLora(folder, find)
+        config, find, shape = source.config, source.find, source.shape
+    lora = MergedLora(folder, find, shape)
     lora.check()
     return Source(
         name=str(folder),
         config=config,
         find=lora.tensor,
+        shape=lora.shape,
         tokenizer=lambda: hub.load_tokenizer(folder),
         folder=folder,
     )
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None
 
 
 def check_sources(
@@ -135,11 +161,7 @@ def check_sources(
         _check_config(model.config, source)
         _check_tokenizer(base, source)
         for name in names:
-            found, wanted = tuple(source.tensor(name).shape), tuple(tensors[name].shape)
-            if found != wanted:
-                raise SourceError(
-                    f"{name!r} is {list(found)} in {source.name!r} and {list(wanted)} in the base."
-                )
+            source.check_shape(name, tensors[name].shape)
         if not unrelated:
             name = next(n for n in names if tensors[n].ndim == 2)
             ours = tensors[name]

@@ -25,7 +25,6 @@ from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.experts.ffn import FFNExperts, bank_tensors
 from sparsecraft.folder import check_free
 from sparsecraft.gathering import opened, tensor_names
-from sparsecraft.gating import FROM_DATA
 from sparsecraft.interrupted import Progress, continued
 from sparsecraft.layer import dense_name, dense_tensors, unique_tensors
 from sparsecraft.origin import Origin, digest
@@ -118,8 +117,7 @@ def _check_recipe(recipe: Recipe) -> None:
                 f"Recipe {recipe.name!r} has {what}, which tensor by tensor cannot be made; "
                 "convert in memory (sc.convert, or without --stream)."
             )
-        router = edit.router
-        if router and (router.scorer == "domain" or router.init in FROM_DATA):
+        if edit.router and edit.router.scorer == "domain":
             raise RecipeError(
                 f"The routers of recipe {recipe.name!r} start from domains or data, which the "
                 "whole model reads; convert in memory (sc.convert, or without --stream)."

@@ -20,13 +20,13 @@ from torch.nn import functional as F
 
 from sparsecraft.donor import Attention
 from sparsecraft.errors import SparsecraftError
-from sparsecraft.experts.base import Experts
+from sparsecraft.experts.base import CopiedExperts, copies
 from sparsecraft.recipe import AttentionSpec
 from sparsecraft.routing import Routing
 
 
-class AttentionExperts(Experts):
-    """N attentions of the donor's own form, from which copies start as views of one tensor.
+class AttentionExperts(CopiedExperts):
+    """N attentions of the donor's own form.
 
     Norms of queries and keys, where a family has them, are one for all experts.
 
@@ -91,43 +91,36 @@ class AttentionExperts(Experts):
                 found[name] = parameter
         return found
 
-    def _stacks(self) -> list[tuple[str, Projections | Outputs]]:
+    def _stacks(self) -> list[tuple[str, Stack]]:
         return [(name, self.attention.get_submodule(name)) for name in self.form.parts()]
 
-    def materialize(self) -> None:
-        """Give every copy memory of its own."""
-        for parameter in self.parameters():
-            if parameter.stride(0) == 0:
-                parameter.data = parameter.data.contiguous()
 
-    def train(self, mode: bool = True) -> AttentionExperts:
-        if mode:
-            self.materialize()
-        return super().train(mode)
-
-
-class Projections(nn.Module):
-    """The same projection of `count` experts, one after the other: x (..., D) -> (..., count O).
+class Stack(nn.Module):
+    """The same Linear of `count` experts.
 
     Args:
-        common: key-value heads that all experts share: the heads of a projection then come in
-            their order, those of all experts that read the first one first.
+        common: key-value heads that all experts share: the heads then come in their order, those
+            of all experts that read the first one first.
     """
 
     def __init__(self, dense: nn.Linear, count: int, common: int | None = None):
         super().__init__()
         self.common = common
-        self.weight = _stacked(dense.weight, count)
-        self.bias = None if dense.bias is None else _stacked(dense.bias, count)
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[-1]
+        self.weight = copies(dense.weight, count)
+        self.bias = None if dense.bias is None else copies(dense.bias, count)
 
     def put(self, e: int, dense: nn.Linear) -> None:
         self.weight[e].copy_(dense.weight)
         if self.bias is not None:
             self.bias[e].copy_(dense.bias)
+
+
+class Projections(Stack):
+    """One after the other: x (..., D) -> (..., count O)."""
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[-1]
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.flatten()
@@ -138,22 +131,14 @@ class Projections(nn.Module):
         return y.unflatten(-1, (len(self.weight), self.common, -1)).transpose(-3, -2).flatten(-3)
 
 
-class Outputs(nn.Module):
+class Outputs(Stack):
     """sum_j gate_j (W_j heads_j + b_j): heads of all experts (..., N I) -> (..., O).
 
     Attributes:
         gates_BSN: the weights of the pass that is under way.
     """
 
-    def __init__(self, dense: nn.Linear, count: int, common: int | None = None):
-        super().__init__()
-        self.common = common
-        self.weight = _stacked(dense.weight, count)
-        self.bias = None if dense.bias is None else _stacked(dense.bias, count)
-        self.gates_BSN: Tensor | None = None
-
-    def put(self, e: int, dense: nn.Linear) -> None:
-        Projections.put(self, e, dense)
+    gates_BSN: Tensor | None = None
 
     def forward(self, heads: Tensor) -> Tensor:
         N = len(self.weight)
@@ -169,8 +154,3 @@ class Outputs(nn.Module):
             y = F.linear(part, self.weight[j], bias) * gates[..., j, None]
             total = y if total is None else total + y
         return total
-
-
-def _stacked(tensor: Tensor, count: int) -> nn.Parameter:
-    tensor = tensor.detach()
-    return nn.Parameter(tensor.clone()[None] if count == 1 else tensor.expand(count, *tensor.shape))

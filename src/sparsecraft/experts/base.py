@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +105,29 @@ class Experts(nn.Module, ABC):
             z_TN: x_TI times `rows_of_input`, where it is known.
         """
         return y_TO + self(x_TI, routing, sums_to_one)
+
+
+class CopiedExperts(Experts):
+    """A bank of copies of the dense module, which start as expanded views of one tensor: they cost
+    no memory until `materialize`, which `train()` calls because an optimizer cannot step a view."""
+
+    def materialize(self) -> None:
+        """Give every copy memory of its own."""
+        for parameter in self.parameters():
+            if parameter.stride(0) == 0:
+                parameter.data = parameter.data.contiguous()
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self.materialize()
+        return super().train(mode)
+
+
+def copies(tensor: Tensor, count: int) -> nn.Parameter:
+    """`count` views of one tensor, or a copy if one: writes to a single view would go through."""
+    # In one layout from the start: a GEMM on GPT-2's transposed weights rounds differently.
+    tensor = tensor.detach().contiguous()
+    return nn.Parameter(tensor.clone()[None] if count == 1 else tensor.expand(count, *tensor.shape))
 
 
 def everyone(x_TI: Tensor) -> Routing:

@@ -16,15 +16,14 @@ from transformers.activations import ReLUSquaredActivation
 
 from sparsecraft.donor import FFN
 from sparsecraft.errors import RecipeError
-from sparsecraft.experts.base import Experts, TwoLayer
+from sparsecraft.experts.base import CopiedExperts, TwoLayer, copies
 from sparsecraft.recipe import FFNSpec
 
 
-class FFNExperts(Experts):
+class FFNExperts(CopiedExperts):
     """E feed-forward networks of the donor's own form (gated or not, with or without biases).
 
-    Copies start as expanded views of one tensor: they cost no memory until `materialize`, which
-    `train()` calls because an optimizer cannot step a view. Shards have their own from the start.
+    Shards have memory of their own from the start.
 
     Args:
         device: `meta` for a bank whose values a checkpoint brings.
@@ -55,8 +54,8 @@ class FFNExperts(Experts):
             networks = [_blank(spec.width, donor, networks[0])]
         for name in networks[0]:
             tensors = [network[name] for network in networks]
-            copies = None if tensors[0] is None else _copies(tensors, self.num_experts)
-            self.register_parameter(name, copies)
+            bank = None if tensors[0] is None else _in_turn(tensors, self.num_experts)
+            self.register_parameter(name, bank)
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         first, first_bias = self._first()
@@ -91,17 +90,6 @@ class FFNExperts(Experts):
         (first, bias), halves = self._first(), 2 if self.gated else 1
         biases = [None] * halves if bias is None else bias[e].chunk(halves)
         return [*zip(first[e].chunk(halves), biases, strict=True), (self.down[e].t(), None)]
-
-    def materialize(self) -> None:
-        """Give every copy memory of its own."""
-        for parameter in self.parameters():
-            if parameter.stride(0) == 0:
-                parameter.data = parameter.data.contiguous()
-
-    def train(self, mode: bool = True) -> FFNExperts:
-        if mode:
-            self.materialize()
-        return super().train(mode)
 
     def _network(
         self, e: int, donors: Sequence[FFN], device: torch.device | str | None = None
@@ -223,15 +211,12 @@ def _blank(width: int, donor: FFN, network: dict[str, Tensor | None]) -> dict[st
     }
 
 
-def _copies(tensors: list[Tensor], count: int) -> nn.Parameter:
-    """`count` views of one tensor, or a copy if one: writes to a single view would go through.
-    Of several, as many copies of each, all of them in turn."""
-    if len(tensors) > 1:
-        stacked = torch.stack(tensors)
-        return nn.Parameter(stacked.repeat(count // len(tensors), *[1] * tensors[0].ndim))
-    # In one layout from the start: a GEMM on GPT-2's transposed weights rounds differently.
-    tensor = tensors[0].contiguous()
-    return nn.Parameter(tensor.clone()[None] if count == 1 else tensor.expand(count, *tensor.shape))
+def _in_turn(tensors: list[Tensor], count: int) -> nn.Parameter:
+    """`count` experts: copies of one tensor, or of several as many of each, all of them in turn."""
+    if len(tensors) == 1:
+        return copies(tensors[0], count)
+    stacked = torch.stack(tensors)
+    return nn.Parameter(stacked.repeat(count // len(tensors), *[1] * tensors[0].ndim))
 
 
 def _row(bias: Tensor | None, e: int, dtype: torch.dtype) -> Tensor | None:

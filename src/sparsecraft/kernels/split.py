@@ -214,12 +214,8 @@ def choose(net: SplitNet, x_TD: Tensor, weights_TE: Tensor) -> str:
 
 def why_not_gather(net: SplitNet, x_TD: Tensor, weights_TE: Tensor) -> str | None:
     """The reason why `gather` cannot run, or None."""
-    if needs_grad(x_TD, weights_TE, *net.tensors()):
-        return "it has no gradient"
-    if torch.is_autocast_enabled(x_TD.device.type):
-        return "autocast is on"
-    if any(t.dtype != x_TD.dtype for t in (net.first_EMD, net.down_EHD)):
-        return f"the tokens are {x_TD.dtype} and the weights {net.first_EMD.dtype}"
+    if reason := _why_not_pairs(net, x_TD, weights_TE):
+        return reason
     if not (x_TD.is_cuda or usable(x_TD)):
         return None
     if not usable(x_TD) or x_TD.dtype not in split_triton.DTYPES:
@@ -254,12 +250,8 @@ def gather(net: SplitNet, x_TD: Tensor, weights_TE: Tensor, used: Active | None 
 
 def why_not_grouped(net: SplitNet, x_TD: Tensor, weights_TE: Tensor) -> str | None:
     """The reason why `grouped` cannot run, or None."""
-    if needs_grad(x_TD, weights_TE, *net.tensors()):
-        return "it has no gradient"
-    if any(t.dtype != x_TD.dtype for t in (net.first_EMD, net.down_EHD)):
-        return f"the tokens are {x_TD.dtype} and the weights {net.first_EMD.dtype}"
-    if torch.is_autocast_enabled(x_TD.device.type):
-        return "autocast is on"
+    if reason := _why_not_pairs(net, x_TD, weights_TE):
+        return reason
     if x_TD.is_cuda and torch.cuda.is_current_stream_capturing():
         return "the number of pairs is read from the device, which a CUDA graph cannot do"
     return why_no_product(x_TD, (*net.first_EMD.shape[1:], *net.down_EHD.shape[1:]))
@@ -280,18 +272,36 @@ def grouped(net: SplitNet, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
     expert_P, ends_E = expert_P[order_P], used_TE.sum(0).cumsum(0, dtype=torch.int32)
     token_P = token_P[order_P]
     first_PM = F.grouped_mm(x_TD[token_P], net.first_EMD.transpose(1, 2), offs=ends_E)
-    if net.first_bias_EM is not None:
-        first_PM += net.first_bias_EM[expert_P]
-    hidden_PH = activate(net, first_PM)
-    if net.mean_EH is not None:
-        hidden_PH = hidden_PH - net.mean_EH[expert_P]
-    hidden_PH = hidden_PH * weights_TE[token_P, expert_P, None].to(hidden_PH.dtype)
+    hidden_PH = _hidden_of_pairs(net, first_PM, weights_TE, token_P, expert_P)
     part_PD = F.grouped_mm(hidden_PH, net.down_EHD, offs=ends_E)
     # Back in the order of tokens, so that each sums its own in one order, the same every time.
     part_PD = torch.empty_like(part_PD).index_copy_(0, order_P, part_PD)
     y_TD = torch.segment_reduce(part_PD.float(), "sum", lengths=used_TE.sum(1), unsafe=True)
     y_TD = y_TD.to(x_TD.dtype)
     return y_TD if net.bias_D is None else y_TD + net.bias_D
+
+
+def _why_not_pairs(net: SplitNet, x_TD: Tensor, weights_TE: Tensor) -> str | None:
+    """The reason why no path that computes only the pairs in use can run, or None."""
+    if needs_grad(x_TD, weights_TE, *net.tensors()):
+        return "it has no gradient"
+    if torch.is_autocast_enabled(x_TD.device.type):
+        return "autocast is on"
+    if any(t.dtype != x_TD.dtype for t in (net.first_EMD, net.down_EHD)):
+        return f"the tokens are {x_TD.dtype} and the weights {net.first_EMD.dtype}"
+    return None
+
+
+def _hidden_of_pairs(
+    net: SplitNet, first_PM: Tensor, weights_TE: Tensor, token_P: Tensor, expert_P: Tensor
+) -> Tensor:
+    """What the second product reads, from the first product, which is written to."""
+    if net.first_bias_EM is not None:
+        first_PM += net.first_bias_EM[expert_P]
+    hidden_PH = activate(net, first_PM)
+    if net.mean_EH is not None:
+        hidden_PH = hidden_PH - net.mean_EH[expert_P]
+    return hidden_PH * weights_TE[token_P, expert_P, None].to(hidden_PH.dtype)
 
 
 # ------------------------------------------------------------------ gather on a CPU
@@ -330,13 +340,7 @@ def _pairs(
         F.linear(x_TD[t : t + 1], net.first_EMD[e : e + n].flatten(0, 1)).view(n, M)
         for t, e, n in _runs(token_P.tolist(), expert_P.tolist())
     ]
-    first_PM = torch.cat(first)
-    if net.first_bias_EM is not None:
-        first_PM += net.first_bias_EM[expert_P]
-    hidden_PH = activate(net, first_PM)
-    if net.mean_EH is not None:
-        hidden_PH = hidden_PH - net.mean_EH[expert_P]
-    hidden_PH = hidden_PH * weights_TE[token_P, expert_P, None].to(hidden_PH.dtype)
+    hidden_PH = _hidden_of_pairs(net, torch.cat(first), weights_TE, token_P, expert_P)
     row_PH = expert_P[:, None] * net.m + torch.arange(net.m)
     for t in token_P.unique_consecutive().tolist():
         # A weighted sum of rows: a product with a matrix of which most rows are left out.
