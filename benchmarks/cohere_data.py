@@ -211,9 +211,9 @@ def stand_in(texts: list[str]) -> np.ndarray:
 def encoder(name: str) -> Callable[[list[str]], np.ndarray]:
     if name == "none":
         return stand_in
-    import sparsecraft as sc
+    from sparsecraft.sentences import embed
 
-    return lambda texts: sc.embed(texts).float().cpu().numpy()
+    return lambda texts: embed(texts).float().cpu().numpy()
 
 
 def quantized(vectors_PD: np.ndarray) -> dict[str, np.ndarray]:

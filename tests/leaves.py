@@ -7,7 +7,7 @@ from torch import nn
 
 import sparsecraft as sc
 from cases import batch, dense, randomize_new
-from sparsecraft.layer import MoELayer
+from sparsecraft.layer import MoELayer, set_dispatch
 
 # Roles of `reference/installed.py`.
 ALL = ("query", "key", "value", "output", "gate", "up", "down")
@@ -23,7 +23,7 @@ def converted(family: str, recipe: sc.Recipe, path: str = "auto") -> nn.Module:
     model = exact(family)
     sc.convert(model, recipe)
     randomize_new(model, std=0.2)
-    sc.set_dispatch(model, path)
+    set_dispatch(model, path)
     return model
 
 

@@ -20,6 +20,7 @@ from sparsecraft.analysis.thresholds import Search, critical
 from sparsecraft.budget import Running, set_budget, split_layers, threshold_of
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.kernels.selection import select
+from sparsecraft.layer import set_dispatch
 from sparsecraft.recipe import RouterSpec, SplitSpec
 
 E = 8
@@ -207,7 +208,7 @@ SCORERS = {
 def test_counted_flops_are_the_formula(family, scorer):
     """torch's own counter on the loop, where only the experts run that were chosen."""
     model = split(SCORERS[scorer](), family)
-    sc.set_dispatch(model, "loop")
+    set_dispatch(model, "loop")
     for layer in split_layers(model).values():
         x = torch.randn(40, cases.D)
         layer.tracing = True

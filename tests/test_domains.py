@@ -19,6 +19,7 @@ from sparsecraft.domains import Domain, embed_domains
 from sparsecraft.errors import DataError, RecipeError, SparsecraftError
 from sparsecraft.init.centers import Centers
 from sparsecraft.layer import MoELayer
+from sparsecraft.sentences import embed
 
 SUBJECTS = {
     "sums": ["add three and four", "what is nine times two", "divide ten by five"],
@@ -59,7 +60,7 @@ def batches(seed: int, sizes=((3, 9), (2, 5)), low: int = 3, high: int = VOCAB) 
 
 
 def test_each_expert_gets_the_mean_embedding_of_its_domain_in_order(tmp_path):
-    wanted_EM = torch.stack([sc.embed(texts).mean(0) for texts in TEXTS])
+    wanted_EM = torch.stack([embed(texts).mean(0) for texts in TEXTS])
     model = base(tmp_path)
     report = sc.convert(model, sc.recipes.nexus(3), domains=files(tmp_path))
     for layer in layers(model):
@@ -311,7 +312,7 @@ def test_the_command_takes_sources_and_domains(tmp_path, capsys):
     assert main(argv) == 0, capsys.readouterr().err
     assert "Routers start from " in capsys.readouterr().out
     model = sc.load(tmp_path / "out")
-    wanted_EM = torch.stack([sc.embed(texts).mean(0) for texts in TEXTS[:2]])
+    wanted_EM = torch.stack([embed(texts).mean(0) for texts in TEXTS[:2]])
     torch.testing.assert_close(layers(model)[0].router.scorer.domains, wanted_EM)
     argv[argv.index("--domains") + 1 : argv.index("--out")] = paths
     assert main([*argv, "--overwrite"]) == 1

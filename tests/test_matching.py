@@ -13,7 +13,7 @@ from cases import FAMILIES, RECIPES, E, dense
 from sparsecraft import cli
 from sparsecraft.converting import read_recipe
 from sparsecraft.errors import RecipeError
-from sparsecraft.matching import match, trainable
+from sparsecraft.matching import match, match_params, trainable
 
 by_name = sc.recipes.by_name
 
@@ -51,7 +51,7 @@ def test_no_other_size_is_nearer(family, baseline):
 def test_a_recipe_matches_itself(caplog):
     model, target = dense("llama"), sc.recipes.camelidae(E, adapter_dim=24, lora_rank=3)
     with caplog.at_level(logging.INFO, "sparsecraft"):
-        recipe = sc.match_params(sc.recipes.camelidae, target, model, num_experts=E, lora_rank=3)
+        recipe = match_params(sc.recipes.camelidae, target, model, num_experts=E, lora_rank=3)
     assert recipe == target and "ratio 1.000" in caplog.text
     assert next(model.parameters()).device == torch.device("cpu")
 
@@ -75,9 +75,9 @@ def test_the_smallest_size_may_still_be_too_large():
 def test_recipes_without_a_size_are_refused():
     for name in ("mov", "ia3", "upcycling"):
         with pytest.raises(RecipeError, match="has no size to be matched"):
-            sc.match_params(getattr(sc.recipes, name), sc.recipes.lora(), dense("llama"))
+            match_params(getattr(sc.recipes, name), sc.recipes.lora(), dense("llama"))
     with pytest.raises(RecipeError, match="both set the size of 'lora'"):
-        sc.match_params(sc.recipes.lora, sc.recipes.mov(), dense("llama"), rank=8)
+        match_params(sc.recipes.lora, sc.recipes.mov(), dense("llama"), rank=8)
 
 
 def test_recipes_are_read_from_one_word():

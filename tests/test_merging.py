@@ -21,7 +21,7 @@ from cases import FAMILIES, RECIPES, SPLITS, D, E, F, R, batch, dense, logits, r
 from sparsecraft import cli
 from sparsecraft.budget import rectify, set_budget
 from sparsecraft.errors import CertificateError, MergeError, SurgeryError
-from sparsecraft.layer import MoELayer
+from sparsecraft.layer import MoELayer, set_dispatch
 from sparsecraft.merging import MERGE_TOLERANCE, read_weights
 from sparsecraft.recipe import AdapterSpec, FFNLoRASpec, LoRASpec, RouterSpec, VectorSpec
 
@@ -245,7 +245,7 @@ def routed_by_loop(model: torch.nn.Module) -> torch.nn.Module:
     from sparsecraft.routing import Routing
 
     model = deepcopy(model)
-    sc.set_dispatch(model, "loop")
+    set_dispatch(model, "loop")
     for layer in model.modules():
         if isinstance(layer, MoELayer) and layer.router is not None:
 

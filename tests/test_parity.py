@@ -12,7 +12,7 @@ from torch import nn
 import sparsecraft as sc
 from cases import LLAMA_LIKE, RECIPES, D, E, batch, dense, logits, randomize_new
 from reference import papers
-from sparsecraft.layer import MoELayer
+from sparsecraft.layer import MoELayer, set_dispatch
 from sparsecraft.planning import build_layer, plan
 from sparsecraft.sites import find_sites
 
@@ -23,7 +23,7 @@ def converted(family: str, recipe: sc.Recipe, path: str = "loop") -> nn.Module:
     model = dense(family)
     sc.convert(model, recipe)
     randomize_new(model, std=0.3)
-    sc.set_dispatch(model, path)
+    set_dispatch(model, path)
     return model
 
 
@@ -131,7 +131,7 @@ def test_upcycling_is_the_papers_layer(family, k, renormalize, path):
     sc.convert(model, recipe)
     for bank in (m.experts for m in model.modules() if isinstance(m, MoELayer)):
         bank.materialize()
-    sc.set_dispatch(model, path)
+    set_dispatch(model, path)
     layer, results = first_layer(model), []
     router = layer.router.scorer.weight
     for run in ("ours", "theirs"):

@@ -19,7 +19,7 @@ from cases import (
 )
 from sparsecraft.budget import begin_stage
 from sparsecraft.experts.split import SplitExperts
-from sparsecraft.layer import MoELayer, dense_name
+from sparsecraft.layer import MoELayer, dense_name, set_dispatch
 from sparsecraft.losses import auxiliary_loss
 from sparsecraft.surgery import set_trainable
 
@@ -120,7 +120,7 @@ def test_adapters_start_as_the_dense_model_on_every_path(family, recipe, path):
     model, inputs = dense(family), batch(family)
     start = logits(model, inputs)
     sc.convert(model, RECIPES[recipe].make())
-    sc.set_dispatch(model, path)
+    set_dispatch(model, path)
     assert (logits(model, inputs) - start).abs().max() <= 1e-5
 
 
@@ -169,7 +169,7 @@ def test_fast_paths_equal_the_loop_forward_and_backward(family, recipe, path):
     model.requires_grad_(True)
     results = {}
     for name in ("loop", path):
-        sc.set_dispatch(model, name)
+        set_dispatch(model, name)
         model.zero_grad()
         output = model(**inputs)
         output.loss.backward()

@@ -13,7 +13,7 @@ import sparsecraft as sc
 import tiny
 from sparsecraft import cli, data, evaluation, generation, hub, sentences
 from sparsecraft.errors import DataError, RecipeError, SparsecraftError
-from sparsecraft.sentences import Prompts, prompt_text
+from sparsecraft.sentences import Prompts, embed, prompt_text
 
 WIDTH = 16
 FAST = {"batch_size": 8, "max_length": 128, "steps": 1, "progress": False, "learning_rate": 1e-2}
@@ -78,13 +78,13 @@ def plain(texts: list[str], encoder: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_an_embedding_is_the_normalized_mean_of_the_texts_own_tokens(encoder, batch_size):
-    found = sc.embed(TEXTS, encoder, batch_size=batch_size)
+    found = embed(TEXTS, encoder, batch_size=batch_size)
     assert found.shape == (len(TEXTS), WIDTH) and found.dtype == torch.float32
     assert not found.requires_grad and not found.is_inference()
     assert torch.allclose(found, plain(TEXTS, encoder), atol=1e-6)
     assert torch.equal(found[0], found[3]) and (found[0] - found[1]).abs().max() > 0.1
-    assert torch.equal(found, sc.embed(TEXTS, encoder, batch_size=batch_size))
-    assert sc.embed([], encoder).shape == (0, WIDTH)
+    assert torch.equal(found, embed(TEXTS, encoder, batch_size=batch_size))
+    assert embed([], encoder).shape == (0, WIDTH)
 
 
 def test_an_encoder_with_a_head_and_a_length_of_its_own(encoder, tmp_path):
@@ -97,24 +97,24 @@ def test_an_encoder_with_a_head_and_a_length_of_its_own(encoder, tmp_path):
     ids = tiny.tokenizer()(TEXTS[1], return_tensors="pt")["input_ids"][:, :3]
     with torch.no_grad():
         mean = model.eval().bert(ids).last_hidden_state[0].mean(0)
-    found = sc.embed(TEXTS[1:2], str(tmp_path))
+    found = embed(TEXTS[1:2], str(tmp_path))
     assert torch.allclose(found[0], mean / mean.norm(), atol=1e-6)
 
 
 def test_what_cannot_be_embedded_is_refused(encoder, tmp_path):
     for texts in ("a text", ["a", 1]):
         with pytest.raises(SparsecraftError, match="embed takes a list of texts"):
-            sc.embed(texts, encoder)
+            embed(texts, encoder)
     with pytest.raises(DataError, match="has no token"):
-        sc.embed(["a", ""], encoder)
+        embed(["a", ""], encoder)
     with pytest.raises(SparsecraftError, match="batch_size is 0"):
-        sc.embed(["a"], encoder, batch_size=0)
+        embed(["a"], encoder, batch_size=0)
     causal = tiny.save_dense(tmp_path / "causal")
     with pytest.raises(SparsecraftError, match="is no text encoder but a model for causal"):
-        sc.embed(["a"], causal)
+        embed(["a"], causal)
     hub.load_dense(encoder).save_pretrained(tmp_path / "mute")
     with pytest.raises(SparsecraftError, match="has no tokenizer; copy"):
-        sc.embed(["a"], str(tmp_path / "mute"))
+        embed(["a"], str(tmp_path / "mute"))
 
 
 # --------------------------------------------------------------------------------------- prompts
@@ -156,7 +156,7 @@ def test_other_recipes_pay_nothing(rows, monkeypatch):
 def alone(model, encoder: str, row: dict) -> torch.Tensor:
     """Logits of one row by itself, with its own prompt's embedding."""
     ids = data.encode(row, tiny.tokenizer())["input_ids"]
-    embedding = sc.embed([prompt_text(row)], encoder)
+    embedding = embed([prompt_text(row)], encoder)
     with torch.no_grad():
         return model(torch.tensor([ids]), sentence_embeddings=embedding).logits[0]
 
@@ -305,7 +305,7 @@ def test_generation_reads_the_sentence_at_every_step(encoder, family, beams):
     ids = torch.arange(3, 15).reshape(2, 6)
     found = {}
     for name, texts in {"own": ["say red", "two cats"], "other": ["sun", "sea sea"]}.items():
-        with sc.context(model, sentence_embeddings=sc.embed(texts, encoder)):
+        with sc.context(model, sentence_embeddings=embed(texts, encoder)):
             tokens, found[name] = generate(model, ids, num_beams=beams)
             again, logits = generate(model, ids, num_beams=beams, use_cache=False)
         assert torch.equal(tokens, again) and torch.allclose(found[name], logits, atol=1e-4)
@@ -318,7 +318,7 @@ def test_an_answer_is_what_generate_gives_in_the_context(encoder):
     model, tokenizer = converted(encoder), tiny.tokenizer()
     chat = [USER, {"role": "assistant", "content": "red"}, {"role": "user", "content": "two"}]
     ids = torch.tensor([data.prompt_ids(chat, tokenizer)])
-    with sc.context(model, sentence_embeddings=sc.embed(["say red"], encoder)):
+    with sc.context(model, sentence_embeddings=embed(["say red"], encoder)):
         expected, _ = generate(model, ids)
     text = tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True).strip()
     assert generation.answer(model, tokenizer, chat, max_new_tokens=8) == text
@@ -328,7 +328,7 @@ def test_an_answer_is_what_generate_gives_in_the_context(encoder):
 
 def test_sentences_that_do_not_fit_the_batch_are_refused(encoder):
     model = converted(encoder)
-    ids, embeddings = torch.arange(3, 15)[None], sc.embed(["say red", "two"], encoder)
+    ids, embeddings = torch.arange(3, 15)[None], embed(["say red", "two"], encoder)
     with pytest.raises(SparsecraftError, match="12 tokens of 1 sequences were given 2 sentences"):
         model(ids, sentence_embeddings=embeddings)
     numbers = torch.zeros(1, 5, dtype=torch.long)
@@ -360,5 +360,5 @@ def test_the_default_encoder_is_the_packaged_one(capsys, tmp_path, monkeypatch):
     command = ["convert", "mov", "--model", dense, "--out", out, "--router", "sentence"]
     assert cli.main([*command, "--num-experts", "3"]) == 0
     with pytest.raises(SparsecraftError, match=r"'minilm' is not in .* HF_HUB_OFFLINE is set"):
-        sc.embed(["a"])
+        embed(["a"])
     assert Prompts.of(sc.load(out)).encoder == "minilm"

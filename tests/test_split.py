@@ -38,6 +38,7 @@ from sparsecraft.experts.split import SplitExperts
 from sparsecraft.init.balanced import balanced_kmeans
 from sparsecraft.init.partition import random_partition
 from sparsecraft.kernels import selection
+from sparsecraft.layer import set_dispatch
 from sparsecraft.losses import LOSSES, auxiliary_loss
 from sparsecraft.recipe import RouterSpec, SplitSpec
 from sparsecraft.routers.split import Gate, targets
@@ -339,9 +340,9 @@ def test_set_dispatch_knows_the_paths_of_split_experts():
     set_budget(model, 0.5)
     wanted = logits(model, batch("opt"))
     for path in ("loop", "dense", "gather", "grouped", "auto"):
-        sc.set_dispatch(model, path)
+        set_dispatch(model, path)
         assert (logits(model, batch("opt")) - wanted).abs().max() <= 1e-5
-    sc.set_dispatch(model, "merged")
+    set_dispatch(model, "merged")
     with pytest.raises(SparsecraftError, match="do not run by the 'merged' path; use auto, loop"):
         logits(model, batch("opt"))
 

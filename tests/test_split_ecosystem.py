@@ -18,6 +18,7 @@ from sparsecraft.analysis.routing import first_choices_E, mutual_information
 from sparsecraft.budget import set_budget, split_layers
 from sparsecraft.errors import RecipeError
 from sparsecraft.evaluation import evaluate
+from sparsecraft.matching import match_params
 from sparsecraft.routing import Routing
 
 IDS = {"input_ids": torch.arange(3, 43).view(2, 20)}
@@ -234,9 +235,9 @@ def test_models_without_split_networks_are_described_as_before(base, tmp_path):
 
 def test_a_split_has_no_parameters_to_be_matched():
     with pytest.raises(RecipeError, match="as many steps on the same data"):
-        sc.match_params(sc.recipes.lora, RULES["lte"](), dense("llama"))
+        match_params(sc.recipes.lora, RULES["lte"](), dense("llama"))
     with pytest.raises(RecipeError, match="has no size to be matched"):
-        sc.match_params(sc.recipes.moefication, sc.recipes.lora(4), dense("llama"))
+        match_params(sc.recipes.moefication, sc.recipes.lora(4), dense("llama"))
 
 
 # ------------------------------------------------------------------------------ merging by command

@@ -33,7 +33,7 @@ from sparsecraft.errors import (
     SurgeryError,
 )
 from sparsecraft.experts import AdapterExperts, FFNExperts
-from sparsecraft.layer import MoELayer, dense_name, matches
+from sparsecraft.layer import MoELayer, dense_name, matches, set_dispatch
 from sparsecraft.preflight import needs
 from sparsecraft.recipe import (
     AdapterSpec,
@@ -548,11 +548,11 @@ def test_the_announced_bytes_are_the_bytes(family, on_disk):
 def test_dispatch_is_one_string():
     model = dense("llama")
     sc.convert(model, RECIPES["camelidae"].make())
-    sc.set_dispatch(model, "loop")
+    set_dispatch(model, "loop")
     banks = [layer.experts for layer in model.modules() if isinstance(layer, MoELayer)]
     assert {bank.dispatch for bank in banks} == {"loop"}
     with pytest.raises(SparsecraftError, match=r"'fast'.*auto, loop, grouped, dense"):
-        sc.set_dispatch(model, "fast")
+        set_dispatch(model, "fast")
 
 
 @pytest.mark.parametrize("recipe", ["camelidae", "upcycling"])

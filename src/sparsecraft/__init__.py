@@ -23,7 +23,6 @@ _HOME = {
     "Edit": "recipe",
     "Stage": "recipe",
     "MoELayer": "layer",
-    "set_dispatch": "layer",
     "train": "training",
     "evaluate": "evaluation",
     "export": "targets",
@@ -33,13 +32,11 @@ _HOME = {
     "set_budget": "budget",
     "calibrate": "calibration",
     "sweep": "analysis.sweeping",
-    "match_params": "matching",
     "PescConfig": "peft",
     "MovConfig": "peft",
     "MoloraConfig": "peft",
     "SparsecraftConfig": "peft",
     "context": "batch",
-    "embed": "sentences",
     "SparsecraftError": "errors",
 }
 _MODULES = ("recipes", "hub", "losses")

@@ -249,7 +249,7 @@ def context(model: nn.Module, **values: Tensor) -> Iterator[None]:
         SparsecraftError: an unknown name, or a model whose recipe needs none of this.
 
     Example:
-        with sc.context(model, sentence_embeddings=sc.embed(["Why is the sky blue?"])):
+        with sc.context(model, sentence_embeddings=sentences.embed(["Why is the sky blue?"])):
             model.generate(input_ids)
     """
     for name in values:

@@ -80,7 +80,7 @@ def match_params(
             networks, and adds no parameters that a baseline could match.
 
     Example:
-        baseline = sc.match_params(sc.recipes.lora, sc.recipes.mov(), "smollm2")
+        baseline = match_params(sc.recipes.lora, sc.recipes.mov(), "smollm2")
     """
     found = match(function, target, model, **arguments)
     log.info("%s", found)
