@@ -23,8 +23,8 @@ from sparsecraft.reading import Domain, domain_batches, read_inputs
 from sparsecraft.recipe import RouterSpec
 from sparsecraft.surgery import Conversion
 
-# Of the tokens that are read, in at most so many batches, every so many-th is kept for each router.
-STRIDE, BATCHES = 4, 64
+# Tokens of a text that are read, batches at most, and how many of them one is kept of for a router.
+TOKENS, BATCHES, STRIDE = 8192, 64, 2
 # Weight of |r|^2 / 2, with inputs of mean square one.
 RIDGE = 1e-2
 STEPS = 200
@@ -117,7 +117,8 @@ def inputs_of(
         for parts, x_TD in zip(kept, tensors[:-1], strict=True):
             parts.append(x_TD[::STRIDE].clone())
 
-    read_inputs(model, plan, islice(domain_batches(model, domain, tokenizer), BATCHES), take)
+    batches = domain_batches(model, domain, tokenizer, TOKENS)
+    read_inputs(model, plan, islice(batches, BATCHES), take)
     found = [torch.cat(parts) for parts in kept if parts]
     if not found or not len(found[0]):
         raise DataError(f"The domain {domain.name} gave no token.")

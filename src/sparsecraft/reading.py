@@ -153,9 +153,11 @@ def _real(x: Tensor, mask_BS: Tensor | None) -> Tensor:
     return x_TD if mask_BS is None else x_TD[mask_BS.reshape(-1).to(x.device, torch.bool)]
 
 
-def domain_batches(model: nn.Module, domain: Domain, tokenizer: Any) -> Iterator[dict[str, Any]]:
+def domain_batches(
+    model: nn.Module, domain: Domain, tokenizer: Any, tokens: int | None = None
+) -> Iterator[dict[str, Any]]:
     """The domain as model inputs, chats as the tokenizer's template has them, long rows cut; up to
-    about `TOKENS` tokens of text, and all batches."""
+    about `tokens` (None: `TOKENS`) of text, and all batches."""
     if domain.batches is not None:
         yield from domain.batches
         return
@@ -174,7 +176,7 @@ def domain_batches(model: nn.Module, domain: Domain, tokenizer: Any) -> Iterator
             features.append({"input_ids": ids, "labels": ids})
         yield collate(features, pad)
         count += sum(len(feature["input_ids"]) for feature in features)
-        if count >= TOKENS:
+        if count >= (TOKENS if tokens is None else tokens):
             return
 
 
