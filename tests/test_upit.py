@@ -366,10 +366,10 @@ def test_the_bucket_is_the_source_with_the_least_perplexity(rows, tmp_path):
     sources = [moved(tiny.llama(), seed, 0.1, only=".mlp.") for seed in range(3)]
     model, examples = mixture(sources, 3), dataset(rows)
     wanted_NE = plain_losses(sources, examples)
-    for size in (1, 7, 64):
-        found_NE = buckets.row_losses(model, examples, pad_id=0, size=size)
+    for tokens in (1, 150, 4096):
+        found_NE = buckets.row_losses(model, examples, pad_id=0, tokens=tokens)
         torch.testing.assert_close(found_NE, wanted_NE, rtol=1e-5, atol=1e-5)
-    dealt, told = buckets.deal(model, examples, tmp_path, pad_id=0, size=8, resume=False)
+    dealt, told = buckets.deal(model, examples, tmp_path, pad_id=0, resume=False)
     numbers = wanted_NE.argmin(1).tolist()
     assert len(set(numbers)) > 1
     assert [row["expert"] for row in dealt] == [
@@ -382,7 +382,7 @@ def test_the_bucket_is_the_source_with_the_least_perplexity(rows, tmp_path):
     with torch.no_grad():
         for layer in layers(model):
             layer.experts.down.zero_()
-    again, _ = buckets.deal(model, examples, tmp_path, pad_id=0, size=8, resume=True)
+    again, _ = buckets.deal(model, examples, tmp_path, pad_id=0, resume=True)
     assert again["expert"] == dealt["expert"]
 
 
@@ -390,7 +390,7 @@ def test_a_tie_goes_to_the_lower_number_and_empty_buckets_are_named(rows, tmp_pa
     model = tiny.llama()
     sc.convert(model, sc.recipes.upit(3))
     with caplog.at_level("WARNING", logger="sparsecraft"):
-        _, told = buckets.deal(model, dataset(rows), tmp_path, pad_id=0, size=8, resume=False)
+        _, told = buckets.deal(model, dataset(rows), tmp_path, pad_id=0, resume=False)
     assert told["rows"] == [40, 0, 0]
     assert "experts 1, 2 are empty" in caplog.text and "copies of one model" in caplog.text
 
@@ -496,7 +496,7 @@ def test_the_router_stage_trains_experts_and_rows_on_their_own_data(tmp_path, ro
     assert sum(counts) == 40 and sum(count > 0 for count in counts) > 1
     assert entry["settings"]["epochs"] == 4 and len(entry["buckets"]["mean_loss"]) == 3
     assert report.steps == 40 if not packing else 0 < report.steps < 40
-    assert entry["counts"]["dealt"] == 40
+    assert entry["counts"]["dealt"] == 40 and entry["counts"]["trained_tokens"] == 152
     log = [step for step in entry["log"] if "own_expert_loss" in step]
     assert log[-1]["own_expert_loss"] < log[0]["own_expert_loss"] - 0.1
     for name, value in parameters(model).items():
@@ -517,7 +517,7 @@ def _favor(model, before, examples, counts) -> None:
     """Each expert's mean logit on its own rows rose, and is above an untrained row's."""
     start = copy.deepcopy(model)
     start.load_state_dict(before, strict=False)
-    losses_NE = buckets.row_losses(start, examples, pad_id=0, size=8)
+    losses_NE = buckets.row_losses(start, examples, pad_id=0)
     for e in (e for e, count in enumerate(counts) if count):
         own = [row for row, n in zip(examples, losses_NE.argmin(1).tolist(), strict=True) if n == e]
         means = []
@@ -529,6 +529,53 @@ def _favor(model, before, examples, counts) -> None:
                     means.append([r.logits_TE[:, e].mean() for r in traced.values()])
         old, new = torch.tensor(means).chunk(2)
         assert (new.mean(0) > old.mean(0) + 0.1).all(), e
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_objective_is_that_of_the_sources_own_models(tmp_path, rows, packing):
+    """A step on all rows: L_lm of each row's source, and -log sigmoid(h r_i) of what its FFNs
+    read, by the dense models alone."""
+    sources = [moved(tiny.llama(), seed, 0.1, only=".mlp.") for seed in range(3)]
+    examples, totals, aux, counts = dataset(rows), [0.0, 0], [], [0, 0, 0]
+    model = tiny.llama()
+    recipe = sc.override(sc.recipes.upit(3, alpha=0.2), {"stages.0.trains": "router"})
+    sc.convert(model, recipe, sources=sources, unrelated=True)
+    before = parameters(model)
+    with torch.no_grad():
+        for row, losses_E in zip(examples, plain_losses(sources, examples), strict=True):
+            best = losses_E.argmin().item()
+            counts[best] += 1
+            targets = sum(label != -100 for label in row["labels"][1:])
+            totals[0] += losses_E[best].item() * targets
+            totals[1] += targets
+            read = []
+            hooks = [
+                block.mlp.register_forward_pre_hook(
+                    lambda _, args, read=read: read.append(args[0][0])
+                )
+                for block in sources[best].model.layers
+            ]
+            sources[best](torch.tensor([row["input_ids"]]))
+            for hook in hooks:
+                hook.remove()
+            pairs = zip(read, layers(model), strict=True)
+            aux.append(
+                [-(h_SD @ own.router.scorer.weight[best]).sigmoid().log() for h_SD, own in pairs]
+            )
+    by_layer = [torch.cat(tokens).mean() for tokens in zip(*aux, strict=True)]
+    wanted = torch.stack(by_layer).mean().item()
+    options = FAST | {"batch_size": 40, "micro_batch": 40, "max_length": 64}
+    sc.train(
+        model, rows, tmp_path / "out", tokenizer=tiny.tokenizer(), stages=("router",), steps=2,
+        packing=packing, learning_rate=1e-3, **options,
+    )  # fmt: skip
+    entry = model.sparsecraft.report["training"][0]
+    assert entry["buckets"]["rows"] == counts and all(counts)
+    assert entry["log"][0]["own_expert_loss"] == pytest.approx(wanted, abs=1e-5)
+    # (0.2 L_lm + 0.8 L_aux) / 0.2
+    assert entry["log"][0]["loss"] == pytest.approx(totals[0] / totals[1] + 4 * wanted, abs=1e-4)
+    for name, value in parameters(model).items():
+        assert torch.equal(value, before[name]) != (".router." in name), name
 
 
 def test_both_stages_run_as_the_recipe_says_and_the_users_numbers_win(tmp_path, rows, monkeypatch):

@@ -21,6 +21,7 @@ from sparsecraft.certificate import evaluation_mode
 from sparsecraft.data import collate
 from sparsecraft.encoding import IGNORED
 from sparsecraft.errors import SparsecraftError
+from sparsecraft.evaluation import BATCH_TOKENS
 from sparsecraft.folder import read_json, write_json
 from sparsecraft.layer import MoELayer
 from sparsecraft.recipe import BucketSpec, Stage
@@ -114,14 +115,13 @@ def sampled(rows: datasets.Dataset, spec: BucketSpec) -> datasets.Dataset:
 
 
 def deal(
-    model: nn.Module, rows: datasets.Dataset, folder: Path, *, pad_id: int, size: int, resume: bool
+    model: nn.Module, rows: datasets.Dataset, folder: Path, *, pad_id: int, resume: bool
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
     """The rows with a column `expert`, the number of each row's bucket at every token.
 
     Args:
         folder: where the buckets are kept, so that a run that is resumed has them again although
             its experts have moved.
-        size: rows of one forward pass.
 
     Returns:
         The rows, and what the report says of them: rows of each bucket, and the mean loss of the
@@ -133,12 +133,13 @@ def deal(
     else:
         if torch.cuda.is_available() and model.device.type == "cpu":
             model.to("cuda")  # where Trainer is about to put it
-        losses_NE = row_losses(model, rows, pad_id=pad_id, size=size)
+        losses_NE = row_losses(model, rows, pad_id=pad_id)
         # A tie goes to the lower number.
         found = {"buckets": losses_NE.argmin(1).tolist(), "losses": losses_NE.mean(0).tolist()}
         write_json(kept, found)
     numbers = found["buckets"]
     counts = [numbers.count(e) for e in range(count_experts(model))]
+    log.info(f"buckets: {len(numbers)} rows dealt out to {len(counts)} experts: {counts}")
     if empty := [e for e, count in enumerate(counts) if not count]:
         log.warning(
             f"The buckets of experts {', '.join(map(str, empty))} are empty: no row of "
@@ -151,16 +152,19 @@ def deal(
 
 
 @torch.no_grad()
-def row_losses(model: nn.Module, rows: datasets.Dataset, *, pad_id: int, size: int) -> Tensor:
+def row_losses(
+    model: nn.Module, rows: datasets.Dataset, *, pad_id: int, tokens: int = BATCH_TOKENS
+) -> Tensor:
     """The mean loss of each row's labels under each expert, (N, E) on the CPU: what perplexity is
-    the exponential of, with all layers' tokens at that expert."""
+    the exponential of, with all layers' tokens at that expert.
+
+    Args:
+        tokens: of one forward pass, padding included.
+    """
     count = count_experts(model)
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)  # so that padding is short
-    losses_NE = torch.empty(len(order), count)
+    losses_NE = torch.empty(len(rows), count)
     with told(model), evaluation_mode(model):
-        for start in range(0, len(order), size):
-            part = order[start : start + size]
+        for part in _parts(list(map(len, rows["input_ids"])), tokens):
             batch = collate(list(rows.select(part)), pad_id)
             del batch["token_mask"]
             batch = {key: value.to(model.device) for key, value in batch.items()}
@@ -175,6 +179,18 @@ def row_losses(model: nn.Module, rows: datasets.Dataset, *, pad_id: int, size: i
             "or load it in float32."
         )
     return losses_NE
+
+
+def _parts(lengths: list[int], tokens: int) -> Iterator[list[int]]:
+    """Rows by length, so that padding is short, in batches of at most so many tokens."""
+    part: list[int] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if part and (len(part) + 1) * lengths[row] > tokens:
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part
 
 
 def _row_means(logits: Tensor, labels: Tensor) -> Tensor:

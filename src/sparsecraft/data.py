@@ -118,14 +118,20 @@ def prepare(
         counts.update(own)
     mixed = mix(parts, weights, seed)
     counts["repeated"] = len(mixed) - counts["examples"]
-    counts["tokens"] = sum(map(len, mixed["input_ids"]))
-    if task != "label":
-        counts["trained_tokens"] = sum(len(row) - row.count(IGNORED) for row in mixed["labels"])
+    counts.update(count_tokens(mixed, labelled=task != "label"))
     if packing:
         mixed = pack(mixed, max_length, seed)
         counts["packs"] = len(mixed)
     log.info("data: %s", ", ".join(f"{value} {key}" for key, value in counts.items() if value))
     return mixed, dict(counts)
+
+
+def count_tokens(rows: datasets.Dataset, labelled: bool = True) -> dict[str, int]:
+    """Tokens, and those of them that are targets."""
+    found = {"tokens": sum(map(len, rows["input_ids"]))}
+    if labelled:
+        found["trained_tokens"] = sum(len(row) - row.count(IGNORED) for row in rows["labels"])
+    return found
 
 
 def _features(task: str) -> dict:

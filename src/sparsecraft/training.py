@@ -165,9 +165,11 @@ def _descend(
     resuming.check(folder, resuming.describe(model, settings, dataset, processes()), resume)
     found: dict[str, Any] = {}
     if stage.buckets:
-        options = {"pad_id": data_module.pad_id(tokenizer), "size": settings.micro_batch}
-        dataset, found["buckets"] = buckets.deal(model, dataset, folder, resume=resume, **options)
-        counts = counts | {"tokens": sum(map(len, dataset["input_ids"])), "dealt": len(dataset)}
+        pad_id = data_module.pad_id(tokenizer)
+        dataset, found["buckets"] = buckets.deal(
+            model, dataset, folder, pad_id=pad_id, resume=resume
+        )
+        counts = counts | {"dealt": len(dataset)} | data_module.count_tokens(dataset)
         if settings.packing:
             dataset = data_module.pack(dataset, settings.max_length, settings.seed)
     forced = buckets.told(model) if stage.buckets else nullcontext()
