@@ -619,26 +619,29 @@ def test_activation_checkpointing_changes_nothing(tmp_path, rows):
         torch.testing.assert_close(tensor, found[1][name], rtol=1e-5, atol=1e-6)
 
 
-def test_a_run_that_was_interrupted_goes_on(tmp_path, rows, monkeypatch):
+@pytest.mark.parametrize("interrupted", ["router", "train"])
+def test_a_run_that_was_interrupted_goes_on(tmp_path, rows, monkeypatch, interrupted):
     sources = [moved(tiny.llama(), seed, 0.1) for seed in range(2)]
-    options = {"tokenizer": tiny.tokenizer(), "stages": ("router",), "steps": 6, "save_every": 2}
+    options = {"tokenizer": tiny.tokenizer(), "steps": 6, "save_every": 2, **FAST}
+    options |= {"learning_rate": 1e-2}
     wanted, model = mixture(sources, 3), mixture(sources, 3)
-    sc.train(wanted, rows, tmp_path / "wanted", **options, **FAST)
-    steps = []
+    sc.train(wanted, rows, tmp_path / "wanted", **options)
 
     def stop(trainer, *args, **kwargs):
-        steps.append(trainer.state.global_step)
-        if trainer.state.global_step == 4:
+        if trainer.stage.name == interrupted and trainer.state.global_step == 4:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("sparsecraft.trainers.RoutedTrainerMixin._tell_step", stop)
         with pytest.raises(KeyboardInterrupt):
-            sc.train(model, rows, tmp_path / "out", **options, **FAST)
-    assert all(layer.batch is None for layer in layers(model)) and max(steps) == 4
-    sc.train(model, rows, tmp_path / "out", resume=True, **options, **FAST)
+            sc.train(model, rows, tmp_path / "out", **options)
+    assert all(layer.batch is None for layer in layers(model))
+    # The model has moved, and the rows keep the buckets that they were dealt into.
+    sc.train(model, rows, tmp_path / "out", resume=True, **options)
     for name, tensor in parameters(wanted).items():
         assert torch.equal(tensor, model.get_parameter(name)), name
+    stages = [m.sparsecraft.report["training"] for m in (wanted, model)]
+    assert stages[0][0]["buckets"] == stages[1][0]["buckets"]
 
 
 def test_stages_that_cannot_deal_rows_out_are_refused_before_any_work(tmp_path, rows, monkeypatch):
