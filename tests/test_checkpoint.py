@@ -84,7 +84,7 @@ def refused(call, *words: str, error: type = CheckpointError) -> None:
         call()
     message = str(caught.value)
     assert isinstance(caught.value, SparsecraftError)
-    assert "\n" not in message and len(message) < 700
+    assert "\n" not in message and len(message) < 800
     for word in words:
         assert word in message, message
 
@@ -582,7 +582,7 @@ def test_our_writer_writes_safetensors(tmp_path):
     }
     digest = tensorfile.write(tmp_path / "a", tensors)
     raw = (tmp_path / "a").read_bytes()
-    assert (8 + struct.unpack("<Q", raw[:8])[0]) % 8 == 0, "data starts aligned"
+    assert (8 + struct.unpack("<Q", raw[:8])[0]) % 64 == 0, "data starts aligned"
     for found in (load_file(tmp_path / "a"), dict(tensorfile.read(tmp_path / "a"))):
         assert found.keys() == tensors.keys()
         for name, tensor in tensors.items():

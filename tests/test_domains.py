@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import sparsecraft as sc
 import tiny
 from cases import VOCAB, dense
-from sparsecraft import domains as domains_module
+from sparsecraft import reading
 from sparsecraft.analysis.report import describe
 from sparsecraft.cli import main
 from sparsecraft.domains import Domain, embed_domains
@@ -100,7 +100,7 @@ def test_chats_are_embedded_whole_and_long_sets_are_sampled_evenly(tmp_path, mon
     rows = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(10)]
     with gzip.open(tmp_path / "chat.jsonl.gz", "wt") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(domains_module, "ROWS", 4)
+    monkeypatch.setattr(reading, "ROWS", 4)
     domain = Domain.of(tmp_path / "chat.jsonl.gz")
     assert sorted(domain.texts()) == [f"question {i}\n\nanswer {i}" for i in (0, 2, 5, 7)]
     assert domain.name.endswith("chat.jsonl.gz (4 of 10 rows)")
@@ -108,13 +108,13 @@ def test_chats_are_embedded_whole_and_long_sets_are_sampled_evenly(tmp_path, mon
 
 def test_the_model_reads_of_a_domain_no_more_than_so_many_tokens(tmp_path, monkeypatch):
     model, texts = base(tmp_path), [f"{word} {word}" for word in tiny.WORDS * 4]
-    monkeypatch.setattr(domains_module, "TOKENS", 60)
-    read = list(domains_module._batches(model, Domain.of(texts), None))
+    monkeypatch.setattr(reading, "TOKENS", 60)
+    read = list(reading.domain_batches(model, Domain.of(texts), None))
     tokens = [int(batch["token_mask"].sum()) for batch in read]
     assert sum(tokens[:-1]) < 60 <= sum(tokens) and len(read) < len(texts) // 8
-    monkeypatch.setattr(domains_module, "LENGTH", 2)
+    monkeypatch.setattr(reading, "LENGTH", 2)
     assert all(
-        b["input_ids"].shape[1] == 2 for b in domains_module._batches(model, Domain.of(texts), None)
+        b["input_ids"].shape[1] == 2 for b in reading.domain_batches(model, Domain.of(texts), None)
     )
 
 

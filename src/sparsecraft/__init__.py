@@ -27,6 +27,8 @@ _HOME = {
     "evaluate": "evaluation",
     "export": "targets",
     "import_moe": "importing",
+    "extend": "extending",
+    "remove": "extending",
     "count": "cost",
     "merge": "merging",
     "set_budget": "budget",

@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import nn
 
-from sparsecraft import checkpoint, hub
+from sparsecraft import checkpoint
 from sparsecraft.analysis.loads import Batch, Observed, Source, ffn_flops, model_flops, observe
 from sparsecraft.analysis.thresholds import Search, Trial
 from sparsecraft.budget import run, set_budget, split_layers, unchanged, untrained
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.generation import load_any
 from sparsecraft.layer import MoELayer
-from sparsecraft.origin import Origin
+from sparsecraft.reading import tokenizer_of
 
 MAX_TOKENS = 16_384
 
@@ -152,12 +152,6 @@ def _found(
         for target, trial in zip(targets, chosen, strict=True)
     ]
     return search.dense, settings, search.points(keep=chosen[0])
-
-
-def tokenizer_of(model: nn.Module) -> Any:
-    """That of the base which a model stands on, if there is one."""
-    origin = Origin.of(model)
-    return origin and hub.load_tokenizer(origin.folder)
 
 
 def rule_of(model: nn.Module) -> str:

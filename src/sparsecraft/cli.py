@@ -16,7 +16,7 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from sparsecraft import budgeting, exchange
+from sparsecraft import budgeting, exchange, growing
 from sparsecraft.errors import DataError, SparsecraftError, did_you_mean
 from sparsecraft.options import TrainOptions, gathered
 
@@ -242,20 +242,6 @@ def show(folder: Positional[str]) -> None:
     _say("\n".join(describe(folder)))
 
 
-def export(argv: list[str]) -> None:
-    """Write a checkpoint in a standard architecture that loads without sparsecraft."""
-    command = _parse(exchange.ExportCommand, "export", argv)
-    _quiet()
-    exchange.run_export(command, _say)
-
-
-def import_(argv: list[str]) -> None:
-    """Read a standard mixture that was made elsewhere, and save it as a converted model."""
-    command = _parse(exchange.ImportCommand, "import", argv)
-    _quiet()
-    exchange.run_import(command, _say)
-
-
 def merge(
     folder: Positional[str],
     out: Path,
@@ -293,20 +279,6 @@ def merge(
     _say(f"{report}\nSaved and read back: {out}")
 
 
-def calibrate(argv: list[str]) -> None:
-    """Find the threshold, or number of experts, for a share of the FLOPs, and save it."""
-    command = _parse(budgeting.CalibrateCommand, "calibrate", argv)
-    _quiet()
-    budgeting.run_calibrate(command, _say)
-
-
-def sweep(argv: list[str]) -> None:
-    """Draw score and latency of a split model against its FLOPs, over budgets."""
-    command = _parse(budgeting.SweepCommand, "sweep", argv)
-    _quiet()
-    budgeting.run_sweep(command, _say)
-
-
 def demo(out: Path = Path("runs/demo"), steps: int = 60, seed: int = 0) -> None:
     """SmolLM2 becomes an 8-expert PESC model, learns three domains, and answers. No GPU needed.
 
@@ -321,7 +293,8 @@ def demo(out: Path = Path("runs/demo"), steps: int = 60, seed: int = 0) -> None:
     run(out, steps, seed, _say)
 
 
-VERBS: dict[str, Callable] = {
+# A function with its arguments; or a command's options, and what runs it.
+VERBS: dict[str, Callable | tuple[type, Callable]] = {
     "methods": methods,
     "convert": convert,
     "train": train,
@@ -329,24 +302,42 @@ VERBS: dict[str, Callable] = {
     "generate": generate,
     "chat": chat,
     "inspect": show,
-    "export": export,
-    "import": import_,
+    "export": (exchange.ExportCommand, exchange.run_export),
+    "import": (exchange.ImportCommand, exchange.run_import),
+    "extend": (growing.ExtendCommand, growing.run_extend),
+    "remove": (growing.RemoveCommand, growing.run_remove),
     "merge": merge,
-    "calibrate": calibrate,
-    "sweep": sweep,
+    "calibrate": (budgeting.CalibrateCommand, budgeting.run_calibrate),
+    "sweep": (budgeting.SweepCommand, budgeting.run_sweep),
     "demo": demo,
 }
 
 
-# They parse their own arguments.
-OWN_ARGUMENTS = ("convert", "train", "export", "import", "calibrate", "sweep")
+def _run(verb: str, argv: list[str]) -> None:
+    target = VERBS[verb]
+    if target in (convert, train):  # they parse their own arguments
+        target(argv)
+    elif isinstance(target, tuple):
+        options, run = target
+        command = _parse(options, verb, argv)
+        _quiet()
+        run(command, _say)
+    else:
+        _parse(target, verb, argv)
+
+
+def _about(verb: str) -> str:
+    """The first line of a verb's help."""
+    target = VERBS[verb]
+    documented = target[0] if isinstance(target, tuple) else target
+    return documented.__doc__.splitlines()[0]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit status. Errors of ours are one sentence on standard error."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        lines = "\n".join(f"  {v:<11}{f.__doc__.splitlines()[0]}" for v, f in VERBS.items())
+        lines = "\n".join(f"  {verb:<11}{_about(verb)}" for verb in VERBS)
         print(
             f"usage: sparsecraft VERB [options]\n\n{lines}\n\nsparsecraft VERB --help tells more."
         )
@@ -362,10 +353,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise SparsecraftError(f"Unknown verb {verb!r}." + did_you_mean(verb, VERBS))
-        if verb in OWN_ARGUMENTS:
-            VERBS[verb](rest)
-        else:
-            _parse(VERBS[verb], verb, rest)
+        _run(verb, rest)
     except BrokenPipeError:  # `sparsecraft methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

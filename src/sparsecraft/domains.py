@@ -7,94 +7,34 @@ Shapes: B sequences, S positions, T tokens, D width, E experts, M width of the e
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsecraft import hub
-from sparsecraft.certificate import evaluation_mode
-from sparsecraft.data import as_batches, collate, pad_id
-from sparsecraft.encoding import row_ids
+from sparsecraft.data import as_batches
 from sparsecraft.errors import DataError, RecipeError
 from sparsecraft.gating import FROM_DATA
 from sparsecraft.init.centers import Centers
 from sparsecraft.layer import MoELayer
-from sparsecraft.origin import Origin
-from sparsecraft.planning import PlannedEdit, reads
+from sparsecraft.planning import PlannedEdit
+from sparsecraft.reading import (
+    BATCH,
+    ROWS,
+    Domain,
+    domain_batches,
+    length_of,
+    mixed_batches,
+    read_inputs,
+    tokenizer_of,
+)
 from sparsecraft.recipe import Recipe
-from sparsecraft.rows import load_rows
 from sparsecraft.sentences import embed
 
 log = logging.getLogger("sparsecraft")
-
-# Rows of a data set that are taken, tokens of a row, rows of a forward pass; and the tokens of a
-# domain after which the model reads no further: the sentence encoder is much smaller.
-ROWS, LENGTH, BATCH, TOKENS = 512, 512, 8, 16_384
-
-
-@dataclass(frozen=True, slots=True)
-class Domain:
-    """The data of one expert.
-
-    Attributes:
-        name: for reports.
-        rows: canonical rows; None where batches were given.
-        batches: dicts of model inputs; None where rows were.
-    """
-
-    name: str
-    rows: list[dict] | None = None
-    batches: list[dict[str, Any]] | None = None
-
-    @classmethod
-    def of(cls, given: Any) -> Domain:
-        """From a file, folder or hub data set, of which `ROWS` rows are taken, evenly spaced and
-        shuffled; a list of texts; or an iterable of batches, token ids (B, S) or dicts of model
-        inputs.
-
-        Raises:
-            DataError: none of these, or nothing in it.
-        """
-        if isinstance(given, (str, Path)):
-            rows = load_rows(given)
-            name, count = str(given), len(rows)
-            if count > ROWS:
-                places = [i * count // ROWS for i in range(ROWS)]
-                rows = rows.select(random.Random(0).sample(places, ROWS))
-                name += f" ({ROWS} of {count} rows)"
-            found = cls(name, rows=list(rows))
-        elif isinstance(given, (list, tuple)) and all(isinstance(text, str) for text in given):
-            found = cls(f"{len(given)} texts", rows=[{"text": text} for text in given])
-        else:
-            batches = list(as_batches(given))
-            found = cls(f"{len(batches)} batches", batches=batches)
-        if not (found.rows or found.batches):
-            raise DataError(f"A domain holds nothing ({found.name}); give it rows or texts.")
-        return found
-
-    def texts(self) -> list[str]:
-        """The whole text of every row.
-
-        Raises:
-            DataError: there are tokens only.
-        """
-        if self.rows is None:
-            raise DataError(
-                "A sentence encoder embeds texts, and a domain is given as batches of tokens; give "
-                "texts or a data set, or convert with encoder='self'."
-            )
-        return [
-            row["text"]
-            if row.get("messages") is None
-            else "\n\n".join(message["content"] for message in row["messages"])
-            for row in self.rows
-        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +94,7 @@ def find_starts(
         if given and router is not None and router.scorer == "domain":
             if router.encoder not in embeddings:
                 found = embed_domains(given, router.encoder, model, tokenizer=tokenizer)
-                embeddings[router.encoder] = _distinct(found, names)
+                embeddings[router.encoder] = distinct(found, names)
             tensors[n] = embeddings[router.encoder]
     for init in FROM_DATA:
         places = [n for n, router in enumerate(routers) if router and router.init == init]
@@ -162,7 +102,7 @@ def find_starts(
         if not items:
             continue
         if init == "hidden":
-            found = [_distinct(t, names) for t in _means(model, items, given, tokenizer)[:-1]]
+            found = [distinct(t, names) for t in _means(model, items, given, tokenizer)[:-1]]
         else:
             found = _centers(model, items, given, data, tokenizer, seed)
         for n, tensor in zip(places, found, strict=True):
@@ -204,7 +144,12 @@ def _check(recipe: Recipe, domains: Sequence | Tensor, data: Any) -> None:
         )
 
 
-def _distinct(rows_EM: Tensor, names: Sequence[str]) -> Tensor:
+def distinct(rows_EM: Tensor, names: Sequence[str]) -> Tensor:
+    """The rows, one for each domain.
+
+    Raises:
+        DataError: two are equal.
+    """
     for j in range(len(rows_EM)):
         for i in range(j):
             if torch.equal(rows_EM[i], rows_EM[j]):
@@ -232,14 +177,11 @@ def embed_domains(
         model: the dense model, for `self`.
         tokenizer: its tokenizer; None takes that of its folder.
     """
-    given = [d if isinstance(d, Domain) else Domain.of(d) for d in domains]
+    given = [Domain.of(domain) for domain in domains]
     if encoder == "self":
         last_EM = _means(model, [], given, tokenizer)[-1]
         return nn.functional.normalize(last_EM, dim=-1).float().cpu()
     return torch.stack([embed(domain.texts(), encoder).mean(0) for domain in given])
-
-
-# --------------------------------------------------------------------------- what the routers read
 
 
 def _means(
@@ -256,7 +198,7 @@ def _means(
                 sums[n] = sums[n] + x_TD.double().sum(0)
                 counts[n] += len(x_TD)
 
-        _read(model, items, _batches(model, domain, tokenizer), take)
+        read_inputs(model, items, domain_batches(model, domain, tokenizer), take)
         if not all(counts):
             raise DataError(f"The domain {domain.name} gave no token.")
         means.append([total / count for total, count in zip(sums, counts, strict=True)])
@@ -279,109 +221,9 @@ def _centers(
             centers.take(x_TD)
 
     if domains:
-        _read(model, items, _mixed(model, domains, tokenizer), take)
+        read_inputs(model, items, mixed_batches(model, domains, tokenizer), take)
     else:
-        tokenizer = tokenizer or _tokenizer(model)
-        batches = as_batches(data, tokenizer, max_length=_length(model), batch_size=BATCH)
-        _read(model, items, islice(batches, ROWS // BATCH), take)
+        tokenizer = tokenizer or tokenizer_of(model)
+        batches = as_batches(data, tokenizer, max_length=length_of(model), batch_size=BATCH)
+        read_inputs(model, items, islice(batches, ROWS // BATCH), take)
     return [centers.centers() for centers in found]
-
-
-def _read(
-    model: nn.Module,
-    items: Sequence[PlannedEdit],
-    batches: Iterable[dict[str, Any]],
-    take: Callable[[list[Tensor]], None],
-) -> None:
-    """Give `take`, for every batch, what the router of each item reads of its real tokens, (T, D),
-    and the last hidden states of the real tokens."""
-    seen: dict[int, Tensor] = {}
-    whose = [reads(model, item.site.path) for item in items]
-
-    def keep(n: int) -> Callable:
-        return lambda module, args: seen.update({n: args[0]})
-
-    handles = [
-        model.get_submodule(item.site.path).register_forward_pre_hook(keep(n))
-        for n, item in enumerate(items)
-    ]
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            for batch in batches:
-                inputs, masks = _inputs(model, batch)
-                output = model.base_model(**inputs)
-                last = getattr(output, "encoder_last_hidden_state", None)
-                last = output.last_hidden_state if last is None else last
-                read = [_real(seen[n], masks.get(whose[n])) for n in range(len(items))]
-                take([*read, _real(last, masks["input"])])
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _inputs(
-    model: nn.Module, batch: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Tensor | None]]:
-    """The batch as the model takes it, and of whose tokens which are real."""
-    inputs = {
-        key: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for key, value in batch.items()
-        if isinstance(value, Tensor) and key not in ("labels", "token_mask")
-    }
-    masks = {"input": inputs.get("attention_mask")}
-    if getattr(model.config, "is_encoder_decoder", False):
-        masks["decoder"] = inputs.get("decoder_attention_mask")
-        if "decoder_input_ids" not in inputs:  # the decoder reads the same text
-            inputs["decoder_input_ids"], masks["decoder"] = inputs["input_ids"], masks["input"]
-    return inputs, masks
-
-
-def _real(x: Tensor, mask_BS: Tensor | None) -> Tensor:
-    x_TD = x.reshape(-1, x.shape[-1])
-    return x_TD if mask_BS is None else x_TD[mask_BS.reshape(-1).to(x.device, torch.bool)]
-
-
-def _batches(model: nn.Module, domain: Domain, tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """The domain as model inputs, chats as the tokenizer's template has them, long rows cut; up to
-    about `TOKENS` tokens of text, and all batches."""
-    if domain.batches is not None:
-        yield from domain.batches
-        return
-    tokenizer = tokenizer or _tokenizer(model)
-    if tokenizer is None:
-        raise DataError(f"The domain {domain.name} is text; pass the model's tokenizer.")
-    length, pad = _length(model), pad_id(tokenizer)
-    decodes = model.can_generate() and not model.config.is_encoder_decoder
-    count = 0
-    for start in range(0, len(domain.rows), BATCH):
-        features = []
-        for row in domain.rows[start : start + BATCH]:
-            ids = row_ids(row, tokenizer, adds_bos_only=decodes)[:length]
-            if not ids:
-                raise DataError(f"A row of the domain {domain.name} has no token; leave it out.")
-            features.append({"input_ids": ids, "labels": ids})
-        yield collate(features, pad)
-        count += sum(len(feature["input_ids"]) for feature in features)
-        if count >= TOKENS:
-            return
-
-
-def _mixed(model: nn.Module, domains: Sequence[Domain], tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """A batch of each domain in turn, so that the first ones already tell of all."""
-    turns = [_batches(model, domain, tokenizer) for domain in domains]
-    while turns:
-        for batches in tuple(turns):
-            batch = next(batches, None)
-            if batch is None:
-                turns.remove(batches)
-            else:
-                yield batch
-
-
-def _tokenizer(model: nn.Module) -> Any:
-    origin = Origin.of(model)
-    return origin and hub.load_tokenizer(origin.folder)
-
-
-def _length(model: nn.Module) -> int:
-    return min(LENGTH, getattr(model.config, "max_position_embeddings", None) or LENGTH)

@@ -284,10 +284,10 @@ class FFN:
             self, **{name: part and part.of(read) for name, part in parts.items()}
         )
 
-    def tensor_names(self) -> list[str]:
-        """Dense names of its weights and biases."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights and biases by their dense names."""
         parts = filter(None, (self.gate, self.up, self.down))
-        return [f"{p.path}.{name}" for p in parts for name, _ in p.module.named_parameters()]
+        return {f"{p.path}.{name}": t for p in parts for name, t in p.module.named_parameters()}
 
 
 @dataclass(frozen=True)
@@ -320,9 +320,9 @@ class Attention:
             module._modules[name] = linear.of(read).module
         return dataclasses.replace(self, module=module)
 
-    def tensor_names(self) -> list[str]:
-        """Dense names of its weights and biases."""
-        return [f"{self.path}.{name}" for name, _ in self.module.named_parameters()]
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights and biases by their dense names."""
+        return {f"{self.path}.{name}": t for name, t in self.module.named_parameters()}
 
 
 Donor = FFN | Attention | Linear | Activation

@@ -19,7 +19,7 @@ import xxhash
 from torch import Tensor
 
 from sparsecraft.errors import RecipeError
-from sparsecraft.gathering import networks_of, tensor_names
+from sparsecraft.gathering import donor_tensors, networks_of
 from sparsecraft.planning import PlannedEdit
 from sparsecraft.recipe import ExpansionSpec, Recipe
 from sparsecraft.sources import Source
@@ -75,7 +75,7 @@ def expand(
     if recipe.expansion is None or not sources:
         return list(sources), ()
     wanted = _wanted(recipe, len(sources))
-    pool = _Pool(recipe.expansion, sources, base, tensor_names(plan), seed)
+    pool = _Pool(recipe.expansion, sources, base, donor_tensors(plan), seed)
     weights = torch.Generator().manual_seed(seed_of(seed, "weights"))
     while pool.count < wanted:
         j, k = pool.random_pair() if recipe.expansion.parents == "random" else pool.least_similar()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsecraft.donor import FFN, Attention
 from sparsecraft.errors import RecipeError
@@ -37,7 +37,7 @@ def opened(
         return []
     _check_counts(recipe, len(given))
     sources = [open_source(model, source) for source in given]
-    check_sources(model, sources, tensor_names(plan), unrelated=unrelated)
+    check_sources(model, sources, donor_tensors(plan), unrelated=unrelated)
     return sources
 
 
@@ -67,10 +67,10 @@ def networks_of(spec: FFNSpec | AttentionSpec) -> int:
     return spec.num_experts // (1 if spec.kind == "attention" else spec.granularity)
 
 
-def tensor_names(plan: Sequence[PlannedEdit]) -> list[str]:
-    """Dense names of the networks that the experts come from."""
+def donor_tensors(plan: Sequence[PlannedEdit]) -> dict[str, Tensor]:
+    """The tensors of the dense networks that experts are like, by their dense names."""
     donors = [item.donor for item in plan if isinstance(item.donor, (FFN, Attention))]
-    return [name for donor in donors for name in donor.tensor_names()]
+    return {name: tensor for donor in donors for name, tensor in donor.tensors().items()}
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def gather(
                 parameter.copy_(mean(sources, f"{item.donor.path}.{name}").view_as(parameter))
     if recipe.others == "base" or not sources:
         return
-    own = set(tensor_names(plan))
+    own = donor_tensors(plan)
     for name, tensor in dense_tensors(model).items():
         if name not in own and tensor.is_floating_point():
             tensor.copy_(mean(sources, name))

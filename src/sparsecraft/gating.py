@@ -85,6 +85,8 @@ class RouterSpec:
     of the rows that its projection gives."""
     init_repeat: int = 1
     """So many experts in a row start with one row of the scorer (virtual groups)."""
+    extended: int = 0
+    """So many experts, the last ones, were added one at a time (`sparsecraft extend`)."""
     balanced: bool = True
     """Whether the losses on routings count this router."""
 
@@ -132,6 +134,11 @@ def check_selection(router: RouterSpec, num_experts: int) -> None:
             f"top_k is {top_k} with num_experts={num_experts}{beside}; "
             f"it must lie between 1 and {'num_experts' if not beside else 'what they leave'}."
         )
+    if type(router.extended) is not int or not 0 <= router.extended < num_experts:
+        raise RecipeError(
+            f"router.extended is {router.extended!r} with num_experts={num_experts}; one expert at "
+            "least has been there from the start."
+        )
     if num_experts % router.init_repeat:
         raise RecipeError(
             f"router.init_repeat is {router.init_repeat} with num_experts={num_experts}; it must "
@@ -154,6 +161,7 @@ def _check_scorer(router: RouterSpec) -> None:
         "hidden": router.hidden is None or scorer in ("mlp", "norm"),
         "bias": router.bias is None or scorer in ("linear", "norm"),
         "normalize": not router.normalize or scorer == "analytic",
+        "extended": not router.extended or (scorer == "linear" and not router.splits),
     }
     if wrong := [name for name, fits in known.items() if not fits]:
         raise RecipeError(

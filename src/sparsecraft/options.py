@@ -96,6 +96,7 @@ class ConvertOptions:
 MULTIPLE = (
     "--set",
     "--data",
+    "--old-data",
     "--sources",
     "--domains",
     "--weights",

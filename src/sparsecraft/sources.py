@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from sparsecraft import hub, merged_lora
 from sparsecraft.errors import SourceError
-from sparsecraft.layer import unique_tensors
+from sparsecraft.layer import MoELayer, unique_tensors
 from sparsecraft.merged_lora import MergedLora
 from sparsecraft.origin import Origin
 
@@ -30,6 +30,8 @@ FREE = set(
 # Cosine of the same matrix in two models: about 0 of models that were trained apart from the start,
 # above 0.9 of fine-tuned ones.
 KIN = 0.5
+# So many rows of it tell.
+ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,10 @@ def _open_lora(model: nn.Module, folder: Path) -> Source:
     own = Origin.of(model)
     if not named or named == getattr(model, "name_or_path", None):
         config, held = model.config, unique_tensors(model)
-        on_disk = own is not None and any(tensor.is_meta for tensor in held.values())
+        changed = any(isinstance(module, MoELayer) for module in model.modules())
+        on_disk = own is not None and (changed or any(tensor.is_meta for tensor in held.values()))
         find = partial(own.tensor, model) if on_disk else held.get
-        shape = partial(_shape, held)
+        shape = partial(own.shape, model) if on_disk else partial(_shape, held)
     else:
         source = open_source(model, named)
         config, find, shape = source.config, source.find, source.shape
@@ -143,28 +146,30 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
 
 
 def check_sources(
-    model: nn.Module, sources: Sequence[Source], names: Iterable[str], *, unrelated: bool = False
+    model: nn.Module,
+    sources: Sequence[Source],
+    tensors: Mapping[str, Tensor],
+    *,
+    unrelated: bool = False,
 ) -> None:
     """Refuse sources that do not fit the base, naming the first thing that differs.
 
     Args:
-        names: dense names of the tensors that will be read; the first matrix among them tells
-            whether two models have one ancestor.
+        tensors: the base's, by their dense names, of those that will be read; the first matrix
+            among them tells whether two models have one ancestor.
         unrelated: let models without a common ancestor pass.
 
     Raises:
         SourceError: configuration, tokenizer, shapes or ancestry differ.
     """
-    tensors, names = unique_tensors(model), list(names)
     base = Path(getattr(model, "name_or_path", "") or "")
     for source in sources:
         _check_config(model.config, source)
         _check_tokenizer(base, source)
-        for name in names:
-            source.check_shape(name, tensors[name].shape)
+        for name, tensor in tensors.items():
+            source.check_shape(name, tensor.shape)
         if not unrelated:
-            name = next(n for n in names if tensors[n].ndim == 2)
-            ours = tensors[name]
+            name, ours = next((n, t) for n, t in tensors.items() if t.ndim == 2)
             _check_kin(Origin.of(model).tensor(model, name) if ours.is_meta else ours, source, name)
 
 
@@ -203,7 +208,7 @@ def _tokenizer_files(folder: Path | None) -> dict[str, bytes]:
 
 
 def _check_kin(ours: Tensor, source: Source, name: str) -> None:
-    pair = (t.detach().cpu().float().flatten() for t in (ours, source.tensor(name)))
+    pair = (t[:ROWS].detach().cpu().float().flatten() for t in (ours, source.tensor(name)))
     cosine = F.cosine_similarity(*pair, dim=0).item()
     if not cosine >= KIN:
         raise SourceError(

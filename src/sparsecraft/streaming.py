@@ -25,7 +25,7 @@ from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.expansion import expand
 from sparsecraft.experts.ffn import FFNExperts, bank_tensors
 from sparsecraft.folder import check_free
-from sparsecraft.gathering import opened, tensor_names
+from sparsecraft.gathering import donor_tensors, opened
 from sparsecraft.interrupted import Progress, continued
 from sparsecraft.layer import dense_name, dense_tensors, unique_tensors
 from sparsecraft.origin import Origin, digest
@@ -166,7 +166,7 @@ class _Stream:
         self.edits = plan(model, recipe)
         self.sources = opened(model, recipe, self.edits, self.given, unrelated=unrelated)
         self.givers, self.children = expand(recipe, self.edits, self.sources, self._base, seed)
-        self.own = set(tensor_names(self.edits)) if self.sources else set()
+        self.own = set(donor_tensors(self.edits)) if self.sources else set()
         self.drawn = _Drawn(model, self.edits, seed)
         self.dense_names = list(unique_tensors(model))
         self.record = apply(model, recipe, self.edits, on_meta=True)

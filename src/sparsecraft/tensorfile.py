@@ -38,6 +38,9 @@ DTYPES = {
 # Bytes in memory while a file is read back.
 BLOCK = 1 << 24
 
+# Bytes of which the data's place in the file is a multiple: those of a cache line.
+ALIGNMENT = 64
+
 
 @dataclass(frozen=True)
 class Lazy:
@@ -77,7 +80,8 @@ def write_each(path: Path, tensors: Mapping[str, Writable]) -> dict[str, str]:
         shape = list(tensor.shape)
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    # A file is mapped into memory, and products round by where a tensor lies there.
+    encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)
     digests = {}
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)

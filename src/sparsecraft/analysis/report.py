@@ -67,9 +67,19 @@ def _history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
             f"Trained ({run['stage']}): {run['steps']} steps, mean loss {run['loss']:.3f}, "
             f"last logged {last['loss']:.3f}{routing}."
         )
+    lines += [_extension_line(entry) for entry in report.get("extensions", [])]
     if merged := report.get("merge"):
         lines.append(f"Merged ({merged['how']}) from {merged['recipe']}.")
     return lines if report.get("training") else [*lines, "Not trained yet."]
+
+
+def _extension_line(entry: dict[str, Any]) -> str:
+    if "removed" in entry:
+        return f"Expert {entry['removed']} was removed."
+    return (
+        f"Extended by {entry['expert']}: expert {entry['number']}, its routers' rows "
+        f"{entry['rows']}, {entry['mixed']:.3f} of all other tensors."
+    )
 
 
 def _domain_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:

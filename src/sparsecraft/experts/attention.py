@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from sparsecraft.donor import Attention
 from sparsecraft.errors import SparsecraftError
-from sparsecraft.experts.base import CopiedExperts, copies
+from sparsecraft.experts.base import CopiedExperts, copies, with_one_more, without
 from sparsecraft.recipe import AttentionSpec
 from sparsecraft.routing import Routing
 
@@ -77,22 +77,38 @@ class AttentionExperts(CopiedExperts):
     def put(self, e: int, donor: Attention) -> None:
         """Let expert `e` be the attention of `donor`: queries and outputs, and keys and values of
         its own. The bank must be materialized."""
-        for name, part in self._stacks():
-            if len(part.weight) == self.num_experts:
-                part.put(e, donor.module.get_submodule(name))
+        for name, part in self._own():
+            part.put(e, donor.module.get_submodule(name))
+
+    @torch.no_grad()
+    def append(self, donor: Attention) -> None:
+        for name, part in self._own():
+            part.append(donor.module.get_submodule(name))
+        self._recount(self.num_experts + 1)
+
+    @torch.no_grad()
+    def remove(self, e: int) -> None:
+        for _, part in self._own():
+            part.remove(e)
+        self._recount(self.num_experts - 1)
+
+    def _recount(self, num_experts: int) -> None:
+        if self.kv == "shared":
+            groups = self.attention.num_key_value_groups // self.num_experts
+            self.attention.num_key_value_groups = groups * num_experts
+        self.num_experts = num_experts
 
     def shared_parts(self) -> dict[str, nn.Parameter]:
         """Parameters that all experts share, by their name in the dense attention."""
-        stacks = dict(self._stacks())
-        found = {}
-        for name, parameter in self.attention.named_parameters():
-            part = stacks.get(name.rpartition(".")[0])
-            if part is None or len(part.weight) != self.num_experts:
-                found[name] = parameter
-        return found
+        own = {name for name, _ in self._own()}
+        named = self.attention.named_parameters()
+        return {name: p for name, p in named if name.rpartition(".")[0] not in own}
 
-    def _stacks(self) -> list[tuple[str, Stack]]:
-        return [(name, self.attention.get_submodule(name)) for name in self.form.parts()]
+    def _own(self) -> list[tuple[str, Stack]]:
+        """What each expert has its own of."""
+        shared = (self.form.key, self.form.value) if self.kv == "shared" else ()
+        names = [name for name in self.form.parts() if name not in shared]
+        return [(name, self.attention.get_submodule(name)) for name in names]
 
 
 class Stack(nn.Module):
@@ -113,6 +129,14 @@ class Stack(nn.Module):
         self.weight[e].copy_(dense.weight)
         if self.bias is not None:
             self.bias[e].copy_(dense.bias)
+
+    def append(self, dense: nn.Linear) -> None:
+        for name, parameter in [*self.named_parameters()]:
+            setattr(self, name, with_one_more(parameter, getattr(dense, name)))
+
+    def remove(self, e: int) -> None:
+        for name, parameter in [*self.named_parameters()]:
+            setattr(self, name, without(parameter, e))
 
 
 class Projections(Stack):

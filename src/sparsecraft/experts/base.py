@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,26 @@ class CopiedExperts(Experts):
         if mode:
             self.materialize()
         return super().train(mode)
+
+    @abstractmethod
+    def append(self, donor: Any) -> None:
+        """One more expert, the last: the donor's module."""
+
+    @abstractmethod
+    def remove(self, e: int) -> None:
+        """Take expert `e` away."""
+
+
+def with_one_more(bank: Tensor, expert: Tensor) -> nn.Parameter:
+    """The stacked tensors of a bank and behind them one expert's, on the bank's device."""
+    longer = torch.cat([bank.detach(), expert.detach()[None].to(bank)])
+    return nn.Parameter(longer, bank.requires_grad)
+
+
+def without(bank: Tensor, e: int) -> nn.Parameter:
+    """The stacked tensors of a bank but expert `e`'s."""
+    shorter = torch.cat([bank.detach()[:e], bank.detach()[e + 1 :]])
+    return nn.Parameter(shorter, bank.requires_grad)
 
 
 def copies(tensor: Tensor, count: int) -> nn.Parameter:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from transformers.activations import ReLUSquaredActivation
 
 from sparsecraft.donor import FFN
 from sparsecraft.errors import RecipeError
-from sparsecraft.experts.base import CopiedExperts, TwoLayer, copies
+from sparsecraft.experts.base import CopiedExperts, TwoLayer, copies, with_one_more, without
 from sparsecraft.recipe import FFNSpec
 
 
@@ -83,6 +84,23 @@ class FFNExperts(CopiedExperts):
         for name, tensor in self._network(e, donors).items():
             if tensor is not None:
                 getattr(self, name)[e].copy_(tensor)
+
+    @torch.no_grad()
+    def append(self, donor: FFN) -> None:
+        for name, tensor in self._network(self.num_experts, [donor]).items():
+            if tensor is not None:
+                setattr(self, name, with_one_more(getattr(self, name), tensor))
+        self._recount(self.num_experts + 1)
+
+    @torch.no_grad()
+    def remove(self, e: int) -> None:
+        for name, parameter in [*self.named_parameters()]:
+            setattr(self, name, without(parameter, e))
+        self._recount(self.num_experts - 1)
+
+    def _recount(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.spec = replace(self.spec, num_experts=num_experts)
 
     def neurons(self, e: int) -> list[tuple[Tensor, Tensor | None]]:
         """Views of expert `e`, a row for each neuron: its gate (if any) and its up projection, each

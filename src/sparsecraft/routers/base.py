@@ -57,7 +57,8 @@ class Router(nn.Module):
         """The matrix (E, D) whose product with each token of the layer's input is all that the
         router reads, if it is; a caller may compute it together with other products."""
         by_token = self.spec.decides == "token" and self.spec.reads == "input"
-        return self.scorer.weight if by_token and is_plain(self.scorer, LinearScorer) else None
+        joint = by_token and not self.spec.extended and is_plain(self.scorer, LinearScorer)
+        return self.scorer.weight if joint else None
 
     def gate_base(self, x: Tensor) -> Tensor:
         """What the dense network's output for x (..., D) is multiplied by, (..., 1)."""

@@ -12,11 +12,16 @@ from sparsecraft.recipe import RouterSpec
 
 
 class LinearScorer(nn.Module):
-    """One bias-free row per expert (Shazeer et al. 2017; PESC Eq. 9; Mixtral)."""
+    """One bias-free row per expert (Shazeer et al. 2017; PESC Eq. 9; Mixtral).
+
+    Attributes:
+        extended: so many rows, the last ones, came one at a time. Each is a product of its own,
+            because in one of another shape the last bits of the others' logits may differ.
+    """
 
     def __init__(self, width: int, num_experts: int, spec: RouterSpec, *, device=None, dtype=None):
         super().__init__()
-        self.width, self.std = width, spec.init_std
+        self.width, self.std, self.extended = width, spec.init_std, spec.extended
         weight = torch.empty(num_experts // spec.init_repeat, width, device=device, dtype=dtype)
         match spec.init:
             case "kaiming_uniform":  # the default of nn.Linear, which PESC's code keeps
@@ -39,7 +44,27 @@ class LinearScorer(nn.Module):
         self.weight.copy_(rows_ED * (self.std / size) if size > 0 else rows_ED)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return float32_product(x_TD, self.weight)
+        if not self.extended:
+            return float32_product(x_TD, self.weight)
+        rows = [len(self.weight) - self.extended, *[1] * self.extended]
+        parts = [float32_product(x_TD, rows_ED) for rows_ED in self.weight.split(rows)]
+        return torch.cat(parts, dim=-1)
+
+    @torch.no_grad()
+    def append(self, row_D: Tensor) -> None:
+        """One more expert, the last, with this row. The logits of the others stay the same bits."""
+        self.weight = nn.Parameter(
+            torch.cat([self.weight, row_D[None].to(self.weight)]), self.weight.requires_grad
+        )
+        self.extended += 1
+
+    @torch.no_grad()
+    def remove(self, e: int) -> None:
+        """Take expert `e` away. The logits of the others stay the same bits if it was appended, and
+        but for rounding if not."""
+        self.extended -= e >= len(self.weight) - self.extended
+        rows_ED = torch.cat([self.weight[:e], self.weight[e + 1 :]])
+        self.weight = nn.Parameter(rows_ED, self.weight.requires_grad)
 
     def weight_rows(self) -> Tensor:
         """The matrix (E, D) whose product with a token gives its logits."""

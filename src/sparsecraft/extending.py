@@ -1,0 +1,338 @@
+"""Experts that come to a converted model, and that leave it (Nexus, Gritsch et al. 2024, 3.3).
+
+The routers' logits of the experts that are there stay what they are, bit for bit; all other tensors
+move towards the newcomer's. A short training on new and old data is up to `train`.
+
+Shapes: T tokens, D width, E experts, M width of a domain's embedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsecraft.errors import DataError, RecipeError, SurgeryError
+from sparsecraft.experts.attention import AttentionExperts
+from sparsecraft.experts.ffn import FFNExperts
+from sparsecraft.gathering import donor_tensors
+from sparsecraft.gating import FROM_DATA
+from sparsecraft.layer import MoELayer, dense_tensors
+from sparsecraft.newcomer import by_token, embedding_of, inputs_of, row_of, share_of
+from sparsecraft.reading import Domain
+from sparsecraft.recipe import Recipe
+from sparsecraft.routers import build_router
+from sparsecraft.sources import Source, check_sources, open_source
+from sparsecraft.surgery import Conversion, conversion_of, is_converted
+
+Rows = Literal["calibrated", "reset"]
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """What `extend` did.
+
+    Attributes:
+        expert: name of the dense model.
+        number: of the new expert, in every layer.
+        mixed: lambda, the dense model's share of all tensors that are no expert's.
+        rows: how routers know the newcomer: `projected` from its domain's embedding, `calibrated`
+            on data, or `reset` with all others.
+        share_new: share of the new tokens that the newcomer gets before any training, by weight,
+            mean over layers; None without data, or where routers do not decide by token.
+        share_old: of the old tokens.
+    """
+
+    expert: str
+    number: int
+    mixed: float
+    rows: str
+    share_new: float | None = None
+    share_old: float | None = None
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.expert} is expert {self.number} of every layer, its router's row {self.rows}; "
+            f"of all other tensors {self.mixed:.3f} is its own."
+        )
+        shares = (("new", self.share_new), ("old", self.share_old))
+        found = [
+            f"{share:.1%} of the {which} tokens" for which, share in shares if share is not None
+        ]
+        return text + (f" Untrained, it gets {' and '.join(found)}." if found else "")
+
+
+@torch.no_grad()
+def extend(
+    model: nn.Module,
+    expert: str | Path | PreTrainedModel,
+    data: Any = None,
+    old_data: Any = None,
+    *,
+    tokenizer: Any = None,
+    embedding: Tensor | None = None,
+    rows: Rows = "calibrated",
+    mix: float | None = None,
+    unrelated: bool = False,
+    seed: int = 0,
+) -> Extension:
+    """Add a dense model as one more expert of every layer, in place, and train nothing.
+
+    The feed-forward networks (of `bam` the attentions, too) become the last expert. Routers of
+    domains project its row from the domain's embedding. Linear ones get a row by logistic
+    regression, new tokens against old ones: the newcomer's probability beside the others' logits.
+    Either way these logits keep their bits for the same input of the layer. All other tensors
+    become (1 - lambda) theirs + lambda the dense model's.
+
+    Args:
+        expert: folder, hub id, LoRA folder or model in memory, of one ancestor with the base.
+        data: the newcomer's domain: a data set, a list of texts, or batches.
+        old_data: of the domains that are known, for linear routers.
+        tokenizer: of the model, for texts; None takes that of its base.
+        embedding: (M,) of the domain, instead of one from `data`.
+        rows: of linear routers. `reset` draws the rows of all experts anew: the baseline of the
+            Nexus paper.
+        mix: lambda; None is 1 / (n + 1), with n experts so far (Nexus, 3.3).
+        unrelated: let a model without a common ancestor pass.
+        seed: of `reset`.
+
+    Raises:
+        SurgeryError, RecipeError: the model is dense, or its experts are no whole networks.
+        SourceError, HubError: the dense model does not fit.
+        DataError: data is missing, empty, or the domain is one of the others'.
+    """
+    record = conversion_of(model)
+    count = _check(record.recipe)
+    by_domain = _check_asked(record, data, old_data, embedding, rows)
+    source = _opened(model, record, expert, unrelated)
+    share = 1 / (count + 1) if mix is None else mix
+    if not 0 <= share <= 1:
+        raise RecipeError(f"mix is {mix}; it is a share between 0 and 1.")
+    new, old = (None if given is None else Domain.of(given) for given in (data, old_data))
+    if by_domain:
+        embedding = embedding_of(model, record, new, embedding, tokenizer)
+    with _mixed(model, record, source, share):
+        seen = [inputs_of(model, record.plan, domain, tokenizer) for domain in (new, old)]
+        found = [
+            row_of(layer, n, seen, embedding, rows == "reset")
+            for n, layer in enumerate(record.layers)
+        ]
+    _join(model, record, source, found, seed)
+    how = "projected" if by_domain else rows
+    shares = [share_of(record.layers, inputs) for inputs in seen]
+    result = Extension(source.name, count, share, how, *shares)
+    _note(record, dataclasses.asdict(result))
+    return result
+
+
+@torch.no_grad()
+def remove(model: nn.Module, expert: int) -> None:
+    """Take one expert out of every layer, in place; nothing else changes.
+
+    The logits of the others keep their bits where routers are of domains, or where the expert was
+    added by `extend`; otherwise they are the same but for rounding.
+
+    Args:
+        expert: its number, from 0.
+
+    Raises:
+        SurgeryError, RecipeError: the model is dense, its experts are no whole networks, there is
+            no such expert, or each token takes as many as there are.
+    """
+    record = conversion_of(model)
+    count = _check(record.recipe)
+    if not 0 <= expert < count:
+        raise RecipeError(f"There is no expert {expert}; this model has 0 to {count - 1}.")
+    for edit in record.recipe.edits:
+        if count - 1 < (edit.router.top_k or 1):
+            raise RecipeError(
+                f"Expert {expert} of {count} cannot be removed: each token takes "
+                f"{edit.router.top_k or 1}. Convert again with fewer, or keep it."
+            )
+    for layer in record.layers:
+        layer.experts.remove(expert)
+        layer.router.scorer.remove(expert)
+    _recount(record)
+    _note(record, {"removed": expert})
+
+
+# ------------------------------------------------------------------------------------------- checks
+
+
+def _check(recipe: Recipe) -> int:
+    """How many experts each layer has; refuse what is not made of whole networks."""
+    for edit in recipe.edits:
+        spec, router = edit.experts, edit.router
+        if spec.kind not in ("ffn", "attention") or router is None:
+            raise RecipeError(
+                f"Recipe {recipe.name!r} has {spec.kind} experts; whole networks (upcycling, btx, "
+                "bam, nexus, ...) can come and go."
+            )
+        if spec.kind == "ffn" and (spec.granularity > 1 or spec.blend):
+            raise RecipeError(
+                f"The experts of recipe {recipe.name!r} are shards of networks (granularity="
+                f"{spec.granularity}, blend={spec.blend}); a whole network is none of them."
+            )
+    counts = {edit.experts.num_experts for edit in recipe.edits}
+    if len(counts) > 1:
+        raise RecipeError(
+            f"The layers of recipe {recipe.name!r} have {sorted(counts)} experts; one that is "
+            "added or removed must have the same number in all."
+        )
+    return counts.pop()
+
+
+def _check_asked(
+    record: Conversion, data: Any, old_data: Any, embedding: Tensor | None, rows: str
+) -> bool:
+    """Whether routers are of domains; refuse what they lack, or have no use for."""
+    routers = [edit.router for edit in record.recipe.edits]
+    by_domain = any(router.scorer == "domain" for router in routers)
+    linear = [router for router in routers if router.scorer == "linear"]
+    if rows not in ("calibrated", "reset"):
+        raise RecipeError(f"rows is {rows!r}; it must be 'calibrated' or 'reset'.")
+    if embedding is not None and not by_domain:
+        raise RecipeError(
+            f"An embedding is given and the routers of {record.recipe.name!r} are linear; give "
+            "data and old_data, which their new row is fitted to."
+        )
+    if rows == "reset" and (not linear or any(r.init in FROM_DATA for r in linear)):
+        raise RecipeError(
+            "rows='reset' draws the rows of linear routers anew; the routers of "
+            f"{record.recipe.name!r} start from domains or data."
+        )
+    if by_domain and embedding is None and data is None:
+        raise DataError(
+            "The routers project a row from the embedding of the expert's domain; give data "
+            "(--data), or the embedding itself."
+        )
+    if by_domain and embedding is None and not _domains(record):
+        raise DataError(
+            "The model was converted without domains, so that its routers know random embeddings "
+            "and no data fits in among them; convert with domains, or give an embedding."
+        )
+    if linear and rows == "calibrated":
+        if data is None or old_data is None:
+            raise DataError(
+                "The new row of a linear router is fitted to new and old data; give both (--data, "
+                "--old-data), or rows='reset'."
+            )
+        if not all(by_token(router) for router in linear):
+            raise RecipeError(
+                "A row is fitted to what routers read by token at the layer's input; these decide "
+                "otherwise. Use rows='reset'."
+            )
+    return by_domain
+
+
+def _domains(record: Conversion) -> Sequence[str]:
+    return record.report.get("conversion", {}).get("domains") or ()
+
+
+def _opened(model: nn.Module, record: Conversion, expert: Any, unrelated: bool) -> Source:
+    """The dense model, checked against all that will be read of it."""
+    if is_converted(expert):
+        raise SurgeryError("The expert is a converted model; give the dense model it came from.")
+    tensors = dense_tensors(model) | donor_tensors(record.plan)
+    source = open_source(model, expert)
+    check_sources(model, [source], tensors, unrelated=unrelated)
+    for item, layer in zip(record.plan, record.layers, strict=True):
+        bank = layer.experts
+        if isinstance(bank, FFNExperts) and bank.down.shape[-1] != item.donor.hidden_width:
+            raise SurgeryError(
+                f"The experts at {item.site.path!r} have {bank.down.shape[-1]} neurons and the "
+                f"dense network {item.donor.hidden_width}; no dense model fits among them."
+            )
+    return source
+
+
+# ------------------------------------------------------------------------------------- what changes
+
+
+@contextmanager
+def _mixed(model: nn.Module, record: Conversion, source: Source, share: float) -> Iterator[None]:
+    """Move all tensors that are no expert's towards the source's; back again if the block fails."""
+    pairs = list(_others(model, record))
+    before = [tensor.to("cpu", copy=True) for _, tensor in pairs] if share else []
+    try:
+        for name, tensor in pairs if share else ():
+            theirs = source.tensor(name).view_as(tensor)
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            tensor.copy_(tensor.to(wide).lerp(theirs.to(tensor.device, wide), share))
+        yield
+    except BaseException:
+        for (_, tensor), old in zip(pairs, before, strict=False):
+            tensor.copy_(old)
+        raise
+
+
+def _others(model: nn.Module, record: Conversion) -> Iterable[tuple[str, Tensor]]:
+    """Dense name and tensor of all that is no expert's: not of the networks beside which experts
+    stand either, which stay the seed's."""
+    own = donor_tensors(record.plan)
+    for name, tensor in dense_tensors(model).items():
+        if name not in own and tensor.is_floating_point():
+            yield name, tensor.detach()
+    for item, layer in zip(record.plan, record.layers, strict=True):
+        if isinstance(layer.experts, AttentionExperts):
+            for name, parameter in layer.experts.shared_parts().items():
+                yield f"{item.donor.path}.{name}", parameter.detach()
+
+
+def _join(
+    model: nn.Module, record: Conversion, source: Source, rows: Sequence[Tensor | None], seed: int
+) -> None:
+    """One more expert and row in every layer, and in the recipe."""
+    cuda = {p.device for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=list(cuda)):
+        torch.manual_seed(seed)
+        for item, layer, row in zip(record.plan, record.layers, rows, strict=True):
+            layer.experts.append(item.donor.of(source.tensor))
+            _take_row(layer, row)
+    _recount(record)
+
+
+def _take_row(layer: MoELayer, row: Tensor | None) -> None:
+    router, count = layer.router, layer.experts.num_experts
+    if row is not None:
+        router.scorer.append(row)
+        return
+    old = router.scorer
+    spec, where = (
+        replace(router.spec, extended=0),
+        {
+            "device": old.weight.device,
+            "dtype": old.weight.dtype,
+        },
+    )
+    router.scorer = build_router(spec, old.width, count, **where).scorer.train(old.training)
+
+
+def _recount(record: Conversion) -> None:
+    """Let the recipe say what the layers have."""
+    edits = {}
+    for item, layer in zip(record.plan, record.layers, strict=True):
+        extended = getattr(layer.router.scorer, "extended", 0)
+        layer.router.spec = replace(layer.router.spec, extended=extended)
+        edits[id(item.edit)] = replace(
+            item.edit,
+            experts=replace(item.edit.experts, num_experts=layer.experts.num_experts),
+            router=replace(item.edit.router, extended=extended),
+        )
+    record.plan = [replace(item, edit=edits[id(item.edit)]) for item in record.plan]
+    record.recipe = replace(
+        record.recipe,
+        edits=tuple(edits[id(edit)] for edit in record.recipe.edits),
+        exact_at_start=False,
+    )
+
+
+def _note(record: Conversion, entry: dict[str, Any]) -> None:
+    record.report.setdefault("extensions", []).append(entry)

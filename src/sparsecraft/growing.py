@@ -1,0 +1,136 @@
+"""The commands `extend` and `remove`. Torch-free until they run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from sparsecraft.errors import DataError
+from sparsecraft.options import TrainOptions
+
+Paths = tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendCommand(TrainOptions):
+    """Add a dense model as one more expert of every layer, and train shortly on new and old data.
+
+    Both kinds of data give equal parts of the rows unless --weights says otherwise.
+    """
+
+    folder: Positional[str]
+    """Checkpoint of a converted model whose experts are whole networks."""
+    expert: str
+    """Dense model of one ancestor with the base: folder, hub id, or folder of a PEFT LoRA."""
+    data: Paths
+    """Files of the new domain."""
+    old_data: Paths = ()
+    """Files of the domains that the model knows."""
+    out: Path
+    """Checkpoint folder to write."""
+    rows: Literal["calibrated", "reset"] = "calibrated"
+    """Of linear routers: the new row is fitted to new against old data; or all are drawn anew."""
+    mix: float | None = None
+    """Share of the dense model in all tensors that are no expert's; None is 1 / (n + 1)."""
+    unrelated: bool = False
+    """Take a model without a common ancestor, too."""
+    train: bool = True
+    """Train after the expert was added."""
+    steps: int | None = 100
+    """Optimizer steps; None trains for `epochs`."""
+    resume: bool = False
+    """Continue an interrupted training exactly."""
+    overwrite: bool = False
+    """Replace an existing folder once the new one is complete."""
+
+
+def run_extend(command: ExtendCommand, say: Callable[[str], None]) -> None:
+    from sparsecraft import checkpoint, generation, training
+    from sparsecraft.extending import extend
+    from sparsecraft.folder import check_free
+    from sparsecraft.reading import Domain
+
+    check_free(command.out, command.overwrite)
+    if command.train and not command.old_data:
+        raise DataError(
+            "Training on the new data alone forgets the old; give --old-data, or --no-train."
+        )
+    model, tokenizer = generation.load_any(command.folder)
+    new, old = (
+        Domain.joined([Domain.of(path) for path in paths]) if paths else None
+        for paths in (command.data, command.old_data)
+    )
+    say(
+        str(
+            extend(
+                model,
+                command.expert,
+                new,
+                old,
+                tokenizer=tokenizer,
+                rows=command.rows,
+                mix=command.mix,
+                unrelated=command.unrelated,
+                seed=command.seed,
+            )
+        )
+    )
+    if not command.train:
+        checkpoint.save(model, command.out, overwrite=command.overwrite)
+        return say(f"Saved and read back: {command.out}")
+    options = {f.name: getattr(command, f.name) for f in dataclasses.fields(TrainOptions)}
+    stages = model.sparsecraft.recipe.stages
+    options["stages"] = command.stages or (stages[-1].name,)
+    options["weights"] = command.weights or _equal_parts(command.data, command.old_data)
+    data = (*command.data, *command.old_data)
+    report = training.train(
+        model,
+        data,
+        command.out,
+        tokenizer=None,
+        resume=command.resume,
+        overwrite=command.overwrite,
+        **options,
+    )
+    say(
+        f"{report.steps} steps, mean loss {report.loss:.3f}, {report.seconds:.0f} s.\n"
+        f"Saved and read back: {command.out}"
+    )
+
+
+def _equal_parts(*kinds: Paths) -> tuple[float, ...]:
+    """Sampling rates that give each kind of files as many rows."""
+    return tuple(1 / len(files) for files in kinds for _ in files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoveCommand:
+    """Take one expert out of every layer."""
+
+    folder: Positional[str]
+    """Checkpoint of a converted model whose experts are whole networks."""
+    expert: int
+    """Its number, from 0, in the order of the sources and of what was added."""
+    out: Path
+    """Checkpoint folder to write."""
+    overwrite: bool = False
+    """Replace an existing folder once the new one is complete."""
+
+
+def run_remove(command: RemoveCommand, say: Callable[[str], None]) -> None:
+    from sparsecraft import checkpoint
+    from sparsecraft.analysis.report import edit_lines
+    from sparsecraft.extending import remove
+    from sparsecraft.folder import check_free
+
+    check_free(command.out, command.overwrite)
+    model = checkpoint.load(command.folder)
+    remove(model, command.expert)
+    checkpoint.save(model, command.out, overwrite=command.overwrite)
+    say("\n".join([f"Expert {command.expert} was removed.", *edit_lines(model.sparsecraft.recipe)]))
+    say(f"Saved and read back: {command.out}")

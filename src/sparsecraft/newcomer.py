@@ -1,0 +1,159 @@
+"""What routers know of an expert that is added to the others.
+
+Shapes: T tokens, D width, E experts that are there already, M width of a domain's embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsecraft import hub
+from sparsecraft.domains import distinct, embed_domains
+from sparsecraft.errors import DataError, RecipeError
+from sparsecraft.layer import MoELayer
+from sparsecraft.origin import Origin
+from sparsecraft.planning import PlannedEdit
+from sparsecraft.reading import Domain, domain_batches, read_inputs
+from sparsecraft.recipe import RouterSpec
+from sparsecraft.surgery import Conversion
+
+# Tokens of a text that are read, batches at most, and how many of them one is kept of for a router.
+TOKENS, BATCHES, STRIDE = 8192, 64, 2
+# Weight of |r|^2 / 2, with inputs of mean square one.
+RIDGE = 1e-2
+STEPS = 200
+
+
+@torch.enable_grad()
+def newcomer_row(
+    own_TD: Tensor, own_logits_TE: Tensor, other_TD: Tensor, other_logits_TE: Tensor
+) -> Tensor:
+    """The row r (D,) that gives the newcomer its own tokens and leaves the others theirs.
+
+    Beside logits z of the others the softmax gives the newcomer sigmoid(x . r - logsumexp(z)): a
+    logistic regression with an offset for each token, convex in r. Both kinds of tokens weigh the
+    same, however many there are.
+
+    Args:
+        own_TD: what the router reads of the newcomer's tokens.
+        own_logits_TE: the others' logits there.
+        other_TD: what it reads of other tokens.
+        other_logits_TE: the others' logits there.
+    """
+    inputs = [x_TD.detach().float() for x_TD in (own_TD, other_TD)]
+    offsets = [z_TE.detach().float().logsumexp(-1) for z_TE in (own_logits_TE, other_logits_TE)]
+    size = torch.cat(inputs).square().mean().sqrt().clamp_min(1e-12)
+    inputs = [x_TD / size for x_TD in inputs]
+    row_D = torch.zeros_like(inputs[0][0], requires_grad=True)
+    optimizer = torch.optim.LBFGS([row_D], max_iter=STEPS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        own_T, other_T = (x @ row_D - offset for x, offset in zip(inputs, offsets, strict=True))
+        wrong = (F.softplus(-own_T).mean() + F.softplus(other_T).mean()) / 2
+        total = wrong + RIDGE / 2 * row_D.square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    return row_D.detach() / size
+
+
+def embedding_of(
+    model: nn.Module,
+    record: Conversion,
+    new: Domain | None,
+    given: Tensor | None,
+    tokenizer: Any,
+) -> Tensor:
+    """The embedding (M,) of the newcomer's domain, checked to be no other's."""
+    routers = {
+        edit.router.encoder for edit in record.recipe.edits if edit.router.scorer == "domain"
+    }
+    if given is None:
+        encoder = routers.pop()
+        if routers:
+            raise RecipeError("Routers have several encoders; they are extended by none.")
+        dense = _dense(model, record) if encoder == "self" else None
+        given = embed_domains([new], encoder, dense, tokenizer=tokenizer)[0]
+    scorers = [layer.router.scorer for layer in record.layers]
+    known_EM = next(s.domains for s in scorers if hasattr(s, "domains"))
+    if given.shape != known_EM.shape[1:]:
+        raise RecipeError(
+            f"The embedding is {tuple(given.shape)} and the routers read "
+            f"({known_EM.shape[1]},); embed the domain as the others were."
+        )
+    names = [*(f"of expert {e}" for e in range(len(known_EM))), "of the new expert"]
+    distinct(torch.cat([known_EM, given[None].to(known_EM)]), names)
+    return given
+
+
+def _dense(model: nn.Module, record: Conversion) -> nn.Module:
+    """The dense model that embedded the other domains."""
+    origin = Origin.find(record.origin, record.revision)
+    if origin is None:
+        raise DataError(
+            "Domains are embedded by the dense model, and this one is in no folder; give the "
+            "embedding."
+        )
+    return hub.load_dense(str(origin.folder), dtype=model.dtype, device_map=model.device)
+
+
+def inputs_of(
+    model: nn.Module, plan: Sequence[PlannedEdit], domain: Domain | None, tokenizer: Any
+) -> list[Tensor] | None:
+    """What each layer reads of some tokens of the domain, (T, D)."""
+    if domain is None:
+        return None
+    kept: list[list[Tensor]] = [[] for _ in plan]
+
+    def take(tensors: list[Tensor]) -> None:
+        for parts, x_TD in zip(kept, tensors[:-1], strict=True):
+            parts.append(x_TD[::STRIDE].clone())
+
+    batches = domain_batches(model, domain, tokenizer, TOKENS)
+    read_inputs(model, plan, islice(batches, BATCHES), take)
+    found = [torch.cat(parts) for parts in kept if parts]
+    if not found or not len(found[0]):
+        raise DataError(f"The domain {domain.name} gave no token.")
+    return found
+
+
+def row_of(
+    layer: MoELayer,
+    number: int,
+    seen: Sequence[list[Tensor] | None],
+    embedding: Tensor | None,
+    reset: bool,
+) -> Tensor | None:
+    """What a layer's router knows the newcomer by; None where all of it is drawn anew."""
+    router = layer.router
+    if router.spec.scorer == "domain":
+        return embedding
+    if reset:
+        return None
+    own_TD, other_TD = (of_domain[number] for of_domain in seen)
+    own = own_TD, router(own_TD).logits_TE
+    row_D = newcomer_row(*own, other_TD, router(other_TD).logits_TE)
+    return row_D * router.spec.temperature
+
+
+def share_of(layers: Sequence[MoELayer], seen: list[Tensor] | None) -> float | None:
+    """The last expert's share of the routing weights, mean over tokens and layers."""
+    if seen is None or not all(by_token(layer.router.spec) for layer in layers):
+        return None
+    shares = []
+    for layer, x_TD in zip(layers, seen, strict=True):
+        weights_TE = layer.router(x_TD).weights_TE()
+        shares.append((weights_TE[:, -1] / weights_TE.sum(-1)).mean().item())
+    return sum(shares) / len(shares)
+
+
+def by_token(router: RouterSpec) -> bool:
+    return (router.decides, router.reads) == ("token", "input")
