@@ -525,6 +525,7 @@ RECIPES = {
         trains_base=True,
         dropout=False,
     ),
+    "upit": RecipeCase(lambda: sc.recipes.upit(E, K), upcycled, dropout=False),
     "nexus": RecipeCase(
         lambda: sc.recipes.nexus(num_experts=E, embedding_dim=EMBEDDING),
         nexus,

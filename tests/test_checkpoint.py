@@ -84,7 +84,7 @@ def refused(call, *words: str, error: type = CheckpointError) -> None:
         call()
     message = str(caught.value)
     assert isinstance(caught.value, SparsecraftError)
-    assert "\n" not in message and len(message) < 700
+    assert "\n" not in message and len(message) < 800
     for word in words:
         assert word in message, message
 

@@ -21,7 +21,7 @@ from sparsecraft.gating import RouterSpec
 from sparsecraft.recipe import Edit
 
 # What no transformers model takes itself, and what a layer may ask for.
-OURS = ("sentence_embeddings", "sentence_ids", "prefix_mask")
+OURS = ("sentence_embeddings", "sentence_ids", "prefix_mask", "expert_ids")
 FIELDS = ("attention_mask", "mm_token_type_ids", *OURS)
 MASKS = ("attention_mask", "mm_token_type_ids", "prefix_mask")
 INPUTS = ("input_ids", "inputs_embeds")
@@ -42,6 +42,7 @@ class Batch:
             unless `sentence_ids` says otherwise.
         sentence_ids: (B, S), the sentence that each token belongs to, where sequences are packed.
         prefix_mask: (B, S), 1 on the tokens that slots may mix in a causal model.
+        expert_ids: (B, S), the expert that each token goes to, whatever its router's scores are.
         shape: (B, S), for families that flatten their tokens (OPT).
         held: values that stay for all forward passes of a `context`.
         grows: whether generation adds tokens to the sequence that masks tell of.
@@ -56,6 +57,7 @@ class Batch:
     sentence_embeddings: Tensor | None = None
     sentence_ids: Tensor | None = None
     prefix_mask: Tensor | None = None
+    expert_ids: Tensor | None = None
     shape: torch.Size | None = None
     held: dict[str, Tensor] = field(default_factory=dict)
     grows: bool = False

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsecraft.batch import sentence_width
+from sparsecraft.data import as_batches
 from sparsecraft.errors import DataError
 
 # Largest |difference| that counts as the same function, relative to the largest |output| (at
@@ -18,6 +20,8 @@ from sparsecraft.errors import DataError
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 PROBE_SHAPE = (2, 64)
+# What of the user's data enters the certificate: all logits are kept until the comparison.
+MAX_DATA_PROBES, DATA_LENGTH = 4, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,15 @@ class Certificate:
             f"batch(es), {scale} scale {self.scale:.1f}, tolerance {self.tolerance:.1e} "
             f"in {self.dtype}: {verdict}"
         )
+
+
+def probes(model: nn.Module, data: Any, tokenizer: Any, seed: int) -> list[dict[str, Tensor]]:
+    """A random batch, and the first of the user's."""
+    found = [random_probe(model, seed)]
+    if data is not None:
+        batches = as_batches(data, tokenizer, batch_size=PROBE_SHAPE[0], max_length=DATA_LENGTH)
+        found += islice(batches, MAX_DATA_PROBES)
+    return found
 
 
 def random_probe(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:

@@ -29,7 +29,8 @@ def parse(function: Callable, argv: list[str]) -> tuple[dict[str, Any], ConvertO
     values, parameters = dataclasses.asdict(options), inspect.signature(function).parameters
     arguments = {name: values[name] for name in parameters}
     each = options.sources or options.domains
-    if each and arguments.get("num_experts") == parameters["num_experts"].default:
+    told = any(word.partition("=")[0] in ("--num-experts", "--num_experts") for word in argv)
+    if each and not told and "num_experts" in parameters and not arguments.get("expand"):
         arguments["num_experts"] = len(each)  # one of each, unless told
     return arguments, options
 
@@ -204,6 +205,8 @@ def _say_report(report: Any, recipe: Any, options: ConvertOptions, say: Say) -> 
         say(f"Routers start from {', '.join(report.domains)}.")
     if report.sources:
         say(f"Experts from {', '.join(report.sources)}; other tensors: {recipe.others}.")
+        for child in report.children:
+            say(f"{child}.")
         say(f"Beside {options.model} alone: {measured}.")
     else:
         claim = "exact at start" if recipe.exact_at_start else "not exact at start"

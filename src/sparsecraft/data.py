@@ -118,14 +118,20 @@ def prepare(
         counts.update(own)
     mixed = mix(parts, weights, seed)
     counts["repeated"] = len(mixed) - counts["examples"]
-    counts["tokens"] = sum(map(len, mixed["input_ids"]))
-    if task != "label":
-        counts["trained_tokens"] = sum(len(row) - row.count(IGNORED) for row in mixed["labels"])
+    counts.update(count_tokens(mixed, labelled=task != "label"))
     if packing:
         mixed = pack(mixed, max_length, seed)
         counts["packs"] = len(mixed)
     log.info("data: %s", ", ".join(f"{value} {key}" for key, value in counts.items() if value))
     return mixed, dict(counts)
+
+
+def count_tokens(rows: datasets.Dataset, labelled: bool = True) -> dict[str, int]:
+    """Tokens, and those of them that are targets."""
+    found = {"tokens": sum(map(len, rows["input_ids"]))}
+    if labelled:
+        found["trained_tokens"] = sum(len(row) - row.count(IGNORED) for row in rows["labels"])
+    return found
 
 
 def _features(task: str) -> dict:
@@ -225,7 +231,7 @@ def pack(dataset: datasets.Dataset, max_length: int, seed: int = 0) -> datasets.
             f"Packing into {max_length} tokens: the longest of {len(dataset)} documents has "
             f"{longest}; encode with this max_length first."
         )
-    names = [n for n in ("input_ids", "labels", "sentence") if n in dataset.column_names]
+    names = [n for n in ("input_ids", "labels", "sentence", "expert") if n in dataset.column_names]
     columns = dataset.select_columns(names).shuffle(seed=seed)
     return trl.pack_dataset(columns, max_length, strategy="bfd")
 
@@ -246,6 +252,7 @@ def collate(
     is made: call the model with `use_cache=False` (Trainer does) or documents see each other.
     Labels of whole numbers (task "label") give labels (B,). `prompts`: those that `prepare` filled;
     `sentence_embeddings` (B, D) come from them or, packed, (N, D) with `sentence_ids` (B, S).
+    Rows with a column `expert`, one for each token, give `expert_ids` (B, S).
     """
     import torch
 
@@ -256,6 +263,8 @@ def collate(
     batch["labels"] = _pad(labels, IGNORED) if labels[0].ndim else torch.stack(labels)
     if prompts is not None:
         batch |= _sentences(features, prompts, packed)
+    if "expert" in features[0]:  # padding goes to any; no loss counts it
+        batch["expert_ids"] = _pad([torch.as_tensor(row["expert"]) for row in features], 0)
     if not packed:
         return batch | {"attention_mask": mask_BS.long()}
     width = mask_BS.shape[1]

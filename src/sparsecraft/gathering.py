@@ -15,7 +15,7 @@ from sparsecraft.experts.ffn import FFNExperts
 from sparsecraft.init.neurons import diversify
 from sparsecraft.layer import MoELayer, dense_tensors
 from sparsecraft.planning import PlannedEdit
-from sparsecraft.recipe import Recipe
+from sparsecraft.recipe import AttentionSpec, FFNSpec, Recipe
 from sparsecraft.sources import Source, check_sources, mean, open_source
 
 
@@ -48,17 +48,23 @@ def _check_counts(recipe: Recipe, count: int) -> None:
                 f"Recipe {recipe.name!r} has {edit.experts.kind} experts, which come from one "
                 "model; sources are for full feed-forward experts and attentions (btx, bam)."
             )
-        whole = edit.experts.kind == "attention"
-        granularity = 1 if whole else edit.experts.granularity
-        blend = not whole and edit.experts.blend
-        networks = edit.experts.num_experts // granularity
+        blend = edit.experts.kind == "ffn" and edit.experts.blend
+        networks = networks_of(edit.experts)
+        if recipe.expansion is not None and not blend:  # makes what is missing, and checks it
+            continue
         if networks % count or (blend and networks != count):
-            of = "" if granularity == 1 else f" ({networks} networks in shards)"
+            whole = networks == edit.experts.num_experts
+            of = "" if whole else f" ({networks} networks in shards)"
             raise RecipeError(
                 f"{edit.experts.num_experts} experts{of} cannot come from {count} sources "
                 f"alike; set num_experts={count}"
                 + (" for blending." if blend else ", or a multiple of it.")
             )
+
+
+def networks_of(spec: FFNSpec | AttentionSpec) -> int:
+    """How many networks the experts are, or are shards of."""
+    return spec.num_experts // (1 if spec.kind == "attention" else spec.granularity)
 
 
 def donor_tensors(plan: Sequence[PlannedEdit]) -> dict[str, Tensor]:
@@ -74,14 +80,16 @@ def gather(
     plan: Sequence[PlannedEdit],
     layers: Sequence[MoELayer],
     sources: Sequence[Source],
+    givers: Sequence[Source],
 ) -> None:
-    """Fill the experts of a converted model from `sources`, and its other tensors as the recipe
-    says. Expert e of E comes from source e N // E of N. Then, with sources or without, whatever
-    of the experts the recipe draws at random."""
+    """Fill the experts of a converted model from `givers` (the sources, and what an expansion made
+    of them), and its other tensors from `sources` as the recipe says. Expert e of E comes from
+    giver e N // E of N. Then, with sources or without, whatever of the experts the recipe draws at
+    random."""
     for item, layer in zip(plan, layers, strict=True):
         bank = layer.experts
         if sources and isinstance(bank, CopiedExperts):
-            _fill(bank, item.donor, sources)
+            _fill(bank, item.donor, givers)
         if isinstance(bank, FFNExperts):
             diversify(bank, item.edit.experts)
         if sources and isinstance(bank, AttentionExperts) and recipe.others == "mean":

@@ -122,6 +122,13 @@ def lte_separability(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     return (distance_TE.square() + LTE_EPSILON).reciprocal().mean()
 
 
+def own_expert(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """-log sigmoid of the logit of the expert that each token was sent to, mean over tokens: the
+    cross-entropy of sigmoid(h r_i) with 1 on the rows of expert i's bucket (UpIT)."""
+    logits_TE, indices_TK = _kept(routing, mask_T)
+    return F.softplus(-logits_TE.gather(-1, indices_TK[:, :1])).mean()
+
+
 LOSSES: dict[str, Loss] = {
     "switch": switch_balance,
     "switch_unnormalized": switch_balance_unnormalized,
@@ -132,6 +139,7 @@ LOSSES: dict[str, Loss] = {
     "relu_l1": relu_l1,
     "gelu_clamped_l1": gelu_clamped_l1,
     "gelu_clamped_hoyer": gelu_clamped_hoyer,
+    "own_expert": own_expert,
     "lte_efficiency": lte_efficiency,
     "lte_separability": lte_separability,
 }

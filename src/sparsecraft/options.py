@@ -19,7 +19,7 @@ class TrainOptions:
     """Names of the recipe's stages to run; all of them unless told."""
     fit_tokens: int | None = None
     """Inputs of each split network that its router is fitted to."""
-    epochs: float = 1.0
+    epochs: float | None = None
     """Passes over the data when `steps` is not given."""
     batch_size: int | None = None
     """Sequences per optimizer step over all devices."""

@@ -9,10 +9,9 @@ import torch
 from transformers import AutoConfig
 
 from sparsecraft import cost, hub
-from sparsecraft.certificate import PROBE_SHAPE
+from sparsecraft.certificate import DATA_LENGTH, MAX_DATA_PROBES, PROBE_SHAPE
 from sparsecraft.planning import build_layer, plan
 from sparsecraft.recipe import Recipe
-from sparsecraft.surgery import DATA_LENGTH, MAX_DATA_PROBES
 
 
 @dataclass(frozen=True, slots=True)

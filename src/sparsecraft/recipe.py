@@ -19,6 +19,8 @@ from sparsecraft.specs import (
     PLACES,
     AdapterSpec,
     AttentionSpec,
+    BucketSpec,
+    ExpansionSpec,
     ExpertsSpec,
     FFNLoRASpec,
     FFNSpec,
@@ -33,7 +35,9 @@ from sparsecraft.typed import parse, read
 __all__ = [
     "AdapterSpec",
     "AttentionSpec",
+    "BucketSpec",
     "Edit",
+    "ExpansionSpec",
     "FFNLoRASpec",
     "FFNSpec",
     "FitSpec",
@@ -189,6 +193,8 @@ class Stage:
     """Put this activation into split networks when the stage begins."""
     fit: FitSpec | None = None
     """Fit the routers of split networks to captured inputs instead of training by gradient."""
+    buckets: BucketSpec | None = None
+    """Train on rows that are dealt out to the experts first (causal models)."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """Adafactor with steps relative to a parameter's size, as T5X has it: 3e-4 moves ones by 3e-4
     and a router of standard deviation 0.02 by 6e-6."""
@@ -206,17 +212,21 @@ class Stage:
     """Sequences per optimizer step."""
     max_length: int = 2048
     """Tokens per sequence."""
+    epochs: float | None = None
+    """Passes over the stage's rows, unless steps or epochs are asked for; None is one."""
 
     def __post_init__(self) -> None:
         if not self.trains:
             raise RecipeError("The stage trains nothing; name experts, router, all or globs.")
+        if self.fit is not None and self.buckets is not None:
+            raise RecipeError(f"Stage {self.name!r} has fit and buckets; choose one of them.")
         for name in ("batch_size", "max_length"):
             check_whole(name, getattr(self, name))
         if not 0 <= self.weight_decay < math.inf:
             raise RecipeError(f"weight_decay is {self.weight_decay}; it must not be negative.")
         if not 0 <= self.max_grad_norm < math.inf:
             raise RecipeError(f"max_grad_norm is {self.max_grad_norm}; it must not be negative.")
-        for name in ("learning_rate", "router_learning_rate"):
+        for name in ("learning_rate", "router_learning_rate", "epochs"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise RecipeError(f"{name} is {value}; it must be positive.")
@@ -246,6 +256,8 @@ class Recipe:
     """Where experts come from several dense models: what all other tensors are, those of the
     model that is converted, or the mean of the sources'. The network beside which experts stand
     is the converted model's own."""
+    expansion: ExpansionSpec | None = None
+    """How several dense models give more experts than they are; None: each gives as many."""
     edits: tuple[Edit, ...]
     stages: tuple[Stage, ...]
 
@@ -253,6 +265,8 @@ class Recipe:
         if not self.edits or not self.stages:
             missing = "stages" if self.edits else "edits"
             raise RecipeError(f"Recipe {self.name!r} has no {missing}; at least one is needed.")
+        if self.expansion is not None:
+            read(ExpansionSpec, dataclasses.asdict(self.expansion), "expansion")
         routers = [edit.router for edit in self.edits if edit.router]
         encoders = {(r.encoder, r.sentence_dim) for r in routers if r.decides == "sentence"}
         if len(encoders) > 1:

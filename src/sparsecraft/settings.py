@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from sparsecraft import cost, hub
 from sparsecraft import data as data_module
-from sparsecraft import hub
 from sparsecraft.errors import SparsecraftError, did_you_mean
 from sparsecraft.evaluation import positions_of
+from sparsecraft.layer import dense_name
 from sparsecraft.options import TrainOptions
 from sparsecraft.recipe import Recipe, Stage
 from sparsecraft.trainers import on_cpu
@@ -65,6 +69,7 @@ def fill(model: nn.Module, stage: Stage, asked: TrainOptions) -> TrainOptions:
         "max_length": min(length, longest) if longest else length,
         "learning_rate": stage.learning_rate,
         "schedule": stage.schedule,
+        "epochs": 1.0 if stage.epochs is None else stage.epochs,
     }
     if on_cpu() and (asked.batch_size is None or asked.max_length is None):
         log.info(
@@ -126,3 +131,23 @@ def fit_tokens(stage: Stage, settings: TrainOptions) -> int:
         )
         return CPU_FIT_TOKENS
     return stage.fit.tokens
+
+
+def needs(model: nn.Module, settings: TrainOptions, out: Path) -> str:
+    """One line about memory and disk: weights, gradients, two AdamW moments, activations."""
+    counted = cost.count(model)
+    config = model.config.get_text_config()
+    tokens = settings.micro_batch * settings.max_length
+    layers = getattr(config, "num_hidden_layers", 12)
+    hidden = getattr(config, "hidden_size", 768)
+    activations = 34 * tokens * hidden * layers * 4
+    memory = 12 * counted.trainable + activations
+    new = sum(
+        p.numel() * p.element_size()
+        for n, p in model.named_parameters()
+        if p.requires_grad or dense_name(model, n) is None
+    )
+    states = 3 * new  # weights and two moments, for resume
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    free = None if on_cpu() else torch.cuda.mem_get_info(rank)[0]
+    return cost.require(out, disk=new + states, memory=memory, task="Training", free_memory=free)

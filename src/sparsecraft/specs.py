@@ -196,6 +196,44 @@ class FitSpec:
             raise RecipeError(f"learning_rate is {self.learning_rate!r}; it must be positive.")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BucketSpec:
+    """Rows of the training data dealt out to the experts, each to the one that it surprises least:
+    all its tokens then go to that expert, with weight one (UpIT)."""
+
+    sample: float = 0.01
+    """Share of the rows that are dealt out; the others are left alone."""
+    at_least: int = 500
+    """So many rows, or all, however small the share."""
+    at_most: int = 5000
+
+    def __post_init__(self) -> None:
+        for name in ("at_least", "at_most"):
+            check_whole(name, getattr(self, name))
+        if not (_is_number(self.sample) and 0 < self.sample <= 1):
+            raise RecipeError(f"sample is {self.sample!r}; it must lie in (0, 1].")
+        if self.at_least > self.at_most:
+            raise RecipeError(
+                f"at_least is {self.at_least} and at_most {self.at_most}; the first must not be "
+                "larger."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpansionSpec:
+    """Experts beyond the sources, each mixed from two: see `sparsecraft.expansion` (UpIT)."""
+
+    parents: Literal["least_similar", "random"] = "least_similar"
+    """The two whose changes to the base have the lowest cosine, or any two; those that were mixed
+    before are among them."""
+    drop: float = 0.5
+    """Share of each parent's changes that is dropped; what stays is divided by 1 - drop (DARE)."""
+
+    def __post_init__(self) -> None:
+        if not (_is_number(self.drop) and 0 <= self.drop < 1):
+            raise RecipeError(f"drop is {self.drop!r}; it must be at least 0 and less than 1.")
+
+
 def check_whole(name: str, value: int) -> None:
     if type(value) is not int or value < 1:
         raise RecipeError(f"{name} is {value!r}; it must be a whole number from 1.")

@@ -22,6 +22,7 @@ import sparsecraft
 from sparsecraft import checkpoint, cost, hub, interrupted, layerwise, merged_lora, shards
 from sparsecraft.certificate import Certificate
 from sparsecraft.errors import CheckpointError, RecipeError
+from sparsecraft.expansion import expand
 from sparsecraft.experts.ffn import FFNExperts, bank_tensors
 from sparsecraft.folder import check_free
 from sparsecraft.gathering import donor_tensors, opened
@@ -164,6 +165,7 @@ class _Stream:
         self.given = [str(source) for source in given]
         self.edits = plan(model, recipe)
         self.sources = opened(model, recipe, self.edits, self.given, unrelated=unrelated)
+        self.givers, self.children = expand(recipe, self.edits, self.sources, self._base, seed)
         self.own = set(donor_tensors(self.edits)) if self.sources else set()
         self.drawn = _Drawn(model, self.edits, seed)
         self.dense_names = list(unique_tensors(model))
@@ -222,7 +224,7 @@ class _Stream:
 
     def _bank(self, item: PlannedEdit, bank: FFNExperts, leaf: str) -> Iterator[Tensor]:
         """The experts of one bank, one after the other."""
-        readers = [source.tensor for source in self.sources] or [self._base]
+        readers = [giver.tensor for giver in self.givers] or [self._base]
         last, tensor = None, None
         for e in range(bank.num_experts):
             chosen = e * len(readers) // bank.num_experts
@@ -237,7 +239,11 @@ class _Stream:
         tensors = [t.numel() * t.element_size() for t in dense_tensors(self.model).values()]
         layers = [cost.bytes_of(layer) for layer in self.record.layers]
         counts = [1 if certify else item.edit.experts.num_experts for item in self.edits]
-        return 2 * max(*tensors, *(n // count for n, count in zip(layers, counts, strict=True)))
+        made = max(n // count for n, count in zip(layers, counts, strict=True))
+        if self.children:  # in float32, beside one tensor of each of its ancestors
+            expert = 4 * max(layers) // len(self.givers) // self.dtype.itemsize
+            made = max(made, expert * (1 + len(self.givers) // 4))
+        return 2 * max(*tensors, made)
 
     def task(self, **options: Any) -> dict[str, Any]:
         """All that the files depend on, as JSON data."""
@@ -283,6 +289,7 @@ class _Stream:
             layers={item.site.path: item.edit.experts.kind for item in self.edits},
             cost=cost.count(self.model),
             sources=tuple(source.name for source in self.sources),
+            children=self.children,
         )
         self.record.report = {"conversion": report.to_dict()}
         return report

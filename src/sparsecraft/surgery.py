@@ -7,7 +7,6 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,19 @@ from transformers import PreTrainedModel
 from sparsecraft import cost, hub
 from sparsecraft.batch import Batch, asks_for_batch, attach
 from sparsecraft.budget import Running, run
-from sparsecraft.certificate import PROBE_SHAPE, Certificate, compare, outputs, random_probe
+from sparsecraft.certificate import Certificate, compare, outputs, probes
 from sparsecraft.cost import Cost
-from sparsecraft.data import as_batches
 from sparsecraft.domains import find_starts
 from sparsecraft.donor import FFNSpan
 from sparsecraft.errors import CertificateError, RecipeError, SurgeryError
+from sparsecraft.expansion import Child, expand
 from sparsecraft.gathering import gather, opened
-from sparsecraft.layer import MoELayer, dense_tensors, matches
+from sparsecraft.layer import MoELayer, dense_tensors, matches, unique_tensors
 from sparsecraft.losses import check_names
 from sparsecraft.origin import Origin, digest
 from sparsecraft.planning import PlannedEdit, build_layer, plan, reference_tensor
 from sparsecraft.recipe import Recipe
 from sparsecraft.sources import Source
-
-# What of the user's data enters the certificate: all logits are kept until the comparison.
-MAX_DATA_PROBES, DATA_LENGTH = 4, 128
 
 
 @dataclass(slots=True)
@@ -84,6 +80,7 @@ class Report:
         cost: parameter counts.
         sources: names of the dense models that the experts came from; none if from the converted.
         domains: names of what the routers started from, one for each expert, if anything.
+        children: the experts beyond the sources, and what they were mixed from.
     """
 
     recipe: str
@@ -94,6 +91,7 @@ class Report:
     cost: Cost
     sources: tuple[str, ...] = ()
     domains: tuple[str, ...] = ()
+    children: tuple[Child, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -118,8 +116,8 @@ def convert(
             an iterable of (B, S) token ids or of dicts of model inputs.
         certify: measure the largest output difference to the dense model.
         seed: of the new parameters. The global random state is left as it was.
-        sources: dense models of one ancestor with `model`, which give the experts, each as many;
-            without them all experts come from `model`. What else they give, `Recipe.others` says.
+        sources: dense models of one ancestor with `model`, which give the experts, each as many or
+            as `Recipe.expansion` says, and what `Recipe.others` says; without them `model` does.
         unrelated: let sources without a common ancestor pass.
         domains: for routers that start from them, one for each expert, in their order: a data set,
             a list of texts or batches; or their embeddings (E, M). See `sparsecraft.domains`.
@@ -133,16 +131,17 @@ def convert(
     _check_arguments(model, recipe)
     edits = plan(model, recipe)
     given = opened(model, recipe, edits, sources, unrelated=unrelated)
-    probes = _probes(model, data, tokenizer, seed) if certify else []
+    givers, children = expand(recipe, edits, given, unique_tensors(model).__getitem__, seed)
+    probing = probes(model, data, tokenizer, seed) if certify else []
     starts = find_starts(model, recipe, edits, domains, data, tokenizer=tokenizer, seed=seed)
-    before = outputs(model, probes)
+    before = outputs(model, probing)
     digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
     with _dense_on_failure(model):
-        record = _made(model, recipe, edits, given, seed)
+        record = _made(model, recipe, edits, given, givers, seed)
         record.digests = digests
         starts.put(record.layers)
         remember_origin(model, record)
-        certificate = compare(before, outputs(model, probes)) if certify else None
+        certificate = compare(before, outputs(model, probing)) if certify else None
         if not given:  # a claim is about copies of one model
             check_claim(recipe, certificate)
     report = Report(
@@ -154,29 +153,27 @@ def convert(
         cost=cost.count(model),
         sources=tuple(source.name for source in given),
         domains=starts.names,
+        children=children,
     )
     record.report = {"conversion": report.to_dict()}
     return report
 
 
 def _made(
-    model: nn.Module, recipe: Recipe, edits: list[PlannedEdit], given: Sequence[Source], seed: int
+    model: nn.Module,
+    recipe: Recipe,
+    edits: list[PlannedEdit],
+    given: Sequence[Source],
+    givers: Sequence[Source],
+    seed: int,
 ) -> Conversion:
     """The edits, with what their experts start from, by random numbers of this seed alone."""
     cuda = {p.device for p in model.parameters() if p.is_cuda}
     with torch.random.fork_rng(devices=list(cuda)):
         torch.manual_seed(seed)
         record = apply(model, recipe, edits)
-        gather(model, recipe, edits, record.layers, given)
+        gather(model, recipe, edits, record.layers, given, givers)
     return record
-
-
-def _probes(model: nn.Module, data: Any, tokenizer: Any, seed: int) -> list[dict[str, Tensor]]:
-    probes = [random_probe(model, seed)]
-    if data is not None:
-        batches = as_batches(data, tokenizer, batch_size=PROBE_SHAPE[0], max_length=DATA_LENGTH)
-        probes += islice(batches, MAX_DATA_PROBES)
-    return probes
 
 
 def check_claim(recipe: Recipe, certificate: Certificate | None) -> None:

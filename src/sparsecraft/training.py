@@ -6,11 +6,10 @@ import copy
 import dataclasses
 import functools
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,12 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from sparsecraft import budget, checkpoint, cost, fitting, hub, resuming
+from sparsecraft import buckets, budget, checkpoint, fitting, hub, resuming
 from sparsecraft import data as data_module
 from sparsecraft import settings as settings_module
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.folder import check_free
 from sparsecraft.init import check_metis
-from sparsecraft.layer import dense_name
 from sparsecraft.options import TrainOptions
 from sparsecraft.recipe import SplitSpec, Stage
 from sparsecraft.sentences import Prompts
@@ -44,7 +42,6 @@ from sparsecraft.trainers import (
     RoutedTrainer,
     adapters_known,
     layer_masks,
-    on_cpu,
     processes,
     training_arguments,
 )
@@ -113,11 +110,11 @@ def train(
     trainer = None
     reads, prompts = tokenizer or _tokenizer_of(record), Prompts.of(model)
     stages = settings_module.stages_of(record.recipe, asked.stages)
-    _check_stages(record, [stage for _, stage in stages])
+    _check_stages(model, [stage for _, stage in stages])
     for number, stage in stages:
         folder = states / f"{number}-{stage.name}"
         settings = settings_module.fill(model, stage, asked)
-        dataset, counts = _dataset(model, data, reads, settings, prompts)
+        dataset, counts = _dataset(model, data, reads, settings, prompts, bool(stage.buckets))
         with budget.staged(model, stage):
             if stage.fit is not None:
                 report = _fit(model, stage, settings, dataset, reads, counts, out)
@@ -134,15 +131,17 @@ def train(
     return report
 
 
-def _check_stages(record: Conversion, stages: list[Stage]) -> None:
-    """Refuse what a fit cannot do, before the stages in front of it have cost anything."""
+def _check_stages(model: nn.Module, stages: list[Stage]) -> None:
+    """Refuse what a stage cannot do, before those in front of it have cost anything."""
+    buckets.check(model, stages, settings_module.task_of(model), processes())
     fits = [stage.name for stage in stages if stage.fit is not None]
     if fits and processes() > 1:
         raise SparsecraftError(
             f"Stage {fits[0]!r} fits routers in one process and was started in {processes()}; "
             "train the other stages with torchrun (--stages NAME), and this one without."
         )
-    splits = [e.experts for e in record.recipe.edits if isinstance(e.experts, SplitSpec)]
+    edits = conversion_of(model).recipe.edits
+    splits = [e.experts for e in edits if isinstance(e.experts, SplitSpec)]
     if fits and any(spec.partition.startswith("coactivation") for spec in splits):
         check_metis()
 
@@ -161,12 +160,23 @@ def _descend(
 ) -> tuple[Any, TrainReport]:
     """A stage that trains by gradient; its trainer too, which knows the other processes."""
     _prepare_parameters(model, stage)
-    log.info(_needs(model, settings, out))
+    log.info(settings_module.needs(model, settings, out))
+    dataset = buckets.sampled(dataset, stage.buckets) if stage.buckets else dataset
     resuming.check(folder, resuming.describe(model, settings, dataset, processes()), resume)
-    with _untouched(model), adapters_known(model):
+    found: dict[str, Any] = {}
+    if stage.buckets:
+        pad_id = data_module.pad_id(tokenizer)
+        dataset, found["buckets"] = buckets.deal(
+            model, dataset, folder, pad_id=pad_id, resume=resume
+        )
+        counts = counts | {"dealt": len(dataset)} | data_module.count_tokens(dataset)
+        if settings.packing:
+            dataset = data_module.pack(dataset, settings.max_length, settings.seed)
+    forced = buckets.told(model) if stage.buckets else nullcontext()
+    with _untouched(model), adapters_known(model), forced:
         trainer = _trainer(model, stage, settings, dataset, tokenizer, folder, prompts)
         report = _run(trainer, counts, out, resume)
-    _note(conversion_of(model), stage, settings, report, log=trainer.state.log_history)
+    _note(conversion_of(model), stage, settings, report, log=trainer.state.log_history, **found)
     return trainer, report
 
 
@@ -243,13 +253,15 @@ def _dataset(
     tokenizer: Any,
     settings: TrainOptions,
     prompts: Prompts | None = None,
+    whole: bool = False,
 ) -> tuple[Any, dict[str, int]]:
+    """The run's rows and their counts; `whole` leaves them unpacked."""
     rows, counts = data_module.prepare(
         data,
         tokenizer,
         max_length=settings.max_length,
         weights=settings.weights or None,
-        packing=settings.packing,
+        packing=settings.packing and not whole,
         seed=settings.seed,
         task=data_module.TASK_OF_MODEL[settings_module.task_of(model)],
         prompts=prompts,
@@ -369,23 +381,3 @@ def _check_devices(model: nn.Module) -> None:
             "`torchrun --nproc-per-node N -m sparsecraft train ...`, or show it one GPU, "
             "`CUDA_VISIBLE_DEVICES=0 sparsecraft train ...`."
         )
-
-
-def _needs(model: nn.Module, settings: TrainOptions, out: Path) -> str:
-    """One line about memory and disk: weights, gradients, two AdamW moments, activations."""
-    counted = cost.count(model)
-    config = model.config.get_text_config()
-    tokens = settings.micro_batch * settings.max_length
-    layers = getattr(config, "num_hidden_layers", 12)
-    hidden = getattr(config, "hidden_size", 768)
-    activations = 34 * tokens * hidden * layers * 4
-    memory = 12 * counted.trainable + activations
-    new = sum(
-        p.numel() * p.element_size()
-        for n, p in model.named_parameters()
-        if p.requires_grad or dense_name(model, n) is None
-    )
-    states = 3 * new  # weights and two moments, for resume
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    free = None if on_cpu() else torch.cuda.mem_get_info(rank)[0]
-    return cost.require(out, disk=new + states, memory=memory, task="Training", free_memory=free)

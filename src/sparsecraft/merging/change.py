@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from sparsecraft import data as data_module
 from sparsecraft import evaluation, hub
-from sparsecraft.certificate import PROBE_SHAPE
+from sparsecraft.certificate import DATA_LENGTH, PROBE_SHAPE
 from sparsecraft.errors import DataError
 from sparsecraft.origin import Origin
-from sparsecraft.surgery import DATA_LENGTH, conversion_of
+from sparsecraft.surgery import conversion_of
 
 BATCH_ROWS = 8
 

@@ -23,7 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft import checkpoint, cost, hub, surgery
-from sparsecraft.certificate import Certificate, compare, outputs, random_probe
+from sparsecraft.certificate import (
+    MAX_DATA_PROBES,
+    Certificate,
+    compare,
+    outputs,
+    random_probe,
+)
 from sparsecraft.cost import Cost
 from sparsecraft.errors import CertificateError, MergeError, did_you_mean
 from sparsecraft.folder import EXPORT_RECORD, check_free, copy_companions, replacing, write_json
@@ -43,7 +49,7 @@ from sparsecraft.merging.mergeable import (
 from sparsecraft.origin import Origin, digest
 from sparsecraft.planning import plan
 from sparsecraft.recipe import Recipe, Stage
-from sparsecraft.surgery import MAX_DATA_PROBES, Conversion, conversion_of
+from sparsecraft.surgery import Conversion, conversion_of
 
 HOWS = ("exact", "fixed", "average")
 

@@ -27,6 +27,7 @@ from sparsecraft.recipes.mov import mov
 from sparsecraft.recipes.nexus import nexus
 from sparsecraft.recipes.smola import smola
 from sparsecraft.recipes.upcycling import upcycling
+from sparsecraft.recipes.upit import upit
 from sparsecraft.recipes.virtual_groups import virtual_groups
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "nexus",
     "smola",
     "upcycling",
+    "upit",
     "virtual_groups",
 ]
 

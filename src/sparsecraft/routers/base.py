@@ -47,6 +47,8 @@ class Router(nn.Module):
             logits = logits / self.spec.temperature
         if self.spec.decides in ("sequence", "sentence"):
             logits = self._for_tokens(logits, x, batch)
+        if batch is not None and batch.expert_ids is not None:
+            return _told(batch.expert_ids, logits)
         weights_TK, indices_TK = self.select(logits)
         in_order = self.spec.select not in ("top_k", "sample")
         return Routing(weights_TK, indices_TK, logits, in_order=in_order)
@@ -120,3 +122,18 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         return f"select={self.spec.select}, top_k={self.spec.top_k}, decides={self.spec.decides}"
+
+
+def _told(expert_ids: Tensor, logits_TE: Tensor) -> Routing:
+    """Every token at the expert that the batch names, with weight one.
+
+    Raises:
+        SparsecraftError: not one expert for each token.
+    """
+    if expert_ids.numel() != len(logits_TE):
+        raise SparsecraftError(
+            f"expert_ids has shape {tuple(expert_ids.shape)} and {len(logits_TE)} tokens are "
+            "routed; pass one expert for each token (batch, positions)."
+        )
+    indices_T1 = expert_ids.reshape(-1, 1).to(logits_TE.device, torch.long)
+    return Routing(torch.ones_like(logits_TE[:, :1]), indices_T1, logits_TE)
