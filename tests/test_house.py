@@ -25,7 +25,7 @@ RANKS = (
     ("layer",),
     ("cost", "budget", "certificate", "origin", "tensorfile", "sources", "merged_lora"),
     ("planning",),
-    ("gathering", "domains"),
+    ("kept_lora", "gathering", "domains"),
     ("surgery",),
     ("folder", "shards"),
     ("checkpoint", "preflight"),

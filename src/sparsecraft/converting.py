@@ -28,9 +28,16 @@ def parse(function: Callable, argv: list[str]) -> tuple[dict[str, Any], ConvertO
     )
     values, parameters = dataclasses.asdict(options), inspect.signature(function).parameters
     arguments = {name: values[name] for name in parameters}
+    flags = (word.partition("=")[0] for word in argv if word.startswith("--"))
+    told = {flag[2:].replace("-", "_") for flag in flags}
     each = options.sources or options.domains
-    if each and arguments.get("num_experts") == parameters["num_experts"].default:
+    if each and "num_experts" in parameters.keys() - told:
         arguments["num_experts"] = len(each)  # one of each, unless told
+    rank = next((name for name in ("rank", "lora_rank") if name in parameters.keys() - told), None)
+    if options.sources and rank and not options.match_params:
+        from sparsecraft.kept_lora import largest_rank
+
+        arguments[rank] = largest_rank(options.sources) or arguments[rank]
     return arguments, options
 
 

@@ -58,9 +58,9 @@ class ConvertOptions:
     out: Path
     """Checkpoint folder to write."""
     sources: tuple[str, ...] = ()
-    """Dense models of one ancestor with `--model` that give the experts."""
+    """Dense models of one ancestor with `--model` that give the experts; or PEFT LoRAs."""
     unrelated: bool = False
-    """Join sources even if they have no common ancestor."""
+    """Join sources even if they have no common ancestor, LoRAs even if trained on another base."""
     domains: tuple[str, ...] = ()
     """Files or data sets that the routers start from, one for each expert, in their order."""
     data: tuple[str, ...] = ()

@@ -120,6 +120,7 @@ def convert(
         seed: of the new parameters. The global random state is left as it was.
         sources: dense models of one ancestor with `model`, which give the experts, each as many;
             without them all experts come from `model`. What else they give, `Recipe.others` says.
+            For experts that are LoRAs, folders of PEFT LoRAs.
         unrelated: let sources without a common ancestor pass.
         domains: for routers that start from them, one for each expert, in their order: a data set,
             a list of texts or batches; or their embeddings (E, M). See `sparsecraft.domains`.
