@@ -63,6 +63,8 @@ class ConvertOptions:
     """Join sources even if they have no common ancestor, LoRAs even if trained on another base."""
     domains: tuple[str, ...] = ()
     """Files or data sets that the routers start from, one for each expert, in their order."""
+    prompts: tuple[str, ...] = ()
+    """Prompts instead of `--domains`, one argument for each expert: `one|another|a third`."""
     data: tuple[str, ...] = ()
     """Files whose rows enter the certificate beside random tokens."""
     set: tuple[str, ...] = ()
@@ -98,6 +100,7 @@ MULTIPLE = (
     "--data",
     "--sources",
     "--domains",
+    "--prompts",
     "--weights",
     "--choice",
     "--tasks",
