@@ -399,6 +399,10 @@ def test_folders_are_kept_and_companions_travel(tmp_path):
     assert json.loads((tmp_path / "out" / "sparsecraft_export.json").read_text())["target"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == tiny.CHATML
+    # transformers 4, by which llama.cpp's converter reads it, has no TokenizersBackend.
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer.get_vocab() == tiny.tokenizer().get_vocab()
     with pytest.raises(CheckpointError, match="exists already"):
         sc.export(model, "mixtral", tmp_path / "out")
     sc.export(model, "mixtral", tmp_path / "out", overwrite=True)

@@ -245,3 +245,13 @@ def _write_older_names(path: Path) -> None:
     if rope["rope_type"] != "default":
         config["rope_scaling"] = rope
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def write_older_tokenizer(folder: Path) -> None:
+    """Call the class of a tokenizer that transformers 5 wrote as transformers 4 knows it too; to
+    version 5 both are one."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
