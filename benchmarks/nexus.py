@@ -1,8 +1,8 @@
 """Experts of three domains joined, and a domain added later: BTX, Nexus, BAM and their baselines.
 
-SmolLM2 is trained on each domain apart; every mixture of the three is then trained on the same steps
-of all domains, and mixtures of two are extended by the third, with several amounts of data. A results
-file is carried on where it stops.
+SmolLM2 is trained on each domain apart; every mixture of the three is then trained on the same
+steps of all domains, and mixtures of two are extended by the third, with several amounts of data.
+A results file is carried on where it stops.
 
     python benchmarks/nexus_data.py --data ../shared/data --out nexus.npz
     python benchmarks/nexus.py run --data nexus.npz
@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# What is trained on all three domains: name -> recipe and whether its experts are the three sources.
+# What is trained on all three domains: name -> recipe, and whether the three sources are in it.
 MIXTURES: dict[str, tuple[Callable, bool]] = {
     "nexus": (lambda r: r.nexus(3), True),
     "linear": (lambda r: r.nexus(3, "linear"), True),
@@ -87,8 +87,6 @@ class Worker:
     @property
     def late(self) -> bool:
         return time.time() - self.begun > self.args.seconds
-
-    # ------------------------------------------------------------------------------- what is trained
 
     def kept(self, name: str, seed: int, make: Callable, fresh: Callable):
         """A trained model, from the cache if it is there."""
@@ -183,8 +181,9 @@ class Worker:
         return model
 
     def extension(self, name: str, seed: int, budget: int) -> None:
-        import sparsecraft as sc
         from nexus_run import train
+
+        import sparsecraft as sc
 
         of, rows = EXTENSIONS[name]
         model = self.two(of, seed)

@@ -317,3 +317,80 @@ def test_the_command_takes_sources_and_domains(tmp_path, capsys):
     argv[argv.index("--domains") + 1 : argv.index("--out")] = paths
     assert main([*argv, "--overwrite"]) == 1
     assert "3 domains are given for 2 experts" in capsys.readouterr().err
+
+
+def test_the_command_takes_prompts(tmp_path, capsys):
+    folders = [tiny.save_dense(tmp_path / name) for name in ("base", "math", "code")]
+    prompts = ["say red two| say blue one", "=|write | read=it"]
+    texts = [["say red two", "say blue one"], ["=", "write", "read=it"]]
+    hidden = ["--set", "router.init=hidden"]
+    sources = ["--sources", *folders[1:]]
+    given = {
+        "nexus": (["nexus", *sources], sc.recipes.nexus(2), folders[1:]),
+        "btx": (["btx", *sources, *hidden], sc.recipes.btx(2), folders[1:]),
+        "upcycling": (["upcycling", *hidden], sc.recipes.upcycling(num_experts=2), ()),
+    }
+    for name, (argv, recipe, models) in given.items():
+        # An option said twice has all its values, whatever stands between.
+        said = ["--prompts", prompts[0], "--model", folders[0], "--prompts", prompts[1]]
+        argv = ["convert", *argv, *said, "--out", str(tmp_path / name)]
+        assert main(argv) == 0, capsys.readouterr().err
+        assert "Routers start from 2 texts, 3 texts." in capsys.readouterr().out
+        model = sc.hub.load_dense(folders[0])
+        changes = {} if name == "nexus" else {"router.init": "hidden"}
+        sc.convert(model, sc.override(recipe, changes), sources=models, domains=texts)
+        loaded = sc.load(tmp_path / name).state_dict()
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(tensor, loaded[key]), key
+
+
+def test_prompts_that_cannot_be_meant_are_refused_before_the_model_is_loaded(
+    tmp_path, capsys, monkeypatch
+):
+    base, data = tiny.save_dense(tmp_path / "base"), files(tmp_path)[:2]
+    monkeypatch.setattr(sc.hub, "load_dense", None)
+
+    def refused(match, recipe, *argv):
+        out = ["--model", base, "--out", str(tmp_path / "out")]
+        assert main(["convert", recipe, *out, *argv]) == 1
+        assert match in capsys.readouterr().err
+
+    for option, given in (("--prompts", ["a|b", "c"]), ("--domains", data)):
+        for recipe in ("btx", "upcycling", "molora"):
+            refused("--set router.init=hidden", recipe, option, *given)
+        refused("is not for --stream", "btx", option, *given, "--stream")
+    refused("both say what the routers start", "nexus", "--domains", *data, "--prompts", "a", "b")
+    refused(
+        "prompt 1 of expert 1 is empty (both from 0), in 'c| '", "nexus", "--prompts", "a", "c| "
+    )
+    refused("prompt 0 of expert 0 is empty", "nexus", "--prompts", "", "c")
+    refused(
+        "2 domains are given for 3 experts", "nexus", "--num-experts", "3", "--prompts", "a", "b"
+    )
+    refused("(--domains, --prompts)", "btx", "--set", "router.init=hidden")
+
+
+def test_loras_start_their_routers_from_prompts(tmp_path, capsys):
+    from test_merged_lora import FFN, adapter
+
+    base = tiny.save_dense(tmp_path / "base")
+    loras = [adapter(base, tmp_path / str(n), n, target_modules=FFN) for n in range(2)]
+    argv = [
+        "convert",
+        "molora",
+        "--model",
+        base,
+        "--sources",
+        *loras,
+        "--prompts",
+        "red|two",
+        "sea",
+    ]
+    argv += ["--set", "router.init=hidden", "--out", str(tmp_path / "out")]
+    assert main(argv) == 0, capsys.readouterr().err
+    for layer in layers(sc.load(tmp_path / "out")):
+        weight_ED = layer.router.scorer.weight
+        assert weight_ED.any() and layer.experts.lora_A.any()
+        torch.testing.assert_close(
+            weight_ED.sum(0), torch.zeros_like(weight_ED[0]), atol=1e-6, rtol=0
+        )

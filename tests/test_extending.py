@@ -15,7 +15,7 @@ from sparsecraft import cli
 from sparsecraft.errors import DataError, RecipeError, SourceError, SurgeryError
 from sparsecraft.gathering import donor_tensors
 from sparsecraft.layer import MoELayer, dense_tensors
-from sparsecraft.newcomer import RIDGE, newcomer_row
+from sparsecraft.newcomer import RIDGE, inputs_of, newcomer_row
 from sparsecraft.reading import Domain
 from sparsecraft.recipe import RouterSpec
 from sparsecraft.routers import build_router
@@ -212,7 +212,8 @@ def test_rows_come_and_go_and_the_other_logits_keep_their_bits(experts, tokens, 
     torch.testing.assert_close(scorer(x_TD), after_TE[:, keep[1:]], rtol=1e-4, atol=1e-4)
 
 
-def test_the_row_is_the_minimum_of_a_logistic_regression():
+@pytest.mark.parametrize("wanted", [1.0, 0.6])
+def test_the_row_is_the_minimum_of_a_logistic_regression(wanted):
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -220,14 +221,15 @@ def test_the_row_is_the_minimum_of_a_logistic_regression():
 
     own_TD, other_TD = draw(300, 8) + 0.5, 3 * draw(100, 8)
     own_TE, other_TE = draw(300, 3), draw(100, 3)
-    row_D = newcomer_row(own_TD, own_TE, other_TD, other_TE).double().requires_grad_()
+    row_D = newcomer_row(own_TD, own_TE, other_TD, other_TE, wanted).double().requires_grad_()
     size = torch.cat([own_TD, other_TD]).square().mean().double()
 
     def probability(x_TD, z_TE):  # of the last of four experts
         z_TE = torch.cat([z_TE.double(), (x_TD.double() @ row_D)[:, None]], dim=-1)
         return z_TE.softmax(-1)[:, -1]
 
-    loss = -probability(own_TD, own_TE).log().mean() / 2
+    p = probability(own_TD, own_TE)
+    loss = -(wanted * p.log() + (1 - wanted) * (1 - p).log()).mean() / 2
     loss = loss - (1 - probability(other_TD, other_TE)).log().mean() / 2
     loss = loss + RIDGE / 2 * row_D.square().sum() * size
     (gradient,) = torch.autograd.grad(loss, row_D)
@@ -236,15 +238,24 @@ def test_the_row_is_the_minimum_of_a_logistic_regression():
 
 
 def test_a_calibrated_newcomer_gets_its_own_tokens():
-    model = mixture("switch")
+    for temperature in (1.0, 3.0):
+        recipe = sc.override(RECIPES["btx"](), {"router.temperature": temperature})
+        model = dense("llama")
+        sc.convert(model, recipe, sources=[moved("llama", seed) for seed in (1, 2)])
+        report = sc.extend(model, moved("llama", 3), NEW, OLD)
+        assert report.share_new > 0.8 and report.share_old < 0.2
+        assert f"{report.share_new:.1%} of the new tokens" in str(report)
+
+
+def test_a_newcomer_is_as_sure_of_its_tokens_as_the_others_of_theirs():
+    """Where weights are raw probabilities, they are how large the experts' outputs are."""
+    model = mixture("linear")
     report = sc.extend(model, moved("llama", 3), NEW, OLD)
-    assert report.share_new > 0.8 and report.share_old < 0.2
-    assert f"{report.share_new:.1%} of the new tokens" in str(report)
-    warm = sc.override(sc.recipes.btx(2, routing="switch"), {"router.temperature": 3.0})
-    model = dense("llama")
-    sc.convert(model, warm)
-    found = sc.extend(model, moved("llama", 3), NEW, OLD)
-    assert found.share_new > 0.8 and found.share_old < 0.2
+    assert report.share_new > 0.6 and report.share_old < 0.2
+    for layer, item in zip(layers(model), model.sparsecraft.plan, strict=True):
+        own_TD, other_TD = (inputs_of(model, [item], Domain.of(d), None)[0] for d in (NEW, OLD))
+        own_TK, other_TK = (layer.router(x_TD).weights_TK for x_TD in (own_TD, other_TD))
+        assert own_TK.mean().item() == pytest.approx(other_TK.mean().item(), abs=0.1)
 
 
 def test_reset_draws_all_rows_by_the_seed():

@@ -25,7 +25,7 @@ RANKS = (
     ("layer",),
     ("cost", "budget", "certificate", "origin", "tensorfile", "sources", "merged_lora"),
     ("planning",),
-    ("gathering", "domains", "expansion", "reading"),
+    ("kept_lora", "gathering", "domains", "expansion", "reading"),
     ("surgery",),
     ("folder", "shards"),
     ("checkpoint", "preflight"),

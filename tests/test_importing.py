@@ -161,6 +161,22 @@ def test_what_we_export_comes_back_as_it_was(target, tmp_path):
         assert place == recipe and not again.sparsecraft.recipe.edits[0].router.gates_base
 
 
+@pytest.mark.parametrize("recipe", ["replace", "beside"])
+def test_gates_of_zeros_as_older_exports_have_them_are_read_too(recipe, tmp_path):
+    from test_targets import mixture
+
+    model = mixture("qwen2", recipe)
+    sc.export(model, "qwen2_moe", tmp_path / "out")
+    held = tensors(tmp_path / "out")
+    for name, tensor in held.items():
+        if name.endswith("shared_expert_gate.weight"):
+            assert tensor.any()
+            tensor.zero_()
+    save_file(held, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    ours, found = model.state_dict(), sc.import_moe(tmp_path / "out").state_dict()
+    assert ours.keys() == found.keys() and all(torch.equal(ours[key], found[key]) for key in ours)
+
+
 def test_names_of_older_and_newer_writers_are_read(tmp_path):
     """mergekit-moe writes the fused names of transformers v5, others one matrix for each expert."""
     model = made("mixtral", tmp_path / "in")

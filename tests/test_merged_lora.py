@@ -104,6 +104,7 @@ def test_what_is_no_lora_of_the_base_is_refused(tmp_path):
             open_source(sc.hub.load_dense(base), path)
 
     refused("lora_magnitude_vector.*no LoRA of", "dora", target_modules=FFN, use_dora=True)
+    refused("'pissa', which changes", "pissa", target_modules=FFN, init_lora_weights="pissa")
     refused("embed_tokens.*no LoRA of", "embedding", target_modules=["embed_tokens"])
     refused(
         "of type 'IA3'", "ia3", kind=peft.IA3Config,

@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_refused_and_named(tmp_path):
     refused(
         "4 experts cannot come from 3", dense("llama"), RecipeError, sc.recipes.btx(num_experts=4)
     )
-    refused("lora experts, which come from one", dense("llama"), RecipeError, sc.recipes.lora(2))
+    refused("vector experts, which come from one", dense("llama"), RecipeError, sc.recipes.mov(3))
 
 
 def test_another_tokenizer_is_refused_by_its_first_token(tmp_path):

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 
 import cases
 import sparsecraft as sc
@@ -214,6 +215,8 @@ def test_engines_are_warned_of():
     assert "norm_topk_prob=True" in warned("mistral", "replace", Q2)
     assert "norm_topk_prob" not in warned("mistral", "nexus", Q2)
     assert "norm_topk_prob" not in warned("mistral", "soft", Q2)
+    assert "norm_topk_prob=False" in warned("qwen3", "replace_raw", Q3)
+    assert warned("qwen3", "replace", Q3) == warned("qwen3", "soft", Q3) == ""
     assert "output.weight" in warned("qwen2", "nexus", Q2)
     assert "output.weight" not in warned("qwen2_window", "nexus", Q2)
     assert "biases in its attention" in warned("qwen2", "beside", G)
@@ -222,6 +225,47 @@ def test_engines_are_warned_of():
     assert STANDARD[M].lint(model) == [
         "llama.cpp: 3 experts are no power of two, of which mergekit warns."
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("llama", M), ("llama_rope", M), ("llama_rope", G), ("qwen2", Q2), ("qwen3", Q3)],
+)
+def test_the_rotary_embedding_is_told_to_transformers_4_too(name, target, tmp_path):
+    """transformers 4.57.6 read rope_parameters not at all and took its default theta."""
+    model = mixture(name, "replace")
+    sc.export(model, target, tmp_path / "out")
+    rope = dict(model.config.rope_parameters)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["rope_parameters"] == rope
+    assert written["rope_theta"] == rope.pop("rope_theta")
+    assert written.get("rope_scaling") == (rope if name == "llama_rope" else None)
+    read = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert read.rope_parameters == model.config.rope_parameters
+    # What reads the old names alone finds the same.
+    old = {key: value for key, value in written.items() if key != "rope_parameters"}
+    assert type(read)(**old).rope_parameters == model.config.rope_parameters
+
+
+@pytest.mark.parametrize("recipe", ["replace", "beside", "gated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_gate_of_a_network_that_counts_in_full_is_one_half_and_not_zero(
+    recipe, dtype, tmp_path
+):
+    """llama.cpp's sigmoid is silu(x) / x, which is no number at zero."""
+    model = mixture("qwen2", recipe).to(dtype)
+    for layer in model.sparsecraft.layers if recipe == "gated" else ():
+        layer.router.base_gate.weight.data.zero_()  # as it starts
+    sc.export(model, Q2, tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        for layer in range(2):
+            gate_1D = file.get_tensor(f"model.layers.{layer}.mlp.shared_expert_gate.weight")
+            assert gate_1D.dtype == dtype
+            x_TD = torch.randn(500, gate_1D.shape[1], generator=torch.Generator().manual_seed(1))
+            logits = x_TD @ gate_1D.float().T
+            for half in (logits.sigmoid(), torch.nn.functional.silu(logits) / logits):
+                rest = (half - 0.5).abs().max()
+                assert rest < 1e-6 if dtype == torch.float16 else rest <= 1e-7
 
 
 def test_nexus_is_qwen2_moe_with_the_rows_of_its_domains(tmp_path):
@@ -355,6 +399,10 @@ def test_folders_are_kept_and_companions_travel(tmp_path):
     assert json.loads((tmp_path / "out" / "sparsecraft_export.json").read_text())["target"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == tiny.CHATML
+    # transformers 4, by which llama.cpp's converter reads it, has no TokenizersBackend.
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer.get_vocab() == tiny.tokenizer().get_vocab()
     with pytest.raises(CheckpointError, match="exists already"):
         sc.export(model, "mixtral", tmp_path / "out")
     sc.export(model, "mixtral", tmp_path / "out", overwrite=True)

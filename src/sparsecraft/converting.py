@@ -28,10 +28,16 @@ def parse(function: Callable, argv: list[str]) -> tuple[dict[str, Any], ConvertO
     )
     values, parameters = dataclasses.asdict(options), inspect.signature(function).parameters
     arguments = {name: values[name] for name in parameters}
-    each = options.sources or options.domains
-    told = any(word.partition("=")[0] in ("--num-experts", "--num_experts") for word in argv)
-    if each and not told and "num_experts" in parameters and not arguments.get("expand"):
+    flags = (word.partition("=")[0] for word in argv if word.startswith("--"))
+    told = {flag[2:].replace("-", "_") for flag in flags}
+    each = options.sources or options.domains or options.prompts
+    if each and "num_experts" in parameters.keys() - told and not arguments.get("expand"):
         arguments["num_experts"] = len(each)  # one of each, unless told
+    rank = next((name for name in ("rank", "lora_rank") if name in parameters.keys() - told), None)
+    if options.sources and rank and not options.match_params:
+        from sparsecraft.kept_lora import largest_rank
+
+        arguments[rank] = largest_rank(options.sources) or arguments[rank]
     return arguments, options
 
 
@@ -109,11 +115,31 @@ def match(
     return found.recipe
 
 
+def domains_of(options: ConvertOptions) -> tuple[Any, ...]:
+    """What the routers start from: data sets, or for each expert a list of prompts.
+
+    Raises:
+        SparsecraftError: both were given, or a prompt is empty.
+    """
+    if options.domains and options.prompts:
+        raise SparsecraftError(
+            "--domains and --prompts both say what the routers start from; leave one out."
+        )
+    lists = tuple([text.strip() for text in given.split("|")] for given in options.prompts)
+    for e, texts in enumerate(lists):
+        if not all(texts):
+            raise SparsecraftError(
+                f"--prompts: prompt {texts.index('')} of expert {e} is empty (both from 0), in "
+                f"{options.prompts[e]!r}; prompts are separated by single |."
+            )
+    return options.domains or lists
+
+
 def run(recipe: Any, options: ConvertOptions, say: Say) -> None:
     """Say what is needed, load, convert, certify, save."""
     import torch
 
-    from sparsecraft import checkpoint, cost, hub, preflight, surgery
+    from sparsecraft import checkpoint, cost, domains, hub, preflight, surgery
     from sparsecraft.folder import check_free
     from sparsecraft.recipe import override
 
@@ -131,6 +157,8 @@ def run(recipe: Any, options: ConvertOptions, say: Say) -> None:
         return _stream(recipe, options, dtype, say)
     if options.resume:
         raise SparsecraftError("--resume is for --stream; other conversions write at their end.")
+    starts = domains_of(options)
+    domains.check_given(recipe, starts, options.data or None)  # before the model takes its time
     folder = hub.resolve(options.model)
     needs = preflight.needs(folder, recipe, dtype, data=bool(options.data))
     disk = needs.new + (needs.base if options.standalone else 0)
@@ -142,7 +170,7 @@ def run(recipe: Any, options: ConvertOptions, say: Say) -> None:
         device_map=options.device,
         quantize=recipe.base_quantization,
     )
-    tokenizer = hub.load_tokenizer(folder) if options.data or options.domains else None
+    tokenizer = hub.load_tokenizer(folder) if options.data or starts else None
     report = surgery.convert(
         model,
         recipe,
@@ -152,7 +180,7 @@ def run(recipe: Any, options: ConvertOptions, say: Say) -> None:
         seed=options.seed,
         sources=options.sources,
         unrelated=options.unrelated,
-        domains=options.domains,
+        domains=starts,
     )
     checkpoint.save(
         model,
@@ -170,6 +198,7 @@ def _stream(recipe: Any, options: ConvertOptions, dtype: Any, say: Say) -> None:
     unfit = {
         "--data": options.data,
         "--domains": options.domains,
+        "--prompts": options.prompts,
         "--device": options.device != "cpu",
     }
     for name, given in unfit.items():

@@ -81,7 +81,12 @@ def find_starts(
         DataError: a domain without data, or two that are the same.
     """
     routers = [item.edit.router for item in plan]
-    _check(recipe, domains, data)
+    check_given(recipe, domains, data)
+    if not len(domains) and any(r is not None and r.scorer == "domain" for r in routers):
+        log.warning(
+            "No domains are given: the embeddings are random, and a later expert has none that "
+            "fits them. Give domains=[...] (--domains, --prompts), one for each expert."
+        )
     if isinstance(domains, Tensor):
         names = tuple(f"embedding {e}" for e in range(len(domains)))
         by_domain = [r is not None and r.scorer == "domain" for r in routers]
@@ -110,16 +115,21 @@ def find_starts(
     return Starts(names, tuple(tensors))
 
 
-def _check(recipe: Recipe, domains: Sequence | Tensor, data: Any) -> None:
-    """Refuse domains that nobody reads, too many or too few, and routers that lack theirs."""
+def check_given(recipe: Recipe, domains: Sequence | Tensor, data: Any) -> None:
+    """Refuse domains that nobody reads, too many or too few, and routers that lack theirs.
+
+    Raises:
+        RecipeError: so it is.
+    """
     edits = [edit for edit in recipe.edits if edit.router is not None]
     by_domain = [edit for edit in edits if edit.router.scorer == "domain"]
     hidden, kmeans = ([e for e in edits if e.router.init == init] for init in FROM_DATA)
     count = len(domains)
     if count and not (by_domain or hidden or kmeans):
         raise RecipeError(
-            f"{count} domains are given and no router of recipe {recipe.name!r} reads them; use "
-            "`nexus`, or set router.init='hidden'."
+            f"{count} domains are given (--domains, --prompts) and no router of recipe "
+            f"{recipe.name!r} reads them; let its routers start from them by router.init='hidden' "
+            "(--set router.init=hidden), or use `nexus`."
         )
     for edit in (*by_domain, *hidden):
         if count and count != edit.experts.num_experts:
@@ -130,17 +140,12 @@ def _check(recipe: Recipe, domains: Sequence | Tensor, data: Any) -> None:
     if hidden and (isinstance(domains, Tensor) or not count):
         raise RecipeError(
             "router.init='hidden' is the mean of what the router reads of each expert's domain; "
-            "give domains=[...] (--domains): a data set or texts for each expert."
+            "give domains=[...] (--domains, --prompts): a data set or texts for each expert."
         )
     if kmeans and (isinstance(domains, Tensor) or (not count and data is None)):
         raise RecipeError(
             "router.init='kmeans' takes centers of what the router reads of all data; give "
             "domains=[...] or data=... (--domains, --data)."
-        )
-    if by_domain and not count:
-        log.warning(
-            "No domains are given: the embeddings are random, and a later expert has none that "
-            "fits them. Give domains=[...] (--domains), one for each expert."
         )
 
 

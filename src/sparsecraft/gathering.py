@@ -12,7 +12,9 @@ from sparsecraft.errors import RecipeError
 from sparsecraft.experts.attention import AttentionExperts
 from sparsecraft.experts.base import CopiedExperts
 from sparsecraft.experts.ffn import FFNExperts
+from sparsecraft.experts.peft import LoRAExperts
 from sparsecraft.init.neurons import diversify
+from sparsecraft.kept_lora import fill, keeps_loras, open_loras
 from sparsecraft.layer import MoELayer, dense_tensors
 from sparsecraft.planning import PlannedEdit
 from sparsecraft.recipe import AttentionSpec, FFNSpec, Recipe
@@ -30,11 +32,14 @@ def opened(
     """The sources that a user gave, checked against the dense model and the recipe.
 
     Raises:
-        RecipeError: the recipe has other experts than full networks, or not a multiple of them.
+        RecipeError: the recipe has other experts than full networks or LoRAs, or not a multiple of
+            them.
         SourceError, HubError: a source does not fit, or is not there.
     """
     if not given:
         return []
+    if keeps_loras(recipe):
+        return open_loras(model, recipe, plan, given, unrelated=unrelated)
     _check_counts(recipe, len(given))
     sources = [open_source(model, source) for source in given]
     check_sources(model, sources, donor_tensors(plan), unrelated=unrelated)
@@ -46,7 +51,8 @@ def _check_counts(recipe: Recipe, count: int) -> None:
         if edit.experts.kind not in ("ffn", "attention"):
             raise RecipeError(
                 f"Recipe {recipe.name!r} has {edit.experts.kind} experts, which come from one "
-                "model; sources are for full feed-forward experts and attentions (btx, bam)."
+                "model; sources are for full feed-forward experts and attentions (btx, bam), and "
+                "PEFT LoRAs for recipes of LoRAs alone (molora, smola, lora)."
             )
         blend = edit.experts.kind == "ffn" and edit.experts.blend
         networks = networks_of(edit.experts)
@@ -90,6 +96,8 @@ def gather(
         bank = layer.experts
         if sources and isinstance(bank, CopiedExperts):
             _fill(bank, item.donor, givers)
+        if sources and isinstance(bank, LoRAExperts):
+            fill(bank, item, sources)
         if isinstance(bank, FFNExperts):
             diversify(bank, item.edit.experts)
         if sources and isinstance(bank, AttentionExperts) and recipe.others == "mean":

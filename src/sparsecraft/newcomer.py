@@ -32,7 +32,11 @@ STEPS = 200
 
 @torch.enable_grad()
 def newcomer_row(
-    own_TD: Tensor, own_logits_TE: Tensor, other_TD: Tensor, other_logits_TE: Tensor
+    own_TD: Tensor,
+    own_logits_TE: Tensor,
+    other_TD: Tensor,
+    other_logits_TE: Tensor,
+    wanted: float = 1.0,
 ) -> Tensor:
     """The row r (D,) that gives the newcomer its own tokens and leaves the others theirs.
 
@@ -41,6 +45,7 @@ def newcomer_row(
     same, however many there are.
 
     Args:
+        wanted: the newcomer's probability on its own tokens.
         own_TD: what the router reads of the newcomer's tokens.
         own_logits_TE: the others' logits there.
         other_TD: what it reads of other tokens.
@@ -56,7 +61,9 @@ def newcomer_row(
     def loss() -> Tensor:
         optimizer.zero_grad()
         own_T, other_T = (x @ row_D - offset for x, offset in zip(inputs, offsets, strict=True))
-        wrong = (F.softplus(-own_T).mean() + F.softplus(other_T).mean()) / 2
+        target_T = torch.full_like(own_T, wanted)
+        own = F.binary_cross_entropy_with_logits(own_T, target_T)
+        wrong = (own + F.softplus(other_T).mean()) / 2
         total = wrong + RIDGE / 2 * row_D.square().sum()
         total.backward()
         return total
@@ -139,8 +146,11 @@ def row_of(
     if reset:
         return None
     own_TD, other_TD = (of_domain[number] for of_domain in seen)
-    own = own_TD, router(own_TD).logits_TE
-    row_D = newcomer_row(*own, other_TD, router(other_TD).logits_TE)
+    own_TE, other_TE = (router(x_TD).logits_TE for x_TD in (own_TD, other_TD))
+    # Where weights need not sum to one, outputs are only as large as routers are sure: the newcomer
+    # shall be as sure of its tokens as the others are of theirs.
+    sure = 1.0 if router.spec.sums_to_one else other_TE.softmax(-1).amax(-1).mean().item()
+    row_D = newcomer_row(own_TD, own_TE, other_TD, other_TE, wanted=sure)
     return row_D * router.spec.temperature
 
 

@@ -58,11 +58,13 @@ class ConvertOptions:
     out: Path
     """Checkpoint folder to write."""
     sources: tuple[str, ...] = ()
-    """Dense models of one ancestor with `--model` that give the experts."""
+    """Dense models of one ancestor with `--model` that give the experts; or PEFT LoRAs."""
     unrelated: bool = False
-    """Join sources even if they have no common ancestor."""
+    """Join sources even if they have no common ancestor, LoRAs even if trained on another base."""
     domains: tuple[str, ...] = ()
     """Files or data sets that the routers start from, one for each expert, in their order."""
+    prompts: tuple[str, ...] = ()
+    """Prompts instead of `--domains`, one argument for each expert: `one|another|a third`."""
     data: tuple[str, ...] = ()
     """Files whose rows enter the certificate beside random tokens."""
     set: tuple[str, ...] = ()
@@ -99,6 +101,7 @@ MULTIPLE = (
     "--old-data",
     "--sources",
     "--domains",
+    "--prompts",
     "--weights",
     "--choice",
     "--tasks",

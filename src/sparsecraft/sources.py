@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from sparsecraft import hub, merged_lora
 from sparsecraft.errors import SourceError
 from sparsecraft.layer import MoELayer, unique_tensors
-from sparsecraft.merged_lora import MergedLora
+from sparsecraft.merged_lora import LoraFolder, MergedLora
 from sparsecraft.origin import Origin
 
 # Fields of a configuration that do not change what the tensors mean.
@@ -45,6 +45,7 @@ class Source:
         shape: dense name -> its shape, or None; reads no tensor from a disk.
         tokenizer: gives its tokenizer, if it has one.
         folder: where it is, if it is not in memory.
+        lora: the adapter that it is, where its update is kept apart.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Source:
     shape: Callable[[str], tuple[int, ...] | None]
     tokenizer: Callable[[], Any] = lambda: None
     folder: Path | None = None
+    lora: LoraFolder | None = None
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of a dense name.

@@ -24,15 +24,17 @@ from sparsecraft.certificate import Certificate
 from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.expansion import expand
 from sparsecraft.experts.ffn import FFNExperts, bank_tensors
+from sparsecraft.experts.peft import LoRAExperts
 from sparsecraft.folder import check_free
 from sparsecraft.gathering import donor_tensors, opened
 from sparsecraft.interrupted import Progress, continued
+from sparsecraft.kept_lora import fill
 from sparsecraft.layer import dense_name, dense_tensors, unique_tensors
 from sparsecraft.origin import Origin, digest
 from sparsecraft.planning import PlannedEdit, build_parts, plan
 from sparsecraft.recipe import FFNSpec, Recipe, to_json
 from sparsecraft.shards import SHARD_SIZE
-from sparsecraft.sources import mean
+from sparsecraft.sources import Source, mean
 from sparsecraft.surgery import Report, apply, check_claim, remember_origin
 from sparsecraft.tensorfile import Lazy, size_of
 
@@ -167,7 +169,7 @@ class _Stream:
         self.sources = opened(model, recipe, self.edits, self.given, unrelated=unrelated)
         self.givers, self.children = expand(recipe, self.edits, self.sources, self._base, seed)
         self.own = set(donor_tensors(self.edits)) if self.sources else set()
-        self.drawn = _Drawn(model, self.edits, seed)
+        self.drawn = _Drawn(model, self.edits, seed, self.sources)
         self.dense_names = list(unique_tensors(model))
         self.record = apply(model, recipe, self.edits, on_meta=True)
         remember_origin(model, self.record)
@@ -296,10 +298,13 @@ class _Stream:
 
 
 class _Drawn:
-    """What a recipe draws at random, as `convert` draws it; one layer in memory at a time."""
+    """What a recipe draws at random, as `convert` draws it, and LoRAs that sources bring; one layer
+    in memory at a time."""
 
-    def __init__(self, model: nn.Module, edits: Sequence[PlannedEdit], seed: int):
-        self.model, self.edits, self.states = model, edits, []
+    def __init__(
+        self, model: nn.Module, edits: Sequence[PlannedEdit], seed: int, sources: Sequence[Source]
+    ):
+        self.model, self.edits, self.sources, self.states = model, edits, sources, []
         self.number, self.tensors = -1, {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -308,7 +313,10 @@ class _Drawn:
                 self._build(number)
 
     def _build(self, number: int) -> dict[str, Tensor]:
-        parts = build_parts(self.model, self.edits[number], number=number, device="cpu")
+        item = self.edits[number]
+        parts = build_parts(self.model, item, number=number, device="cpu")
+        if self.sources and isinstance(parts[0], LoRAExperts):
+            fill(parts[0], item, self.sources)
         return {
             f"{name}.{leaf}": tensor
             for name, part in zip(("experts", "router"), parts, strict=True)

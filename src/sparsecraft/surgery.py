@@ -116,15 +116,15 @@ def convert(
             an iterable of (B, S) token ids or of dicts of model inputs.
         certify: measure the largest output difference to the dense model.
         seed: of the new parameters. The global random state is left as it was.
-        sources: dense models of one ancestor with `model`, which give the experts, each as many or
-            as `Recipe.expansion` says, and what `Recipe.others` says; without them `model` does.
+        sources: dense models of one ancestor with `model` (of LoRA experts: PEFT LoRAs), for the
+            experts, see `Recipe.expansion`, and `Recipe.others`; without them `model` gives both.
         unrelated: let sources without a common ancestor pass.
         domains: for routers that start from them, one for each expert, in their order: a data set,
             a list of texts or batches; or their embeddings (E, M). See `sparsecraft.domains`.
 
     Raises:
         SurgeryError, DonorError, RecipeError: the plan is impossible; nothing has been changed.
-        SourceError: the sources do not fit the model; nothing has been changed.
+        SourceError: the sources do not fit; nothing has been changed.
         CertificateError: the recipe claims to start exactly as the dense model and does not; the
             model has been given back.
     """

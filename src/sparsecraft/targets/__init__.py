@@ -20,7 +20,7 @@ from sparsecraft.folder import EXPORT_RECORD, MANIFEST, replacing, write_compani
 from sparsecraft.surgery import conversion_of
 from sparsecraft.targets.architectures import Granite, Mixtral, Qwen2Moe, Qwen3Moe
 from sparsecraft.targets.peft import PeftTarget
-from sparsecraft.targets.standard import Standard
+from sparsecraft.targets.standard import Standard, write_older_tokenizer
 
 # Largest relative logit difference between ours and the exported model, read back.
 EXPORT_TOLERANCE = 1e-4
@@ -107,12 +107,12 @@ def export(
     with replacing(out, overwrite) as folder:
         chosen.write(model, tensors, folder)
         write_companions(model, folder, tokenizer)
+        if target in STANDARD:
+            write_older_tokenizer(folder)
         again = chosen.read(model, folder)
         certificate = compare(ours, outputs(again, probes))
-        if (
-            certificate.max_difference
-            > EXPORT_TOLERANCE * certificate.scale + certificate.tolerance
-        ):
+        allowed = EXPORT_TOLERANCE * certificate.scale + certificate.tolerance
+        if certificate.max_difference > allowed:
             raise ExportError(
                 f"The exported {target} model differs from ours: {certificate}. Nothing was kept."
             )

@@ -126,8 +126,8 @@ class Qwen2Moe(Standard):
     """Softmax over all, top-k, renormalized or not; beside the experts a network times the sigmoid
     of a row, which is always there.
 
-    A network that counts in full has twice its down projection under a row of zeros, whose sigmoid
-    is one half; where experts replace the dense network, a small one of zeros stands there.
+    A network that counts in full has twice its down projection under a row so small that its
+    sigmoid is one half; where experts replace the dense network, a small one of zeros stands there.
     """
 
     name, title = "qwen2_moe", "Qwen2-MoE"
@@ -164,10 +164,12 @@ class Qwen2Moe(Standard):
         _check_alike(config)
         shared = config.shared_expert_intermediate_size
         width, count = config.moe_intermediate_size, config.num_experts
-        beside = (t for part in layers for n, t in part.items() if n.startswith("mlp.shared_"))
+        beside = (
+            t for part in layers for n, t in part.items() if n.startswith("mlp.shared_expert.")
+        )
         if shared == min(EMPTY, width) and not any(t.any() for t in beside):
             shared = 0
-        gated = any(part[self.GATE].any() for part in layers)
+        gated = not all(_is_half(part[self.GATE]) for part in layers)
         normalized = config.norm_topk_prob or config.num_experts_per_tok == count
         return _form(config, count, width, normalized, shared, bool(shared) and gated)
 
@@ -192,8 +194,8 @@ class Qwen2Moe(Standard):
                 part[f"mlp.shared_expert.{name}_proj.weight"] = like.new_zeros(shape)
         elif not form.gated:
             part[self.DOWN] = 2 * part[self.DOWN]
-        if not form.gated:
-            part[self.GATE] = torch.zeros_like(part["mlp.gate.weight"][:1])
+        if not (form.gated and part[self.GATE].any()):
+            part[self.GATE] = _half(part["mlp.gate.weight"][:1])
         return part
 
     def unpack(self, part: Part, form: Form) -> Part:
@@ -202,6 +204,20 @@ class Qwen2Moe(Standard):
         if form.shared and not form.gated:
             part[self.DOWN] = part[self.DOWN] / 2
         return part
+
+
+# A row of these gives logits whose sigmoid is one half to the last bit. Not of zeros: llama.cpp's
+# sigmoid is silu(x) / x. The second is the smallest number of float16.
+HALVES = (2.0**-100, 2.0**-24)
+
+
+def _half(like: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(like, HALVES[like.dtype == torch.float16])
+
+
+def _is_half(gate: torch.Tensor) -> bool:
+    """Whether a row is one of `_half`, or of zeros, as sparsecraft wrote it before."""
+    return any(bool((gate == value).all()) for value in (*HALVES, 0.0))
 
 
 class Qwen3Moe(Standard):

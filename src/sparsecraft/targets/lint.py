@@ -1,7 +1,7 @@
-"""What engines do otherwise than transformers with a standard MoE, as far as their sources told.
+"""What engines do otherwise than transformers with a standard MoE.
 
-Read, not run: llama.cpp's graphs and converters of llama (Mixtral), granite and qwen2moe, and
-vLLM's granitemoe, granitemoeshared and qwen2_moe, in the versions that docs/export.md names.
+llama.cpp was run (benchmarks/llama_cpp_export.py). vLLM's granitemoe, granitemoeshared and
+qwen2_moe were read, in the versions that docs/export.md names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ def lint(config: Any) -> list[str]:
     width = config.hidden_size // config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or width
     granite, qwen2 = kind == "granitemoeshared", kind == "qwen2_moe"
-    normalized = getattr(config, "norm_topk_prob", False) and config.num_experts_per_tok < experts
+    some = config.num_experts_per_tok < experts
+    normalized = getattr(config, "norm_topk_prob", False)
     expert = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     odd = [n for n in (expert, config.hidden_size) if n * config.dtype.itemsize % 16]
     found = {
@@ -30,7 +31,9 @@ def lint(config: Any) -> list[str]:
         "llama.cpp has no sliding window in its graph of Mixtral, nor was one found in the others, "
         f"and the model has sliding_window={window}: wrong logits beyond it.": bool(window),
         "llama.cpp never renormalizes the weights of qwen2moe, and the model has "
-        "norm_topk_prob=True: wrong logits.": qwen2 and normalized,
+        "norm_topk_prob=True: wrong logits.": qwen2 and normalized and some,
+        "llama.cpp always renormalizes the weights of qwen3moe, and the model has "
+        "norm_topk_prob=False: wrong logits.": kind == "qwen3_moe" and not normalized and some,
         "llama.cpp requires output.weight of qwen2moe, and the model has tie_word_embeddings=True; "
         "untie it before the export.": qwen2 and config.tie_word_embeddings,
         "vLLM's granitemoe, in the old version that was read, has no biases in its attention, and "

@@ -6,6 +6,7 @@ in transformers v5.
 
 from __future__ import annotations
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -181,6 +182,7 @@ class Standard(ABC):
         # None makes transformers write its per-expert names, which vLLM and llama.cpp read.
         exported._weight_conversions = None
         exported.save_pretrained(folder)
+        _write_older_names(folder / "config.json")
         for path in folder.iterdir():
             path.chmod(0o644)  # transformers writes weights for the owner alone
 
@@ -232,3 +234,24 @@ def _check_complete(exported: nn.Module, tensors: Part) -> None:
         raise ExportError(f"The weight map leaves {len(missing)} tensors empty: {missing[:3]}.")
     if extra := sorted(set(tensors) - expected):
         raise ExportError(f"The weight map has no place for {len(extra)} tensors: {extra[:3]}.")
+
+
+def _write_older_names(path: Path) -> None:
+    """Tell the rotary embedding also as transformers 4 and what was written for it read it: without
+    `rope_theta` they would take a default, and give other logits, without a word."""
+    config = json.loads(path.read_text())
+    rope = dict(config["rope_parameters"])
+    config["rope_theta"] = rope.pop("rope_theta")
+    if rope["rope_type"] != "default":
+        config["rope_scaling"] = rope
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def write_older_tokenizer(folder: Path) -> None:
+    """Call the class of a tokenizer that transformers 5 wrote as transformers 4 knows it too; to
+    version 5 both are one."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
