@@ -44,7 +44,12 @@ EXTENSIONS = {
     "nexus": ("nexus", "calibrated"),
     "linear_reset": ("linear", "reset"),
     "linear_calibrated": ("linear", "calibrated"),
+    "btx_reset": ("btx", "reset"),
+    "btx_calibrated": ("btx", "calibrated"),
 }
+# Checkpoints of one training as experts: name -> experts of four checkpoints, and whether the
+# routers are trained on the experts' buckets before all else.
+CHECKPOINTS = {"upit": (6, True), "upit_4": (4, True), "upit_4_random": (4, False)}
 
 
 class Worker:
@@ -55,7 +60,7 @@ class Worker:
         from nexus_run import TINY, Sizes, Texts, dense_model
 
         torch.set_float32_matmul_precision("high")
-        self.args, self.begun = args, time.time()
+        self.args, self.begun, self.torch = args, time.time(), torch
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.sizes = TINY if args.tiny else Sizes()
         args.cache.mkdir(parents=True, exist_ok=True)
@@ -205,6 +210,44 @@ class Worker:
         self.put("extension", name, seed, model, budget=budget, extension=extension,
                  training=facts)  # fmt: skip
 
+    def checkpoints(self, name: str, seed: int) -> None:
+        """UpIT: four checkpoints of one training on all domains, mixed to more."""
+        from nexus_run import shares_of, train
+
+        import sparsecraft as sc
+
+        count, by_buckets = CHECKPOINTS[name]
+        shares, quarter = shares_of(DOMAINS, self.sizes.batch), -(-self.sizes.mix_steps // 4)
+        sources, model = [], copy.deepcopy(self.dense)
+        for part in range(4):
+            path = self.args.cache / f"checkpoint-{part}-{seed}.pt"
+            if path.exists():
+                model.load_state_dict(self.torch.load(path, map_location=self.device))
+            else:
+                train(model, self.texts, shares, quarter, 4000 + 10 * seed + part)
+                self.torch.save(model.state_dict(), path)
+            sources.append(copy.deepcopy(model))
+        recipe = sc.recipes.upit(count, expand=count > 4)
+        mixture = copy.deepcopy(self.dense)
+        report = sc.convert(mixture, recipe, certify=False, seed=seed, sources=sources)
+        del sources
+        facts = {"children": [dataclasses.asdict(child) for child in report.children]}
+        if by_buckets:
+            out, start = self.args.cache / f"out-{name}-{seed}", time.perf_counter()
+            tokenizer = sc.hub.load_tokenizer(sc.hub.resolve("smollm2"))
+            sc.train(
+                mixture, self.args.rows, out, tokenizer=tokenizer, stages=("router",),
+                batch_size=self.sizes.batch, max_length=512, seed=seed, overwrite=True,
+                progress=False,
+            )  # fmt: skip
+            report = mixture.sparsecraft.report["training"][-1]
+            facts |= {"seconds": round(time.perf_counter() - start, 1), **report["buckets"]}
+            shutil.rmtree(out)
+            mixture.float()
+        self.put("untrained", name, seed, mixture, buckets=facts)
+        facts = train(mixture, self.texts, shares, self.sizes.mix_steps, 1000 + seed)
+        self.put("mixture", name, seed, mixture, training=facts)
+
 
 def _of(recipe, count: int):
     """The recipe with so many experts in every edit."""
@@ -246,6 +289,10 @@ def jobs(worker: Worker) -> list[tuple[tuple, Callable]]:
             found.append(
                 (("mixture", name, seed, None), lambda n=name, s=seed: worker.dense_control(n, s))
             )
+        for name in CHECKPOINTS if worker.args.rows else ():
+            found.append(
+                (("mixture", name, seed, None), lambda n=name, s=seed: worker.checkpoints(n, s))
+            )
         for name in rest:
             found.append((("mixture", name, seed, None), lambda n=name, s=seed: worker.mix(n, s)))
     return found
@@ -280,6 +327,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "nexus.jsonl")
     parser.add_argument("--copy", type=Path, help="copy the results here after every row")
     parser.add_argument("--cache", type=Path, default=Path("runs/nexus"), help="trained weights")
+    parser.add_argument("--rows", nargs="+", type=Path, help="training files, for upit's buckets")
     parser.add_argument("--tiny", action="store_true", help="random weights, a few steps: a trial")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after this")

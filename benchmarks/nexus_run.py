@@ -53,7 +53,7 @@ class Sizes:
 
 
 TINY = Sizes(3, 3, (1, 2), 6, 4, 2, 2)
-TINY_LENGTH, TINY_WORDS = 64, 512
+TINY_LENGTH, TINY_WORDS = 64, 49_152
 
 
 class Texts:
