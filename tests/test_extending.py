@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,7 +173,7 @@ def test_what_was_added_can_be_removed_and_nothing_has_changed(name):
     assert torch.equal(logits(model, batch("llama")), wanted)
     now = model.sparsecraft.recipe
     assert now.edits == before.edits
-    assert model.sparsecraft.report["extensions"][1] == {"removed": 2}
+    assert model.sparsecraft.report["extensions"][1] == {"removed": 2, "trainings": 0}
 
 
 def test_an_expert_from_the_start_leaves_and_the_others_are_what_they_were():
@@ -269,16 +271,21 @@ def test_reset_draws_all_rows_by_the_seed():
     assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
 
 
-def test_a_domain_gives_the_embedding_that_conversion_would_give():
+def test_a_domain_gives_the_embedding_that_conversion_would_give(tmp_path):
     def texts(word):
         return [f"{word} {other}" for other in tiny.WORDS]
 
+    options = {"tokenizer": tiny.tokenizer()}
+    domains = [texts("red"), texts("cat"), texts("sun")]
+    three = tiny.llama()
+    sc.convert(three, sc.recipes.nexus(3, encoder="self"), domains=domains, **options)
     model = tiny.llama()
-    recipe = sc.recipes.nexus(2, encoder="self")
-    domains = [texts("red"), texts("cat")]
-    sc.convert(model, recipe, domains=domains, tokenizer=tiny.tokenizer())
-    with pytest.raises(DataError, match="this one is in no folder; give the embedding"):
-        sc.extend(model, tiny.llama(), texts("sun"), tokenizer=tiny.tokenizer())
+    sc.convert(model, sc.recipes.nexus(2, encoder="self"), domains=domains[:2], **options)
+    with pytest.raises(DataError, match=r"no folder that the model knows; give it as base"):
+        sc.extend(model, tiny.llama(), domains[2], **options)
+    sc.extend(model, tiny.llama(), domains[2], base=tiny.llama(), **options)
+    for ours, wanted in zip(layers(model), layers(three), strict=True):
+        assert torch.equal(ours.router.scorer.domains, wanted.router.scorer.domains)
 
 
 # ---------------------------------------------------------------------------------- what is refused
@@ -311,7 +318,7 @@ def test_what_cannot_be_extended_is_refused_and_nothing_has_changed():
     refused("no common ancestor", SourceError, expert=stranger)
     padding = {"input_ids": NEW[0], "attention_mask": torch.zeros_like(NEW[0])}
     refused("gave no token", DataError, data=([padding], OLD))
-    refused("starts from domains|start from domains", RecipeError, "nexus", rows="reset")
+    refused("start from domains or data", RecipeError, "nexus", rows="reset")
     refused("give data", DataError, "nexus", data=())
     refused(r"\(5,\) and the routers read", RecipeError, "nexus", embedding=torch.ones(5))
     same = torch.eye(EMBEDDING)[1]
@@ -335,6 +342,146 @@ def test_what_cannot_be_removed_is_refused():
         sc.override(sc.recipes.btx(2), {"router.extended": 2})
     with pytest.raises(RecipeError, match="extended is 1, which a domain scorer does not have"):
         sc.override(sc.recipes.nexus(2), {"router.extended": 1})
+
+
+def test_a_failure_in_a_later_layer_gives_the_model_back(monkeypatch):
+    from sparsecraft.experts.ffn import FFNExperts
+
+    model, calls, append = mixture("btx"), [], FFNExperts.append
+
+    def failing(bank, donor):
+        calls.append(bank)
+        if len(calls) == 2:
+            raise MemoryError
+        append(bank, donor)
+
+    state = {key: t.clone() for key, t in model.state_dict().items()}
+    monkeypatch.setattr(FFNExperts, "append", failing)
+    with pytest.raises(MemoryError):
+        sc.extend(model, moved("llama", 3), NEW, OLD)
+    assert all(torch.equal(t, state[key]) for key, t in model.state_dict().items())
+    assert [layer.experts.num_experts for layer in layers(model)] == [2, 2]
+    repeated = dense("llama")
+    sc.convert(repeated, sc.override(sc.recipes.upcycling(2), {"router.init_repeat": 2}))
+    with pytest.raises(RecipeError, match="share rows of their routers"):
+        sc.extend(repeated, moved("llama", 3), NEW, OLD)
+
+
+def test_an_expert_that_holds_no_numbers_is_refused():
+    for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight"):
+        expert = moved("llama", 3)
+        expert.get_parameter(name).data[0] = float("nan")
+        model = mixture("btx")
+        state = {key: t.clone() for key, t in model.state_dict().items()}
+        with pytest.raises(SourceError, match=rf"'{name}' of .* not finite"):
+            sc.extend(model, expert, NEW, OLD)
+        assert all(torch.equal(t, state[key]) for key, t in model.state_dict().items())
+        assert [layer.experts.num_experts for layer in layers(model)] == [2, 2]
+
+
+def test_only_experts_that_came_later_can_be_left(tmp_path):
+    model = mixture("switch")
+    for seed in (3, 4):
+        sc.extend(model, moved("llama", seed), NEW, OLD)
+    x_TD = tokens(layers(model)[0])
+    before_TE = layers(model)[0].router(x_TD).logits_TE
+    sc.remove(model, 0)
+    sc.remove(model, 0)
+    assert torch.equal(layers(model)[0].router(x_TD).logits_TE, before_TE[:, 2:])
+    wanted = logits(model, batch("llama"))
+    sc.save(model, tmp_path / "out")
+    torch.testing.assert_close(logits(sc.load(tmp_path / "out"), batch("llama")), wanted)
+    assert model.sparsecraft.recipe.edits[0].router.extended == 1
+
+
+def test_batches_are_read_to_a_limit():
+    model = mixture("btx")
+    many = Domain.of((torch.full((4, 16), 5) for _ in range(1000)), 200)
+    assert len(many.batches) == 200
+    read = inputs_of(model, model.sparsecraft.plan, many, None)
+    assert len(read[0]) == 64 * 64 // 2, "64 batches, and every second token"
+    long = Domain.of([torch.full((16, 64), 5)] * 20)
+    assert len(inputs_of(model, model.sparsecraft.plan, long, None)[0]) == 4096
+
+
+def test_reset_keeps_routers_frozen_and_serves_those_that_read_no_token():
+    model = mixture("linear")
+    model.requires_grad_(False)
+    sc.extend(model, moved("llama", 3), NEW, OLD, rows="reset")
+    assert not any(p.requires_grad for p in model.parameters())
+    recipe = sc.override(sc.recipes.upcycling(2), {"router.decides": "sequence"})
+    model = dense("bert")
+    sc.convert(model, recipe)
+    logits(model, batch("bert"))
+    with pytest.raises(RecipeError, match=r"decide otherwise\. Use rows='reset'"):
+        sc.extend(model, moved("bert", 3), NEW, OLD)
+    assert sc.extend(model, moved("bert", 3), NEW, OLD, rows="reset").share_new is None
+    logits(model, batch("bert"))
+
+
+def test_the_same_data_twice_is_said(caplog):
+    sc.extend(mixture("btx"), moved("llama", 3), NEW, NEW)
+    assert "cannot tell these data apart" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [("btx", "mixtral"), ("upcycling", "granite"), ("linear", "qwen2_moe")]
+)
+def test_an_extended_model_exports_to_what_loads_without_us(name, target, tmp_path):
+    import transformers
+
+    model = tiny.llama() if target != "qwen2_moe" else dense("qwen2")
+    family = model if target != "qwen2_moe" else None
+    expert = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in expert.parameters():
+            parameter.add_(0.002 * torch.randn_like(parameter))
+    sc.convert(model, RECIPES[name](), sources=[copy.deepcopy(expert)] * 2)
+    assert family is None or family is model
+    sc.extend(model, expert, NEW, OLD)
+    wanted = model(NEW[0]).logits
+    sc.export(model, target, tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(theirs(NEW[0]).logits, wanted, rtol=1e-3, atol=1e-3)
+    sc.remove(model, 0)
+    sc.export(model, target, tmp_path / "two")
+
+
+def test_a_run_that_was_interrupted_goes_on_with_the_same_expert_only():
+    from datasets import Dataset
+
+    from sparsecraft import resuming
+    from sparsecraft.options import TrainOptions
+
+    rows = Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]})
+    runs = []
+    for seed, mix in ((3, 0.2), (3, 0.2), (4, 0.2), (3, 0.3)):
+        model = mixture("btx")
+        sc.extend(model, moved("llama", seed), NEW, OLD, mix=mix)
+        runs.append(resuming.describe(model, TrainOptions(), rows, 1)["extensions"])
+    assert runs[0] == runs[1] and runs[0] != runs[2] and runs[0] != runs[3]
+
+
+def test_the_tokenizer_of_a_self_contained_checkpoint_is_checked(tmp_path, monkeypatch):
+    base = tiny.save_dense(tmp_path / "base")
+    model = sc.hub.load_dense(base)
+    sc.convert(model, sc.recipes.upcycling(2))
+    sc.save(model, tmp_path / "alone", standalone=True)
+    other = dense_folder(tmp_path / "other", 1)
+    path = Path(other) / "tokenizer.json"
+    data = json.loads(path.read_text())
+    vocab = data["model"]["vocab"]
+    first, second = sorted(vocab, key=vocab.get)[10:12]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    path.write_text(json.dumps(data))
+    alone = sc.load(tmp_path / "alone")
+    with pytest.raises(SourceError, match=r"is number 11 in the tokenizer of .*other"):
+        sc.extend(alone, other, NEW, OLD)
+    # A model from memory has none, whatever lies in the folder where Python runs.
+    monkeypatch.chdir(other)
+    model = tiny.llama()
+    sc.convert(model, sc.recipes.upcycling(2))
+    sc.extend(model, base, NEW, OLD)
 
 
 # ---------------------------------------------------------------------------------------- as a user
@@ -375,8 +522,10 @@ def test_the_commands_extend_train_and_remove(recipe, tmp_path, capsys):
     assert "2 steps, mean loss" in said
     trained = sc.load(out[1])
     settings = trained.sparsecraft.report["training"][0]["settings"]
-    assert settings["weights"] == (1, 0.5, 0.5) or settings["weights"] == [1, 0.5, 0.5]
+    assert settings["weights"] == [1, 0.5, 0.5] and settings["steps"] == 2
     assert all(layer.experts.num_experts == 3 for layer in layers(trained))
+    assert cli.main([*asked[:7], out[2], "--no-train", "--steps", "2"]) == 1
+    assert "--steps is for training, and --no-train" in capsys.readouterr().err
     untrained = [*asked[:7], out[2], "--no-train"]
     assert cli.main([*untrained, "--old-data", *files[:2]]) == 0
     assert "training" not in sc.load(out[2]).sparsecraft.report
@@ -419,7 +568,8 @@ def test_several_files_are_one_domain(tmp_path):
         for n in (1, 3)
     ]
     joined = Domain.joined([Domain.of(path) for path in paths])
-    assert sorted(joined.texts()) == ["1 0", "3 0", "3 1", "3 2"]
+    assert joined.texts() == ["1 0", "3 0", "3 1", "3 2"]
+    assert Domain.joined([Domain.of(paths[1]), Domain.of(paths[0])]).texts()[:2] == ["3 0", "1 0"]
     assert Domain.of(joined) is joined
 
 

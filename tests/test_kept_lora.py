@@ -9,7 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import sparsecraft as sc
 import tiny
@@ -275,8 +275,15 @@ def test_what_has_no_place_is_refused_by_its_first_name(tmp_path):
     refused("layer_replication=.*with other layers", folder)
     path.write_text(json.dumps(config | {"peft_type": "VERA"}))
     refused("of type 'VERA'", folder)
-    save_file({}, Path(folder[0]) / "adapter_model.safetensors")
     path.write_text(json.dumps(config))
+    weights = Path(folder[0]) / "adapter_model.safetensors"
+    held = load_file(weights)
+    half = next(name for name in held if name.endswith("lora_B.weight"))
+    for changed in ({}, {half: held[half][:, :2].contiguous()}):
+        save_file({n: t for n, t in held.items() if n != half} | changed, weights)
+        refused(r"no pair of one rank", folder)
+        refused(r"no pair of one rank", folder, sc.recipes.btx(1))
+    save_file({}, weights)
     refused("holds no LoRA", folder)
     (Path(folder[0]) / "adapter_model.safetensors").unlink()
     refused("cannot be read", folder)
@@ -304,6 +311,11 @@ def test_an_adapter_of_another_base_is_refused_or_told(tmp_path, caplog):
     sc.convert(sc.hub.load_dense(other), sc.recipes.lora(), sources=[folder], unrelated=True)
     with pytest.raises(SourceError, match=match):
         convert_files(other, sc.recipes.lora(), tmp_path / "out", sources=[folder])
+    deep = tiny.llama()  # only what comes last differs
+    deep.model.layers[1].mlp.up_proj.weight.data.neg_()
+    deep.save_pretrained(tmp_path / "deep")
+    deep = sc.hub.load_dense(str(tmp_path / "deep"))
+    refused("whose 'model.layers.1.mlp.up_proj.weight'", [folder], sc.recipes.lora(), model=deep)
     config = Path(folder) / "adapter_config.json"
     named = json.loads(config.read_text()) | {"base_model_name_or_path": "nobody/nothing"}
     config.write_text(json.dumps(named))

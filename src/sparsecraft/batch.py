@@ -23,6 +23,8 @@ from sparsecraft.recipe import Edit
 # What no transformers model takes itself, and what a layer may ask for.
 OURS = ("sentence_embeddings", "sentence_ids", "prefix_mask", "expert_ids")
 FIELDS = ("attention_mask", "mm_token_type_ids", *OURS)
+# What a user may hold for all passes of a context.
+HELD = FIELDS[:-1]
 MASKS = ("attention_mask", "mm_token_type_ids", "prefix_mask")
 INPUTS = ("input_ids", "inputs_embeds")
 CACHES = ("cache", "past_key_values")  # the name since transformers 5.24, and before
@@ -42,7 +44,8 @@ class Batch:
             unless `sentence_ids` says otherwise.
         sentence_ids: (B, S), the sentence that each token belongs to, where sequences are packed.
         prefix_mask: (B, S), 1 on the tokens that slots may mix in a causal model.
-        expert_ids: (B, S), the expert that each token goes to, whatever its router's scores are.
+        expert_ids: (B, S), the expert that each token goes to, whatever its router's scores are;
+            of a training stage alone, see `sparsecraft.buckets.told`.
         shape: (B, S), for families that flatten their tokens (OPT).
         held: values that stay for all forward passes of a `context`.
         grows: whether generation adds tokens to the sequence that masks tell of.
@@ -244,7 +247,7 @@ def context(model: nn.Module, **values: Tensor) -> Iterator[None]:
     """Hold values for all forward passes of a block, such as the steps of `generate`.
 
     Args:
-        values: any of `FIELDS`, such as `sentence_embeddings` (B, D). Masks are of the prompt's
+        values: any of `HELD`, such as `sentence_embeddings` (B, D). Masks are of the prompt's
             tokens; those that generation adds are text and in no prefix.
 
     Raises:
@@ -255,8 +258,8 @@ def context(model: nn.Module, **values: Tensor) -> Iterator[None]:
             model.generate(input_ids)
     """
     for name in values:
-        if name not in FIELDS:
-            raise SparsecraftError(f"A context has no field {name!r}." + did_you_mean(name, FIELDS))
+        if name not in HELD:
+            raise SparsecraftError(f"A context has no field {name!r}." + did_you_mean(name, HELD))
     layers = [module for module in model.modules() if getattr(module, "batch", None) is not None]
     if not layers:
         raise SparsecraftError(

@@ -9,6 +9,7 @@ Shapes: T tokens, D width, E experts, M width of a domain's embedding.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,14 +26,27 @@ from sparsecraft.experts.ffn import FFNExperts
 from sparsecraft.gathering import donor_tensors
 from sparsecraft.gating import FROM_DATA
 from sparsecraft.layer import MoELayer, dense_tensors
-from sparsecraft.newcomer import by_token, embedding_of, inputs_of, row_of, share_of
+from sparsecraft.newcomer import (
+    BATCHES,
+    by_token,
+    embedding_of,
+    inputs_of,
+    row_of,
+    share_of,
+)
+from sparsecraft.origin import Origin, combine, digest
 from sparsecraft.reading import Domain
-from sparsecraft.recipe import Recipe
+from sparsecraft.recipe import Edit, Recipe
 from sparsecraft.routers import build_router
-from sparsecraft.sources import Source, check_sources, open_source
+from sparsecraft.sources import Source, check_sources, finite, open_source
 from sparsecraft.surgery import Conversion, conversion_of, is_converted
 
+log = logging.getLogger("sparsecraft")
+
 Rows = Literal["calibrated", "reset"]
+
+# Between the newcomer's shares of new and of old tokens, below which data are as good as the same.
+LEAST_DIFFERENCE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +92,7 @@ def extend(
     *,
     tokenizer: Any = None,
     embedding: Tensor | None = None,
+    base: str | Path | PreTrainedModel | None = None,
     rows: Rows = "calibrated",
     mix: float | None = None,
     unrelated: bool = False,
@@ -94,11 +109,11 @@ def extend(
     Args:
         expert: folder, hub id, LoRA folder or model in memory, of one ancestor with the base.
         data: the newcomer's domain: a data set, a list of texts, or batches.
-        old_data: of the domains that are known, for linear routers.
+        old_data: of the domains that are known, for linear routers. 8,192 tokens of each are read.
         tokenizer: of the model, for texts; None takes that of its base.
         embedding: (M,) of the domain, instead of one from `data`.
-        rows: of linear routers. `reset` draws the rows of all experts anew: the baseline of the
-            Nexus paper.
+        base: the dense model, where it embedded the domains and its folder is not known any more.
+        rows: of linear routers; `reset` draws those of all experts anew (Nexus's baseline).
         mix: lambda; None is 1 / (n + 1), with n experts so far (Nexus, 3.3).
         unrelated: let a model without a common ancestor pass.
         seed: of `reset`.
@@ -112,23 +127,22 @@ def extend(
     count = _check(record.recipe)
     by_domain = _check_asked(record, data, old_data, embedding, rows)
     source = _opened(model, record, expert, unrelated)
-    share = 1 / (count + 1) if mix is None else mix
-    if not 0 <= share <= 1:
-        raise RecipeError(f"mix is {mix}; it is a share between 0 and 1.")
-    new, old = (None if given is None else Domain.of(given) for given in (data, old_data))
+    share = _mix(mix, count)
+    given = [None if d is None else Domain.of(d, BATCHES) for d in (data, old_data)]
     if by_domain:
-        embedding = embedding_of(model, record, new, embedding, tokenizer)
+        embedding = embedding_of(model, record, given[0], embedding, base, tokenizer)
     with _mixed(model, record, source, share):
-        seen = [inputs_of(model, record.plan, domain, tokenizer) for domain in (new, old)]
+        seen = [inputs_of(model, record.plan, domain, tokenizer) for domain in given]
         found = [
             row_of(layer, n, seen, embedding, rows == "reset")
             for n, layer in enumerate(record.layers)
         ]
-    _join(model, record, source, found, seed)
+        _join(model, record, source, found, seed)
     how = "projected" if by_domain else rows
     shares = [share_of(record.layers, inputs) for inputs in seen]
     result = Extension(source.name, count, share, how, *shares)
-    _note(record, dataclasses.asdict(result))
+    _warn_unless_told_apart(result)
+    _note(record, dataclasses.asdict(result) | {"digest": _digest_of_last(record.layers[0])})
     return result
 
 
@@ -150,12 +164,13 @@ def remove(model: nn.Module, expert: int) -> None:
     count = _check(record.recipe)
     if not 0 <= expert < count:
         raise RecipeError(f"There is no expert {expert}; this model has 0 to {count - 1}.")
-    for edit in record.recipe.edits:
-        if count - 1 < (edit.router.top_k or 1):
-            raise RecipeError(
-                f"Expert {expert} of {count} cannot be removed: each token takes "
-                f"{edit.router.top_k or 1}. Convert again with fewer, or keep it."
-            )
+    least = max(edit.router.top_k or 1 for edit in record.recipe.edits)
+    if count <= least:
+        raise RecipeError(
+            f"Expert {expert} of {count} cannot be removed: each token takes {least}. Convert "
+            "again with fewer, or keep it."
+        )
+    _recounted(record, count - 1)
     for layer in record.layers:
         layer.experts.remove(expert)
         layer.router.scorer.remove(expert)
@@ -175,10 +190,11 @@ def _check(recipe: Recipe) -> int:
                 f"Recipe {recipe.name!r} has {spec.kind} experts; whole networks (upcycling, btx, "
                 "bam, nexus, ...) can come and go."
             )
-        if spec.kind == "ffn" and (spec.granularity > 1 or spec.blend):
+        shards = spec.kind == "ffn" and (spec.granularity > 1 or spec.blend)
+        if shards or router.init_repeat > 1:
             raise RecipeError(
-                f"The experts of recipe {recipe.name!r} are shards of networks (granularity="
-                f"{spec.granularity}, blend={spec.blend}); a whole network is none of them."
+                f"The experts of recipe {recipe.name!r} are shards of networks, or share rows of "
+                "their routers; a whole network is none of them."
             )
     counts = {edit.experts.num_experts for edit in recipe.edits}
     if len(counts) > 1:
@@ -232,6 +248,14 @@ def _check_asked(
     return by_domain
 
 
+def _mix(asked: float | None, count: int) -> float:
+    """Lambda, the newcomer's share of what is no expert's."""
+    share = 1 / (count + 1) if asked is None else asked
+    if not 0 <= share <= 1:
+        raise RecipeError(f"mix is {asked}; it is a share between 0 and 1.")
+    return share
+
+
 def _domains(record: Conversion) -> Sequence[str]:
     return record.report.get("conversion", {}).get("domains") or ()
 
@@ -241,8 +265,10 @@ def _opened(model: nn.Module, record: Conversion, expert: Any, unrelated: bool) 
     if is_converted(expert):
         raise SurgeryError("The expert is a converted model; give the dense model it came from.")
     tensors = dense_tensors(model) | donor_tensors(record.plan)
-    source = open_source(model, expert)
-    check_sources(model, [source], tensors, unrelated=unrelated)
+    source = finite(open_source(model, expert))
+    origin = Origin.find(record.origin, record.revision)
+    folder = record.folder or (origin and origin.folder)
+    check_sources(model, [source], tensors, unrelated=unrelated, tokenizer=folder)
     for item, layer in zip(record.plan, record.layers, strict=True):
         bank = layer.experts
         if isinstance(bank, FFNExperts) and bank.down.shape[-1] != item.donor.hidden_width:
@@ -289,12 +315,20 @@ def _others(model: nn.Module, record: Conversion) -> Iterable[tuple[str, Tensor]
 def _join(
     model: nn.Module, record: Conversion, source: Source, rows: Sequence[Tensor | None], seed: int
 ) -> None:
-    """One more expert and row in every layer, and in the recipe."""
-    cuda = {p.device for p in model.parameters() if p.is_cuda}
+    """One more expert and row in every layer, and in the recipe; nowhere if the model fails."""
+    _recounted(record, record.layers[0].experts.num_experts + 1)
+    banks, cuda = [], {p.device for p in model.parameters() if p.is_cuda}
+    try:
+        for item, layer in zip(record.plan, record.layers, strict=True):
+            layer.experts.append(item.donor.of(source.tensor))
+            banks.append(layer.experts)
+    except BaseException:
+        for bank in banks:
+            bank.remove(bank.num_experts - 1)
+        raise
     with torch.random.fork_rng(devices=list(cuda)):
         torch.manual_seed(seed)
-        for item, layer, row in zip(record.plan, record.layers, rows, strict=True):
-            layer.experts.append(item.donor.of(source.tensor))
+        for layer, row in zip(record.layers, rows, strict=True):
             _take_row(layer, row)
     _recount(record)
 
@@ -305,27 +339,34 @@ def _take_row(layer: MoELayer, row: Tensor | None) -> None:
         router.scorer.append(row)
         return
     old = router.scorer
-    spec, where = (
-        replace(router.spec, extended=0),
-        {
-            "device": old.weight.device,
-            "dtype": old.weight.dtype,
-        },
-    )
-    router.scorer = build_router(spec, old.width, count, **where).scorer.train(old.training)
+    where = {"device": old.weight.device, "dtype": old.weight.dtype}
+    new = build_router(replace(router.spec, extended=0), old.width, count, **where).scorer
+    router.scorer = new.train(old.training).requires_grad_(old.weight.requires_grad)
+
+
+def _recounted(record: Conversion, count: int) -> dict[int, Edit]:
+    """The edits of the recipe with so many experts, by the identity of those there are.
+
+    Raises:
+        RecipeError: the recipe would make no sense.
+    """
+    edits = {}
+    for item, layer in zip(record.plan, record.layers, strict=True):
+        extended = min(getattr(layer.router.scorer, "extended", 0), count - 1)
+        edits[id(item.edit)] = replace(
+            item.edit,
+            experts=replace(item.edit.experts, num_experts=count),
+            router=replace(item.edit.router, extended=extended),
+        )
+    return edits
 
 
 def _recount(record: Conversion) -> None:
     """Let the recipe say what the layers have."""
-    edits = {}
+    edits = _recounted(record, record.layers[0].experts.num_experts)
     for item, layer in zip(record.plan, record.layers, strict=True):
-        extended = getattr(layer.router.scorer, "extended", 0)
+        extended = edits[id(item.edit)].router.extended
         layer.router.spec = replace(layer.router.spec, extended=extended)
-        edits[id(item.edit)] = replace(
-            item.edit,
-            experts=replace(item.edit.experts, num_experts=layer.experts.num_experts),
-            router=replace(item.edit.router, extended=extended),
-        )
     record.plan = [replace(item, edit=edits[id(item.edit)]) for item in record.plan]
     record.recipe = replace(
         record.recipe,
@@ -334,5 +375,22 @@ def _recount(record: Conversion) -> None:
     )
 
 
+def _warn_unless_told_apart(result: Extension) -> None:
+    new, old = result.share_new, result.share_old
+    if result.rows == "calibrated" and new is not None and new - old < LEAST_DIFFERENCE:
+        log.warning(
+            f"The new expert gets {new:.0%} of the new tokens and {old:.0%} of the old ones: the "
+            "routers cannot tell these data apart. Are they two domains?"
+        )
+
+
+def _digest_of_last(layer: MoELayer) -> str:
+    """Of the last expert of a layer: whether two extensions had the same dense model."""
+    parts = {n: digest(p[-1]) for n, p in layer.experts.named_parameters() if p.ndim > 1}
+    return combine(parts)
+
+
 def _note(record: Conversion, entry: dict[str, Any]) -> None:
+    """Remember what happened, and after how many trainings."""
+    entry["trainings"] = len(record.report.get("training", []))
     record.report.setdefault("extensions", []).append(entry)

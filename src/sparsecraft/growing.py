@@ -6,14 +6,17 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from sparsecraft.errors import DataError
+from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.options import TrainOptions
 
 Paths = tuple[str, ...]
+
+# Of the training after an extension.
+STEPS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +42,11 @@ class ExtendCommand(TrainOptions):
     """Share of the dense model in all tensors that are no expert's; None is 1 / (n + 1)."""
     unrelated: bool = False
     """Take a model without a common ancestor, too."""
+    base: str | None = None
+    """The dense model that embedded the domains (encoder `self`), where the checkpoint holds all
+    tensors itself."""
     train: bool = True
-    """Train after the expert was added."""
-    steps: int | None = 100
-    """Optimizer steps; None trains for `epochs`."""
+    """Train after the expert was added: 100 steps, unless --steps or --epochs says otherwise."""
     resume: bool = False
     """Continue an interrupted training exactly."""
     overwrite: bool = False
@@ -60,6 +64,8 @@ def run_extend(command: ExtendCommand, say: Callable[[str], None]) -> None:
         raise DataError(
             "Training on the new data alone forgets the old; give --old-data, or --no-train."
         )
+    options = {f.name: getattr(command, f.name) for f in dataclasses.fields(TrainOptions)}
+    _check_untrained(command, options)
     model, tokenizer = generation.load_any(command.folder)
     new, old = (
         Domain.joined([Domain.of(path) for path in paths]) if paths else None
@@ -74,6 +80,7 @@ def run_extend(command: ExtendCommand, say: Callable[[str], None]) -> None:
                 old,
                 tokenizer=tokenizer,
                 rows=command.rows,
+                base=command.base,
                 mix=command.mix,
                 unrelated=command.unrelated,
                 seed=command.seed,
@@ -83,16 +90,16 @@ def run_extend(command: ExtendCommand, say: Callable[[str], None]) -> None:
     if not command.train:
         checkpoint.save(model, command.out, overwrite=command.overwrite)
         return say(f"Saved and read back: {command.out}")
-    options = {f.name: getattr(command, f.name) for f in dataclasses.fields(TrainOptions)}
     stages = model.sparsecraft.recipe.stages
     options["stages"] = command.stages or (stages[-1].name,)
     options["weights"] = command.weights or _equal_parts(command.data, command.old_data)
+    if command.steps is None and command.epochs is None:
+        options["steps"] = STEPS
     data = (*command.data, *command.old_data)
     report = training.train(
         model,
         data,
         command.out,
-        tokenizer=None,
         resume=command.resume,
         overwrite=command.overwrite,
         **options,
@@ -101,6 +108,18 @@ def run_extend(command: ExtendCommand, say: Callable[[str], None]) -> None:
         f"{report.steps} steps, mean loss {report.loss:.3f}, {report.seconds:.0f} s.\n"
         f"Saved and read back: {command.out}"
     )
+
+
+def _check_untrained(command: ExtendCommand, options: dict[str, Any]) -> None:
+    """Refuse options of a training that is not wanted; the seed is of `--rows reset`, too."""
+    plain = {f.name: f.default for f in dataclasses.fields(TrainOptions)}
+    told = [name for name in options if options[name] != plain[name] and name != "seed"]
+    told += ["resume"] if command.resume else []
+    if not command.train and told:
+        raise SparsecraftError(
+            f"--{told[0].replace('_', '-')} is for training, and --no-train asks for none; leave "
+            "one of them out."
+        )
 
 
 def _equal_parts(*kinds: Paths) -> tuple[float, ...]:

@@ -218,15 +218,17 @@ def _check_base(model: nn.Module, lora: LoraFolder, unrelated: bool) -> None:
         return
     if own is not None and own.folder == theirs.folder:
         return
-    name = next(n for n in lora.tensors if n.endswith(LORA_A)).removesuffix(LORA_A) + ".weight"
-    ours = unique_tensors(model)[name]
-    ours = own.tensor(model, name) if ours.is_meta else ours.detach().cpu()
-    if not ours.is_floating_point():  # quantized: the values are not the file's
-        return
-    other = theirs.tensor(model, name)
-    same = other is not None and other.shape == ours.shape
-    if not (same and (torch.equal(other.to(ours), ours) or torch.equal(ours.to(other), other))):
-        raise SourceError(
-            f"{lora.folder} was trained on {named!r}, whose {name!r} is not the model's; convert "
-            "that model, or pass unrelated=True (--unrelated) to use the LoRA all the same."
-        )
+    held = unique_tensors(model)
+    for path in (n.removesuffix(LORA_A) for n in lora.tensors if n.endswith(LORA_A)):
+        name = f"{path}.weight"
+        ours = own.tensor(model, name) if held[name].is_meta else held[name].detach().cpu()
+        if not ours.is_floating_point():  # quantized: the values are not the file's
+            return
+        other = theirs.tensor(model, name)
+        same = other is not None and other.shape == ours.shape
+        if not (same and (torch.equal(other.to(ours), ours) or torch.equal(ours.to(other), other))):
+            raise SourceError(
+                f"{lora.folder} was trained on {named!r}, whose {name!r} is not the model's; "
+                "convert that model, or pass unrelated=True (--unrelated) to use the LoRA all the "
+                "same."
+            )

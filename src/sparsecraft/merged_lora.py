@@ -65,7 +65,7 @@ class LoraFolder:
         """Refuse what is more than W + scale B A on the base as it is.
 
         Raises:
-            SourceError: another method than LoRA, or a variant of it.
+            SourceError: another method than LoRA, a variant of it, or A without its B.
         """
         kind, start = self.config.get("peft_type"), self.config.get("init_lora_weights")
         if kind != "LORA":
@@ -78,6 +78,19 @@ class LoraFolder:
                 f"{self.folder} has init_lora_weights={start!r}, which changes the base's weights "
                 "as well; save it as a plain LoRA by PEFT's save_pretrained(..., "
                 "path_initial_model_for_weight_conversion=...)."
+            )
+        for name in self.tensors:
+            part = next((part for part in (LORA_A, LORA_B) if name.endswith(part)), None)
+            if part is not None:
+                self._check_pair(name.removesuffix(part))
+
+    def _check_pair(self, path: str) -> None:
+        down_RI, up_OR = (self.tensors.get(path + part) for part in (LORA_A, LORA_B))
+        if down_RI is None or up_OR is None or len(down_RI) != up_OR.shape[-1]:
+            shapes = [None if t is None else list(t.shape) for t in (down_RI, up_OR)]
+            raise SourceError(
+                f"{self.folder} holds A and B of {path!r} as {shapes[0]} and {shapes[1]}, which "
+                "are no pair of one rank; save the adapter again."
             )
 
     def pair(self, path: str) -> tuple[Tensor, Tensor] | None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from sparsecraft import hub
 from sparsecraft.domains import distinct, embed_domains
@@ -77,6 +79,7 @@ def embedding_of(
     record: Conversion,
     new: Domain | None,
     given: Tensor | None,
+    base: str | Path | PreTrainedModel | None,
     tokenizer: Any,
 ) -> Tensor:
     """The embedding (M,) of the newcomer's domain, checked to be no other's."""
@@ -87,7 +90,7 @@ def embedding_of(
         encoder = routers.pop()
         if routers:
             raise RecipeError("Routers have several encoders; they are extended by none.")
-        dense = _dense(model, record) if encoder == "self" else None
+        dense = _dense(model, record, base) if encoder == "self" else None
         given = embed_domains([new], encoder, dense, tokenizer=tokenizer)[0]
     scorers = [layer.router.scorer for layer in record.layers]
     known_EM = next(s.domains for s in scorers if hasattr(s, "domains"))
@@ -101,28 +104,34 @@ def embedding_of(
     return given
 
 
-def _dense(model: nn.Module, record: Conversion) -> nn.Module:
+def _dense(
+    model: nn.Module, record: Conversion, base: str | Path | PreTrainedModel | None
+) -> nn.Module:
     """The dense model that embedded the other domains."""
+    if isinstance(base, PreTrainedModel):
+        return base
     origin = Origin.find(record.origin, record.revision)
-    if origin is None:
+    if base is None and origin is None:
         raise DataError(
-            "Domains are embedded by the dense model, and this one is in no folder; give the "
-            "embedding."
+            "Domains are embedded by the dense model, which is in no folder that the model knows; "
+            "give it as base (--base), or give the embedding."
         )
-    return hub.load_dense(str(origin.folder), dtype=model.dtype, device_map=model.device)
+    name = str(origin.folder if base is None else base)
+    return hub.load_dense(name, dtype=model.dtype, device_map=model.device)
 
 
 def inputs_of(
     model: nn.Module, plan: Sequence[PlannedEdit], domain: Domain | None, tokenizer: Any
 ) -> list[Tensor] | None:
-    """What each layer reads of some tokens of the domain, (T, D)."""
-    if domain is None:
-        return None
+    """What each layer reads of some tokens of the domain, (T, D); None where a router decides by
+    anything else than a token's input."""
+    if domain is None or not all(by_token(item.edit.router) for item in plan):
+        return None  # what other routers read, a token's input does not tell
     kept: list[list[Tensor]] = [[] for _ in plan]
 
     def take(tensors: list[Tensor]) -> None:
         for parts, x_TD in zip(kept, tensors[:-1], strict=True):
-            parts.append(x_TD[::STRIDE].clone())
+            parts.append(x_TD[::STRIDE][:TOKENS].clone())
 
     batches = domain_batches(model, domain, tokenizer, TOKENS)
     read_inputs(model, plan, islice(batches, BATCHES), take)
@@ -156,7 +165,7 @@ def row_of(
 
 def share_of(layers: Sequence[MoELayer], seen: list[Tensor] | None) -> float | None:
     """The last expert's share of the routing weights, mean over tokens and layers."""
-    if seen is None or not all(by_token(layer.router.spec) for layer in layers):
+    if seen is None:
         return None
     shares = []
     for layer, x_TD in zip(layers, seen, strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,13 @@ class Domain:
     batches: list[dict[str, Any]] | None = None
 
     @classmethod
-    def of(cls, given: Any) -> Domain:
+    def of(cls, given: Any, limit: int | None = None) -> Domain:
         """A domain itself; or from a file, folder or hub data set, of which `ROWS` rows are taken,
         evenly spaced and shuffled; a list of texts; or an iterable of batches, token ids (B, S) or
         dicts of model inputs.
+
+        Args:
+            limit: batches that are taken of an iterable.
 
         Raises:
             DataError: none of these, or nothing in it.
@@ -65,7 +68,7 @@ class Domain:
         elif isinstance(given, (list, tuple)) and all(isinstance(text, str) for text in given):
             found = cls(f"{len(given)} texts", rows=[{"text": text} for text in given])
         else:
-            batches = list(as_batches(given))
+            batches = list(islice(as_batches(given), limit))
             found = cls(f"{len(batches)} batches", batches=batches)
         if not (found.rows or found.batches):
             raise DataError(f"A domain holds nothing ({found.name}); give it rows or texts.")
@@ -157,16 +160,20 @@ def domain_batches(
     model: nn.Module, domain: Domain, tokenizer: Any, tokens: int | None = None
 ) -> Iterator[dict[str, Any]]:
     """The domain as model inputs, chats as the tokenizer's template has them, long rows cut; up to
-    about `tokens` (None: `TOKENS`) of text, and all batches."""
+    about `tokens`. None is `TOKENS` of text, and all batches."""
+    count = 0
     if domain.batches is not None:
-        yield from domain.batches
+        for batch in domain.batches:
+            yield batch
+            count += int(_real_tokens(batch))
+            if tokens is not None and count >= tokens:
+                return
         return
     tokenizer = tokenizer or tokenizer_of(model)
     if tokenizer is None:
         raise DataError(f"The domain {domain.name} is text; pass the model's tokenizer.")
     length, pad = length_of(model), pad_id(tokenizer)
     decodes = model.can_generate() and not model.config.is_encoder_decoder
-    count = 0
     for start in range(0, len(domain.rows), BATCH):
         features = []
         for row in domain.rows[start : start + BATCH]:
@@ -178,6 +185,12 @@ def domain_batches(
         count += sum(len(feature["input_ids"]) for feature in features)
         if count >= (TOKENS if tokens is None else tokens):
             return
+
+
+def _real_tokens(batch: dict[str, Any]) -> int | Tensor:
+    mask = batch.get("attention_mask")
+    ids = next(value for value in batch.values() if isinstance(value, Tensor))
+    return ids.shape[:2].numel() if mask is None or mask.ndim != 2 else mask.sum()
 
 
 def mixed_batches(

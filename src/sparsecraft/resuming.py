@@ -82,7 +82,8 @@ def _complete(state: Path) -> bool:
 def describe(
     model: nn.Module, settings: TrainOptions, rows: Dataset, processes: int
 ) -> dict[str, Any]:
-    """What makes a run this run: recipe, settings, data, dense model, processes.
+    """What makes a run this run: recipe, settings, data, dense model, experts that came later,
+    processes.
 
     The tensors that train are not compared: a state brings them all.
     """
@@ -94,6 +95,10 @@ def describe(
         "data": _rows_digest(rows),
         "dense model": combine({name: hash for name, (_, hash) in record.digests.items()}),
         "processes": processes,
+        "extensions": [
+            {key: entry.get(key) for key in ("expert", "digest", "mixed", "rows", "removed")}
+            for entry in record.report.get("extensions", [])
+        ],
     }
 
 

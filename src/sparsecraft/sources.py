@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,18 @@ def _open_lora(model: nn.Module, folder: Path) -> Source:
     )
 
 
+def finite(source: Source) -> Source:
+    """The source, whose tensors are checked as they are read."""
+
+    def find(name: str) -> Tensor | None:
+        tensor = source.find(name)
+        if tensor is not None and not tensor.isfinite().all():
+            raise SourceError(f"{name!r} of {source.name!r} holds numbers that are not finite.")
+        return tensor
+
+    return replace(source, find=find)
+
+
 def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
     return tuple(tensors[name].shape) if name in tensors else None
 
@@ -153,6 +165,7 @@ def check_sources(
     tensors: Mapping[str, Tensor],
     *,
     unrelated: bool = False,
+    tokenizer: Path | None = None,
 ) -> None:
     """Refuse sources that do not fit the base, naming the first thing that differs.
 
@@ -160,14 +173,18 @@ def check_sources(
         tensors: the base's, by their dense names, of those that will be read; the first matrix
             among them tells whether two models have one ancestor.
         unrelated: let models without a common ancestor pass.
+        tokenizer: folder of the base's; None takes the folder that the model was loaded from. A
+            model without one has no tokenizer that could differ.
 
     Raises:
         SourceError: configuration, tokenizer, shapes or ancestry differ.
     """
-    base = Path(getattr(model, "name_or_path", "") or "")
+    named = getattr(model, "name_or_path", None)
+    base = tokenizer or (Path(named) if named else None)
     for source in sources:
         _check_config(model.config, source)
-        _check_tokenizer(base, source)
+        if base is not None:
+            _check_tokenizer(base, source)
         for name, tensor in tensors.items():
             source.check_shape(name, tensor.shape)
         if not unrelated:

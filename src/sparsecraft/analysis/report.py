@@ -53,29 +53,33 @@ def _history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     measured = f"{certificate['max_difference']:.1e}" if certificate else "not measured"
     lines = [*_domain_lines(recipe, report)]
     lines += [f"At the start: claimed {claim}, measured max |logit difference| {measured}."]
-    for run in report.get("training", []):
-        if "fit" in run:
-            lines.append(fit_line(run))
-            continue
-        last = [entry for entry in run["log"] if "loss" in entry][-1]
-        routing = "".join(
-            f", {key.replace('_', ' ')} {last[key]:.3f}"
-            for key in ("load_entropy", "router_entropy")
-            if key in last
-        )
-        lines.append(
-            f"Trained ({run['stage']}): {run['steps']} steps, mean loss {run['loss']:.3f}, "
-            f"last logged {last['loss']:.3f}{routing}."
-        )
-    lines += [_extension_line(entry) for entry in report.get("extensions", [])]
+    runs, changes = report.get("training", []), report.get("extensions", [])
+    for number in range(len(runs) + 1):  # in the order in which it happened
+        lines += [_extension_line(entry) for entry in changes if entry["trainings"] == number]
+        lines += [_training_line(run) for run in runs[number : number + 1]]
     if merged := report.get("merge"):
         lines.append(f"Merged ({merged['how']}) from {merged['recipe']}.")
     return lines if report.get("training") else [*lines, "Not trained yet."]
 
 
+def _training_line(run: dict[str, Any]) -> str:
+    if "fit" in run:
+        return fit_line(run)
+    last = [entry for entry in run["log"] if "loss" in entry][-1]
+    routing = "".join(
+        f", {key.replace('_', ' ')} {last[key]:.3f}"
+        for key in ("load_entropy", "router_entropy")
+        if key in last
+    )
+    return (
+        f"Trained ({run['stage']}): {run['steps']} steps, mean loss {run['loss']:.3f}, "
+        f"last logged {last['loss']:.3f}{routing}."
+    )
+
+
 def _extension_line(entry: dict[str, Any]) -> str:
     if "removed" in entry:
-        return f"Expert {entry['removed']} was removed."
+        return f"Expert {entry['removed']} was removed; those behind it moved up."
     return (
         f"Extended by {entry['expert']}: expert {entry['number']}, its routers' rows "
         f"{entry['rows']}, {entry['mixed']:.3f} of all other tensors."

@@ -82,8 +82,13 @@ class AttentionExperts(CopiedExperts):
 
     @torch.no_grad()
     def append(self, donor: Attention) -> None:
-        for name, part in self._own():
-            part.append(donor.module.get_submodule(name))
+        longer = [
+            (part, name, with_one_more(parameter, getattr(donor.module.get_submodule(path), name)))
+            for path, part in self._own()
+            for name, parameter in part.named_parameters()
+        ]
+        for part, name, parameter in longer:  # all of them, or none
+            setattr(part, name, parameter)
         self._recount(self.num_experts + 1)
 
     @torch.no_grad()
@@ -129,10 +134,6 @@ class Stack(nn.Module):
         self.weight[e].copy_(dense.weight)
         if self.bias is not None:
             self.bias[e].copy_(dense.bias)
-
-    def append(self, dense: nn.Linear) -> None:
-        for name, parameter in [*self.named_parameters()]:
-            setattr(self, name, with_one_more(parameter, getattr(dense, name)))
 
     def remove(self, e: int) -> None:
         for name, parameter in [*self.named_parameters()]:

@@ -87,9 +87,10 @@ class FFNExperts(CopiedExperts):
 
     @torch.no_grad()
     def append(self, donor: FFN) -> None:
-        for name, tensor in self._network(self.num_experts, [donor]).items():
-            if tensor is not None:
-                setattr(self, name, with_one_more(getattr(self, name), tensor))
+        network = self._network(self.num_experts, [donor])
+        longer = {n: with_one_more(p, network[n]) for n, p in self.named_parameters()}
+        for name, parameter in longer.items():  # all of them, or none
+            setattr(self, name, parameter)
         self._recount(self.num_experts + 1)
 
     @torch.no_grad()

@@ -62,8 +62,10 @@ class LinearScorer(nn.Module):
     def remove(self, e: int) -> None:
         """Take expert `e` away. The logits of the others stay the same bits if it was appended, and
         but for rounding if not."""
-        self.extended -= e >= len(self.weight) - self.extended
         rows_ED = torch.cat([self.weight[:e], self.weight[e + 1 :]])
+        appended = e >= len(self.weight) - self.extended
+        # Where none is left from the start, the first that came later takes its place.
+        self.extended = min(self.extended - appended, len(rows_ED) - 1)
         self.weight = nn.Parameter(rows_ED, self.weight.requires_grad)
 
     def weight_rows(self) -> Tensor:

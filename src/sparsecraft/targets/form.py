@@ -22,7 +22,7 @@ MERGE_PARTS = (
 # Fields of a router that a linear top-k layer can have as they are, or that end at the start.
 FREE = set(
     "scorer select top_k renormalize temperature gates_base balanced hidden "
-    "init init_std init_repeat encoder sentence_dim".split()
+    "init init_std init_repeat encoder sentence_dim extended".split()
 )
 
 
