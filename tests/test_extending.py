@@ -98,7 +98,6 @@ def test_old_logits_keep_their_bits_and_experts_are_the_dense_networks(name):
             assert torch.equal(grown[key][:2], parameter), key
             assert torch.equal(grown[key][2], alone.experts.get_parameter(key)[0]), key
     assert all(e.experts.num_experts == 3 for e in model.sparsecraft.recipe.edits)
-    assert not model.sparsecraft.recipe.exact_at_start
 
 
 @pytest.mark.parametrize("family", FAMILIES)

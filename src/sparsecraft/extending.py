@@ -368,11 +368,8 @@ def _recount(record: Conversion) -> None:
         extended = edits[id(item.edit)].router.extended
         layer.router.spec = replace(layer.router.spec, extended=extended)
     record.plan = [replace(item, edit=edits[id(item.edit)]) for item in record.plan]
-    record.recipe = replace(
-        record.recipe,
-        edits=tuple(edits[id(edit)] for edit in record.recipe.edits),
-        exact_at_start=False,
-    )
+    changed = tuple(edits[id(edit)] for edit in record.recipe.edits)
+    record.recipe = replace(record.recipe, edits=changed)
 
 
 def _warn_unless_told_apart(result: Extension) -> None:

@@ -5,6 +5,7 @@ Shapes: T tokens, D width, E experts that are there already, M width of a domain
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -27,6 +28,8 @@ from sparsecraft.surgery import Conversion
 
 # Tokens of a text that are read, batches at most, and how many of them one is kept of for a router.
 TOKENS, BATCHES, STRIDE = 8192, 64, 2
+log = logging.getLogger("sparsecraft")
+
 # Weight of |r|^2 / 2, with inputs of mean square one.
 RIDGE = 1e-2
 STEPS = 200
@@ -127,6 +130,7 @@ def inputs_of(
     anything else than a token's input."""
     if domain is None or not all(by_token(item.edit.router) for item in plan):
         return None  # what other routers read, a token's input does not tell
+    log.info(f"Reading up to {TOKENS} tokens of {domain.name} for the routers.")
     kept: list[list[Tensor]] = [[] for _ in plan]
 
     def take(tensors: list[Tensor]) -> None:
