@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
 import math
 import shutil
 import sys
@@ -23,7 +22,10 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from report import Rows
+
 HERE = Path(__file__).parent
+DOMAINS = ("general", "math", "code")
 # What is trained on all three domains: name -> recipe, and whether the three sources are in it.
 MIXTURES: dict[str, tuple[Callable, bool]] = {
     "nexus": (lambda r: r.nexus(3), True),
@@ -57,22 +59,20 @@ class Worker:
 
     def __init__(self, args):
         import torch
-        from nexus_run import TINY, Sizes, Texts, dense_model
+        from nexus_run import TINY, TINY_WORDS, Sizes, Texts
+        from split_run import dense_model
 
         torch.set_float32_matmul_precision("high")
         self.args, self.begun, self.torch = args, time.time(), torch
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.sizes = TINY if args.tiny else Sizes()
         args.cache.mkdir(parents=True, exist_ok=True)
+        self.rows = Rows(args.results, args.copy)
         self.texts = Texts(args.data, self.sizes, self.device)
-        self.dense = dense_model("tiny" if args.tiny else "smollm2", self.device)
+        self.dense = dense_model("tiny" if args.tiny else "smollm2", self.device, TINY_WORDS)
         name = torch.cuda.get_device_name() if self.device == "cuda" else "CPU"
         self.about = {"machine": name, "torch": torch.__version__,
                       "sizes": dataclasses.asdict(self.sizes)}  # fmt: skip
-
-    def rows(self) -> list[dict]:
-        path = self.args.results
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def put(self, kind: str, name: str, seed: int, model, **facts) -> None:
         """Evaluate a model and write its row."""
@@ -80,14 +80,11 @@ class Worker:
 
         found = evaluate(model, self.texts)
         row = {"kind": kind, "name": name, "seed": seed, **facts, **found, **self.about}
-        with open(self.args.results, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        if self.args.copy:
-            shutil.copy(self.args.results, self.args.copy)
+        self.rows.put(row)
         print(f"{time.time() - self.begun:6.0f}s", kind, name, seed, facts, found, flush=True)
 
     def done(self) -> set[tuple]:
-        return {(r["kind"], r["name"], r["seed"], r.get("budget")) for r in self.rows()}
+        return {(r["kind"], r["name"], r["seed"], r.get("budget")) for r in self.rows.read()}
 
     @property
     def late(self) -> bool:
@@ -258,9 +255,6 @@ def _of(recipe, count: int):
     return dataclasses.replace(recipe, edits=edits)
 
 
-DOMAINS = ("general", "math", "code")
-
-
 def jobs(worker: Worker) -> list[tuple[tuple, Callable]]:
     """What is to be done, the claims of one seed before those of the next, controls at the end."""
     found: list[tuple[tuple, Callable]] = []
@@ -311,7 +305,7 @@ def run(args) -> None:
             job()
         except Exception:
             traceback.print_exc(limit=-8)
-    print("done", len(worker.rows()), "rows", f"{time.time() - worker.begun:.0f}s")
+    print("done", len(worker.rows.read()), "rows", f"{time.time() - worker.begun:.0f}s")
 
 
 def table(args) -> None:

@@ -16,17 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from quality_data import document_mask
+from quality_data import text_batch
+from split_run import DOMAINS, logits_of
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsecraft as sc
 from sparsecraft.encoding import IGNORED
 from sparsecraft.layer import MoELayer
 from sparsecraft.losses import auxiliary_loss
-
-DOMAINS = ("general", "math", "code")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +71,10 @@ class Texts:
     def count(self, domain: str) -> int:
         return len(self.parts[f"{domain}.train/ids"])
 
-    def batch(self, part: str, rows: Tensor) -> dict[str, Tensor]:
-        """Inputs, and `targets`: the next token of the same text, IGNORED where there is none."""
+    def packs(self, part: str, rows) -> tuple[Tensor, Tensor]:
+        """Ids and positions of some packs, (B, S) each."""
         ids, positions = (self.parts[f"{part}/{key}"][rows] for key in ("ids", "positions"))
-        next_ids = ids[:, 1:].masked_fill(positions[:, 1:] == 0, IGNORED)
-        return {
-            "input_ids": ids,
-            "position_ids": positions,
-            "targets": F.pad(next_ids, (0, 1), value=IGNORED),
-        }
+        return ids, positions
 
     def steps(self, shares: Mapping[str, int], steps: int, seed: int) -> Iterator[dict]:
         """Batches with so many packs of each domain, in an order of the seed, again and again."""
@@ -97,28 +90,15 @@ class Texts:
         }
         for step in range(steps):
             parts = [
-                self.batch(f"{name}.train", orders[name][step * each : (step + 1) * each])
+                self.packs(f"{name}.train", orders[name][step * each : (step + 1) * each])
                 for name, each in shares.items()
             ]
-            joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-            yield joined | {"attention_mask": document_mask(joined["position_ids"])}
+            yield text_batch(*map(torch.cat, zip(*parts, strict=True)))
 
     def some(self, domain: str) -> list[Tensor]:
         """A few packs of the training part, as batches of ids."""
         ids = self.parts[f"{domain}.train/ids"][: self.sizes.calibration]
         return list(ids.split(8))
-
-
-def dense_model(source: str, device: str) -> LlamaForCausalLM:
-    """The dense model in float32; `tiny` has random weights."""
-    if source != "tiny":
-        return sc.hub.load_dense(source, dtype=torch.float32).to(device)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=TINY_WORDS, tie_word_embeddings=True, pad_token_id=2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(device).eval()
 
 
 def shares_of(domains: tuple[str, ...], batch: int) -> dict[str, int]:
@@ -173,10 +153,8 @@ def train(
 
 
 def task_loss(model: nn.Module, batch: dict[str, Tensor], reduction: str = "mean") -> Tensor:
-    inputs = {key: value for key, value in batch.items() if key != "targets"}
-    logits = model(**inputs, use_cache=False).logits
     return F.cross_entropy(
-        logits.flatten(0, 1).float(),
+        logits_of(model, batch).flatten(0, 1).float(),
         batch["targets"].flatten(),
         ignore_index=IGNORED,
         reduction=reduction,
@@ -194,8 +172,7 @@ def evaluate(model: nn.Module, texts: Texts) -> dict:
         part = f"{domain}.valid"
         packs = min(len(texts.parts[f"{part}/ids"]), texts.sizes.valid_packs)
         for rows in torch.arange(packs).split(texts.sizes.evaluation):
-            batch = texts.batch(part, rows.to(model.device))
-            batch["attention_mask"] = document_mask(batch["position_ids"])
+            batch = text_batch(*texts.packs(part, rows.to(model.device)))
             traced = sc.trace(model) if routed else nullcontext({})
             with torch.autocast(model.device.type, torch.bfloat16), traced as routings:
                 total += task_loss(model, batch, "sum").item()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparsecraft.encoding import IGNORED
 
@@ -88,3 +89,15 @@ def document_mask(positions_BS: Tensor, branch_BS: Tensor | None = None) -> Tens
         trunk, own = branch_BS[:, None, None, :] == 0, branch_BS[:, None, :, None]
         same = same & (trunk | (branch_BS[:, None, None, :] == own))
     return same.tril()
+
+
+def text_batch(ids_BS: Tensor, positions_BS: Tensor) -> dict[str, Tensor]:
+    """A model's inputs, and `targets`: the next token of the same text, IGNORED where there is
+    none."""
+    next_ids = ids_BS[:, 1:].masked_fill(positions_BS[:, 1:] == 0, IGNORED)
+    return {
+        "input_ids": ids_BS,
+        "position_ids": positions_BS,
+        "attention_mask": document_mask(positions_BS),
+        "targets": F.pad(next_ids, (0, 1), value=IGNORED),
+    }

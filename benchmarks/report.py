@@ -1,12 +1,32 @@
-"""Tables for the pages in this folder: Markdown between two markers, made from the JSON."""
+"""Results files, one JSON object a line; and tables for the pages in this folder: Markdown between
+two markers, made from the JSON."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 BEGIN, END = "<!-- tables: written by the script -->", "<!-- end of tables -->"
+
+
+class Rows:
+    """The results file, and a copy of it where results are fetched from."""
+
+    def __init__(self, path: Path, copy: Path | None):
+        self.path, self.copy = path, copy
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def read(self) -> list[dict]:
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def put(self, row: dict) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.copy:
+            shutil.copy(self.path, self.copy)
 
 
 def markdown(header: list[str], rows: list[list]) -> str:

@@ -15,37 +15,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
-import shutil
 import sys
 import time
 import traceback
 from pathlib import Path
 
+from report import Rows
 from split_arms import ARMS, JOBS, TRAININGS, Job, arms_of, rate
 
 HERE = Path(__file__).parent
 # Models that `speed` generates with: arm, training.
 KEPT = (("d2dmoe", "hoyer_1e-3"), ("lte", "lte_1_free"))
-
-
-class Rows:
-    """The results file, and a copy of it where results are fetched from."""
-
-    def __init__(self, path: Path, copy: Path | None):
-        self.path, self.copy = path, copy
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def read(self) -> list[dict]:
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return [json.loads(line) for line in lines]
-
-    def put(self, row: dict) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        if self.copy:
-            shutil.copy(self.path, self.copy)
 
 
 class Worker:

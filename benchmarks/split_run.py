@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from quality_data import document_mask
+from quality_data import text_batch
 from split_arms import TRAININGS
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -97,15 +97,7 @@ class Texts:
             yield self.batch(name, slice(start, start + size))
 
     def batch(self, name: str, rows) -> dict[str, Tensor]:
-        """Inputs, and `targets`: the next token of the same text, IGNORED where there is none."""
-        ids, positions = (self.parts[name][key][rows] for key in ("ids", "positions"))
-        next_ids = ids[:, 1:].masked_fill(positions[:, 1:] == 0, IGNORED)
-        return {
-            "input_ids": ids,
-            "position_ids": positions,
-            "attention_mask": document_mask(positions),
-            "targets": F.pad(next_ids, (0, 1), value=IGNORED),
-        }
+        return text_batch(*(self.parts[name][key][rows] for key in ("ids", "positions")))
 
     def order(self, seed: int, steps: int) -> Tensor:
         """(steps, B): the packs of every step."""
@@ -113,14 +105,14 @@ class Texts:
         return torch.from_numpy(rows).view(steps, self.sizes.batch).to(self.device)
 
 
-def dense_model(source: str, device: str) -> LlamaForCausalLM:
-    """The dense model in float32; `tiny` has random weights."""
+def dense_model(source: str, device: str, words: int = TINY_WORDS) -> LlamaForCausalLM:
+    """The dense model in float32; `tiny` has random weights, and so many words."""
     if source != "tiny":
         return sc.hub.load_dense(source, dtype=torch.float32).to(device)
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=TINY_WORDS, tie_word_embeddings=True, pad_token_id=2,
+        num_key_value_heads=2, vocab_size=words, tie_word_embeddings=True, pad_token_id=2,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(device).eval()
 

@@ -632,3 +632,18 @@ RUNNING = {
     f"{name}_sparse": dataclasses.replace(RECIPES[name], paths=("dense",), ready=choosy)
     for name in SPLITS
 }
+
+
+def layers(model: torch.nn.Module) -> list[sc.MoELayer]:
+    return [module for module in model.modules() if isinstance(module, sc.MoELayer)]
+
+
+def moved(start: str | torch.nn.Module, seed: int, size: float = 0.05, only: str = ""):
+    """A model, or a family's, after some training apart, of what has `only` in its name."""
+    model = dense(start) if isinstance(start, str) else copy.deepcopy(start)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(size * noise * (only in name))
+    return model

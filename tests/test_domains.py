@@ -11,14 +11,13 @@ from torch.nn import functional as F
 
 import sparsecraft as sc
 import tiny
-from cases import VOCAB, dense
+from cases import VOCAB, dense, layers
 from sparsecraft import reading
 from sparsecraft.analysis.report import describe
 from sparsecraft.cli import main
 from sparsecraft.domains import Domain, embed_domains
 from sparsecraft.errors import DataError, RecipeError, SparsecraftError
 from sparsecraft.init.centers import Centers
-from sparsecraft.layer import MoELayer
 from sparsecraft.sentences import embed
 
 SUBJECTS = {
@@ -27,10 +26,6 @@ SUBJECTS = {
     "cats": ["a cat sleeps in the sun", "kittens chase a red ball", "the dog barks", "milk"],
 }
 TEXTS = list(SUBJECTS.values())
-
-
-def layers(model) -> list[MoELayer]:
-    return [module for module in model.modules() if isinstance(module, MoELayer)]
 
 
 def files(folder) -> list[str]:

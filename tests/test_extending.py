@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import sparsecraft as sc
 import tiny
-from cases import EMBEDDING, FAMILIES, VOCAB, batch, dense, logits
+from cases import EMBEDDING, FAMILIES, VOCAB, batch, dense, layers, logits, moved
 from sparsecraft import cli
 from sparsecraft.errors import DataError, RecipeError, SourceError, SurgeryError
 from sparsecraft.gathering import donor_tensors
@@ -23,19 +23,6 @@ from sparsecraft.recipe import RouterSpec
 from sparsecraft.routers import build_router
 
 LANGUAGE = [name for name, family in FAMILIES.items() if family.decodes]
-
-
-def moved(family: str, seed: int, size: float = 0.05) -> torch.nn.Module:
-    """The family's model after some training apart."""
-    model, generator = dense(family), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def layers(model) -> list[MoELayer]:
-    return [module for module in model.modules() if isinstance(module, MoELayer)]
 
 
 def ids(seed: int, low: int = 3, high: int = VOCAB) -> list[torch.Tensor]:
@@ -487,12 +474,7 @@ def test_the_tokenizer_of_a_self_contained_checkpoint_is_checked(tmp_path, monke
 
 
 def dense_folder(path, seed: int) -> str:
-    model = tiny.llama()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.005 * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(path)
+    moved(tiny.llama(), seed, 0.005).save_pretrained(path)
     tiny.tokenizer().save_pretrained(path)
     return str(path)
 

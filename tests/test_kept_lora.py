@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import sparsecraft as sc
 import tiny
-from cases import FAMILIES, batch, dense, logits
+from cases import FAMILIES, batch, dense, layers, logits
 from sparsecraft.cli import main
 from sparsecraft.errors import RecipeError, SourceError
 from sparsecraft.kept_lora import largest_rank
@@ -58,10 +58,6 @@ def loras(family: str, folder: Path) -> list[str]:
 
 def wanted(model: torch.nn.Module, folder: str, inputs: dict) -> torch.Tensor:
     return logits(peft.PeftModel.from_pretrained(model, folder).eval(), inputs)
-
-
-def layers(model):
-    return [module for module in model.modules() if isinstance(module, sc.MoELayer)]
 
 
 def weigh(model: torch.nn.Module, *weights: float) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sparsecraft as sc
-from cases import EMBEDDING, FAMILIES, batch, dense, logits
+from cases import EMBEDDING, FAMILIES, batch, dense, layers, logits
 from sparsecraft.errors import RecipeError, SparsecraftError
 from sparsecraft.layer import MoELayer
 from sparsecraft.recipe import RouterSpec
@@ -29,10 +29,6 @@ def nexus(family: str = "llama", experts: int = 3, **changes) -> torch.nn.Module
     model = dense(family)
     sc.convert(model, sc.recipes.nexus(experts, embedding_dim=M, **changes))
     return model
-
-
-def layers(model) -> list[MoELayer]:
-    return [module for module in model.modules() if isinstance(module, MoELayer)]
 
 
 def plain_rows(scorer: DomainScorer) -> torch.Tensor:

@@ -11,22 +11,13 @@ import torch
 
 import sparsecraft as sc
 import tiny
-from cases import FAMILIES, batch, dense, logits
+from cases import FAMILIES, batch, dense, layers, logits, moved
 from sparsecraft.errors import RecipeError, SourceError
 from sparsecraft.layer import dense_tensors
 from sparsecraft.losses import btx_balance
 from sparsecraft.routing import Routing
 
 BTX = sc.recipes.btx(num_experts=3)
-
-
-def moved(family: str, seed: int, size: float = 0.05) -> torch.nn.Module:
-    """The family's model after some training apart."""
-    model, generator = dense(family), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def saved(model, path) -> str:
@@ -75,10 +66,6 @@ def test_experts_are_the_sources_and_the_rest_their_mean(family, on_disk, tmp_pa
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
     sc.revert(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def layers(model):
-    return [module for module in model.modules() if isinstance(module, sc.MoELayer)]
 
 
 def test_several_experts_of_each_source():

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import sparsecraft as sc
-from cases import batch, dense, logits
-from test_extending import NEW, OLD, RECIPES, extend, layers, mixture, moved, tokens
+from cases import batch, dense, layers, logits, moved
+from test_extending import NEW, OLD, RECIPES, extend, mixture, tokens
 
 pytestmark = [
     pytest.mark.gpu,

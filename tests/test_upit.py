@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import sparsecraft as sc
 import tiny
-from cases import batch, dense, logits
+from cases import batch, dense, layers, logits, moved
 from sparsecraft import buckets, cli, data, settings, training
 from sparsecraft.errors import RecipeError, SparsecraftError
 from sparsecraft.expansion import dare, expand, seed_of
@@ -30,20 +30,6 @@ from test_streaming import base, in_memory, same
 
 FAST = {"batch_size": 4, "micro_batch": 2, "max_length": 64, "log_every": 1, "progress": False}
 FFN = ("gate_proj", "up_proj", "down_proj")
-
-
-def moved(model, seed: int, size: float = 0.05, only: str = ""):
-    """The model after some training apart."""
-    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(size * noise * (only in name))
-    return model
-
-
-def layers(model) -> list[sc.MoELayer]:
-    return [module for module in model.modules() if isinstance(module, sc.MoELayer)]
 
 
 def vector(model, start) -> torch.Tensor:

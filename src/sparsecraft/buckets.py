@@ -36,22 +36,16 @@ log = logging.getLogger("sparsecraft")
 RECORD = "buckets.json"
 
 
-def check(model: nn.Module, stages: Sequence[Stage], task: str, processes: int) -> None:
+def check(model: nn.Module, stages: Sequence[Stage], task: str) -> None:
     """Refuse what cannot be dealt out, before any stage has cost anything.
 
     Raises:
-        SparsecraftError: several processes, another task than causal, or layers that cannot all
-            send a token to one expert.
+        SparsecraftError: another task than causal, or layers that cannot all send a token to one
+            expert.
     """
     for stage in stages:
         if stage.buckets is None:
             continue
-        if processes > 1:
-            raise SparsecraftError(
-                f"Stage {stage.name!r} deals rows out in one process and was started in "
-                f"{processes}; train the other stages with torchrun (--stages NAME), and this one "
-                "without."
-            )
         if task != "causal":
             raise SparsecraftError(
                 f"Stage {stage.name!r} deals rows out by the perplexity of causal language models, "

@@ -50,6 +50,10 @@ class Certificate:
     def exact(self) -> bool:
         return self.max_difference <= self.tolerance
 
+    def within(self, relative: float) -> bool:
+        """Whether the difference is at most this share of the scale, beyond what is equal."""
+        return self.max_difference <= relative * self.scale + self.tolerance
+
     def __str__(self) -> str:
         verdict = "equal" if self.exact else "different"
         compared = (

@@ -77,10 +77,8 @@ class TrainCommand(TrainOptions):
     """Cast the frozen parameters; those that train are float32."""
 
 
-def train(argv: list[str]) -> None:
-    """Train a converted model on chat, text or classification rows."""
-    command = _parse(TrainCommand, "train", argv)
-    _quiet()
+def train(command: TrainCommand, say: Callable[[str], None]) -> None:
+    """Train and save the model that a command names."""
     import torch
 
     from sparsecraft import checkpoint, training
@@ -92,23 +90,15 @@ def train(argv: list[str]) -> None:
         for parameter in model.parameters():
             if not parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.to(getattr(torch, command.dtype))
-    options = {f.name: getattr(command, f.name) for f in dataclasses.fields(TrainOptions)}
     report = training.train(
         model,
         command.data,
         command.out,
         resume=command.resume,
         overwrite=command.overwrite,
-        **options,
+        **command.of_training(),
     )
-    reasons = ("too_long", "no_trainable_token")
-    dropped = {key: report.counts[key] for key in reasons if report.counts[key]}
-    _say(
-        f"{report.steps} steps, mean loss {report.loss:.3f}, {report.seconds:.0f} s, "
-        f"{report.tokens_per_second:.0f} tokens/s."
-        + (f" Rows dropped: {dropped}." if dropped else "")
-    )
-    _say(f"Saved and read back: {command.out}")
+    say(f"{report}\nSaved and read back: {command.out}")
 
 
 def evaluate(
@@ -297,7 +287,7 @@ def demo(out: Path = Path("runs/demo"), steps: int = 60, seed: int = 0) -> None:
 VERBS: dict[str, Callable | tuple[type, Callable]] = {
     "methods": methods,
     "convert": convert,
-    "train": train,
+    "train": (TrainCommand, train),
     "eval": evaluate,
     "generate": generate,
     "chat": chat,
@@ -315,8 +305,8 @@ VERBS: dict[str, Callable | tuple[type, Callable]] = {
 
 def _run(verb: str, argv: list[str]) -> None:
     target = VERBS[verb]
-    if target in (convert, train):  # they parse their own arguments
-        target(argv)
+    if target is convert:  # whose options depend on the recipe
+        convert(argv)
     elif isinstance(target, tuple):
         options, run = target
         command = _parse(options, verb, argv)

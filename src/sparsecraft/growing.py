@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ STEPS = 100
 class ExtendCommand(TrainOptions):
     """Add a dense model as one more expert of every layer, and train shortly on new and old data.
 
-    Both kinds of data give equal parts of the rows unless --weights says otherwise.
+    It trains the recipe's last stage, unless --stages says otherwise; both kinds of data give equal
+    parts of the rows, unless --weights does.
     """
 
     folder: Positional[str]
@@ -64,56 +64,54 @@ def run_extend(command: ExtendCommand, say: Callable[[str], None]) -> None:
         raise DataError(
             "Training on the new data alone forgets the old; give --old-data, or --no-train."
         )
-    options = {f.name: getattr(command, f.name) for f in dataclasses.fields(TrainOptions)}
-    _check_untrained(command, options)
+    _check_untrained(command)
     model, tokenizer = generation.load_any(command.folder)
     new, old = (
         Domain.joined([Domain.of(path) for path in paths]) if paths else None
         for paths in (command.data, command.old_data)
     )
-    say(
-        str(
-            extend(
-                model,
-                command.expert,
-                new,
-                old,
-                tokenizer=tokenizer,
-                rows=command.rows,
-                base=command.base,
-                mix=command.mix,
-                unrelated=command.unrelated,
-                seed=command.seed,
-            )
-        )
+    extension = extend(
+        model,
+        command.expert,
+        new,
+        old,
+        tokenizer=tokenizer,
+        base=command.base,
+        rows=command.rows,
+        mix=command.mix,
+        unrelated=command.unrelated,
+        seed=command.seed,
     )
+    say(str(extension))
     if not command.train:
         checkpoint.save(model, command.out, overwrite=command.overwrite)
         return say(f"Saved and read back: {command.out}")
-    stages = model.sparsecraft.recipe.stages
-    options["stages"] = command.stages or (stages[-1].name,)
-    options["weights"] = command.weights or _equal_parts(command.data, command.old_data)
-    if command.steps is None and command.epochs is None:
-        options["steps"] = STEPS
-    data = (*command.data, *command.old_data)
     report = training.train(
         model,
-        data,
+        (*command.data, *command.old_data),
         command.out,
         resume=command.resume,
         overwrite=command.overwrite,
-        **options,
+        **command.of_training() | _defaults(command, model.sparsecraft.recipe.stages[-1].name),
     )
-    say(
-        f"{report.steps} steps, mean loss {report.loss:.3f}, {report.seconds:.0f} s.\n"
-        f"Saved and read back: {command.out}"
-    )
+    say(f"{report}\nSaved and read back: {command.out}")
 
 
-def _check_untrained(command: ExtendCommand, options: dict[str, Any]) -> None:
+def _defaults(command: ExtendCommand, stage: str) -> dict[str, Any]:
+    """What the training after an extension does where the command leaves it open."""
+    steps = STEPS if command.steps is None and command.epochs is None else command.steps
+    return {
+        "stages": command.stages or (stage,),
+        "weights": command.weights or _equal_parts(command.data, command.old_data),
+        "steps": steps,
+    }
+
+
+def _check_untrained(command: ExtendCommand) -> None:
     """Refuse options of a training that is not wanted; the seed is of `--rows reset`, too."""
-    plain = {f.name: f.default for f in dataclasses.fields(TrainOptions)}
-    told = [name for name in options if options[name] != plain[name] and name != "seed"]
+    plain = TrainOptions()
+    options = command.of_training()
+    told = [name for name in options if options[name] != getattr(plain, name) and name != "seed"]
     told += ["resume"] if command.resume else []
     if not command.train and told:
         raise SparsecraftError(

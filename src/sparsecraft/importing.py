@@ -84,7 +84,7 @@ def _import_standard(folder: Path, kind: str) -> nn.Module:
     model.generation_config = theirs.generation_config
     probes = [random_probe(model)]
     certificate = compare(outputs(theirs, probes), outputs(model, probes))
-    if certificate.max_difference > EXPORT_TOLERANCE * certificate.scale + certificate.tolerance:
+    if not certificate.within(EXPORT_TOLERANCE):
         raise CertificateError(f"The imported model differs from {str(folder)!r}: {certificate}.")
     return model
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,8 @@ def open_loras(
         SourceError: no LoRA, or tensors without a place.
     """
     _check_recipe(recipe, len(given))
-    places = _places(plan)
+    places, held = _places(plan), unique_tensors(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
     sources = []
     for folder in given:
         if not (isinstance(folder, (str, Path)) and (Path(folder) / CONFIG).is_file()):
@@ -76,9 +77,8 @@ def open_loras(
         lora = LoraFolder(Path(folder))
         lora.check_kind()
         _check_places(lora, places, recipe)
-        _check_base(model, lora, unrelated)
-        held = unique_tensors(model)
-        shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
+        if not unrelated:
+            _check_base(model, held, lora)
         sources.append(
             Source(str(folder), model.config, held.get, shapes.get, folder=lora.folder, lora=lora)
         )
@@ -204,10 +204,10 @@ def _check_ranks(recipe: Recipe, sources: Sequence[Source]) -> None:
         )
 
 
-def _check_base(model: nn.Module, lora: LoraFolder, unrelated: bool) -> None:
+def _check_base(model: nn.Module, held: Mapping[str, Tensor], lora: LoraFolder) -> None:
     """Refuse an adapter of other weights, where its base is at hand; say so where it is not."""
     named, own = lora.config.get("base_model_name_or_path"), Origin.of(model)
-    if unrelated or not named or named == getattr(model, "name_or_path", None):
+    if not named or named == getattr(model, "name_or_path", None):
         return
     theirs = Origin.find(named, lora.config.get("revision"))
     if theirs is None:
@@ -218,7 +218,6 @@ def _check_base(model: nn.Module, lora: LoraFolder, unrelated: bool) -> None:
         return
     if own is not None and own.folder == theirs.folder:
         return
-    held = unique_tensors(model)
     for path in (n.removesuffix(LORA_A) for n in lora.tensors if n.endswith(LORA_A)):
         name = f"{path}.weight"
         ours = own.tensor(model, name) if held[name].is_meta else held[name].detach().cpu()

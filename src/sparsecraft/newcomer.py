@@ -86,13 +86,14 @@ def embedding_of(
     tokenizer: Any,
 ) -> Tensor:
     """The embedding (M,) of the newcomer's domain, checked to be no other's."""
-    routers = {
-        edit.router.encoder for edit in record.recipe.edits if edit.router.scorer == "domain"
-    }
+    routers = [edit.router for edit in record.recipe.edits if edit.router.scorer == "domain"]
     if given is None:
-        encoder = routers.pop()
-        if routers:
-            raise RecipeError("Routers have several encoders; they are extended by none.")
+        encoder, *others = sorted({router.encoder for router in routers})
+        if others:
+            raise RecipeError(
+                f"The routers embed domains by {encoder!r} and {others[0]!r}; no one embedding is "
+                "for both."
+            )
         dense = _dense(model, record, base) if encoder == "self" else None
         given = embed_domains([new], encoder, dense, tokenizer=tokenizer)[0]
     scorers = [layer.router.scorer for layer in record.layers]

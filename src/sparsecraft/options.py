@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +47,10 @@ class TrainOptions:
     """What transformers reports to: tensorboard, wandb, ..."""
     progress: bool = True
     """Show a progress bar on standard error."""
+
+    def of_training(self) -> dict[str, Any]:
+        """These fields and their values, without those that a command has beside them."""
+        return {field.name: getattr(self, field.name) for field in fields(TrainOptions)}
 
 
 @dataclass(kw_only=True)

@@ -161,14 +161,17 @@ def domain_batches(
 ) -> Iterator[dict[str, Any]]:
     """The domain as model inputs, chats as the tokenizer's template has them, long rows cut; up to
     about `tokens`. None is `TOKENS` of text, and all batches."""
-    count = 0
-    if domain.batches is not None:
-        for batch in domain.batches:
-            yield batch
-            count += int(_real_tokens(batch))
-            if tokens is not None and count >= tokens:
-                return
-        return
+    batches, count = domain.batches, 0
+    if batches is None:
+        batches, tokens = _collated(model, domain, tokenizer), TOKENS if tokens is None else tokens
+    for batch in batches:
+        yield batch
+        count += _real_tokens(batch)
+        if tokens is not None and count >= tokens:
+            return
+
+
+def _collated(model: nn.Module, domain: Domain, tokenizer: Any) -> Iterator[dict[str, Any]]:
     tokenizer = tokenizer or tokenizer_of(model)
     if tokenizer is None:
         raise DataError(f"The domain {domain.name} is text; pass the model's tokenizer.")
@@ -182,15 +185,14 @@ def domain_batches(
                 raise DataError(f"A row of the domain {domain.name} has no token; leave it out.")
             features.append({"input_ids": ids, "labels": ids})
         yield collate(features, pad)
-        count += sum(len(feature["input_ids"]) for feature in features)
-        if count >= (TOKENS if tokens is None else tokens):
-            return
 
 
-def _real_tokens(batch: dict[str, Any]) -> int | Tensor:
+def _real_tokens(batch: dict[str, Any]) -> int:
     mask = batch.get("attention_mask")
-    ids = next(value for value in batch.values() if isinstance(value, Tensor))
-    return ids.shape[:2].numel() if mask is None or mask.ndim != 2 else mask.sum()
+    if mask is not None and mask.ndim == 2:
+        return int(mask.sum())
+    first = next(value for value in batch.values() if isinstance(value, Tensor))
+    return first.shape[:2].numel()
 
 
 def mixed_batches(

@@ -48,6 +48,9 @@ from sparsecraft.trainers import (
 
 log = logging.getLogger("sparsecraft")
 
+# Why rows are not trained on, among `TrainReport.counts`.
+DROPPED = ("too_long", "no_trainable_token")
+
 
 @dataclass(frozen=True, slots=True)
 class TrainReport:
@@ -68,6 +71,14 @@ class TrainReport:
     seconds: float
     tokens_per_second: float
     counts: dict[str, int]
+
+    def __str__(self) -> str:
+        dropped = {key: self.counts[key] for key in DROPPED if self.counts.get(key)}
+        return (
+            f"{self.steps} steps, mean loss {self.loss:.3f}, {self.seconds:.0f} s, "
+            f"{self.tokens_per_second:.0f} tokens/s."
+            + (f" Rows dropped: {dropped}." if dropped else "")
+        )
 
 
 def train(
@@ -133,15 +144,17 @@ def train(
 
 def _check_stages(model: nn.Module, stages: list[Stage]) -> None:
     """Refuse what a stage cannot do, before those in front of it have cost anything."""
-    buckets.check(model, stages, settings_module.task_of(model), processes())
-    fits = [stage.name for stage in stages if stage.fit is not None]
-    if fits and processes() > 1:
-        raise SparsecraftError(
-            f"Stage {fits[0]!r} fits routers in one process and was started in {processes()}; "
-            "train the other stages with torchrun (--stages NAME), and this one without."
-        )
+    for stage in stages if processes() > 1 else ():
+        if stage.fit or stage.buckets:
+            does = "fits routers" if stage.fit else "deals rows out"
+            raise SparsecraftError(
+                f"Stage {stage.name!r} {does} in one process and was started in {processes()}; "
+                "train the other stages with torchrun (--stages NAME), and this one without."
+            )
+    buckets.check(model, stages, settings_module.task_of(model))
     edits = conversion_of(model).recipe.edits
     splits = [e.experts for e in edits if isinstance(e.experts, SplitSpec)]
+    fits = any(stage.fit for stage in stages)
     if fits and any(spec.partition.startswith("coactivation") for spec in splits):
         check_metis()
 

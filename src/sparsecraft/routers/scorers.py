@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from sparsecraft.experts.base import with_one_more, without
 from sparsecraft.kernels.projections import float32_product
 from sparsecraft.recipe import RouterSpec
 
@@ -53,20 +54,17 @@ class LinearScorer(nn.Module):
     @torch.no_grad()
     def append(self, row_D: Tensor) -> None:
         """One more expert, the last, with this row. The logits of the others stay the same bits."""
-        self.weight = nn.Parameter(
-            torch.cat([self.weight, row_D[None].to(self.weight)]), self.weight.requires_grad
-        )
+        self.weight = with_one_more(self.weight, row_D)
         self.extended += 1
 
     @torch.no_grad()
     def remove(self, e: int) -> None:
         """Take expert `e` away. The logits of the others stay the same bits if it was appended, and
         but for rounding if not."""
-        rows_ED = torch.cat([self.weight[:e], self.weight[e + 1 :]])
         appended = e >= len(self.weight) - self.extended
+        self.weight = without(self.weight, e)
         # Where none is left from the start, the first that came later takes its place.
-        self.extended = min(self.extended - appended, len(rows_ED) - 1)
-        self.weight = nn.Parameter(rows_ED, self.weight.requires_grad)
+        self.extended = min(self.extended - appended, len(self.weight) - 1)
 
     def weight_rows(self) -> Tensor:
         """The matrix (E, D) whose product with a token gives its logits."""

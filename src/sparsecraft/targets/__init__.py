@@ -111,8 +111,7 @@ def export(
             write_older_tokenizer(folder)
         again = chosen.read(model, folder)
         certificate = compare(ours, outputs(again, probes))
-        allowed = EXPORT_TOLERANCE * certificate.scale + certificate.tolerance
-        if certificate.max_difference > allowed:
+        if not certificate.within(EXPORT_TOLERANCE):
             raise ExportError(
                 f"The exported {target} model differs from ours: {certificate}. Nothing was kept."
             )

@@ -6,7 +6,6 @@ in transformers v5.
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from sparsecraft.errors import ExportError
+from sparsecraft.folder import read_json, write_json
 from sparsecraft.layer import dense_tensors
 from sparsecraft.surgery import conversion_of
 from sparsecraft.targets.form import Attention, Form, attention_of, form_of
@@ -239,19 +239,19 @@ def _check_complete(exported: nn.Module, tensors: Part) -> None:
 def _write_older_names(path: Path) -> None:
     """Tell the rotary embedding also as transformers 4 and what was written for it read it: without
     `rope_theta` they would take a default, and give other logits, without a word."""
-    config = json.loads(path.read_text())
+    config = read_json(path)
     rope = dict(config["rope_parameters"])
     config["rope_theta"] = rope.pop("rope_theta")
     if rope["rope_type"] != "default":
         config["rope_scaling"] = rope
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_json(path, config)
 
 
 def write_older_tokenizer(folder: Path) -> None:
     """Call the class of a tokenizer that transformers 5 wrote as transformers 4 knows it too; to
     version 5 both are one."""
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_json(path, config)
