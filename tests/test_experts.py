@@ -14,8 +14,7 @@ from cases import dense
 from sparsecraft.donor import Linear, Site, view
 from sparsecraft.errors import DonorError, RecipeError, SparsecraftError
 from sparsecraft.experts import AdapterExperts, FFNExperts, LoRAExperts, build_experts, loop
-from sparsecraft.kernels import PATHS, choose_path
-from sparsecraft.kernels.grouped import why_not_grouped
+from sparsecraft.experts.dispatch import PATHS, choose_path, why_not_grouped
 from sparsecraft.recipe import AdapterSpec, FFNSpec, LoRASpec
 from sparsecraft.routing import Routing
 from sparsecraft.sites import find_sites

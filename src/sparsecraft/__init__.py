@@ -10,8 +10,6 @@ import importlib
 
 from sparsecraft.doors import open_doors
 
-__version__ = "0.1.0"
-
 _HOME = {
     "convert": "surgery",
     "revert": "surgery",
@@ -51,6 +49,8 @@ def __getattr__(name: str):
         return getattr(importlib.import_module(f"sparsecraft.{_HOME[name]}"), name)
     if name in _MODULES:
         return importlib.import_module(f"sparsecraft.{name}")
+    if name == "__version__":
+        return importlib.import_module("sparsecraft.recipe").VERSION
     raise AttributeError(f"module 'sparsecraft' has no attribute {name!r}")
 
 

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-import sparsecraft
 from sparsecraft import budget, cost, hub, shards
 from sparsecraft.errors import CheckpointError, HubError, SparsecraftError
 from sparsecraft.folder import (
@@ -41,7 +40,7 @@ from sparsecraft.folder import (
 from sparsecraft.layer import dense_name, dense_tensors, unique_tensors
 from sparsecraft.origin import Origin, combine, digest
 from sparsecraft.planning import plan
-from sparsecraft.recipe import FORMAT_VERSION, from_json, to_json
+from sparsecraft.recipe import FORMAT_VERSION, VERSION, from_json, to_json
 from sparsecraft.recipe import override as override_recipe
 from sparsecraft.surgery import apply, conversion_of
 
@@ -95,7 +94,7 @@ def write_rest(
     record, config = conversion_of(model), config_of(model)
     manifest = {
         "format_version": FORMAT_VERSION,
-        "sparsecraft": sparsecraft.__version__,
+        "sparsecraft": VERSION,
         "recipe": to_json(record.recipe),
         "base": origin
         and {

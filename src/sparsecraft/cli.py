@@ -19,6 +19,7 @@ from tyro.conf import Positional
 from sparsecraft import budgeting, exchange, growing
 from sparsecraft.errors import DataError, SparsecraftError, did_you_mean
 from sparsecraft.options import TrainOptions, gathered
+from sparsecraft.recipe import VERSION
 
 Paths = tuple[str, ...]
 
@@ -333,9 +334,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 0
     if argv[0] == "--version":
-        import sparsecraft
-
-        print(sparsecraft.__version__)
+        print(VERSION)
         return 0
     verb, *rest = argv
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

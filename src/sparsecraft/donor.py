@@ -156,6 +156,13 @@ class FFNSpan(nn.Module):
         return x
 
 
+def features(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a Linear or Conv1D."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return module.in_features, module.out_features
+
+
 @dataclass(frozen=True)
 class Linear:
     """A dense Linear, Conv1D or quantized Linear, or some rows of it."""
@@ -167,13 +174,11 @@ class Linear:
 
     @cached_property
     def in_features(self) -> int:
-        return self.module.nx if isinstance(self.module, Conv1D) else self.module.in_features
+        return features(self.module)[0]
 
     @cached_property
     def out_features(self) -> int:
-        if self.rows:
-            return self.rows[1]
-        return self.module.nf if isinstance(self.module, Conv1D) else self.module.out_features
+        return self.rows[1] if self.rows else features(self.module)[1]
 
     def weight(self) -> Tensor:
         """(out, in)."""

@@ -212,9 +212,23 @@ def load_dense(
     quantization (QLoRA) through bitsandbytes. `kwargs` go to `from_pretrained`. Raises HubError
     when the name does not resolve, or any weight is missing, misshapen or unreadable.
     """
+    folder = resolve(name, revision)
+    return load_model(folder, dtype, device_map, quantize, **kwargs)
+
+
+def load_model(
+    folder: Path,
+    dtype: Any = None,
+    device_map: Any = None,
+    quantize: Literal["nf4"] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The dense model of a local folder; see `load_dense`.
+
+    Raises HubError when any weight is missing, misshapen or unreadable.
+    """
     from safetensors import SafetensorError
 
-    folder = resolve(name, revision)
     cls = model_class(folder)
     if quantize is not None:
         kwargs["quantization_config"] = _nf4(quantize)

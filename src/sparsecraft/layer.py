@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -16,12 +15,11 @@ from torch import Tensor, nn
 from sparsecraft.batch import Batch
 from sparsecraft.donor import FFNSpan
 from sparsecraft.errors import SparsecraftError
-from sparsecraft.experts.attention import AttentionExperts
-from sparsecraft.experts.base import Experts, all_in_order, everyone
-from sparsecraft.experts.peft import VectorExperts
+from sparsecraft.experts.base import Experts
+from sparsecraft.experts.dispatch import PATHS
 from sparsecraft.experts.slots import slots
-from sparsecraft.experts.split import SplitExperts
-from sparsecraft.kernels.projections import is_plain, joins, project, scales_in_chunks
+from sparsecraft.fusions import faster
+from sparsecraft.places import PLACES, flat
 from sparsecraft.recipe import Place
 from sparsecraft.routers import Router
 from sparsecraft.routing import Routing
@@ -34,13 +32,7 @@ Reads = Literal["input", "decoder", "tower"]
 class MoELayer(nn.Module):
     """Stands where a dense module F stood, with its call signature.
 
-    The placements, with E the experts and w the routing weights:
-        replace   y = sum_e w_e E_e(x)
-        beside    y = F(x) + sum_e w_e E_e(x)
-        after     y = sum_e w_e E_e(F(x))
-        before    y = F(sum_e w_e E_e(x))
-        inside    y = sum_e w_e F_e(x), with F_e what expert e makes of F
-        imitate   y = F(x), and once the experts have been fitted to it, sum_e w_e E_e(x)
+    What it computes, by its place, stands in `sparsecraft.places`.
 
     The base runs once per token, whatever the number of experts. Without a router the bank's
     only expert sees every token.
@@ -81,126 +73,61 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor | None = None, *args, **kwargs) -> Tensor | tuple:
         if x is None:  # transformers calls an attention by keywords
             x = kwargs.pop("hidden_states")
-        match self.place:
-            case "replace" if isinstance(self.experts, AttentionExperts):
-                return self.experts(x, self._route(x)[0], *args, **kwargs)
-            case "imitate" if not self.imitates:
-                return self.base(x, *args, **kwargs)
-            case "imitate":
-                return self._mix_parts(x)
-            case "replace" if isinstance(self.experts, SplitExperts):
-                return self._mix_parts(x)
-            case "replace":
-                return self._mix(x, x)
-            case "inside":
-                return self._mix(x, x, base=self.base)
-            case "beside":
-                x, z_TN, scores_TE = self._project(x)
-                return self._beside(x, self.base(x, *args, **kwargs), z_TN, scores_TE)
-            case "after":
-                x, _, scores_TE = self._project(x)
-                if self._scales(x):
-                    routing, sums_to_one = self._route(x, None, scores_TE)
-                    return self.experts.after_frozen(self.base, x, routing, sums_to_one)
-                y = self.base(x, *args, **kwargs)
-                return self._on_rows(y, lambda part: self._mix(part, x, part, None, scores_TE))
-            case "before":
-                return self.base(self._mix(x, x), *args, **kwargs)
-        raise SparsecraftError(f"Unknown place {self.place!r}.")
+        fused = faster(self, x)
+        return (fused or PLACES[self.place])(self, x, *args, **kwargs)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """x for the base, and what experts and router read of it, where one product gives both."""
-        rows_NI = self.experts.rows_of_input() if self.place == "beside" else None
-        joint = type(self.router) is Router and self.router.spec.select != "slots"
-        scores_EI = self.router.scores_of_input() if joint else None
-        if not isinstance(self.base, nn.Linear) or not joins(x, rows_NI, scores_EI):
-            return x, None, None
-        return project(x, rows_NI, scores_EI, own_gradient=is_plain(self.base, nn.Linear))
+    def route(self, x: Tensor, y: Tensor | None = None, scores_TE: Tensor | None = None):
+        """The routing of every token; None where the only expert takes all of them.
 
-    def _scales(self, x: Tensor) -> bool:
-        """Whether the base and the vectors after it run as one."""
-        merged = type(self.experts) is VectorExperts and self.experts.runs_merged
-        if not merged or self.rows or self.modality or type(self.router) is not Router:
-            return False
-        return self.router.spec.reads == "input" and scales_in_chunks(
-            x, self.base, self.experts.vectors
-        )
+        Args:
+            x: the layer's input.
+            y: what the dense module made of it, where the router reads that.
+            scores_TE: what the scorer gives, where it is known.
+        """
+        if self.batch is not None:
+            self.batch.check()
+        if self.router is None and self.modality is None:
+            return None
+        if self.router is None:
+            routing = Routing.of_one(flat(x))
+        elif self.runs_whole:
+            routing = Routing.of_all(flat(x), self.experts.num_experts)
+        else:
+            read = y if self.router.spec.reads == "output" else x
+            known = () if scores_TE is None else (scores_TE,)
+            routing = self.router(read, self.batch, *known)
+        if self.modality is not None:
+            routing = routing.only(self._of_modality(x))
+        if self.tracing and self.router is not None:
+            self.routing = routing
+        return routing
 
-    def _beside(
-        self, x: Tensor, y: Tensor, z_TN: Tensor | None, scores_TE: Tensor | None
-    ) -> Tensor:
-        if self.router and self.router.spec.gates_base:
-            y = y * self.router.gate_base(x)
-        if self.router and self.router.spec.select == "slots":
-            return self._on_rows(y, lambda part: part + self._mix_slots(x).reshape(part.shape))
-        # Nobody else holds what a plain Linear has just computed: the update can be added to it.
-        in_place = not self.rows and is_plain(self.base, nn.Linear)
+    def mix(self, x: Tensor, routing: Routing | None, *args, **kwargs) -> Tensor | tuple:
+        """The experts' mixture on x."""
+        if self.experts.whole:
+            return self.experts(x, routing, *args, **kwargs)
+        self.experts.records = self.tracing and self.training
+        mixed_TO = self.experts(flat(x), routing, **kwargs)
+        if self.tracing and self.routing is routing:
+            self.routing = self.experts.noted(routing)
+        return mixed_TO.reshape(*x.shape[:-1], mixed_TO.shape[-1])
 
-        def add(part: Tensor) -> Tensor:
-            routing, sums_to_one = self._route(x, part, scores_TE)
-            part_TO = _flat(part)
-            added = self.experts.add_to(part_TO, _flat(x), routing, sums_to_one, in_place, z_TN)
-            return added.reshape(part.shape)
+    @property
+    def runs_whole(self) -> bool:
+        """Whether all parts of a split network run, unasked."""
+        return getattr(self.router, "runs", None) == "every"
 
-        return self._on_rows(y, add)
+    @property
+    def mixes_slots(self) -> bool:
+        return self.router is not None and self.router.spec.select == "slots"
 
-    def _on_rows(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    def on_rows(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """y with the output features that the layer acts on changed."""
         if self.rows is None:
             return change(y)
         start, length = self.rows
         before, part, behind = y.split([start, length, y.shape[-1] - start - length], dim=-1)
         return torch.cat([before, change(part), behind], dim=-1)
-
-    def _mix(
-        self,
-        inputs: Tensor,
-        x: Tensor,
-        y: Tensor | None = None,
-        base: nn.Module | None = None,
-        scores_TE: Tensor | None = None,
-    ) -> Tensor:
-        """The experts' mixture on `inputs`; the router reads the layer's input x or output y."""
-        routing, sums_to_one = self._route(x, y, scores_TE)
-        extra = {} if base is None else {"base": base}
-        mixed_TO = self.experts(_flat(inputs), routing, sums_to_one, **extra)
-        return mixed_TO.reshape(*inputs.shape[:-1], mixed_TO.shape[-1])
-
-    def _mix_parts(self, x: Tensor) -> Tensor:
-        """A split network: the parts that the router selects, or, unasked, all of them."""
-        x_TD, every = _flat(x), self.router is None or self.router.runs == "every"
-        self.experts.records = every and self.tracing and self.training
-        if not every and not self.tracing:
-            y_TD = self.experts.routed(x_TD, self.router.weigh)
-        else:
-            routing = None if every else self.router(x)
-            y_TD = self.experts(x_TD, routing)
-            if self.tracing and self.router is not None:
-                routing = all_in_order(x_TD, self.experts.num_experts) if every else routing
-                self.routing = replace(routing, pre_TF=self.experts.pre_TF)
-                self.experts.pre_TF = None
-        return y_TD.reshape(*x.shape[:-1], self.experts.out_features)
-
-    def _route(
-        self, x: Tensor, y: Tensor | None = None, scores_TE: Tensor | None = None
-    ) -> tuple[Routing | None, bool]:
-        """The routing of every token, and whether its weights are known to sum to one."""
-        if self.batch is not None:
-            self.batch.check()
-        if self.router is None and self.modality is None:
-            return None, False
-        if self.router is None:
-            routing, sums_to_one = everyone(_flat(x)), True
-        else:
-            read = y if self.router.spec.reads == "output" else x
-            known = () if scores_TE is None else (scores_TE,)
-            routing = self.router(read, self.batch, *known)
-            sums_to_one = self.router.spec.sums_to_one
-        if self.modality is not None:
-            weights_TK = routing.weights_TK * self._of_modality(x).reshape(-1, 1)
-            routing, sums_to_one = replace(routing, weights_TK=weights_TK), False
-        if self.tracing and self.router is not None:
-            self.routing = routing
-        return routing, sums_to_one
 
     def _of_modality(self, x: Tensor) -> Tensor:
         """Which tokens the layer acts on, (B, S); tokens that no mask tells of are text."""
@@ -214,10 +141,10 @@ class MoELayer(nn.Module):
         told = self.batch is not None and self.reads == "input"
         return self.batch.tokens(name, x) if told else None
 
-    def _mix_slots(self, x: Tensor) -> Tensor:
+    def mix_slots(self, x: Tensor) -> Tensor:
         """Soft MoE's dispatch and combine over the tokens of each sequence that may be mixed."""
         x_BSI = self.batch.sequences(x)
-        routing, _ = self._route(x_BSI)
+        routing = self.route(x_BSI)
         mixed_BS = self._mask("prefix_mask" if self.causal else "attention_mask", x_BSI)
         if self.modality is not None and not (self.causal and mixed_BS is None):
             own_BS = self._of_modality(x_BSI)
@@ -236,16 +163,12 @@ class MoELayer(nn.Module):
         return f"place={self.place!r}"
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
 def set_dispatch(model: nn.Module, path: str) -> None:
     """Make every bank of experts in `model` run by one path, such as loop, or auto."""
-    from sparsecraft.kernels import PATHS
-
-    if path not in ("auto", *PATHS):
-        raise SparsecraftError(f"Unknown dispatch {path!r}; known: auto, {', '.join(PATHS)}.")
+    if path not in ("auto", "gather", *PATHS):
+        raise SparsecraftError(
+            f"Unknown dispatch {path!r}; known: auto, {', '.join((*PATHS, 'gather'))}."
+        )
     for module in model.modules():
         if isinstance(module, Experts):
             module.dispatch = path

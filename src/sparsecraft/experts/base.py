@@ -7,31 +7,14 @@ M first-layer features, H hidden features after the activation (M = 2H when gate
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from sparsecraft.experts.dispatch import PATHS, choose_path
+from sparsecraft.kernels.two_layer import TwoLayer
 from sparsecraft.routing import Routing
-
-
-@dataclass(frozen=True, slots=True)
-class TwoLayer:
-    """The form that the fast paths understand: scale * second(activate(first(x))).
-
-    A residual bank adds x.
-    """
-
-    first_EMI: Tensor
-    second_EOH: Tensor
-    activate: Callable[[Tensor], Tensor]
-    first_bias_EM: Tensor | None = None
-    second_bias_EO: Tensor | None = None
-    scale: float = 1.0
-    input_dropout: float = 0.0
-    output_dropout: float = 0.0
 
 
 class Experts(nn.Module, ABC):
@@ -46,6 +29,7 @@ class Experts(nn.Module, ABC):
             always the cheapest way; see `sparsecraft.kernels.merged`.
         dense_tokens: up to this many tokens, `auto` computes all experts at once; small banks
             set it, because fewer launches are worth more there than fewer multiplications.
+        whole: the bank takes whole sequences and all that the dense module is called with.
     """
 
     num_experts: int
@@ -54,6 +38,8 @@ class Experts(nn.Module, ABC):
     residual: bool = False
     merges: bool = False
     dense_tokens: int = 0
+    whole: bool = False
+    records: bool = False
 
     @property
     def runs_merged(self) -> bool:
@@ -68,43 +54,19 @@ class Experts(nn.Module, ABC):
         """The bank's tensors in `dtype` for the fast paths; None if it has no such form."""
         return None
 
-    def rows_of_input(self) -> Tensor | None:
-        """The matrix (N, I) whose product with each token is all that `add_to` reads of it, if it
-        is; a caller may compute it together with other products."""
-        return None
-
-    def forward(
-        self, x_TI: Tensor, routing: Routing | None = None, sums_to_one: bool = False
-    ) -> Tensor:
+    def forward(self, x_TI: Tensor, routing: Routing | None = None) -> Tensor:
         """Mix the experts' outputs, y_TO = sum_k w_k expert_k(x).
 
         Args:
             routing: None for a single expert that needs no router.
-            sums_to_one: the weights of every token are known to sum to one, so that a residual
-                expert's `x` passes through exactly.
         """
         if routing is None:
             return self.expert(0, x_TI)
-        from sparsecraft.kernels import PATHS, choose_path
+        return PATHS[choose_path(self, x_TI, routing)](self, x_TI, routing)
 
-        return PATHS[choose_path(self, x_TI, routing)](self, x_TI, routing, sums_to_one)
-
-    def add_to(
-        self,
-        y_TO: Tensor,
-        x_TI: Tensor,
-        routing: Routing | None = None,
-        sums_to_one: bool = False,
-        in_place: bool = False,
-        z_TN: Tensor | None = None,
-    ) -> Tensor:
-        """y_TO plus the mixture on x_TI.
-
-        Args:
-            in_place: y_TO belongs to nobody else, and a kind may write to it.
-            z_TN: x_TI times `rows_of_input`, where it is known.
-        """
-        return y_TO + self(x_TI, routing, sums_to_one)
+    def noted(self, routing: Routing) -> Routing:
+        """The routing of the latest pass, with what losses read of the bank itself."""
+        return routing
 
 
 class CopiedExperts(Experts):
@@ -148,36 +110,3 @@ def copies(tensor: Tensor, count: int) -> nn.Parameter:
     # In one layout from the start: a GEMM on GPT-2's transposed weights rounds differently.
     tensor = tensor.detach().contiguous()
     return nn.Parameter(tensor.clone()[None] if count == 1 else tensor.expand(count, *tensor.shape))
-
-
-def everyone(x_TI: Tensor) -> Routing:
-    """The routing of a bank without router: its only expert sees every token, with weight one."""
-    ones_T1 = x_TI.new_ones(x_TI.shape[0], 1, dtype=torch.float32)
-    return Routing(ones_T1, torch.zeros_like(ones_T1, dtype=torch.long), torch.zeros_like(ones_T1))
-
-
-def all_in_order(x_TI: Tensor, num_experts: int) -> Routing:
-    """The routing of a split network that runs whole: every expert, with weight one."""
-    ones_TE = x_TI.new_ones(x_TI.shape[0], num_experts, dtype=torch.float32)
-    experts_E = torch.arange(num_experts, device=x_TI.device)
-    indices_TE = experts_E.expand_as(ones_TE)
-    return Routing(ones_TE, indices_TE, torch.zeros_like(ones_TE), in_order=True)
-
-
-def loop(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = False) -> Tensor:
-    """The specification: one expert at a time, on the tokens that chose it.
-
-    Where the weights are known to sum to one, sum_k w_k (x + A_k) is computed as
-    x + sum_k w_k ((x + A_k) - x), so that x passes through without rounding.
-    """
-    passes = bank.residual and sums_to_one
-    y_TO = x_TI if passes else x_TI.new_zeros(x_TI.shape[0], bank.out_features)
-    for e in range(bank.num_experts):
-        tokens, slots = torch.where(routing.indices_TK == e)
-        if tokens.numel() == 0:
-            continue
-        weight = routing.weights_TK[tokens, slots, None].to(x_TI.dtype)
-        x = x_TI[tokens]
-        y = bank.expert(e, x) - x if passes else bank.expert(e, x)
-        y_TO = y_TO.index_add(0, tokens, (y * weight).to(y_TO.dtype))
-    return y_TO

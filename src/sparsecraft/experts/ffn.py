@@ -17,7 +17,8 @@ from transformers.activations import ReLUSquaredActivation
 
 from sparsecraft.donor import FFN
 from sparsecraft.errors import RecipeError
-from sparsecraft.experts.base import CopiedExperts, TwoLayer, copies, with_one_more, without
+from sparsecraft.experts.base import CopiedExperts, copies, with_one_more, without
+from sparsecraft.kernels.two_layer import TwoLayer
 from sparsecraft.recipe import FFNSpec
 
 

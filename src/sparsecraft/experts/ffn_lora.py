@@ -51,7 +51,6 @@ class FFNLoRAExperts(Experts):
         self,
         x_TI: Tensor,
         routing: Routing | None = None,
-        sums_to_one: bool = False,
         base: nn.Module | None = None,
     ) -> Tensor:
         if routing is None:
@@ -64,7 +63,7 @@ class FFNLoRAExperts(Experts):
         first = []
         for name, bank in self._first():
             shared_TF = self._part(base, name)(x_TI)
-            first.append(bank.add_to(shared_TF.repeat_interleave(K, dim=0), x_NI, chosen))
+            first.append(self._added(bank, shared_TF.repeat_interleave(K, dim=0), x_NI, chosen))
         hidden_NF = self._hidden(base, *first)
         chosen_TK = routing.indices_TK < self.num_experts
         weights_TK = routing.weights_TK.to(hidden_NF.dtype) * chosen_TK
@@ -72,10 +71,16 @@ class FFNLoRAExperts(Experts):
         down = self._part(base, "down")
         y_TO = down(weighted_NF.reshape(T, K, -1).sum(1))
         bias = getattr(down, "bias", None)
-        if bias is not None and not sums_to_one:
+        if bias is not None and not routing.sums_to_one:
             y_TO = y_TO + (weights_TK.sum(1, keepdim=True) - 1) * bias
         y_TO = y_TO + self.down(weighted_NF, chosen).reshape(T, K, -1).sum(1)
         return F.dropout(y_TO, self.output_dropout, self.training)
+
+    @staticmethod
+    def _added(bank: LoRAExperts, y_NO: Tensor, x_NI: Tensor, chosen: Routing) -> Tensor:
+        if bank.runs_merged:
+            return bank.added(y_NO, x_NI, chosen.weights_TE())
+        return y_NO + bank(x_NI, chosen)
 
     def _loop(self, x_TI: Tensor, routing: Routing, base: nn.Module) -> Tensor:
         weights_TE = routing.weights_TE().to(x_TI.dtype)

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from sparsecraft.errors import RecipeError, did_you_mean
-from sparsecraft.experts.base import Experts, TwoLayer
+from sparsecraft.experts.base import Experts
 from sparsecraft.kernels.mixtures import mix_lora, mix_vectors
-from sparsecraft.kernels.projections import ScaledLinear
+from sparsecraft.kernels.two_layer import TwoLayer
 from sparsecraft.recipe import AdapterSpec, LoRASpec, VectorSpec
 from sparsecraft.routing import Routing
 
@@ -62,6 +62,7 @@ class AdapterExperts(Experts):
             activate=self.activation,
             scale=self.scale,
             input_dropout=self.dropout if self.training else 0.0,
+            residual=True,
         )
 
 
@@ -107,33 +108,26 @@ class LoRAExperts(Experts):
             input_dropout=self.dropout if self.training else 0.0,
         )
 
-    def merged(self, x_TI: Tensor, weights_TE: Tensor, sums_to_one: bool = False) -> Tensor:
-        return self._mixed(x_TI, weights_TE)
+    def merged(self, x_TI: Tensor, routing: Routing) -> Tensor:
+        return self.added(None, x_TI, routing.weights_TE())
 
-    def rows_of_input(self) -> Tensor | None:
-        if (self.dropout and self.training) or not self.runs_merged:
-            return None
-        return self.lora_A.flatten(0, 1)
-
-    def add_to(
-        self, y_TO, x_TI, routing=None, sums_to_one=False, in_place=False, z_TN=None
-    ) -> Tensor:
-        if routing is None:
-            return self._mixed(x_TI, None, y_TO, in_place, z_TN)
-        if self.runs_merged:
-            return self._mixed(x_TI, routing.weights_TE(), y_TO, in_place, z_TN)
-        return super().add_to(y_TO, x_TI, routing, sums_to_one)
-
-    def _mixed(
+    def added(
         self,
+        y_TO: Tensor | None,
         x_TI: Tensor,
         weights_TE: Tensor | None,
-        onto: Tensor | None = None,
-        in_place: bool = False,
         z_TN: Tensor | None = None,
+        in_place: bool = False,
     ) -> Tensor:
+        """y_TO plus the mixture on x_TI.
+
+        Args:
+            weights_TE: None for a single expert with weight one.
+            z_TN: all A's rows times x_TI, where they are known.
+            in_place: y_TO belongs to nobody else, and may be written to.
+        """
         return mix_lora(
-            x_TI, weights_TE, self.lora_A, self.lora_B, self.scale, onto=onto, in_place=in_place,
+            x_TI, weights_TE, self.lora_A, self.lora_B, self.scale, onto=y_TO, in_place=in_place,
             input_dropout=self.dropout if self.training else 0.0, z_TN=z_TN,
         )  # fmt: skip
 
@@ -159,15 +153,13 @@ class VectorExperts(Experts):
     def expert(self, e: int, x: Tensor) -> Tensor:
         return x * self.vectors[e].to(x.dtype)
 
-    def forward(
-        self, x_TO: Tensor, routing: Routing | None = None, sums_to_one: bool = False
-    ) -> Tensor:
+    def forward(self, x_TO: Tensor, routing: Routing | None = None) -> Tensor:
         heads = 1 if routing is None else len(routing.indices_TK) // len(x_TO)
         if heads > 1 and not self.runs_merged:
-            return self._by_head(heads, x_TO, routing, sums_to_one)
-        return super().forward(x_TO, routing, sums_to_one)
+            return self._by_head(heads, x_TO, routing)
+        return super().forward(x_TO, routing)
 
-    def _by_head(self, heads: int, x_TO: Tensor, routing: Routing, sums_to_one: bool) -> Tensor:
+    def _by_head(self, heads: int, x_TO: Tensor, routing: Routing) -> Tensor:
         """The same by one bank for each head."""
         T, columns = len(x_TO), []
         parts = zip(x_TO.chunk(heads, dim=1), self.vectors.chunk(heads, dim=1), strict=True)
@@ -175,20 +167,14 @@ class VectorExperts(Experts):
             one = Routing(
                 *(t.reshape(T, heads, -1)[:, head] for t in (
                     routing.weights_TK, routing.indices_TK, routing.logits_TE,
-                ))
+                )),
+                sums_to_one=routing.sums_to_one,
             )  # fmt: skip
             bank = copy.copy(self)
             bank._parameters = {"vectors": vectors_EV}
             bank.out_features = vectors_EV.shape[1]
-            columns.append(bank(x_TV, one, sums_to_one))
+            columns.append(bank(x_TV, one))
         return torch.cat(columns, dim=1)
 
-    def merged(self, x_TO: Tensor, weights_TE: Tensor, sums_to_one: bool = False) -> Tensor:
-        return mix_vectors(x_TO, weights_TE, self.vectors, sums_to_one)
-
-    def after_frozen(
-        self, base: nn.Linear, x: Tensor, routing: Routing, sums_to_one: bool = False
-    ) -> Tensor:
-        """The mixture on base(x), merged, in less memory."""
-        weights_SE = routing.weights_TE()
-        return ScaledLinear.apply(x, base.weight, base.bias, weights_SE, self.vectors, sums_to_one)
+    def merged(self, x_TO: Tensor, routing: Routing) -> Tensor:
+        return mix_vectors(x_TO, routing.weights_TE(), self.vectors, routing.sums_to_one)

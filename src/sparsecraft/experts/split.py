@@ -11,6 +11,7 @@ matrix where it has a gate (its rows come first), else 1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from torch.nn import functional as F
 
 from sparsecraft.donor import FFN, Linear
 from sparsecraft.errors import RecipeError, SparsecraftError
-from sparsecraft.experts.base import Experts, loop
+from sparsecraft.experts.base import Experts
+from sparsecraft.experts.dispatch import loop
 from sparsecraft.kernels import split
 from sparsecraft.kernels.fused import usable
 from sparsecraft.kernels.product import needs_grad
@@ -102,11 +104,9 @@ class SplitExperts(Experts):
             hidden = hidden - self.mean[e].to(x.dtype)
         return hidden @ self.down[e].to(x.dtype)
 
-    def forward(
-        self, x_TD: Tensor, routing: Routing | None = None, sums_to_one: bool = False
-    ) -> Tensor:
+    def forward(self, x_TD: Tensor, routing: Routing | None = None) -> Tensor:
         """y_TD; every expert with weight one where there is no routing."""
-        if routing is None:
+        if routing is None or routing.every:
             return F.dropout(self._every(x_TD), self.output_dropout, self.training)
         if self.dispatch == "loop":
             y_TD, constant_D = loop(self, x_TD, routing), self._constant()
@@ -152,6 +152,10 @@ class SplitExperts(Experts):
                         "gather or grouped."
                     )
         return F.dropout(y_TD, self.output_dropout, self.training)
+
+    def noted(self, routing: Routing) -> Routing:
+        pre_TF, self.pre_TF = self.pre_TF, None
+        return replace(routing, pre_TF=pre_TF)
 
     def net(self, dtype: torch.dtype, whole: bool = False) -> SplitNet:
         """The bank's tensors in `dtype`, for `sparsecraft.kernels.split`.

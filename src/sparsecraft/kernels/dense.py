@@ -11,19 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecraft.experts.base import Experts
-from sparsecraft.kernels.grouped import add_residual, compute_dtype
-from sparsecraft.routing import Routing
+from sparsecraft.kernels.grouped import add_residual
+from sparsecraft.kernels.two_layer import TwoLayer
 
 
-def dense(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = False) -> Tensor:
+def dense(net: TwoLayer, x_TI: Tensor, weights_TE: Tensor, sums_to_one: bool) -> Tensor:
     """Two batched GEMMs over all E experts."""
-    x_TI = x_TI.to(compute_dtype(x_TI))
-    net = bank.two_layer(x_TI.dtype)
-    num_experts = bank.num_experts
-    weights_TE = routing.weights_TE()
-
-    x_ETI = x_TI.expand(num_experts, *x_TI.shape)
+    x_ETI = x_TI.expand(net.E, *x_TI.shape)
     if net.input_dropout:
         x_ETI = F.dropout(x_ETI, net.input_dropout)
     hidden_ETM = torch.bmm(x_ETI, net.first_EMI.transpose(-2, -1))
@@ -36,4 +30,4 @@ def dense(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = Fal
         y_ETO = F.dropout(y_ETO, net.output_dropout)
     weights_ET1 = weights_TE.t().mul(net.scale).to(x_TI.dtype)[..., None]
     y_TO = (y_ETO * weights_ET1).sum(0)
-    return add_residual(y_TO, x_TI, weights_TE, sums_to_one) if bank.residual else y_TO
+    return add_residual(y_TO, x_TI, weights_TE, sums_to_one) if net.residual else y_TO

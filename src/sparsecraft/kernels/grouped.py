@@ -12,21 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecraft.experts.base import Experts
 from sparsecraft.kernels.fused import combine, plan
-from sparsecraft.routing import Routing
+from sparsecraft.kernels.two_layer import TwoLayer
 
 # grouped_mm wants every row to start on a 16-byte boundary.
 ALIGNMENT_BYTES = 16
 
 
-def why_not_grouped(bank: Experts, x_TI: Tensor) -> str | None:
-    """The reason why `grouped` cannot run this bank on these tokens, or None."""
-    # In the bank's own dtype: only shapes are read here, and a cast would copy the bank.
-    net = bank.two_layer(next(bank.parameters()).dtype)
-    if net is None:
-        return f"{type(bank).__name__} has no two-layer form"
-    if are_views(bank):
+def why_not_grouped(net: TwoLayer, x_TI: Tensor) -> str | None:
+    """The reason why `grouped` cannot run these experts on these tokens, or None."""
+    if net.E > 1 and net.second_EOH.stride(0) == 0:
         return "the experts are views of one tensor, which grouped_mm does not take"
     return why_no_product(x_TI, (*net.first_EMI.shape[1:], *net.second_EOH.shape[1:]))
 
@@ -44,28 +39,22 @@ def why_no_product(x: Tensor, widths: Iterable[int]) -> str | None:
     return None
 
 
-def are_views(bank: Experts) -> bool:
-    """Whether the experts are still copies that share one tensor's memory."""
-    return bank.num_experts > 1 and any(p.stride(0) == 0 for p in bank.parameters())
-
-
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that F.linear would compute in; grouped_mm itself ignores autocast."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def grouped(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = False) -> Tensor:
+def grouped(
+    net: TwoLayer, x_TI: Tensor, weights_TK: Tensor, indices_TK: Tensor, sums_to_one: bool
+) -> Tensor:
     """Two grouped GEMMs; the base model's own tensors are never repeated K times."""
-    x_TI = x_TI.to(compute_dtype(x_TI))
-    net = bank.two_layer(x_TI.dtype)
-    num_experts, K = bank.num_experts, routing.indices_TK.shape[1]
+    num_experts, K = net.E, indices_TK.shape[1]
 
     # "No expert" slots go to the last expert with weight zero: rows beyond the last offset would
     # be left uninitialized by grouped_mm, and a compaction would need a host synchronization.
-    filled_TK = routing.indices_TK < num_experts
-    weights_TK = routing.weights_TK * filled_TK
-    expert_TK = routing.indices_TK.clamp(max=num_experts - 1)
+    weights_TK = weights_TK * (indices_TK < num_experts)
+    expert_TK = indices_TK.clamp(max=num_experts - 1)
     ends_E, order_S, slot_TK = plan(expert_TK, num_experts)
     scaled_TK = weights_TK if net.scale == 1.0 else weights_TK * net.scale
     weight_S1 = _Permute.apply(scaled_TK.flatten(), order_S, slot_TK)[:, None].to(x_TI.dtype)
@@ -80,7 +69,7 @@ def grouped(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = F
         hidden_SM = hidden_SM + net.first_bias_EM[expert_S]
     hidden_SH = net.activate(hidden_SM)
     # Weigh on the narrower side: the mixing weight commutes with the second product.
-    early = hidden_SH.shape[-1] < bank.out_features and net.second_bias_EO is None
+    early = hidden_SH.shape[-1] < net.O and net.second_bias_EO is None
     y_SO = F.grouped_mm(
         hidden_SH * weight_S1 if early else hidden_SH,
         net.second_EOH.transpose(-2, -1),
@@ -91,10 +80,10 @@ def grouped(bank: Experts, x_TI: Tensor, routing: Routing, sums_to_one: bool = F
     if net.output_dropout:
         y_SO = F.dropout(y_SO, net.output_dropout)
     y_SO = y_SO if early else y_SO * weight_S1
-    if bank.residual and sums_to_one:
+    if net.residual and sums_to_one:
         return _Combine.apply(y_SO, x_TI, order_S, slot_TK, K)
     y_TO = _Combine.apply(y_SO, None, order_S, slot_TK, K)
-    return add_residual(y_TO, x_TI, weights_TK, sums_to_one) if bank.residual else y_TO
+    return add_residual(y_TO, x_TI, weights_TK, sums_to_one) if net.residual else y_TO
 
 
 def add_residual(y_TO: Tensor, x_TO: Tensor, weights_TK: Tensor, sums_to_one: bool) -> Tensor:

@@ -37,7 +37,9 @@ class FrozenRouter(nn.Module):
         T, E = x.numel() // per_row, len(self.weights_E)
         weights_TE = self.weights_E.to(x.device).expand(T, E)
         indices_E = torch.arange(E, device=x.device)
-        return Routing(weights_TE, indices_E.expand(T, E), torch.zeros_like(weights_TE))
+        indices_TE = indices_E.expand(T, E)
+        known = self.spec.sums_to_one
+        return Routing(weights_TE, indices_TE, torch.zeros_like(weights_TE), known)
 
 
 @contextmanager

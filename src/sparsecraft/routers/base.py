@@ -48,10 +48,11 @@ class Router(nn.Module):
         if self.spec.decides in ("sequence", "sentence"):
             logits = self._for_tokens(logits, x, batch)
         if batch is not None and batch.expert_ids is not None:
-            return _told(batch.expert_ids, logits)
+            return _told(batch.expert_ids, logits, self.spec.sums_to_one)
         weights_TK, indices_TK = self.select(logits)
         in_order = self.spec.select not in ("top_k", "sample")
-        return Routing(weights_TK, indices_TK, logits, in_order=in_order)
+        sums_to_one = self.spec.sums_to_one
+        return Routing(weights_TK, indices_TK, logits, sums_to_one, in_order)
 
     def scores_of_input(self) -> Tensor | None:
         """The matrix (E, D) whose product with each token of the layer's input is all that the
@@ -124,7 +125,7 @@ class Router(nn.Module):
         return f"select={self.spec.select}, top_k={self.spec.top_k}, decides={self.spec.decides}"
 
 
-def _told(expert_ids: Tensor, logits_TE: Tensor) -> Routing:
+def _told(expert_ids: Tensor, logits_TE: Tensor, sums_to_one: bool) -> Routing:
     """Every token at the expert that the batch names, with weight one.
 
     Raises:
@@ -136,4 +137,4 @@ def _told(expert_ids: Tensor, logits_TE: Tensor) -> Routing:
             "routed; pass one expert for each token (batch, positions)."
         )
     indices_T1 = expert_ids.reshape(-1, 1).to(logits_TE.device, torch.long)
-    return Routing(torch.ones_like(logits_TE[:, :1]), indices_T1, logits_TE)
+    return Routing(torch.ones_like(logits_TE[:, :1]), indices_T1, logits_TE, sums_to_one)

@@ -19,6 +19,7 @@ from sparsecraft.errors import ExportError, did_you_mean
 from sparsecraft.folder import EXPORT_RECORD, MANIFEST, replacing, write_companions, write_json
 from sparsecraft.surgery import conversion_of
 from sparsecraft.targets.architectures import Granite, Mixtral, Qwen2Moe, Qwen3Moe
+from sparsecraft.targets.form import form_of
 from sparsecraft.targets.peft import PeftTarget
 from sparsecraft.targets.standard import Standard, write_older_tokenizer
 
@@ -56,9 +57,18 @@ def plan(model: nn.Module) -> list[Prospect]:
     """
     prospects = []
     for name, target in TARGETS.items():
-        reason = target.why_not(model)
+        reason = why_not(model, target)
         prospects.append(Prospect(name, reason, () if reason else tuple(target.lint(model))))
     return prospects
+
+
+def why_not(model: nn.Module, target: Standard | PeftTarget) -> str | None:
+    """The reason why the model has no exact form in `target`, with the targets that are exact."""
+    reason, form = target.why_not(model), form_of(model)
+    if reason is None or target not in STANDARD.values() or isinstance(form, str):
+        return reason
+    exact = [name for name, other in STANDARD.items() if other.why_not(model) is None]
+    return f"{reason} Exact: {', '.join(exact) or 'no standard form; sc.save keeps it'}."
 
 
 def check_name(target: str) -> None:
@@ -97,7 +107,7 @@ def export(
         raise ExportError(
             f"{out} holds a checkpoint, which an export would replace; choose another."
         )
-    if reason := chosen.why_not(model):
+    if reason := why_not(model, chosen):
         raise ExportError(f"This model has no exact form as {target}: {reason}")
     tensors = chosen.to_target(model)
     size = sum(t.numel() * t.element_size() for t in tensors.values())

@@ -95,18 +95,9 @@ class Standard(ABC):
         return part
 
     def why_not(self, model: nn.Module) -> str | None:
-        """The reason why the model has no exact form here, with the targets that are exact."""
-        from sparsecraft.targets import STANDARD
-
+        """The reason why the model has no exact form here; None if it has."""
         form = form_of(model)
-        if isinstance(form, str):
-            return form
-        attention = attention_of(model.config)
-        reason = self.lacks(form, attention)
-        if reason is None:
-            return None
-        exact = [t.name for t in STANDARD.values() if t.lacks(form, attention) is None]
-        return f"{reason} Exact: {', '.join(exact) or 'no standard form; sc.save keeps it'}."
+        return form if isinstance(form, str) else self.lacks(form, attention_of(model.config))
 
     def form(self, model: nn.Module) -> tuple[Form, Attention]:
         """The model's mixture and attention.

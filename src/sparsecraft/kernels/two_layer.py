@@ -1,0 +1,35 @@
+"""The form that the fast paths of whole experts understand.
+
+Shapes: E experts, I input features, O output features, M first-layer features, H hidden features
+after the activation (M = 2H when gated).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TwoLayer:
+    """scale * second(activate(first(x))), for a residual bank plus x."""
+
+    first_EMI: Tensor
+    second_EOH: Tensor
+    activate: Callable[[Tensor], Tensor]
+    first_bias_EM: Tensor | None = None
+    second_bias_EO: Tensor | None = None
+    scale: float = 1.0
+    input_dropout: float = 0.0
+    output_dropout: float = 0.0
+    residual: bool = False
+
+    @property
+    def E(self) -> int:
+        return self.first_EMI.shape[0]
+
+    @property
+    def O(self) -> int:  # noqa: E743
+        return self.second_EOH.shape[1]
