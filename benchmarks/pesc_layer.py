@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparsecraft.experts import AdapterExperts
-from sparsecraft.kernels import PATHS
+from sparsecraft.experts.dispatch import PATHS
 from sparsecraft.layer import MoELayer
 from sparsecraft.recipe import AdapterSpec, RouterSpec
 from sparsecraft.routers import build_router

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sparsecraft.experts import AdapterExperts, LoRAExperts, VectorExperts, loop
-from sparsecraft.kernels import PATHS, choose_path, vectors
+from sparsecraft.experts.dispatch import PATHS, choose_path, vectors
 from sparsecraft.kernels.mixtures import mix_lora, mix_vectors, mix_vectors_torch
 from sparsecraft.kernels.projections import float32_product
 from sparsecraft.layer import MoELayer
