@@ -17,8 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsecraft import data, hub
-from sparsecraft.encoding import IGNORED
+from sparsecraft.data.encoding import IGNORED, encode, pad_id
+from sparsecraft.data.rows import load_choices
+from sparsecraft.dense import hub
+from sparsecraft.dense.loading import load_tokenizer
 
 LENGTH = 512
 # Whole datasets that training never sees, one of each kind of task, and how many rows of each.
@@ -103,7 +105,7 @@ def shared(rows: list[dict], train: list[dict]) -> float:
 
 # ------------------------------------------------------------------ documents
 def document(row: dict, tokenizer) -> dict | None:
-    found = data.encode(row, tokenizer, LENGTH)
+    found = encode(row, tokenizer, LENGTH)
     if found is None:
         return None
     size = len(found["input_ids"])
@@ -125,7 +127,7 @@ def tree(row: dict, tokenizer, first: int) -> dict | None:
     for number, choice in enumerate(row["choices"]):
         turns = [("user", row["prompt"]), ("assistant", choice)]
         messages = [{"role": role, "content": content} for role, content in turns]
-        found = data.encode({"messages": messages}, tokenizer, LENGTH)
+        found = encode({"messages": messages}, tokenizer, LENGTH)
         if found is None:
             return None
         ids = found["input_ids"]
@@ -150,7 +152,7 @@ def choices(folder: Path, tokenizer) -> tuple[list[dict], list[dict], Counter]:
     documents, questions, dropped = [], [], Counter()
     total = 0
     for task in TASKS:
-        for row in data.load_choices(folder / f"{task}.jsonl.gz"):
+        for row in load_choices(folder / f"{task}.jsonl.gz"):
             found = tree(row, tokenizer, total)
             if found is None:
                 dropped[task] += 1
@@ -211,7 +213,7 @@ def stand_in(texts: list[str]) -> np.ndarray:
 def encoder(name: str) -> Callable[[list[str]], np.ndarray]:
     if name == "none":
         return stand_in
-    from sparsecraft.sentences import embed
+    from sparsecraft.data.sentences import embed
 
     return lambda texts: embed(texts).float().cpu().numpy()
 
@@ -233,7 +235,7 @@ def main() -> None:
     parser.add_argument("--encoder", default="minilm", help="`none`: random vectors, for a trial")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    tokenizer = hub.load_tokenizer(hub.resolve(args.model))
+    tokenizer = load_tokenizer(hub.resolve(args.model))
     folder = args.data / "instruct"
     parts = split(read(folder / "general.train.jsonl.gz"), args.seed)
     for name in ("general", "math", "code"):
@@ -246,10 +248,10 @@ def main() -> None:
         if name == "unseen":
             facts["datasets"] = [dataset_of(row) for row, _ in kept]
         facts[name] = {"rows": len(own), "kept": len(kept)}
-        new = arrays([doc for _, doc in kept], prompts, data.pad_id(tokenizer))
+        new = arrays([doc for _, doc in kept], prompts, pad_id(tokenizer))
         out |= {f"{name}/{key}": value for key, value in new.items()}
     documents, facts["choice"], dropped = choices(args.data / "choice", tokenizer)
-    new = arrays(documents, prompts, data.pad_id(tokenizer))
+    new = arrays(documents, prompts, pad_id(tokenizer))
     out |= {f"choice/{key}": value for key, value in new.items()}
     facts |= {"choice_dropped": dropped, "encoder": args.encoder, "prompts": len(prompts)}
     out |= quantized(encoder(args.encoder)(list(prompts)))

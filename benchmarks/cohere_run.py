@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sparsecraft as sc
-from sparsecraft.analysis.routing import first_choices_E, load_entropy, mutual_information
-from sparsecraft.batch import sentence_width
-from sparsecraft.encoding import IGNORED
-from sparsecraft.layer import matches
+from sparsecraft.data.encoding import IGNORED
+from sparsecraft.evaluation.routing import first_choices_E, load_entropy, mutual_information
+from sparsecraft.moe.context import sentence_width
+from sparsecraft.surgery.trainable import matches
 
 BATCH = 16
 

@@ -14,7 +14,7 @@ from quality_data import Packs, step_rows, training_steps
 from quality_scores import accuracies
 from torch import Tensor
 
-from sparsecraft.encoding import IGNORED
+from sparsecraft.data.encoding import IGNORED
 
 PARTS = ("held_out", "unseen", "general", "math", "code")
 SEEDS = (0, 1, 2)

@@ -25,12 +25,14 @@ from report import measure_and_write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsecraft.experts import LoRAExperts, VectorExperts
-from sparsecraft.kernels.mixtures import mix_vectors
 from sparsecraft.kernels.projections import float32_product
-from sparsecraft.layer import MoELayer
-from sparsecraft.recipe import LoRASpec, RouterSpec, VectorSpec
-from sparsecraft.routers import build_router
+from sparsecraft.kernels.vectors import mix_vectors
+from sparsecraft.moe.experts.lora import LoRAExperts
+from sparsecraft.moe.experts.vector import VectorExperts
+from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.routers.build import build_router
+from sparsecraft.recipe.experts import LoRASpec, VectorSpec
+from sparsecraft.recipe.routers import RouterSpec
 
 HERE = Path(__file__).parent
 INPUTS = 4  # inputs in rotation

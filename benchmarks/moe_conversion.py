@@ -25,7 +25,7 @@ from pathlib import Path
 
 from report import markdown, measure_and_write
 
-from sparsecraft import hub
+from sparsecraft.dense import hub
 
 HERE = Path(__file__).parent
 EXPERTS = (4, 8)
@@ -43,8 +43,8 @@ def synthetic_llama(folder: Path) -> None:
     import torch
     import transformers
 
-    from sparsecraft import shards
-    from sparsecraft.tensorfile import Lazy
+    from sparsecraft.checkpoint import shards
+    from sparsecraft.checkpoint.tensorfile import Lazy
 
     config = transformers.LlamaConfig(
         vocab_size=128256,

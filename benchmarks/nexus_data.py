@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 from split_data import DOMAINS, packs, plain, read
 
-from sparsecraft import hub
-from sparsecraft.domains import embed_domains
-from sparsecraft.reading import Domain
+from sparsecraft.conversion.domains.domain import Domain
+from sparsecraft.conversion.domains.router_starts import embed_domains
+from sparsecraft.dense import hub
+from sparsecraft.dense.loading import load_tokenizer
 
 TRAIN_PACKS = 2400  # of each domain
 
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("nexus.npz"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    tokenizer = hub.load_tokenizer(hub.resolve("smollm2"))
+    tokenizer = load_tokenizer(hub.resolve("smollm2"))
     out: dict[str, np.ndarray] = {}
     domains = []
     for name in DOMAINS:

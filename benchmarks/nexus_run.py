@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsecraft as sc
-from sparsecraft.encoding import IGNORED
-from sparsecraft.layer import MoELayer
-from sparsecraft.losses import auxiliary_loss
+from sparsecraft.data.encoding import IGNORED
+from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.losses import auxiliary_loss
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsecraft import data, hub
-from sparsecraft.encoding import IGNORED
+from sparsecraft.data.batches import collate
+from sparsecraft.data.encoding import IGNORED, encode, pad_id
+from sparsecraft.data.prepare import prepare
+from sparsecraft.data.rows import load_choices
+from sparsecraft.dense import hub
+from sparsecraft.dense.loading import load_tokenizer
 
 LENGTH = 512
 DOMAINS = ("general", "math", "code")
@@ -26,7 +30,7 @@ def arrays(packs: list[dict], pad: int) -> dict[str, np.ndarray]:
     """What a step needs, (N, S): ids, positions that restart per document, and two masks."""
     # A full pack goes along so that all are padded to LENGTH, and is dropped again.
     full = {"input_ids": [pad] * LENGTH, "labels": [IGNORED] * LENGTH, "seq_lengths": [LENGTH]}
-    batch = data.collate([*packs, full], pad, packed=True)
+    batch = collate([*packs, full], pad, packed=True)
     batch = {key: tensor[:-1].numpy() for key, tensor in batch.items()}
     return {
         "ids": batch["input_ids"].astype(np.uint16),
@@ -38,7 +42,7 @@ def arrays(packs: list[dict], pad: int) -> dict[str, np.ndarray]:
 
 def choice_rows(path: Path, tokenizer) -> tuple[list[dict], list[dict]]:
     """One document per choice, and per question what is needed to score it."""
-    rows = data.load_choices(path)
+    rows = load_choices(path)
     rows = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), CHOICE_ROWS)).astype(int)]
     documents, questions = [], []
     for row in rows:
@@ -46,7 +50,7 @@ def choice_rows(path: Path, tokenizer) -> tuple[list[dict], list[dict]]:
         for choice in row["choices"]:
             turns = [("user", row["prompt"]), ("assistant", choice)]
             messages = [{"role": role, "content": text} for role, text in turns]
-            encoded.append(data.encode({"messages": messages}, tokenizer, LENGTH))
+            encoded.append(encode({"messages": messages}, tokenizer, LENGTH))
         if None in encoded:
             continue  # longer than a pack
         first = len(documents)
@@ -87,22 +91,20 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    tokenizer = hub.load_tokenizer(hub.resolve(args.model))
-    pad = data.pad_id(tokenizer)
+    tokenizer = load_tokenizer(hub.resolve(args.model))
+    pad = pad_id(tokenizer)
     out: dict[str, np.ndarray] = {}
     facts: dict[str, object] = {}
     options = {"max_length": LENGTH, "packing": True, "seed": args.seed}
 
     folder = args.data / "instruct"
     files = [folder / f"{domain}.train.jsonl.gz" for domain in DOMAINS]
-    packs, facts["train"] = data.prepare(files, tokenizer, **options)
+    packs, facts["train"] = prepare(files, tokenizer, **options)
     parts = {"train": list(packs)}
     for domain in DOMAINS:
-        packs, facts[domain] = data.prepare(
-            folder / f"{domain}.valid.jsonl.gz", tokenizer, **options
-        )
+        packs, facts[domain] = prepare(folder / f"{domain}.valid.jsonl.gz", tokenizer, **options)
         parts[domain] = list(packs)
-    packs, facts["gsm8k"] = data.prepare(folder / "gsm8k.test.jsonl.gz", tokenizer, **options)
+    packs, facts["gsm8k"] = prepare(folder / "gsm8k.test.jsonl.gz", tokenizer, **options)
     parts["gsm8k"] = list(packs)
     documents, questions = [], []
     for task in TASKS:

@@ -26,7 +26,8 @@ from report import markdown, measure_and_write
 from torch import Tensor
 from torch.nn import functional
 
-from sparsecraft.init import balanced_kmeans, inertia, random_partition
+from sparsecraft.moe.init.balanced import balanced_kmeans, inertia
+from sparsecraft.moe.init.partition import random_partition
 
 HERE = Path(__file__).parent
 LARGE = "drawn, F=14336 D=4096 E=448"
@@ -45,7 +46,7 @@ def rows(name: str, seed: int) -> Tensor:
     if name.startswith("SmolLM2"):
         from safetensors import safe_open
 
-        from sparsecraft import hub
+        from sparsecraft.dense import hub
 
         with safe_open(Path(hub.resolve("smollm2")) / "model.safetensors", "pt") as weights:
             rows_FD = weights.get_tensor("model.layers.10.mlp.gate_proj.weight").float()

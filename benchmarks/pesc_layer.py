@@ -25,12 +25,13 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from sparsecraft.experts import AdapterExperts
-from sparsecraft.experts.dispatch import PATHS
-from sparsecraft.layer import MoELayer
-from sparsecraft.recipe import AdapterSpec, RouterSpec
-from sparsecraft.routers import build_router
-from sparsecraft.routing import Routing
+from sparsecraft.moe.experts.adapter import AdapterExperts
+from sparsecraft.moe.experts.dispatch import PATHS
+from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.routers.build import build_router
+from sparsecraft.moe.routing import Routing
+from sparsecraft.recipe.experts import AdapterSpec
+from sparsecraft.recipe.routers import RouterSpec
 
 HERE = Path(__file__).parent
 TOKENS = (1, 16, 2048, 8192)

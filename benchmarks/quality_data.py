@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecraft.encoding import IGNORED
+from sparsecraft.data.encoding import IGNORED
 
 
 class Packs:

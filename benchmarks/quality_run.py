@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsecraft as sc
-from sparsecraft.encoding import IGNORED
-from sparsecraft.losses import auxiliary_loss
+from sparsecraft.data.encoding import IGNORED
+from sparsecraft.moe.losses import auxiliary_loss
 
 DOMAINS = ("general", "math", "code")
 BATCH = 24

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecraft.analysis.routing import load_entropy, mutual_information
-from sparsecraft.routing import Routing
+from sparsecraft.evaluation.routing import load_entropy, mutual_information
+from sparsecraft.moe.routing import Routing
 
 
 def select(routing: Routing, index: Tensor) -> Routing:

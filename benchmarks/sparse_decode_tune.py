@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from sparse_decode import SHAPES, captured, random_net, turn
 
-from sparsecraft.kernels import selection, split_triton
+from sparsecraft.kernels.selection import active
+from sparsecraft.kernels.split_triton import gather
 
 
 def grid(**options: tuple) -> list[dict]:
@@ -59,13 +60,13 @@ def tune(names: list[str]) -> dict[str, list]:
         for T, share in CASES[tokens]:
             weights = [(torch.rand(T, width // m, device="cuda") < share).float() for _ in nets]
             inputs.append(([torch.randn(T, D, device="cuda").bfloat16() for _ in nets], weights))
-            used.append([selection.active(w) for w in weights])
+            used.append([active(w) for w in weights])
         for config in [None, *TUNED[name]]:
             chosen = {} if config is None else {side: config}
             times = []
             for (xs, weights), lists in zip(inputs, used, strict=True):
                 layers = [
-                    lambda x, n=n, w=w, u=u, c=chosen: split_triton.gather(n, x, w, u, c)
+                    lambda x, n=n, w=w, u=u, c=chosen: gather(n, x, w, u, c)
                     for n, w, u in zip(nets, weights, lists, strict=True)
                 ]
                 try:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import sparsecraft as sc
-from sparsecraft.recipe import Recipe, override
+from sparsecraft.recipe.overrides import override
+from sparsecraft.recipe.recipe import Recipe
 
 r = sc.recipes
 # Shares of the neurons, by which a curve is drawn. Controls are measured at fewer.

@@ -23,13 +23,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparsecraft as sc
-from sparsecraft import budget, fitting
-from sparsecraft.cost import split_flops
-from sparsecraft.encoding import IGNORED
+from sparsecraft.data.encoding import IGNORED
 from sparsecraft.errors import SparsecraftError
-from sparsecraft.init.partition import random_partition
-from sparsecraft.routers import Gate
-from sparsecraft.routers.split import targets
+from sparsecraft.moe.cost import split_flops
+from sparsecraft.moe.init.partition import random_partition
+from sparsecraft.moe.routers.gate import Gate
+from sparsecraft.moe.routers.part_scorers import targets
+from sparsecraft.surgery.budget import set_budget, split_layers
+from sparsecraft.training.fit.capture import capture
+from sparsecraft.training.fit.fit import captured_masses
 
 LEAST = 1e-4  # thresholds below it are all the same to a curve
 
@@ -52,7 +54,7 @@ class Meter:
     """Shares of the experts that run, by layer, over all real tokens that it has seen."""
 
     def __init__(self, model):
-        self.layers = budget.split_layers(model)
+        self.layers = split_layers(model)
         self.sums = dict.fromkeys(self.layers, 0.0)
         self.tokens = 0
 
@@ -112,7 +114,7 @@ def evaluate(model, texts: Texts, routed: bool = True) -> dict:
 
 def vary(model, variant: Variant, seed: int) -> None:
     """Put another router, rule or partition into a copy of an arm's model, in place."""
-    for number, layer in enumerate(budget.split_layers(model).values()):
+    for number, layer in enumerate(split_layers(model).values()):
         bank, before = layer.experts, layer.router
         if variant.random:
             neurons_EM = random_partition(bank.neurons.numel(), bank.num_experts, seed + number)
@@ -133,7 +135,7 @@ def thresholds(select: str) -> list[float]:
 
 def calibrate(model, share_now: Callable[[], float]) -> list[tuple[float, float]]:
     """(share, threshold) by ascending share, as measured on text apart."""
-    gates = [layer.router for layer in budget.split_layers(model).values()]
+    gates = [layer.router for layer in split_layers(model).values()]
     found: dict[float, float] = {}
     for threshold in thresholds(gates[0].spec.select):
         for gate in gates:
@@ -147,15 +149,15 @@ def curve(
 ) -> list[dict]:
     """Points of one curve, `score()` at every budget, the recipe's own rule first where it has a
     threshold; what a rule cannot reach is left out, and `missing` says why."""
-    gate = next(iter(budget.split_layers(model).values())).router
+    gate = next(iter(split_layers(model).values())).router
     by_count = gate.spec.select == "top_k"
-    budget.set_budget(model, None)
+    set_budget(model, None)
     points = [] if by_count else [{"budget": NATURAL} | score()]
     running = model.sparsecraft.running
     running.calibration[:] = [] if by_count else calibrate(model, share_now)
     for share in shares:
         try:
-            budget.set_budget(model, share)
+            set_budget(model, share)
         except SparsecraftError as error:
             points.append({"budget": share, "missing": str(error)})
             continue
@@ -167,14 +169,14 @@ def curve(
 def masses(model, batches, masks, tokens: int) -> dict[str, dict]:
     """Captured mass at 20 % and 50 %, on text that no router was fitted to: means over layers, and
     in how many of them oracle >= router >= similarity >= chance."""
-    layers = budget.split_layers(model)
+    layers = split_layers(model)
     with tempfile.TemporaryDirectory() as folder:
-        inputs = fitting.capture(model, layers, batches, tokens, masks, Path(folder))
+        inputs = capture(model, layers, batches, tokens, masks, Path(folder))
     names, found = ("oracle", "router", "similarity", "chance"), {}
     wanted = {n: targets(layer.experts, inputs[n], layer.router.spec.target)
               for n, layer in layers.items()}  # fmt: skip
     for share in (0.2, 0.5):
-        each = [fitting.captured_masses(layer, inputs[n], wanted[n], share)
+        each = [captured_masses(layer, inputs[n], wanted[n], share)
                 for n, layer in layers.items()]  # fmt: skip
         values = [[layer[f"mass_{name}"] for name in names] for layer in each]
         ordered = sum(all(a >= b for a, b in itertools.pairwise(v)) for v in values)
@@ -188,8 +190,8 @@ def measure_arm(name: str, training: str, weights, texts: Texts, seed: int) -> d
     start = time.perf_counter()
     model, report = split(name, training, weights, texts, seed)
     row = {"split_s": round(time.perf_counter() - start, 1), "fit_s": report.get("seconds")}
-    budget.set_budget(model, 1.0)
-    layer = next(iter(budget.split_layers(model).values()))
+    set_budget(model, 1.0)
+    layer = next(iter(split_layers(model).values()))
     row |= {
         "whole": evaluate(model, texts, routed=False),
         "experts": layer.experts.num_experts,

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsecraft import hub
+from sparsecraft.dense import hub
+from sparsecraft.dense.loading import load_tokenizer
 
 LENGTH = 512
 DOMAINS = ("general", "math", "code")
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     folder = args.data / "instruct"
-    tokenizer = hub.load_tokenizer(hub.resolve("smollm2"))
+    tokenizer = load_tokenizer(hub.resolve("smollm2"))
     train = [row for name in DOMAINS for row in read(folder / f"{name}.train.jsonl.gz")]
     random.Random(args.seed).shuffle(train)
     out: dict[str, np.ndarray] = {}
@@ -106,7 +107,7 @@ def main() -> None:
         prompts += [own[:PROMPT_LENGTH] for own in found if len(own) > 2 * PROMPT_LENGTH][:PROMPTS]
     random.Random(args.seed).shuffle(prompts)
     out["prompts"] = np.array(prompts[:PROMPTS], dtype=np.uint16)
-    encoder = hub.load_tokenizer(hub.resolve("minilm"))
+    encoder = load_tokenizer(hub.resolve("minilm"))
     out |= encoder_arrays(read(folder / "general.train.jsonl.gz"), encoder, args.seed)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(args.out, **out)

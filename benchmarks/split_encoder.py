@@ -38,10 +38,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsecraft as sc
-from sparsecraft import budget, fitting
-from sparsecraft.losses import auxiliary_loss
-from sparsecraft.recipe import Recipe, override
-from sparsecraft.surgery import set_trainable
+from sparsecraft.moe.losses import auxiliary_loss
+from sparsecraft.recipe.overrides import override
+from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.surgery.budget import run, set_budget, split_layers
+from sparsecraft.surgery.trainable import set_trainable
+from sparsecraft.training.fit import fit as fitting
+from sparsecraft.training.staging import begin_stage, end_stage
 
 BATCH = 512
 FIT_TOKENS = 32_768
@@ -204,7 +207,7 @@ def stage_loss(model, batch, wanted_PD: Tensor, stage, factor: float) -> Tensor:
 
 def teach(model, stage, texts: EncoderTexts, judge: Judge, lr: float, steps: int, arm, seed: int):
     """One gradient stage: AdamW, 5 % warm-up, then linear to zero."""
-    budget.begin_stage(model, stage)
+    begin_stage(model, stage)
     set_trainable(model, stage.trains)
     model.train()
     optimizer = torch.optim.AdamW(_groups(model, stage, (lr, lr * arm.router)))
@@ -224,7 +227,7 @@ def teach(model, stage, texts: EncoderTexts, judge: Judge, lr: float, steps: int
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    budget.end_stage(model, stage)
+    end_stage(model, stage)
     model.requires_grad_(False).eval()
 
 
@@ -239,7 +242,7 @@ def taught(start: nn.Module, arm: EncoderArm, texts, judge: Judge, args) -> tupl
         for number, stage in enumerate(stages):
             steps = args.steps or STEPS
             teach(model, stage, texts, judge, lr, steps // len(stages), arm, number)
-        budget.run(model, "every" if stages[-1].runs == "every" else "sparse")
+        run(model, "every" if stages[-1].runs == "every" else "sparse")
         near = embed(model, texts.batches(texts.some(CALIBRATION_TEXTS, 3, "train")))
         rows = texts.some(CALIBRATION_TEXTS, 3, "train").to(near.device)
         tried[lr] = round((near * judge.dense_PD[rows]).sum(-1).mean().item(), 4)
@@ -280,7 +283,7 @@ def _arm(name: str, arm: EncoderArm, dense, texts: EncoderTexts, judge: Judge, a
     sc.convert(model, override(recipe, changes), certify=False)
     model, facts = taught(model, arm, texts, judge, args)
     model.sparsecraft.recipe = recipe
-    for layer in budget.split_layers(model).values():
+    for layer in split_layers(model).values():
         layer.experts.spec = recipe.edits[0].experts
     report = {"tokens": 0}
     for stage in (stage for stage in recipe.stages if stage.fit):
@@ -289,13 +292,13 @@ def _arm(name: str, arm: EncoderArm, dense, texts: EncoderTexts, judge: Judge, a
         train = texts.some(len(texts), 1, "train")
         shuffled = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
         report = fitting.fit(model, texts.batches(shuffled), spec, masks=real)
-        budget.end_stage(model, stage)
+        end_stage(model, stage)
     model.eval()
     batches = texts.batches(texts.some(MASS_TEXTS, 2, "test"))
-    layer = next(iter(budget.split_layers(model).values()))
+    layer = next(iter(split_layers(model).values()))
     row = {"experts": layer.experts.num_experts, "fit_tokens": report["tokens"], "training": facts,
            "masses": masses(model, batches, real, 1 << 20), "curves": {}}  # fmt: skip
-    budget.set_budget(model, 1.0)
+    set_budget(model, 1.0)
     row["whole"] = judge(model, routed=False)
     few = texts.some(CALIBRATION_TEXTS, 3, "train")
 

@@ -28,14 +28,17 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsecraft as sc
-from sparsecraft import budget, fitting
-from sparsecraft.encoding import IGNORED
-from sparsecraft.init.balanced import balanced_kmeans
-from sparsecraft.init.banks import first_rows
-from sparsecraft.layer import matches
-from sparsecraft.losses import auxiliary_loss
-from sparsecraft.recipe import Recipe, Stage, override
-from sparsecraft.surgery import set_trainable
+from sparsecraft.data.encoding import IGNORED
+from sparsecraft.moe.init.balanced import balanced_kmeans
+from sparsecraft.moe.init.banks import first_rows
+from sparsecraft.moe.losses import auxiliary_loss
+from sparsecraft.recipe.overrides import override
+from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.recipe.stages import Stage
+from sparsecraft.surgery.budget import split_layers
+from sparsecraft.surgery.trainable import matches, set_trainable
+from sparsecraft.training.fit.fit import fit
+from sparsecraft.training.staging import begin_stage, end_stage
 
 DOMAINS = ("general", "math", "code")
 WARMUP = 0.05
@@ -150,7 +153,7 @@ def loss_of(model, batch, stage: Stage | None, factor: float = 1.0) -> tuple[Ten
 def run_stage(model, stage: Stage | None, texts: Texts, rows: Tensor, rates) -> dict:
     """Train one stage: AdamW, 5 % warm-up, then linear to zero, gradients of length 1 at most."""
     if stage is not None:
-        budget.begin_stage(model, stage)
+        begin_stage(model, stage)
         set_trainable(model, stage.trains)
     else:
         model.requires_grad_(True)
@@ -173,7 +176,7 @@ def run_stage(model, stage: Stage | None, texts: Texts, rows: Tensor, rates) -> 
         optimizer.zero_grad(set_to_none=True)
     found = {key: round(value.item(), 4) for key, value in parts.items()}
     if stage is not None:
-        budget.end_stage(model, stage)
+        end_stage(model, stage)
     model.requires_grad_(False).eval()
     return found | {"seconds": round(time.perf_counter() - start, 1), "steps": steps}
 
@@ -210,7 +213,7 @@ class Partitions:
         sc.convert(model, override(recipe, changes), certify=False, seed=seed)
         if not changes:
             return
-        banks = [layer.experts for layer in budget.split_layers(model).values()]
+        banks = [layer.experts for layer in split_layers(model).values()]
         path = self.folder / f"clusters-{weights}-{seed}-{wanted[0].num_experts}.pt"
         if not path.exists():
             torch.save(self._cluster(banks, seed), path)
@@ -263,7 +266,7 @@ def objective(name: str, dense, texts: Texts, lr: float, sizes: Sizes) -> dict:
     stage = gradient_stages(recipe)[0]
     facts = run_stage(model, stage, texts, texts.order(0, sizes.search_steps), rates_of(name, lr))
     if stage is not None:
-        budget.begin_stage(model, stage)
+        begin_stage(model, stage)
     model.train()  # activations are recorded in training only
     with torch.no_grad():
         batches = texts.batches("dev", sizes.batch)
@@ -277,13 +280,13 @@ def pass_stages(model, texts: Texts, stages: Iterable[Stage], seed: int) -> dict
     of the last fit."""
     report: dict = {}
     for stage in stages:
-        budget.begin_stage(model, stage)
+        begin_stage(model, stage)
         if stage.fit is not None:
             spec = dataclasses.replace(stage.fit, tokens=texts.sizes.fit_tokens)
             start = time.perf_counter()
-            report = fitting.fit(model, fit_batches(texts, "fit"), spec, masks=every, seed=seed)
+            report = fit(model, fit_batches(texts, "fit"), spec, masks=every, seed=seed)
             report["seconds"] = round(time.perf_counter() - start, 1)
-        budget.end_stage(model, stage)
+        end_stage(model, stage)
     return report
 
 
@@ -299,7 +302,7 @@ def every(model, batch):
 
 def dense_of(model, dense) -> LlamaForCausalLM:
     """A dense model with the weights of a trained split one; ReLU is put in again by the stage."""
-    layers = budget.split_layers(model)
+    layers = split_layers(model)
     if not layers:
         return model
     own = {name: value for name, value in model.state_dict().items()

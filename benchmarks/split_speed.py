@@ -20,9 +20,9 @@ from split_curves import Meter, evaluate
 from torch import Tensor, nn
 
 import sparsecraft as sc
-from sparsecraft import budget
 from sparsecraft.errors import SparsecraftError
-from sparsecraft.recipe import override
+from sparsecraft.recipe.overrides import override
+from sparsecraft.surgery.budget import restore, set_budget, split_layers, state_of
 
 BUDGETS = (0.25, 0.5)
 NEW = {"cpu": 32, "cuda": 64}  # tokens of each prompt
@@ -32,7 +32,7 @@ REPEATS = 3
 def keep(folder: Path, name: str, model: nn.Module) -> None:
     """Save a model of `run` for `speed`: tensors, and how it runs."""
     state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
-    how = None if name == "dense" else budget.state_of(model)
+    how = None if name == "dense" else state_of(model)
     torch.save((state, how), folder / f"keep-{name}.pt")
 
 
@@ -48,7 +48,7 @@ def kept(folder: Path, name: str, dense: nn.Module) -> nn.Module:
         sc.convert(model, override(recipe(), {"experts.partition": "contiguous"}), certify=False)
     model.load_state_dict(state)
     if how:
-        budget.restore(model, how)
+        restore(model, how)
     return model.eval()
 
 
@@ -184,14 +184,14 @@ def share_while_generating(model: nn.Module, prompts: list[Tensor], count: int) 
 
 def settings(model: nn.Module) -> list[float | None]:
     """The budgets that a model can take, its own rule among them."""
-    layers = budget.split_layers(model)
+    layers = split_layers(model)
     if not layers:
         return [1.0]
     found: list[float | None] = []
     by_count = next(iter(layers.values())).router.spec.select == "top_k"
     for share in (*([] if by_count else [None]), *BUDGETS):
         try:
-            budget.set_budget(model, share)
+            set_budget(model, share)
             found.append(share)
         except SparsecraftError as error:
             print(f"budget {share}: {error}", flush=True)
@@ -207,7 +207,7 @@ def measure(worker) -> None:
     for name, model in models.items():
         for share in settings(model):
             if ":" in name:
-                budget.set_budget(model, share)
+                set_budget(model, share)
             quality[name, share] = evaluate(model, worker.texts, routed=":" in name)
     kinds = {"cuda": torch.bfloat16, "cpu": torch.float32}
     for device in worker.args.devices or (["cuda", "cpu"] if worker.device == "cuda" else ["cpu"]):
@@ -233,7 +233,7 @@ def measure(worker) -> None:
 def _one(worker, row: dict, model: nn.Module, prompts: list, count: int, ways) -> None:
     split = ":" in row["model"]
     if split:
-        budget.set_budget(model, row["budget"])
+        set_budget(model, row["budget"])
         if row["budget"] != 1:
             row["share"] = share_while_generating(model, prompts[:2], count)
     for way in ways:

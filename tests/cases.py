@@ -21,7 +21,7 @@ import transformers
 import sparsecraft as sc
 from reference import splitting
 from reference.papers import camelidae_parameters, lora_parameters
-from sparsecraft.budget import set_budget, split_layers
+from sparsecraft.surgery.budget import set_budget, split_layers
 
 VOCAB, D, F, HEADS, KV_HEADS, LAYERS, POSITIONS = 96, 32, 48, 4, 2, 2, 64
 E, K, H, R, G = 4, 2, 16, 4, 2
@@ -273,7 +273,7 @@ def logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Ten
 
 def randomize_new(model: torch.nn.Module, std: float = 0.1, seed: int = 3) -> None:
     """Move every new parameter away from its start, so that experts differ and adapters act."""
-    from sparsecraft.layer import dense_name
+    from sparsecraft.moe.names import dense_name
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

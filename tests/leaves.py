@@ -7,7 +7,8 @@ from torch import nn
 
 import sparsecraft as sc
 from cases import batch, dense, randomize_new
-from sparsecraft.layer import MoELayer, set_dispatch
+from sparsecraft.moe.experts.base import set_dispatch
+from sparsecraft.moe.layer import MoELayer
 
 # Roles of `reference/installed.py`.
 ALL = ("query", "key", "value", "output", "gate", "up", "down")

@@ -11,7 +11,11 @@ import transformers
 import cases
 import sparsecraft as sc
 from sparsecraft.errors import DonorError, MergeError, RecipeError
-from sparsecraft.recipe import AttentionSpec, Edit, Recipe, RouterSpec, Stage
+from sparsecraft.recipe.edits import Edit
+from sparsecraft.recipe.experts import AttentionSpec
+from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.stages import Stage
 
 N = 3
 FAMILIES = {
@@ -150,7 +154,7 @@ def test_revert_gives_the_dense_model_back():
 
 
 def test_the_losses_leave_the_attention_routers_out():
-    from sparsecraft.trainers import _counts
+    from sparsecraft.training.trainers import _counts
 
     model = build("llama")
     sc.convert(model, sc.recipes.bam(N))

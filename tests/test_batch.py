@@ -14,8 +14,8 @@ import transformers
 
 import cases
 import sparsecraft as sc
-from sparsecraft.batch import Batch
 from sparsecraft.errors import SparsecraftError, SurgeryError
+from sparsecraft.moe.context import Batch
 
 ENCODERS = pytest.mark.parametrize("family", ["bert", "t5"])
 CAUSAL = pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])

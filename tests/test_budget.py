@@ -14,14 +14,24 @@ from torch.utils.flop_counter import FlopCounterMode
 import cases
 import sparsecraft as sc
 import tiny
-from sparsecraft import budget, cost
-from sparsecraft.analysis.loads import Source, ffn_flops, model_flops, observe
-from sparsecraft.analysis.thresholds import Search, critical
-from sparsecraft.budget import Running, set_budget, split_layers, threshold_of
 from sparsecraft.errors import DataError, SparsecraftError
+from sparsecraft.evaluation.budget.loads import Source, ffn_flops, model_flops, observe
+from sparsecraft.evaluation.budget.thresholds import Search, critical
 from sparsecraft.kernels.selection import select
-from sparsecraft.layer import set_dispatch
-from sparsecraft.recipe import RouterSpec, SplitSpec
+from sparsecraft.moe import cost
+from sparsecraft.moe.experts.base import set_dispatch
+from sparsecraft.recipe.experts import SplitSpec
+from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.surgery.budget import (
+    Running,
+    set_budget,
+    share_of,
+    split_layers,
+    state_of,
+    threshold_of,
+    unchanged,
+)
+from sparsecraft.training.staging import begin_stage, end_stage, staged
 
 E = 8
 RECIPES = {
@@ -44,7 +54,7 @@ def made(model, seed: int = 3):
             for parameter in layer.router.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.5)
     for stage in model.sparsecraft.recipe.stages:
-        budget.end_stage(model, stage)
+        end_stage(model, stage)
     return model
 
 
@@ -149,8 +159,8 @@ def test_thresholds_between_two_points_lie_on_the_line():
     points = [(0.2, 0.9), (0.4, 0.5), (0.8, 0.1)]
     assert threshold_of(0.4, points) == 0.5 and threshold_of(0.8, points) == 0.1
     assert threshold_of(0.3, points) == pytest.approx(0.7)
-    assert budget.share_of(0.7, points) == pytest.approx(0.3)
-    assert budget.share_of(0.95, points) is None and budget.share_of(0.5, []) is None
+    assert share_of(0.7, points) == pytest.approx(0.3)
+    assert share_of(0.95, points) is None and share_of(0.5, []) is None
 
 
 def test_the_recipes_rule_has_the_share_that_was_calibrated_for_its_threshold():
@@ -166,13 +176,13 @@ def test_unchanged_gives_budget_thresholds_and_calibration_back():
     running = model.sparsecraft.running
     running.calibration = [(0.2, 0.8), (0.6, 0.4)]
     set_budget(model, 0.3)
-    before = budget.state_of(model), gates(model)[0].threshold
-    with pytest.raises(KeyError), budget.unchanged(model):
+    before = state_of(model), gates(model)[0].threshold
+    with pytest.raises(KeyError), unchanged(model):
         running.calibration.append((0.7, 0.1))
         set_budget(model, 1.0)
         gates(model)[0].threshold = 0.123
         raise KeyError
-    assert (budget.state_of(model), gates(model)[0].threshold) == before
+    assert (state_of(model), gates(model)[0].threshold) == before
     assert gates(model)[0].runs == "sparse"
 
 
@@ -325,10 +335,10 @@ def test_calibrate_by_top_k_follows_the_formula():
 )
 def test_targets_out_of_reach_are_refused_before_anything_changes(name, target, said):
     model = split(RECIPES[name]())
-    before = budget.state_of(model)
+    before = state_of(model)
     with pytest.raises(SparsecraftError, match=said):
         sc.calibrate(model, tokens(), target_flops=target)
-    assert budget.state_of(model) == before
+    assert state_of(model) == before
 
 
 def test_a_target_that_the_data_does_not_give_says_what_it_gives(monkeypatch):
@@ -336,11 +346,11 @@ def test_a_target_that_the_data_does_not_give_says_what_it_gives(monkeypatch):
     for gate in gates(model):  # all scores alike: all experts or none
         gate.scorer.weight.data.zero_()
         gate.scorer.bias.data.zero_()
-    before = budget.state_of(model)
+    before = state_of(model)
     monkeypatch.setattr(Search, "threshold_at", lambda self, place: 0.4)
     with pytest.raises(SparsecraftError, match=r"The target is 0\.5 and the least .* is 1\.\d+"):
         sc.calibrate(model, tokens(), target_flops=0.5)
-    assert budget.state_of(model) == before and gates(model)[0].threshold == 0.5
+    assert state_of(model) == before and gates(model)[0].threshold == 0.5
 
 
 def test_untrained_routers_are_not_calibrated():
@@ -399,7 +409,7 @@ def test_a_calibration_is_saved_and_loaded(tmp_path):
     sc.save(loaded, tmp_path / "between")
     assert sc.load(tmp_path / "between").sparsecraft.running.budget == between
     # Training again changes the weights that the thresholds are of.
-    budget.end_stage(loaded, loaded.sparsecraft.recipe.stages[0])
+    end_stage(loaded, loaded.sparsecraft.recipe.stages[0])
     assert running.calibration == [] and running.budget is None
 
 
@@ -423,7 +433,7 @@ def test_an_untrained_split_warns_before_it_is_saved(tmp_path, caplog):
         assert "by its recipe's rule" in caplog.messages[0]
         caplog.clear()
         for stage in model.sparsecraft.recipe.stages:
-            budget.end_stage(model, stage)
+            end_stage(model, stage)
         sc.save(model, tmp_path / "made")
         assert not caplog.messages
 
@@ -442,11 +452,11 @@ def test_a_calibration_does_not_outlive_its_rule(tmp_path):
 
 def test_a_measured_share_gives_its_own_threshold():
     points = [(0.497, 0.30), (0.4995, 0.29), (0.9, 0.1)]
-    assert budget.threshold_of(0.4995, points) == 0.29
-    assert budget.threshold_of(0.494, points) == 0.30  # as it was printed
-    assert budget.threshold_of(0.904, points) == 0.1
+    assert threshold_of(0.4995, points) == 0.29
+    assert threshold_of(0.494, points) == 0.30  # as it was printed
+    assert threshold_of(0.904, points) == 0.1
     with pytest.raises(SparsecraftError, match="lies outside"):
-        budget.threshold_of(0.49, points)
+        threshold_of(0.49, points)
 
 
 def test_a_failed_stage_leaves_the_share_as_it_was():
@@ -454,7 +464,7 @@ def test_a_failed_stage_leaves_the_share_as_it_was():
     sc.calibrate(model, tokens(), target_flops=0.7)
     before = [gate.share for gate in gates(model)]
     (stage,) = [s for s in model.sparsecraft.recipe.stages if s.name == "hard"]
-    with pytest.raises(RuntimeError), budget.staged(model, stage):
+    with pytest.raises(RuntimeError), staged(model, stage):
         raise RuntimeError
     assert [gate.share for gate in gates(model)] == before and None not in before
 
@@ -464,10 +474,10 @@ def test_routers_are_not_fitted_before_the_relu_that_they_are_for():
     sc.convert(model, sc.recipes.moefication(E, 2), certify=False)
     (stage,) = [s for s in model.sparsecraft.recipe.stages if s.name == "router"]
     with pytest.raises(SparsecraftError, match="--stages sparsify router"):
-        budget.begin_stage(model, stage)
+        begin_stage(model, stage)
     opt = cases.dense("opt")  # has ReLU of its own
     sc.convert(opt, sc.recipes.moefication(E, 2), certify=False)
-    budget.begin_stage(opt, stage)
+    begin_stage(opt, stage)
 
 
 def test_a_similarity_router_is_counted():
@@ -483,7 +493,7 @@ def test_a_similarity_router_is_counted():
 
 
 def test_a_budget_of_untrained_routers_is_warned_of(caplog):
-    from sparsecraft.budgeting import set_for
+    from sparsecraft.cli.budget import set_for
 
     model = cases.dense("llama")
     sc.convert(model, sc.recipes.gmoefication(E, 2), certify=False)

@@ -18,11 +18,16 @@ from safetensors.torch import load_file
 import sparsecraft as sc
 from cases import FAMILIES, RECIPES, VOCAB, batch, dense, logits, randomize_new
 from reference import papers
-from sparsecraft import checkpoint, hub, tensorfile
+from sparsecraft.checkpoint import save as checkpoint
+from sparsecraft.checkpoint import tensorfile
+from sparsecraft.checkpoint.jsonfile import json_digest
+from sparsecraft.dense import hub
+from sparsecraft.dense.digests import tensor_bytes
+from sparsecraft.dense.loading import task_of
+from sparsecraft.dense.packaged import alias_folder
 from sparsecraft.errors import CheckpointError, RecipeError, SparsecraftError
-from sparsecraft.folder import json_digest
-from sparsecraft.layer import dense_name
-from sparsecraft.surgery import conversion_of
+from sparsecraft.moe.names import dense_name
+from sparsecraft.surgery.record import conversion_of
 
 BOTH = ("camelidae", "upcycling")
 PAIRS = [(family, recipe) for family in FAMILIES for recipe in BOTH]
@@ -329,7 +334,7 @@ def test_views_are_written_in_full(shelf, tmp_path):
 @pytest.mark.smollm2
 def test_the_real_smollm2(tmp_path):
     """135M parameters: exact at the start, a small folder by name, the same bits again."""
-    if not hub.alias_folder("smollm2").is_dir():
+    if not alias_folder("smollm2").is_dir():
         pytest.skip("SmolLM2 is absent: `make test` fetches it first")
     model = hub.load_dense("smollm2", dtype=torch.float32)
     inputs = {"input_ids": torch.arange(100, 116)[None]}
@@ -525,7 +530,7 @@ def test_a_save_that_fails_leaves_the_old_folder_whole(llama, tmp_path, monkeypa
         raise OSError("No space left on device")
 
     if when == "while writing":
-        real = tensorfile.tensor_bytes
+        real = tensor_bytes
         count = iter(range(100))
         broken = lambda tensor: real(tensor) if next(count) < 9 else fail()  # noqa: E731
         monkeypatch.setattr(tensorfile, "tensor_bytes", broken)
@@ -553,7 +558,7 @@ def test_a_save_that_fails_leaves_the_old_folder_whole(llama, tmp_path, monkeypa
 def test_what_the_disk_changes_is_noticed(llama, monkeypatch):
     """Every tensor is read back before the folder takes its name."""
     model, before = sc.load(llama), fingerprint(llama)
-    real = tensorfile.tensor_bytes
+    real = tensor_bytes
     flip = lambda tensor: bytes([bytes(real(tensor))[0] ^ 1]) + bytes(real(tensor))[1:]  # noqa: E731
     monkeypatch.setattr(tensorfile, "tensor_bytes", flip)
     refused(lambda: sc.save(model, llama, overwrite=True), "reads back differently")
@@ -608,7 +613,7 @@ def test_importing_sparsecraft_is_light_and_opens_the_door_later():
     ]
     assert all(run.stdout.split(maxsplit=1)[1].strip() == "[]" for run in runs)
     assert min(float(run.stdout.split()[0]) for run in runs) < 0.3
-    assert hub.task_of({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
+    assert task_of({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
 
 
 def test_overwriting_keeps_what_is_not_ours(shelf, tmp_path):

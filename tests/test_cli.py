@@ -16,8 +16,10 @@ import torch
 
 import sparsecraft as sc
 import tiny
-from sparsecraft import cli, hub
-from sparsecraft.options import gathered
+from sparsecraft.cli.main import VERBS, main
+from sparsecraft.cli.options import gathered
+from sparsecraft.dense import hub
+from sparsecraft.dense.packaged import alias_folder
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--num-experts", "4", "--adapter-dim", "16", "--lora-rank", "4"]
@@ -31,14 +33,14 @@ def dense(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def converted(dense, tmp_path_factory) -> str:
     out = str(tmp_path_factory.mktemp("converted") / "camelid")
-    assert cli.main(["convert", "camelidae", "--model", dense, "--out", out, *SMALL]) == 0
+    assert main(["convert", "camelidae", "--model", dense, "--out", out, *SMALL]) == 0
     return out
 
 
 @pytest.fixture
 def run(capsys):
     def run(*arguments: object) -> str:
-        status = cli.main([str(a) for a in arguments])
+        status = main([str(a) for a in arguments])
         captured = capsys.readouterr()
         assert status == 0, captured.err
         return captured.out
@@ -51,7 +53,7 @@ def run(capsys):
 def fails(capsys):
     def fails(*arguments: object) -> str:
         capsys.readouterr()
-        assert cli.main([str(a) for a in arguments]) == 1
+        assert main([str(a) for a in arguments]) == 1
         captured = capsys.readouterr()
         sentence = [line for line in captured.err.splitlines() if line.startswith("error: ")]
         assert len(sentence) == 1 and "Traceback" not in captured.err
@@ -113,7 +115,7 @@ def test_chat_keeps_the_conversation(run, converted, monkeypatch):
     lines = iter(["say red", "say blue", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     seen = []
-    from sparsecraft import generation
+    from sparsecraft.serving import generation
 
     answer = generation.answer
     monkeypatch.setattr(
@@ -213,7 +215,7 @@ def test_generate_refuses_encoders(fails, tmp_path):
 def test_help_is_quick_and_imports_no_torch():
     script = (
         "import sys, time; start = time.perf_counter()\n"
-        "from sparsecraft.cli import main\n"
+        "from sparsecraft.cli.main import main\n"
         "assert main({argv}) == 0\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
@@ -247,10 +249,10 @@ def test_the_readme_shows_commands():
 @pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
 def test_readme_commands_parse(command, capsys):
     verb, *arguments = command
-    assert verb in cli.VERBS
+    assert verb in VERBS
     help_of = [verb, arguments[0], "--help"] if verb == "convert" else [verb, "--help"]
     try:
-        cli.main(help_of)
+        main(help_of)
     except SystemExit as ended:
         assert ended.code == 0
     text = capsys.readouterr().out
@@ -261,7 +263,7 @@ def test_readme_commands_parse(command, capsys):
 
 @pytest.mark.smollm2
 def test_smollm2_becomes_camelidae_exactly_and_answers(run, tmp_path):
-    if not hub.alias_folder("smollm2").exists():
+    if not alias_folder("smollm2").exists():
         pytest.skip("`make test` fetches SmolLM2 first; its cache folder is empty")
     out = tmp_path / "camelid"
     text = run("convert", "camelidae", "--model", "smollm2", "--out", out, "--adapter-dim", "64")
@@ -277,7 +279,7 @@ def test_smollm2_becomes_camelidae_exactly_and_answers(run, tmp_path):
 
 @pytest.mark.smollm2
 def test_smollm2_upcycled_is_within_a_ten_thousandth(run, tmp_path):
-    if not hub.alias_folder("smollm2").exists():
+    if not alias_folder("smollm2").exists():
         pytest.skip("`make test` fetches SmolLM2 first; its cache folder is empty")
     out = tmp_path / "upcycled"
     run("convert", "upcycling", "--model", "smollm2", "--out", out, "--num-experts", "4")
@@ -400,9 +402,9 @@ def test_a_split_checkpoint_merges_at_a_budget_of_one(tmp_path, capsys):
     sc.set_budget(model, 0.5)
     sc.save(model, tmp_path / "split")
     folder, out = str(tmp_path / "split"), str(tmp_path / "merged")
-    assert cli.main(["merge", folder, "--out", out]) == 1
+    assert main(["merge", folder, "--out", out]) == 1
     assert "--budget 1.0" in capsys.readouterr().err
-    assert cli.main(["merge", folder, "--out", out, "--budget", "1.0"]) == 0
+    assert main(["merge", folder, "--out", out, "--budget", "1.0"]) == 0
     merged = sc.hub.load_dense(out)
     ids = torch.arange(3, 12)[None]
     assert torch.equal(merged(ids).logits, sc.hub.load_dense(base)(ids).logits)

@@ -18,8 +18,11 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparsecraft import data
-from sparsecraft.encoding import IGNORED
+from sparsecraft.data import corpus as data
+from sparsecraft.data.batches import as_batches, collate
+from sparsecraft.data.encoding import IGNORED, encode, encode_label, encode_pair, prompt_ids, render
+from sparsecraft.data.prepare import mix, pack, prepare
+from sparsecraft.data.rows import load_choices, load_rows
 from sparsecraft.errors import DataError
 
 CHATML = (
@@ -131,7 +134,7 @@ SYSTEM = {"role": "system", "content": "s"}
     ],
 )
 def test_chat_shapes(tmp_path, row, messages):
-    rows = data.load_rows(write(tmp_path / "a.jsonl", row))
+    rows = load_rows(write(tmp_path / "a.jsonl", row))
     assert rows.to_list() == [{"messages": messages}]
 
 
@@ -145,10 +148,10 @@ def test_text_shapes_and_containers(tmp_path):
         gzip.compress((tmp_path / "d.parquet").read_bytes(), mtime=0)
     )
     for name in ("a.jsonl.gz", "b.json", "c.json", "d.parquet", "d.parquet.gz"):
-        assert data.load_rows(tmp_path / name).to_list() == labelled, name
+        assert load_rows(tmp_path / name).to_list() == labelled, name
     (tmp_path / "e.txt").write_text("a line\n\nanother")
-    assert data.load_rows(tmp_path / "e.txt").to_list() == [{"text": "a line\n\nanother"}]
-    assert len(data.load_rows(tmp_path)) == 11
+    assert load_rows(tmp_path / "e.txt").to_list() == [{"text": "a line\n\nanother"}]
+    assert len(load_rows(tmp_path)) == 11
 
 
 def test_a_folder_is_read_by_split(tmp_path):
@@ -156,9 +159,9 @@ def test_a_folder_is_read_by_split(tmp_path):
     write(tmp_path / "math.heldout.jsonl", {"text": "h"})
     write(tmp_path / "math.valid.jsonl", {"text": "v"})
     for split, text in {"train": "t", "heldout": "h", "validation": "v"}.items():
-        assert data.load_rows(tmp_path, split)["text"] == [text]
+        assert load_rows(tmp_path, split)["text"] == [text]
     with pytest.raises(DataError, match="no data file of the split 'test'"):
-        data.load_rows(tmp_path, "test")
+        load_rows(tmp_path, "test")
 
 
 def test_split_words_are_whole_words(tmp_path, tok, caplog):
@@ -166,19 +169,19 @@ def test_split_words_are_whole_words(tmp_path, tok, caplog):
     for name in names:
         write(tmp_path / f"{name}.jsonl", {"text": name})
     for split in ("train", "test"):  # no file has a split word: all are taken
-        assert tuple(data.load_rows(tmp_path, split)["text"]) == names
+        assert tuple(load_rows(tmp_path, split)["text"]) == names
     assert not caplog.records
     write(tmp_path / "math_Test-0.jsonl", {"text": "t"})
     write(tmp_path / "math.val.jsonl.gz", {"text": "v"})
-    assert tuple(data.load_rows(tmp_path)["text"]) == names
+    assert tuple(load_rows(tmp_path)["text"]) == names
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage().endswith("the split 'train': math.val.jsonl.gz, math_Test-0.jsonl")
     for split, text in {"test": "t", "validation": "v", "valid": "v"}.items():
-        assert data.load_rows(tmp_path, split)["text"] == [text]
+        assert load_rows(tmp_path, split)["text"] == [text]
     # A single file is read whole, whatever its name and the split.
     for name in ("math.jsonl", "math.val.jsonl.gz"):
-        assert data.prepare(tmp_path / name, tok, split="test")[1]["rows"] == 1
+        assert prepare(tmp_path / name, tok, split="test")[1]["rows"] == 1
 
 
 @pytest.mark.parametrize(
@@ -209,7 +212,7 @@ def test_a_bad_row_names_file_and_line(tmp_path, bad, found):
     good = {"text": "x"}
     path = write(tmp_path / "rows.jsonl", good, "", good, bad)
     with pytest.raises(DataError, match=rf"rows\.jsonl, line 4: .*{found}"):
-        data.load_rows(path)
+        load_rows(path)
 
 
 def test_a_deeply_nested_json_document_names_its_line(tmp_path):
@@ -217,7 +220,7 @@ def test_a_deeply_nested_json_document_names_its_line(tmp_path):
     for content in (f'[{{"text": "[[["}},\n\n {deep}]', f'{{"text": "a"}}\n\n{deep}\n'):
         (tmp_path / "a.json").write_text(content)
         with pytest.raises(DataError, match=r"a\.json, line 3: .*nested too deeply"):
-            data.load_rows(tmp_path / "a.json")
+            load_rows(tmp_path / "a.json")
 
 
 def test_what_is_no_file_is_refused(tmp_path, monkeypatch):
@@ -226,18 +229,18 @@ def test_what_is_no_file_is_refused(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.jsonl")
     for path in ("/dev/null", tmp_path / "pipe.jsonl"):
         with pytest.raises(DataError, match="neither a regular file nor a folder"):
-            data.load_rows(path)
-    for read in (data.load_rows, data.load_choices):
+            load_rows(path)
+    for read in (load_rows, load_choices):
         for name in ("", " "):
             with pytest.raises(DataError, match=f"data path is '{name}'"):
                 read(name)
-    assert len(data.load_rows(".")) == 1
+    assert len(load_rows(".")) == 1
 
 
 def test_a_bad_parquet_row_is_numbered(tmp_path):
     Dataset.from_dict({"text": ["a", "b"], "label": [0.5, 1.5]}).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a\.parquet, row 1: the label is 0\.5"):
-        data.load_rows(tmp_path / "a.parquet")
+        load_rows(tmp_path / "a.parquet")
 
 
 def test_bad_files(tmp_path):
@@ -257,14 +260,14 @@ def test_bad_files(tmp_path):
         "missing.jsonl": "no such file",
     }.items():
         with pytest.raises(DataError, match=rf"{name}.*{found}"):
-            data.load_rows(tmp_path / name)
+            load_rows(tmp_path / name)
     with pytest.raises(DataError, match="the hub gave no dataset"):
-        data.load_rows("nobody/no-such-dataset")
+        load_rows("nobody/no-such-dataset")
 
 
 def test_load_choices(tmp_path):
     row = {"prompt": "2 + 2?", "choices": ["3", "4"], "answer": 1, "task": "sum"}
-    assert data.load_choices(write(tmp_path / "a.jsonl.gz", row)) == [row]
+    assert load_choices(write(tmp_path / "a.jsonl.gz", row)) == [row]
     for change in (
         {"prompt": ""},
         {"prompt": "\ud800"},
@@ -274,19 +277,19 @@ def test_load_choices(tmp_path):
         {"answer": 2},
     ):
         with pytest.raises(DataError, match=r"b\.jsonl, line 2"):
-            data.load_choices(write(tmp_path / "b.jsonl", row, row | change))
+            load_choices(write(tmp_path / "b.jsonl", row, row | change))
 
 
 # ------------------------------------------------------------------ encoding
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_every_assistant_turn_trains_and_nothing_else(adds_bos):
     tok = make_tokenizer(adds_bos=adds_bos)
-    example = data.encode({"messages": CHAT}, tok)
+    example = encode({"messages": CHAT}, tok)
     assert trained(example, tok) == ["An apple.<|im_end|>", "\nA pear, an apple.<|im_end|>"]
     text = tok.apply_chat_template(CHAT, tokenize=False)
     assert tok.decode(example["input_ids"]) == ("<s>" if adds_bos else "") + text
     # The training tokens begin with exactly those of the prompt that generation starts from.
-    prompt = data.prompt_ids(CHAT[:1], tok)
+    prompt = prompt_ids(CHAT[:1], tok)
     assert example["input_ids"][: len(prompt)] == prompt
 
 
@@ -296,7 +299,7 @@ def test_every_assistant_turn_trains_and_nothing_else(adds_bos):
 def test_one_bos(row, template, adds_bos):
     tok = make_tokenizer(template, adds_bos)
     written = ("messages" in row and "bos" in (template or "")) or "<s>" in row.get("text", "")
-    ids = data.encode(row, tok)["input_ids"]
+    ids = encode(row, tok)["input_ids"]
     assert ids.count(tok.bos_token_id) == int(adds_bos or written)
     assert ids[-1] == tok.eos_token_id or "messages" in row
 
@@ -307,29 +310,29 @@ MERGING = [*CHAT[:3], {"role": "assistant", "content": "\n\nA pear."}]
 def test_a_merge_across_the_boundary_belongs_to_the_answer():
     tok = make_tokenizer(None)
     # "### Assistant:\n" + "\n\nA pear": the first two of three line ends are one token.
-    runs = trained(data.encode({"messages": MERGING}, tok), tok)
+    runs = trained(encode({"messages": MERGING}, tok), tok)
     assert runs == ["An apple.</s>", "\n\n\nA pear.</s>"]
 
 
 def test_plain_template_for_a_tokenizer_without_one():
     tok = make_tokenizer(None)
-    text = data.render([SYSTEM, *CHAT[:2]], tok)
+    text = render([SYSTEM, *CHAT[:2]], tok)
     expected = "### System:\ns\n### Human:\nName a fruit.\n### Assistant:\nAn apple.</s>\n"
     assert text == expected
-    assert data.render(CHAT[:1], tok, generate=True).endswith("fruit.\n### Assistant:\n")
+    assert render(CHAT[:1], tok, generate=True).endswith("fruit.\n### Assistant:\n")
 
 
 def test_templates_that_change_earlier_turns():
     tok = make_tokenizer(THINKING)
-    runs = trained(data.encode({"messages": CHAT}, tok), tok)
+    runs = trained(encode({"messages": CHAT}, tok), tok)
     assert runs[0] == "An apple.<|im_end|>"
     assert runs[1] == "<think>\n\n</think>\n\n\nA pear, an apple.<|im_end|>"
     tok = make_tokenizer(FORGETFUL)
     thinking = [CHAT[0], {"role": "assistant", "content": "Hm.</think>A pear."}, *CHAT[2:]]
     with pytest.raises(DataError, match="message 2 differently"):
-        data.encode({"messages": thinking}, tok)
+        encode({"messages": thinking}, tok)
     with pytest.raises(DataError, match="refuses the row"):
-        data.encode({"messages": [REPLY]}, make_tokenizer("{{ raise_exception('no') }}"))
+        encode({"messages": [REPLY]}, make_tokenizer("{{ raise_exception('no') }}"))
 
 
 def test_a_tokenizer_without_offsets(tok):
@@ -346,23 +349,23 @@ def test_a_tokenizer_without_offsets(tok):
             assert not return_offsets_mapping
             return self.fast(*args, **kwargs)
 
-    assert data.encode({"messages": CHAT}, Slow(tok)) == data.encode({"messages": CHAT}, tok)
+    assert encode({"messages": CHAT}, Slow(tok)) == encode({"messages": CHAT}, tok)
     with pytest.raises(DataError, match="merges characters"):
-        data.encode({"messages": MERGING}, Slow(make_tokenizer(None)))
+        encode({"messages": MERGING}, Slow(make_tokenizer(None)))
 
 
 def test_encode_pair_and_label():
     tok = make_tokenizer(None)
-    pair = data.encode_pair({"messages": CHAT[:2]}, tok, 64)
+    pair = encode_pair({"messages": CHAT[:2]}, tok, 64)
     assert tok.decode(pair["input_ids"]) == "Name a fruit."
     assert tok.decode(pair["labels"]) == "An apple.</s>"
     assert pair["attention_mask"] == [1] * len(pair["input_ids"])
-    long = data.encode_pair({"messages": CHAT}, tok, 128)
+    long = encode_pair({"messages": CHAT}, tok, 128)
     assert tok.decode(long["input_ids"]).endswith("### Human:\nAnd another?\n### Assistant:\n")
     assert tok.decode(long["labels"]) == "\nA pear, an apple.</s>"
-    assert data.encode_pair({"messages": CHAT[:2]}, tok, 3) is None
-    assert data.encode_pair({"messages": CHAT[:1]}, tok) is None
-    assert data.encode_label({"text": "A pear.", "label": 2}, tok)["labels"] == 2
+    assert encode_pair({"messages": CHAT[:2]}, tok, 3) is None
+    assert encode_pair({"messages": CHAT[:1]}, tok) is None
+    assert encode_label({"text": "A pear.", "label": 2}, tok)["labels"] == 2
 
 
 # ------------------------------------------------------------------ prepare, mix
@@ -370,7 +373,7 @@ def test_prepare_counts_every_row(tmp_path, tok):
     long = [USER, {"role": "assistant", "content": "An apple. " * 60}]
     rows = [{"messages": CHAT}, {"messages": long}, {"messages": [USER]}, {"text": ""}]
     path = write(tmp_path / "a.jsonl", *rows)
-    dataset, counts = data.prepare(path, tok, max_length=100)
+    dataset, counts = prepare(path, tok, max_length=100)
     assert (
         counts.items()
         >= {
@@ -381,24 +384,24 @@ def test_prepare_counts_every_row(tmp_path, tok):
             "truncated": 0,
         }.items()
     )
-    assert dataset[0] == data.encode({"messages": CHAT}, tok)
-    dataset, counts = data.prepare(path, tok, max_length=100, overlong="truncate")
+    assert dataset[0] == encode({"messages": CHAT}, tok)
+    dataset, counts = prepare(path, tok, max_length=100, overlong="truncate")
     assert (counts["truncated"], counts["too_long"], len(dataset)) == (1, 0, 2)
     with pytest.raises(DataError, match=r"remain of 4: 2 are longer .* 2 have no trainable"):
-        data.prepare(path, tok, max_length=10)
+        prepare(path, tok, max_length=10)
     with pytest.raises(DataError, match=r"a\.jsonl, row 2: .*refuses"):
         write(path, {"messages": CHAT}, {"messages": [REPLY]})
-        data.prepare(path, make_tokenizer(CHATML.replace("[0]", "[messages|length - 2]")))
+        prepare(path, make_tokenizer(CHATML.replace("[0]", "[messages|length - 2]")))
     with pytest.raises(DataError, match="Did you mean 'seq2seq'"):
-        data.prepare(path, tok, task="seq2sec")
+        prepare(path, tok, task="seq2sec")
 
 
 def test_long_text_is_split_and_every_token_is_a_target_once(tmp_path, tok):
     text = "Name a fruit. An apple. And another? A pear."
     path = write(tmp_path / "a.jsonl", {"text": text})
-    whole = data.encode({"text": text}, tok)["input_ids"]
+    whole = encode({"text": text}, tok)["input_ids"]
     for length in (2, 5, len(whole) - 1, len(whole)):
-        dataset, counts = data.prepare(path, tok, max_length=length)
+        dataset, counts = prepare(path, tok, max_length=length)
         assert max(map(len, dataset["input_ids"])) <= length
         targets = [label for row in dataset["labels"] for label in row if label != IGNORED]
         assert sorted(targets) == sorted(whole[1:])
@@ -413,24 +416,24 @@ def parts(*sizes):
 
 
 def test_mix_by_weight():
-    mixed = data.mix(parts(30, 40, 10), [2, 1, 1], seed=3)
+    mixed = mix(parts(30, 40, 10), [2, 1, 1], seed=3)
     ids = [tuple(row) for row in mixed["input_ids"]]
     of = [[row for row in ids if row[0] == source] for source in range(3)]
     assert [len(rows) for rows in of] == [80, 40, 40]
     assert [len(set(rows)) for rows in of] == [30, 40, 10]  # every row at least once
     assert {of[0].count(row) for row in of[0]} == {2, 3}  # and evenly
-    assert ids == [tuple(row) for row in data.mix(parts(30, 40, 10), [2, 1, 1], 3)["input_ids"]]
-    assert ids != [tuple(row) for row in data.mix(parts(30, 40, 10), [2, 1, 1], 4)["input_ids"]]
-    assert sorted(map(tuple, data.mix(parts(3, 4))["input_ids"])) == sorted(
+    assert ids == [tuple(row) for row in mix(parts(30, 40, 10), [2, 1, 1], 3)["input_ids"]]
+    assert ids != [tuple(row) for row in mix(parts(30, 40, 10), [2, 1, 1], 4)["input_ids"]]
+    assert sorted(map(tuple, mix(parts(3, 4))["input_ids"])) == sorted(
         tuple(row) for part in parts(3, 4) for row in part["input_ids"]
     )
     for weights in ([1, 1], [1, 1, 0], [1, 1, -1], [1, 1, float("inf")], [1, 1, float("nan")]):
         with pytest.raises(DataError, match="one number above 0"):
-            data.mix(parts(3, 4, 5), weights)
+            mix(parts(3, 4, 5), weights)
     for weights in ([1e-9, 1], [1, 1e-320], [200, 1]):
         with pytest.raises(DataError, match=r"out of the 7 read, more than 100 times"):
-            data.mix(parts(3, 4), weights)
-    assert len(data.mix(parts(1, 1), [199, 1])) == 200
+            mix(parts(3, 4), weights)
+    assert len(mix(parts(1, 1), [199, 1])) == 200
 
 
 # ------------------------------------------------------------------ pack, collate
@@ -455,13 +458,13 @@ def unpack(dataset):
 
 def test_packing_loses_nothing_and_cuts_nothing():
     dataset = documents(1500, 20)  # more than one of the 1,000-row batches that TRL packs
-    packed = data.pack(dataset, 32, seed=1)
+    packed = pack(dataset, 32, seed=1)
     assert len(packed) < 0.6 * len(dataset)
     assert max(map(len, packed["input_ids"])) <= 32
     rows = [(tuple(row["input_ids"]), tuple(row["labels"])) for row in dataset]
     assert sorted(unpack(packed)) == sorted(rows)
     with pytest.raises(DataError, match="the longest of 1500"):
-        data.pack(dataset, 10)
+        pack(dataset, 10)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -477,8 +480,8 @@ def test_documents_of_a_pack_do_not_see_each_other(attention):
         attn_implementation=attention,
     )
     model = LlamaForCausalLM(config).eval()
-    rows = data.pack(documents(7, 9), 16)
-    batch = data.collate(list(rows), pad_id=0, packed=True)
+    rows = pack(documents(7, 9), 16)
+    batch = collate(list(rows), pad_id=0, packed=True)
     mask = batch.pop("token_mask")
     assert len(rows) > 1 and "attention_mask" not in batch and not mask.all()
     assert mask.sum() == sum(map(len, rows["input_ids"]))
@@ -499,40 +502,40 @@ def test_collate_pads():
         {"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]},
         {"input_ids": [8], "labels": [IGNORED]},
     ]
-    batch = data.collate(rows, pad_id=9)
+    batch = collate(rows, pad_id=9)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED] * 3]
     assert batch["token_mask"].tolist() == [[True] * 3, [True, False, False]]
     assert batch["token_mask"].dtype == torch.bool and batch["input_ids"].dtype == torch.long
     assert torch.equal(batch["attention_mask"], batch["token_mask"].long())
     labelled = [{"input_ids": [5], "labels": 1}, {"input_ids": [5, 6], "labels": 0}]
-    assert data.collate(labelled, pad_id=0)["labels"].tolist() == [1, 0]
+    assert collate(labelled, pad_id=0)["labels"].tolist() == [1, 0]
     pair = [
         {"input_ids": [5], "labels": [1, 2]},
         {"input_ids": [5, 6, 7], "labels": [3]},
     ]
-    batch = data.collate(pair, pad_id=0)
+    batch = collate(pair, pad_id=0)
     assert batch["input_ids"].shape == (2, 3) and batch["labels"].tolist() == [[1, 2], [3, IGNORED]]
 
 
 def test_as_batches(tmp_path, tok):
     path = write(tmp_path / "a.jsonl", *[{"messages": CHAT}] * 3)
-    batches = list(data.as_batches(path, tok, batch_size=2))
+    batches = list(as_batches(path, tok, batch_size=2))
     assert [batch["input_ids"].shape[0] for batch in batches] == [2, 1]
     assert set(batches[0]) == {"input_ids", "labels", "attention_mask"}
     ids = torch.ones(2, 4, dtype=torch.long)
-    assert [b["input_ids"].shape for b in data.as_batches(iter([ids, {"input_ids": ids}]))] == [
+    assert [b["input_ids"].shape for b in as_batches(iter([ids, {"input_ids": ids}]))] == [
         (2, 4)
     ] * 2
     with pytest.raises(DataError, match="a tokenizer is needed"):
-        next(data.as_batches(str(path)))
+        next(as_batches(str(path)))
     with pytest.raises(DataError, match=r"^data is a\.jsonl: a tokenizer"):
-        next(data.as_batches(("a.jsonl",)))
+        next(as_batches(("a.jsonl",)))
     with pytest.raises(DataError, match=r"^data is a\.jsonl, b\.jsonl: a tokenizer"):
-        next(data.as_batches(["a.jsonl", "b.jsonl"]))
+        next(as_batches(["a.jsonl", "b.jsonl"]))
     for bad in (3, [torch.ones(4)], ["x", 3]):
         with pytest.raises(DataError, match="data"):
-            next(data.as_batches(bad))
+            next(as_batches(bad))
 
 
 # ------------------------------------------------------------------ the demo corpus
@@ -541,8 +544,7 @@ def demo(tmp_path_factory):
     paths = data.demo(tmp_path_factory.mktemp("demo"), rows=300)
     return paths, {
         domain: {
-            split: [row["messages"] for row in data.load_rows(path)]
-            for split, path in splits.items()
+            split: [row["messages"] for row in load_rows(path)] for split, path in splits.items()
         }
         for domain, splits in paths.items()
     }
@@ -600,7 +602,7 @@ def test_demo_code_parses(demo):
 
 def test_importing_data_is_cheap():
     probe = (
-        "import sys, sparsecraft.data; "
+        "import sys, sparsecraft.data.prepare; "
         "print([m for m in ('torch', 'transformers', 'datasets', 'trl') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)

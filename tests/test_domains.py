@@ -12,13 +12,14 @@ from torch.nn import functional as F
 import sparsecraft as sc
 import tiny
 from cases import VOCAB, dense, layers
-from sparsecraft import reading
-from sparsecraft.analysis.report import describe
-from sparsecraft.cli import main
-from sparsecraft.domains import Domain, embed_domains
+from sparsecraft.cli.main import main
+from sparsecraft.conversion.domains import domain as reading
+from sparsecraft.conversion.domains.domain import Domain
+from sparsecraft.conversion.domains.router_starts import embed_domains
+from sparsecraft.data.sentences import embed
 from sparsecraft.errors import DataError, RecipeError, SparsecraftError
-from sparsecraft.init.centers import Centers
-from sparsecraft.sentences import embed
+from sparsecraft.evaluation.report import describe
+from sparsecraft.moe.init.centers import Centers
 
 SUBJECTS = {
     "sums": ["add three and four", "what is nine times two", "divide ten by five"],

@@ -13,11 +13,13 @@ from torch.nn import functional as F
 import cases
 import sparsecraft as sc
 import tiny
-from sparsecraft import data, evaluation
-from sparsecraft.analysis.report import edit_lines
-from sparsecraft.analysis.routing import first_choices_E, load_entropy, mutual_information
+from sparsecraft.data.encoding import encode, encode_pair
+from sparsecraft.data.rows import load_rows
+from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import DataError, SparsecraftError
-from sparsecraft.routing import Routing
+from sparsecraft.evaluation.report import edit_lines
+from sparsecraft.evaluation.routing import first_choices_E, load_entropy, mutual_information
+from sparsecraft.moe.routing import Routing
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def model():
 def loss_one_row_at_a_time(model, rows) -> tuple[float, int]:
     total, count = 0.0, 0
     for row in rows:
-        example = data.encode(row, tiny.tokenizer())
+        example = encode(row, tiny.tokenizer())
         ids, labels = torch.tensor([example["input_ids"]]), torch.tensor([example["labels"]])
         with torch.no_grad():
             logits = model(ids).logits[0, :-1]
@@ -139,7 +141,7 @@ def test_t5_is_evaluated_on_its_targets(tmp_path):
         [choice_row("say red", ["red", "blue"], 0), choice_row("x", ["a", "b"], 1)],
     )
     found = sc.evaluate(model, path, choices=choice, tokenizer=tiny.tokenizer())
-    example = data.encode_pair(data.load_rows(path)[0], tiny.tokenizer())
+    example = encode_pair(load_rows(path)[0], tiny.tokenizer())
     with torch.no_grad():
         one = model(
             input_ids=torch.tensor([example["input_ids"]]), labels=torch.tensor([example["labels"]])
@@ -218,7 +220,7 @@ def test_load_entropy_is_of_all_slots_and_of_real_tokens(tmp_path, model):
     found = sc.evaluate(model, path, tokenizer=tiny.tokenizer())["routing"]
     counts: dict[str, torch.Tensor] = {}
     for row in rows:  # one by one: no padding
-        ids = torch.tensor([data.encode(row, tiny.tokenizer())["input_ids"]])
+        ids = torch.tensor([encode(row, tiny.tokenizer())["input_ids"]])
         with sc.trace(model) as traced, torch.no_grad():
             model(ids)
         for layer, routing in traced.items():
@@ -257,13 +259,13 @@ def test_max_length_stays_within_the_positions(tmp_path):
 
 
 def test_positions():
-    assert evaluation.positions_of(cases.dense("opt")) == cases.POSITIONS
-    assert evaluation.positions_of(cases.dense("t5")) is None
+    assert positions_of(cases.dense("opt")) == cases.POSITIONS
+    assert positions_of(cases.dense("t5")) is None
     config = transformers.RobertaConfig(
         **cases.BERT_LIKE, vocab_size=96, max_position_embeddings=20, pad_token_id=1
     )
     model = transformers.RobertaForSequenceClassification(config).eval()
-    assert evaluation.positions_of(model) == 18
+    assert positions_of(model) == 18
     model(torch.full((1, 18), 5))
     with pytest.raises((IndexError, RuntimeError)):
         model(torch.full((1, 19), 5))

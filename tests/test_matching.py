@@ -10,10 +10,10 @@ import torch
 import sparsecraft as sc
 import tiny
 from cases import FAMILIES, RECIPES, E, dense
-from sparsecraft import cli
-from sparsecraft.converting import read_recipe
+from sparsecraft.cli.convert import read_recipe
+from sparsecraft.cli.main import main
+from sparsecraft.conversion.matching import match, match_params, trainable
 from sparsecraft.errors import RecipeError
-from sparsecraft.matching import match, match_params, trainable
 
 by_name = sc.recipes.by_name
 
@@ -96,14 +96,17 @@ def test_the_command_prints_both_counts_and_their_ratio(capsys, tmp_path):
 
     def run(recipe: str, *options: str) -> tuple[int, str]:
         where = ["--model", base, "--out", str(tmp_path / "out"), "--overwrite"]
-        status = cli.main(["convert", recipe, *where, *options])
+        status = main(["convert", recipe, *where, *options])
         captured = capsys.readouterr()
         return status, captured.err if status else captured.out
 
     target = "molora:num_experts=5,rank=4"
     status, text = run("lora", "--match-params", target, "--alpha", "8")
     assert status == 0, text
-    recipe, cost = sc.load(tmp_path / "out").sparsecraft.recipe, sc.count(sc.load(tmp_path / "out"))
+    recipe, cost = (
+        sc.load(tmp_path / "out").sparsecraft.recipe,
+        sc.count(sc.load(tmp_path / "out")),
+    )
     wanted = trainable(read_recipe(target, by_name), base)
     assert f"trains {cost.trainable:,} parameters, the target {wanted:,}: ratio" in text
     assert recipe.edits[0].experts.rank > 20 and recipe.edits[0].experts.alpha == 8

@@ -10,9 +10,9 @@ import transformers
 import cases
 import sparsecraft as sc
 import tiny
+from sparsecraft.conversion.sources.source import open_source
 from sparsecraft.errors import SourceError
-from sparsecraft.layer import unique_tensors
-from sparsecraft.sources import open_source
+from sparsecraft.moe.names import unique_tensors
 
 FFN = ["gate_proj", "up_proj", "down_proj"]
 LORAS = {
@@ -81,7 +81,7 @@ def test_experts_come_from_loras_and_dense_models_together(streamed, tmp_path):
     states = []
     for given in ([base, *loras], [base, *dense]):
         if streamed:
-            from sparsecraft.streaming import convert_files
+            from sparsecraft.conversion.stream import convert_files
 
             out = tmp_path / f"out{len(states)}"
             convert_files(base, recipe, out, sources=given)

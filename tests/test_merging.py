@@ -18,12 +18,14 @@ import transformers
 import sparsecraft as sc
 import tiny
 from cases import FAMILIES, RECIPES, SPLITS, D, E, F, R, batch, dense, logits, randomize_new
-from sparsecraft import cli
-from sparsecraft.budget import rectify, set_budget
+from sparsecraft.cli.main import main
+from sparsecraft.conversion.merging.merge import MERGE_TOLERANCE, read_weights
 from sparsecraft.errors import CertificateError, MergeError, SurgeryError
-from sparsecraft.layer import MoELayer, set_dispatch
-from sparsecraft.merging import MERGE_TOLERANCE, read_weights
-from sparsecraft.recipe import AdapterSpec, FFNLoRASpec, LoRASpec, RouterSpec, VectorSpec
+from sparsecraft.moe.experts.base import set_dispatch
+from sparsecraft.moe.layer import MoELayer
+from sparsecraft.recipe.experts import AdapterSpec, FFNLoRASpec, LoRASpec, VectorSpec
+from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.surgery.budget import rectify, set_budget
 
 WEIGHTS = [0.1, 0.2, 0.3, 0.4]
 
@@ -242,7 +244,7 @@ def routed_by_loop(model: torch.nn.Module) -> torch.nn.Module:
     """The same model with every router answering WEIGHTS, and banks run by the slow loop."""
     from copy import deepcopy
 
-    from sparsecraft.routing import Routing
+    from sparsecraft.moe.routing import Routing
 
     model = deepcopy(model)
     set_dispatch(model, "loop")
@@ -309,7 +311,7 @@ def test_measured_weights_leave_padding_out_and_cover_heads_and_decoders():
         padded["labels"][:, 12:] = -100
         long["attention_mask"] = torch.ones(3, 12, dtype=torch.long)
         padded["attention_mask"] = torch.cat([long["attention_mask"], torch.zeros(3, 5).long()], 1)
-        from sparsecraft.merging.frozen import measured_weights
+        from sparsecraft.conversion.merging.frozen import measured_weights
 
         for case in (long, padded):
             case.pop("decoder_input_ids", None)
@@ -321,7 +323,7 @@ def test_measured_weights_leave_padding_out_and_cover_heads_and_decoders():
 
 def test_measured_weights_count_a_decoders_own_tokens():
     """Encoder and decoder of equal length, with other padding each."""
-    from sparsecraft.merging.frozen import measured_weights
+    from sparsecraft.conversion.merging.frozen import measured_weights
 
     model, ids = converted("t5", sc.recipes.mov(E)), batch("t5")["input_ids"]
     real, answer = torch.ones_like(ids), torch.ones_like(ids)
@@ -491,8 +493,8 @@ def test_a_merge_that_fails_gives_the_model_back(monkeypatch):
         state, wanted = snapshot(model), logits(model, batch("llama"))
         trains = {n for n, p in model.named_parameters() if p.requires_grad}
         with monkeypatch.context() as patch:
-            patch.setattr("sparsecraft.merging.model.MERGE_TOLERANCE", 0.0)
-            patch.setattr("sparsecraft.certificate.TOLERANCE", {torch.float32: -1.0})
+            patch.setattr("sparsecraft.conversion.merging.merge.MERGE_TOLERANCE", 0.0)
+            patch.setattr("sparsecraft.evaluation.certificate.TOLERANCE", {torch.float32: -1.0})
             with pytest.raises(CertificateError, match="given back"):
                 sc.merge(model, **arguments)
         assert model.sparsecraft.recipe == recipe
@@ -660,8 +662,8 @@ def test_a_merge_of_parts_that_fails_gives_them_back(monkeypatch, family):
     state, wanted = snapshot(model), logits(model, batch(family))
     layers, running = list(model.sparsecraft.layers), model.sparsecraft.running
     with monkeypatch.context() as patch:
-        patch.setattr("sparsecraft.merging.model.MERGE_TOLERANCE", 0.0)
-        patch.setattr("sparsecraft.certificate.TOLERANCE", {torch.float32: -1.0})
+        patch.setattr("sparsecraft.conversion.merging.merge.MERGE_TOLERANCE", 0.0)
+        patch.setattr("sparsecraft.evaluation.certificate.TOLERANCE", {torch.float32: -1.0})
         with pytest.raises(CertificateError, match="given back"):
             sc.merge(model)
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
@@ -709,7 +711,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 def run(capsys, *arguments: object) -> tuple[int, str]:
-    status = cli.main([str(a) for a in arguments])
+    status = main([str(a) for a in arguments])
     captured = capsys.readouterr()
     return status, captured.out if status == 0 else captured.err
 

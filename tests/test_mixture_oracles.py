@@ -14,8 +14,9 @@ import sparsecraft as sc
 from cases import D, R, dense
 from leaves import ALL, FFN, Leaves, converted, exact, near, objective, small
 from reference import installed, mixtures
-from sparsecraft.layer import dense_name
-from sparsecraft.planning import build_layer, plan
+from sparsecraft.moe.names import dense_name
+from sparsecraft.surgery.build import build_layer
+from sparsecraft.surgery.plan import plan
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "t5", "t5_gated", "bert"])
 ORACLES = pytest.mark.parametrize("family", ["llama", "gpt2", "t5_gated", "bert"])

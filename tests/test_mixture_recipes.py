@@ -15,7 +15,8 @@ import sparsecraft as sc
 from cases import D, E, F, K, R, batch
 from leaves import ALL, FFN, Leaves, converted, exact, near, objective, small
 from reference import installed, mixtures
-from sparsecraft.layer import MoELayer, dense_name
+from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.names import dense_name
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "t5", "t5_gated", "bert"])
 HEAD = 8

@@ -17,14 +17,16 @@ import cases
 import sparsecraft as sc
 import tiny
 from cases import dense, logits
-from sparsecraft.donor import FFN, Linear, view
+from sparsecraft.dense.donors import FFN, Linear, view
+from sparsecraft.dense.sites import find_sites
 from sparsecraft.errors import MergeError, RecipeError
-from sparsecraft.experts import FFNExperts, loop
-from sparsecraft.experts.ffn import factors
-from sparsecraft.layer import MoELayer
-from sparsecraft.recipe import Edit, FFNSpec, RouterSpec
-from sparsecraft.routers import build_router
-from sparsecraft.sites import find_sites
+from sparsecraft.moe.experts.dispatch import loop
+from sparsecraft.moe.experts.ffn import FFNExperts, factors
+from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.routers.build import build_router
+from sparsecraft.recipe.edits import Edit
+from sparsecraft.recipe.experts import FFNSpec
+from sparsecraft.recipe.routers import RouterSpec
 
 E, f = 4, cases.F
 

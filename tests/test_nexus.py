@@ -10,10 +10,10 @@ import torch
 import sparsecraft as sc
 from cases import EMBEDDING, FAMILIES, batch, dense, layers, logits
 from sparsecraft.errors import RecipeError, SparsecraftError
-from sparsecraft.layer import MoELayer
-from sparsecraft.recipe import RouterSpec
-from sparsecraft.routers import build_router
-from sparsecraft.routers.domain import DomainScorer
+from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.routers.build import build_router
+from sparsecraft.moe.routers.domain import DomainScorer
+from sparsecraft.recipe.routers import RouterSpec
 
 T, D, M = 40, 32, EMBEDDING
 SPEC = {"scorer": "domain", "sentence_dim": M, "init": "normal", "top_k": 1, "renormalize": False}

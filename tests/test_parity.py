@@ -12,9 +12,11 @@ from torch import nn
 import sparsecraft as sc
 from cases import LLAMA_LIKE, RECIPES, D, E, batch, dense, logits, randomize_new
 from reference import papers
-from sparsecraft.layer import MoELayer, set_dispatch
-from sparsecraft.planning import build_layer, plan
-from sparsecraft.sites import find_sites
+from sparsecraft.dense.sites import find_sites
+from sparsecraft.moe.experts.base import set_dispatch
+from sparsecraft.moe.layer import MoELayer
+from sparsecraft.surgery.build import build_layer
+from sparsecraft.surgery.plan import plan
 
 PATHS = pytest.mark.parametrize("path", ["loop", "grouped", "dense"])
 

@@ -13,15 +13,23 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sparsecraft import init
 from sparsecraft.errors import DataError, RecipeError, ResourceError
-from sparsecraft.init import auction
+from sparsecraft.moe.init.activation import (
+    activation_clusters,
+    activation_markers,
+    domain_masks,
+    domain_neurons,
+)
+from sparsecraft.moe.init.auction import ROUNDS_BETWEEN_LOOKS, balanced_assignment
+from sparsecraft.moe.init.balanced import balanced_kmeans, inertia
+from sparsecraft.moe.init.graph import co_activation, co_activation_weights, cut_graph
+from sparsecraft.moe.init.partition import contiguous, labels_of, neurons_of, random_partition
 
 F, E, M = 96, 8, 12
 
 
 def planted_labels(seed: int = 0) -> torch.Tensor:
-    return init.labels_of(init.random_partition(F, E, seed))
+    return labels_of(random_partition(F, E, seed))
 
 
 def planted_rows(labels_F: torch.Tensor, noise: float, D: int = 20) -> torch.Tensor:
@@ -45,35 +53,35 @@ def total(cost_FE: torch.Tensor, labels_F: torch.Tensor) -> float:
 
 # ------------------------------------------------------------------ what a partition is
 def test_labels_and_neurons_convert_both_ways():
-    neurons_EM = init.random_partition(F, E, seed=3)
-    labels_F = init.labels_of(neurons_EM)
+    neurons_EM = random_partition(F, E, seed=3)
+    labels_F = labels_of(neurons_EM)
     assert all(labels_F[n] == e for e in range(E) for n in neurons_EM[e])
-    assert torch.equal(init.neurons_of(labels_F, E), neurons_EM)
-    assert init.neurons_of(labels_F.int(), E).dtype == torch.long
-    assert torch.equal(init.random_partition(F, E, seed=3), neurons_EM)
-    assert not torch.equal(init.random_partition(F, E, seed=4), neurons_EM)
-    assert torch.equal(init.labels_of(init.contiguous(F, E)), torch.arange(F) // M)
+    assert torch.equal(neurons_of(labels_F, E), neurons_EM)
+    assert neurons_of(labels_F.int(), E).dtype == torch.long
+    assert torch.equal(random_partition(F, E, seed=3), neurons_EM)
+    assert not torch.equal(random_partition(F, E, seed=4), neurons_EM)
+    assert torch.equal(labels_of(contiguous(F, E)), torch.arange(F) // M)
 
 
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: init.contiguous(96, 7), "96 neurons .* 7 experts.* 3, 4, 6, 8"),
-        (lambda: init.random_partition(96, 0), "96 neurons .* 0 experts.* 1, 2, 3, 4"),
-        (lambda: init.contiguous(96, 2.0), r"2\.0 experts.*whole number"),
-        (lambda: init.labels_of(torch.tensor([[0, 1], [1, 2]])), "3 different ones"),
-        (lambda: init.neurons_of(torch.tensor([0, 0, 0, 1]), 2), "2 experts of 1 to 3 neurons"),
-        (lambda: init.neurons_of(torch.tensor([1, 2, 1, 2]), 2), "numbered 1 to 2"),
-        (lambda: init.neurons_of(torch.ones(4), 2), "float32"),
-        (lambda: init.balanced_kmeans(torch.randn(10, 3), 4), "2, 5"),
-        (lambda: init.balanced_kmeans(torch.randn(10, 3), 5, iterations=0), "iterations is 0"),
-        (lambda: init.balanced_kmeans(torch.randn(4, 3), 2, start=torch.zeros(3)), "shape .3,."),
-        (lambda: init.balanced_kmeans(torch.full((4, 3), torch.inf), 2), "infinite"),
-        (lambda: init.balanced_assignment(torch.zeros(6, 3), 3), "9 places. Use size=2"),
-        (lambda: init.activation_clusters([torch.ones(5, 8)], 4, 4, active=2), "use 0 to 3"),
-        (lambda: init.activation_clusters([torch.ones(5, 8)], 4, 1, active=9), "Use 1 to 8"),
-        (lambda: init.domain_neurons(torch.rand(2, 8), 9), "use 1 to 8"),
-        (lambda: init.domain_neurons(torch.rand(2, 8), 4, shared=5), "use 0 to 4"),
+        (lambda: contiguous(96, 7), "96 neurons .* 7 experts.* 3, 4, 6, 8"),
+        (lambda: random_partition(96, 0), "96 neurons .* 0 experts.* 1, 2, 3, 4"),
+        (lambda: contiguous(96, 2.0), r"2\.0 experts.*whole number"),
+        (lambda: labels_of(torch.tensor([[0, 1], [1, 2]])), "3 different ones"),
+        (lambda: neurons_of(torch.tensor([0, 0, 0, 1]), 2), "2 experts of 1 to 3 neurons"),
+        (lambda: neurons_of(torch.tensor([1, 2, 1, 2]), 2), "numbered 1 to 2"),
+        (lambda: neurons_of(torch.ones(4), 2), "float32"),
+        (lambda: balanced_kmeans(torch.randn(10, 3), 4), "2, 5"),
+        (lambda: balanced_kmeans(torch.randn(10, 3), 5, iterations=0), "iterations is 0"),
+        (lambda: balanced_kmeans(torch.randn(4, 3), 2, start=torch.zeros(3)), "shape .3,."),
+        (lambda: balanced_kmeans(torch.full((4, 3), torch.inf), 2), "infinite"),
+        (lambda: balanced_assignment(torch.zeros(6, 3), 3), "9 places. Use size=2"),
+        (lambda: activation_clusters([torch.ones(5, 8)], 4, 4, active=2), "use 0 to 3"),
+        (lambda: activation_clusters([torch.ones(5, 8)], 4, 1, active=9), "Use 1 to 8"),
+        (lambda: domain_neurons(torch.rand(2, 8), 9), "use 1 to 8"),
+        (lambda: domain_neurons(torch.rand(2, 8), 4, shared=5), "use 0 to 4"),
     ],
 )
 def test_errors_say_what_to_do(make, says):
@@ -84,13 +92,13 @@ def test_errors_say_what_to_do(make, says):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: init.co_activation_weights([torch.full((4, 3), -0.5)]), "-0.5.*after the ReLU"),
-        (lambda: init.co_activation_weights([torch.full((4, 3), torch.nan)]), "undefined"),
-        (lambda: init.co_activation_weights([torch.zeros(4, 3)]), "No two of the 3 neurons"),
-        (lambda: init.co_activation_weights([]), "at least one chunk"),
-        (lambda: init.co_activation_weights([torch.ones(7, 3)], released=True), "8 tokens"),
-        (lambda: init.activation_clusters([], 4, 1), "at least one chunk"),
-        (lambda: init.domain_masks(torch.rand(8), 4), r"shape \(8,\)"),
+        (lambda: co_activation_weights([torch.full((4, 3), -0.5)]), "-0.5.*after the ReLU"),
+        (lambda: co_activation_weights([torch.full((4, 3), torch.nan)]), "undefined"),
+        (lambda: co_activation_weights([torch.zeros(4, 3)]), "No two of the 3 neurons"),
+        (lambda: co_activation_weights([]), "at least one chunk"),
+        (lambda: co_activation_weights([torch.ones(7, 3)], released=True), "8 tokens"),
+        (lambda: activation_clusters([], 4, 1), "at least one chunk"),
+        (lambda: domain_masks(torch.rand(8), 4), r"shape \(8,\)"),
     ],
 )
 def test_errors_of_the_data_say_what_to_do(make, says):
@@ -109,14 +117,14 @@ def test_assignment_is_within_its_bound_of_the_optimum(neurons, experts, seed):
     places_FF = cost_FE.double().repeat_interleave(size, 1).numpy()
     least = places_FF[optimize.linear_sum_assignment(places_FF)].sum()
     for epsilon in (0.1, 1e-3, None):
-        labels_F = init.balanced_assignment(cost_FE, size, epsilon=epsilon)
+        labels_F = balanced_assignment(cost_FE, size, epsilon=epsilon)
         assert (torch.bincount(labels_F, minlength=experts) == size).all()
         bound = neurons * (epsilon or 1e-3 * float(cost_FE.std(1, correction=0).mean()))
         assert least - 1e-9 <= total(cost_FE, labels_F) <= least + bound + 1e-9
     whole_FE = (10 * cost_FE).round()
     places_FF = whole_FE.double().repeat_interleave(size, 1).numpy()
     least = places_FF[optimize.linear_sum_assignment(places_FF)].sum()
-    exact_F = init.balanced_assignment(whole_FE, size, epsilon=0.99 / neurons)
+    exact_F = balanced_assignment(whole_FE, size, epsilon=0.99 / neurons)
     assert total(whole_FE, exact_F) == least
 
 
@@ -125,18 +133,18 @@ def test_assignment_of_many_equal_neurons(offset):
     """Ties and constants that every expert costs must not decide, or stall, an auction."""
     cost_FE = torch.randn(F, E)
     cost_FE[: F // 2] = cost_FE[0]
-    labels_F = init.balanced_assignment(cost_FE.double() + offset, M)
+    labels_F = balanced_assignment(cost_FE.double() + offset, M)
     assert (torch.bincount(labels_F) == M).all()
-    assert total(cost_FE, labels_F) <= total(cost_FE, init.balanced_assignment(cost_FE, M)) + 0.2
-    assert (torch.bincount(init.balanced_assignment(torch.ones(F, E), M)) == M).all()
+    assert total(cost_FE, labels_F) <= total(cost_FE, balanced_assignment(cost_FE, M)) + 0.2
+    assert (torch.bincount(balanced_assignment(torch.ones(F, E), M)) == M).all()
 
 
 def test_rounds_without_a_look_change_nothing(monkeypatch):
     """On a GPU neurons without a bid stay in line; they must not take part."""
     cost_FE = torch.randn(F, E)
-    every = init.balanced_assignment(cost_FE, M)
-    monkeypatch.setitem(auction.ROUNDS_BETWEEN_LOOKS, "cpu", 32)
-    assert torch.equal(init.balanced_assignment(cost_FE, M), every)
+    every = balanced_assignment(cost_FE, M)
+    monkeypatch.setitem(ROUNDS_BETWEEN_LOOKS, "cpu", 32)
+    assert torch.equal(balanced_assignment(cost_FE, M), every)
 
 
 # ------------------------------------------------------------------ balanced k-means
@@ -148,64 +156,64 @@ def test_inertia_against_k_means_constrained(seed):
     unit_FD = functional.normalize(rows_FD, dim=1)
     theirs = package.KMeansConstrained(E, size_min=M, size_max=M, random_state=0, n_init=1)
     theirs.fit(unit_FD.numpy())
-    ours = init.inertia(unit_FD, init.balanced_kmeans(rows_FD, E, restarts=3))
-    plain = init.inertia(unit_FD, init.balanced_kmeans(rows_FD, E, restarts=3, plain=True))
+    ours = inertia(unit_FD, balanced_kmeans(rows_FD, E, restarts=3))
+    plain = inertia(unit_FD, balanced_kmeans(rows_FD, E, restarts=3, plain=True))
     assert ours <= 1.01 * theirs.inertia_
     assert plain <= 1.05 * theirs.inertia_
 
 
 def test_inertia_is_the_sum_of_squared_distances():
-    rows_FD, neurons_EM = torch.randn(F, 5), init.random_partition(F, E)
+    rows_FD, neurons_EM = torch.randn(F, 5), random_partition(F, E)
     means_ED = torch.stack([rows_FD[neurons].mean(0) for neurons in neurons_EM])
     slow = sum(
         ((rows_FD[n] - means_ED[e]) ** 2).sum().item() for e in range(E) for n in neurons_EM[e]
     )
-    assert init.inertia(rows_FD, neurons_EM) == pytest.approx(slow, rel=1e-5)
+    assert inertia(rows_FD, neurons_EM) == pytest.approx(slow, rel=1e-5)
 
 
 def test_kmeans_recovers_planted_clusters_whatever_the_row_lengths():
     labels_F = planted_labels()
     rows_FD = planted_rows(labels_F, noise=0.1) * (0.1 + torch.rand(F, 1))
-    neurons_EM = init.balanced_kmeans(rows_FD, E, restarts=3)
+    neurons_EM = balanced_kmeans(rows_FD, E, restarts=3)
     assert neurons_EM.shape == (E, M) and neurons_EM.dtype == torch.long
     assert same_clusters(neurons_EM, labels_F)
-    assert torch.equal(init.balanced_kmeans(rows_FD.bfloat16().float(), E, restarts=3), neurons_EM)
-    assert torch.equal(init.balanced_kmeans(rows_FD, E, restarts=3), neurons_EM)
+    assert torch.equal(balanced_kmeans(rows_FD.bfloat16().float(), E, restarts=3), neurons_EM)
+    assert torch.equal(balanced_kmeans(rows_FD, E, restarts=3), neurons_EM)
 
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_start_is_never_made_worse_and_names_the_experts(plain):
     rows_FD = functional.normalize(torch.randn(F, 30), dim=1)
-    start_EM = init.random_partition(F, E)
-    value = init.inertia(rows_FD, start_EM)
+    start_EM = random_partition(F, E)
+    value = inertia(rows_FD, start_EM)
     for _ in range(3):
-        again_EM = init.balanced_kmeans(rows_FD, E, start=start_EM, iterations=3, plain=plain)
-        by_labels_EM = init.balanced_kmeans(
-            rows_FD, E, start=init.labels_of(start_EM), iterations=3, plain=plain
+        again_EM = balanced_kmeans(rows_FD, E, start=start_EM, iterations=3, plain=plain)
+        by_labels_EM = balanced_kmeans(
+            rows_FD, E, start=labels_of(start_EM), iterations=3, plain=plain
         )
         assert torch.equal(again_EM, by_labels_EM)
-        assert init.inertia(rows_FD, again_EM) <= value + 1e-6
-        start_EM, value = again_EM, init.inertia(rows_FD, again_EM)
+        assert inertia(rows_FD, again_EM) <= value + 1e-6
+        start_EM, value = again_EM, inertia(rows_FD, again_EM)
     labels_F = planted_labels()
-    start_EM = init.neurons_of(labels_F, E)
+    start_EM = neurons_of(labels_F, E)
     rows_FD = planted_rows(labels_F, noise=0.01)
-    assert torch.equal(init.balanced_kmeans(rows_FD, E, start=start_EM), start_EM)
+    assert torch.equal(balanced_kmeans(rows_FD, E, start=start_EM), start_EM)
 
 
 def test_kmeans_from_a_start_follows_a_permutation_of_the_neurons():
     # Rows far enough apart that no choice hangs on how a product rounds.
     start_F = planted_labels(1)
     rows_FD, order_F = planted_rows(planted_labels(2), noise=0.05), torch.randperm(F)
-    labels_F = init.labels_of(init.balanced_kmeans(rows_FD, E, start=start_F))
-    moved_EM = init.balanced_kmeans(rows_FD[order_F], E, start=start_F[order_F])
-    assert torch.equal(init.labels_of(moved_EM), labels_F[order_F])
+    labels_F = labels_of(balanced_kmeans(rows_FD, E, start=start_F))
+    moved_EM = balanced_kmeans(rows_FD[order_F], E, start=start_F[order_F])
+    assert torch.equal(labels_of(moved_EM), labels_F[order_F])
 
 
 def test_taking_out_the_own_pull_lowers_the_inertia_of_small_clusters():
     """32 neurons per expert in many dimensions: plain iterations stop after the first."""
     rows_FD = functional.normalize(torch.randn(256, 256), dim=1)
-    plain = init.inertia(rows_FD, init.balanced_kmeans(rows_FD, 8, plain=True))
-    ours = init.inertia(rows_FD, init.balanced_kmeans(rows_FD, 8))
+    plain = inertia(rows_FD, balanced_kmeans(rows_FD, 8, plain=True))
+    ours = inertia(rows_FD, balanced_kmeans(rows_FD, 8))
     assert 256 - ours > 1.15 * (256 - plain)
 
 
@@ -213,20 +221,20 @@ def test_taking_out_the_own_pull_lowers_the_inertia_of_small_clusters():
 def test_cuda_finds_what_the_cpu_finds():
     labels_F = planted_labels()
     rows_FD = planted_rows(labels_F, noise=0.1).cuda()
-    neurons_EM = init.balanced_kmeans(rows_FD, E, restarts=3)
+    neurons_EM = balanced_kmeans(rows_FD, E, restarts=3)
     assert neurons_EM.is_cuda and same_clusters(neurons_EM.cpu(), labels_F)
     cost_FE = torch.randn(2048, 64)
-    here, there = (init.balanced_assignment(c, 32) for c in (cost_FE, cost_FE.cuda()))
+    here, there = (balanced_assignment(c, 32) for c in (cost_FE, cost_FE.cuda()))
     assert torch.equal(here, there.cpu())
     rows_FD = functional.normalize(torch.randn(1024, 128), dim=1)
     values = [
-        init.inertia(rows_FD, init.balanced_kmeans(rows_FD.to(device), 32).cpu())
+        inertia(rows_FD, balanced_kmeans(rows_FD.to(device), 32).cpu())
         for device in ("cpu", "cuda", "cuda")
     ]
     assert values[1] == values[2] == pytest.approx(values[0], rel=5e-3)
     hidden_TF = planted_hidden(labels_F, 64)
     for device in ("cpu", "cuda"):
-        found_EM, _ = init.activation_clusters([hidden_TF.to(device)], E, 1, active=M)
+        found_EM, _ = activation_clusters([hidden_TF.to(device)], E, 1, active=M)
         assert same_clusters(found_EM.cpu(), labels_F)
 
 
@@ -237,7 +245,7 @@ def test_the_papers_graph_is_the_loop_over_tokens_and_pairs():
     for t, i, j in itertools.product(range(11), range(6), range(6)):
         if i != j and hidden_TF[t, i] > 0 and hidden_TF[t, j] > 0:
             loop_FF[i, j] += hidden_TF[t, i] * hidden_TF[t, j]
-    found_FF = init.co_activation_weights(iter(hidden_TF.split(4)))
+    found_FF = co_activation_weights(iter(hidden_TF.split(4)))
     assert torch.allclose(found_FF, loop_FF, atol=1e-5)
 
 
@@ -253,14 +261,14 @@ def test_the_released_graph_is_its_loop(monkeypatch):
     threshold = torch.quantile(loop_FF.flatten(), 0.1).item()
     assert threshold > 0
     loop_FF = (loop_FF / (threshold * 0.99)).int().float().fill_diagonal_(0)
-    found_FF = init.co_activation_weights(iter(hidden_TF.split(7)), released=True)
+    found_FF = co_activation_weights(iter(hidden_TF.split(7)), released=True)
     assert torch.equal(found_FF, loop_FF)
 
     silent_TF = functional.pad(hidden_TF, (0, 4))  # the first percentiles are zero
-    assert (init.co_activation_weights([silent_TF], released=True)[:6, :6] > 0).any()
-    monkeypatch.setattr("sparsecraft.init.graph.RELEASED_TOKENS", 16)
-    short_FF = init.co_activation_weights([hidden_TF], released=True)
-    assert torch.equal(short_FF, init.co_activation_weights([hidden_TF[:24]], released=True))
+    assert (co_activation_weights([silent_TF], released=True)[:6, :6] > 0).any()
+    monkeypatch.setattr("sparsecraft.moe.init.graph.RELEASED_TOKENS", 16)
+    short_FF = co_activation_weights([hidden_TF], released=True)
+    assert torch.equal(short_FF, co_activation_weights([hidden_TF[:24]], released=True))
 
 
 @pytest.mark.parametrize("released", [False, True])
@@ -268,27 +276,27 @@ def test_cutting_the_graph_recovers_planted_clusters(released):
     pytest.importorskip("pymetis")
     labels_F = planted_labels()
     hidden_TF = planted_hidden(labels_F, 800)
-    neurons_EM = init.co_activation(hidden_TF.split(100), E, released=released)
+    neurons_EM = co_activation(hidden_TF.split(100), E, released=released)
     assert neurons_EM.shape == (E, M) and same_clusters(neurons_EM, labels_F)
-    assert torch.equal(init.co_activation([hidden_TF], E, released=released), neurons_EM)
+    assert torch.equal(co_activation([hidden_TF], E, released=released), neurons_EM)
 
 
 def test_cuts_of_noise_are_equal_and_better_than_chance():
     pytest.importorskip("pymetis")
-    weights_FF = init.co_activation_weights([torch.randn(20, F).relu()])
+    weights_FF = co_activation_weights([torch.randn(20, F).relu()])
 
     def inside(neurons_EM):
         return sum(weights_FF[n][:, n].sum().item() for n in neurons_EM)
 
-    neurons_EM = init.cut_graph(weights_FF, E)
-    init.labels_of(neurons_EM)
-    assert inside(neurons_EM) > 1.2 * inside(init.random_partition(F, E))
-    assert torch.equal(init.cut_graph(weights_FF, E), neurons_EM)
-    assert torch.equal(init.cut_graph(weights_FF, 1), init.contiguous(F, 1))
+    neurons_EM = cut_graph(weights_FF, E)
+    labels_of(neurons_EM)
+    assert inside(neurons_EM) > 1.2 * inside(random_partition(F, E))
+    assert torch.equal(cut_graph(weights_FF, E), neurons_EM)
+    assert torch.equal(cut_graph(weights_FF, 1), contiguous(F, 1))
 
 
 def test_leveling_moves_the_neuron_that_loses_least():
-    from sparsecraft.init.graph import _level
+    from sparsecraft.moe.init.graph import _level
 
     weights_FF = torch.rand(12, 12)
     weights_FF = (weights_FF + weights_FF.mT).fill_diagonal_(0)
@@ -311,7 +319,7 @@ def test_leveling_moves_the_neuron_that_loses_least():
 def test_without_pymetis_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pymetis", None)
     with pytest.raises(ResourceError, match="pip install pymetis"):
-        init.cut_graph(torch.ones(F, F), E)
+        cut_graph(torch.ones(F, F), E)
 
 
 # ------------------------------------------------------------------ CMoE
@@ -328,12 +336,12 @@ def test_cmoe_is_its_loop(shared, released):
     """Shared by rate, an optimal assignment to the centers, representatives nearest to means."""
     optimize = pytest.importorskip("scipy.optimize")
     hidden_TF = planted_hidden(planted_labels(), 400)[:, :24] * torch.randn(400, 24)
-    neurons_EM, representatives_R = init.activation_clusters(
+    neurons_EM, representatives_R = activation_clusters(
         iter(hidden_TF.split(150)), 6, shared, active=5, released=released
     )
-    init.labels_of(neurons_EM)
+    labels_of(neurons_EM)
     markers_TF = cmoe_markers(hidden_TF, 5)
-    assert torch.equal(init.activation_markers([hidden_TF], 5), markers_TF.bool())
+    assert torch.equal(activation_markers([hidden_TF], 5), markers_TF.bool())
     by_rate = sorted(range(24), key=lambda n: -markers_TF[:, n].sum().item())
     common, rest = by_rate[: 4 * shared], sorted(by_rate[4 * shared :])
     assert sorted(neurons_EM[:shared].flatten().tolist()) == sorted(common)
@@ -354,7 +362,7 @@ def test_cmoe_is_its_loop(shared, released):
 
 
 def test_distances_of_markers_are_the_norms():
-    from sparsecraft.init.activation import _distances
+    from sparsecraft.moe.init.activation import _distances
 
     markers_TN, means_TR = torch.rand(50, 9) > 0.5, torch.rand(50, 4)
     for power, l1 in ((1.0, True), (2.0, False)):
@@ -366,7 +374,7 @@ def test_cmoe_recovers_planted_clusters_and_the_busiest_expert():
     labels_F = planted_labels()
     hidden_TF = planted_hidden(labels_F, 256)
     hidden_TF[:, labels_F == 3] += 5  # fires on every token
-    neurons_EM, representatives_R = init.activation_clusters([hidden_TF], E, 1, active=2 * M)
+    neurons_EM, representatives_R = activation_clusters([hidden_TF], E, 1, active=2 * M)
     assert same_clusters(neurons_EM, labels_F) and (labels_F[neurons_EM[0]] == 3).all()
     assert all(r in row for r, row in zip(representatives_R, neurons_EM[1:], strict=True))
 
@@ -380,7 +388,7 @@ def test_domain_masks_are_the_released_loop():
         threshold = sorted(scores, reverse=True)[size - 1]
         kept.append({n for n in range(20) if scores[n] > threshold})
     common = set.intersection(*kept)
-    routed_KF, shared_F = init.domain_masks(scores_KF, size)
+    routed_KF, shared_F = domain_masks(scores_KF, size)
     assert set(shared_F.nonzero()[:, 0].tolist()) == common
     assert [set(r.nonzero()[:, 0].tolist()) for r in routed_KF] == [k - common for k in kept]
     assert (routed_KF[1] | shared_F).sum() == size - 1
@@ -389,7 +397,7 @@ def test_domain_masks_are_the_released_loop():
 def test_domain_neurons_keep_the_best_and_share_what_all_keep():
     scores_KF = torch.rand(3, 40) + 2 * torch.rand(40)
     scores_KF[2, 5:12] = 1.0
-    neurons_KM, shared_S = init.domain_neurons(scores_KF, 20)
+    neurons_KM, shared_S = domain_neurons(scores_KF, 20)
     kept = []
     for scores in scores_KF.tolist():
         kept.append(set(sorted(range(40), key=lambda n: (-scores[n], n))[:20]))
@@ -401,7 +409,7 @@ def test_domain_neurons_keep_the_best_and_share_what_all_keep():
 @pytest.mark.parametrize("shared", [0, 3, 15, 20])
 def test_domain_neurons_with_a_fixed_number_of_shared_ones(shared):
     scores_KF = torch.rand(4, 40)
-    neurons_KM, shared_S = init.domain_neurons(scores_KF, 20, shared=shared)
+    neurons_KM, shared_S = domain_neurons(scores_KF, 20, shared=shared)
     ranks = [sorted(range(40), key=lambda n: -scores[n]) for scores in scores_KF.tolist()]
     worst = [max(rank.index(n) for rank in ranks) for n in range(40)]
     common = sorted(range(40), key=lambda n: (worst[n], n))[:shared]
@@ -417,6 +425,6 @@ def test_domain_neurons_recover_planted_domains():
     for k in range(3):
         scores_KF[k, 15 + 5 * k : 20 + 5 * k] += 1
     for shared in (None, 5):
-        neurons_KM, shared_S = init.domain_neurons(scores_KF, 10, shared)
+        neurons_KM, shared_S = domain_neurons(scores_KF, 10, shared)
         assert shared_S.tolist() == list(range(7, 12))
         assert neurons_KM.tolist() == [list(range(15 + 5 * k, 20 + 5 * k)) for k in range(3)]

@@ -20,10 +20,11 @@ from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 import cases
 import sparsecraft as sc
 import tiny
+from sparsecraft.checkpoint.adapter_names import HELD, standing_paths
 from sparsecraft.errors import CheckpointError, ExportError, MergeError, RecipeError, SurgeryError
-from sparsecraft.peft import register
-from sparsecraft.peft.configs import why_no_adapter
-from sparsecraft.peft.layer import HELD, ExpertsTunerLayer, standing_paths
+from sparsecraft.interop.peft import register
+from sparsecraft.interop.peft.configs import why_no_adapter
+from sparsecraft.interop.peft.layer import ExpertsTunerLayer
 
 WEIGHTS = "adapter_model.safetensors"
 PESC = {"num_experts": 4, "top_k": 2, "adapter_dim": 16}
@@ -404,7 +405,7 @@ def test_a_merge_that_fails_gives_the_adapter_back():
 
 
 def test_standing_paths_name_what_lies_inside_what():
-    from sparsecraft.planning import plan
+    from sparsecraft.surgery.plan import plan
 
     recipe = sc.recipes.camelidae(**PESC, lora_rank=2)
     sites = [item.site for item in plan(cases.dense("opt"), recipe)]

@@ -13,14 +13,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sparsecraft.experts import LoRAExperts, VectorExperts
-from sparsecraft.kernels import product, projections, vectors
-from sparsecraft.kernels.mixtures import mix_vectors_torch
+from sparsecraft.kernels import projections
+from sparsecraft.kernels.product import stack, three_parts
 from sparsecraft.kernels.projections import Projections, ScaledLinear, float32_product
-from sparsecraft.layer import MoELayer
-from sparsecraft.recipe import LoRASpec, RouterSpec, VectorSpec
-from sparsecraft.routers import build_router
-from sparsecraft.routing import trace
+from sparsecraft.kernels.vectors import INTERPRETED, mix_vectors_torch
+from sparsecraft.moe.experts.lora import LoRAExperts
+from sparsecraft.moe.experts.vector import VectorExperts
+from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.routers.build import build_router
+from sparsecraft.moe.tracing import trace
+from sparsecraft.recipe.experts import LoRASpec, VectorSpec
+from sparsecraft.recipe.routers import RouterSpec
 from test_mixtures import I, O, R, assert_near, grads, leaf, weights
 
 
@@ -47,7 +50,7 @@ def test_float64_scores_pass_gradcheck():
 def test_three_bf16_parts_hold_a_float32_weight(E, weight_dtype):
     """What CUDA does with bf16 tokens, here with the products written out."""
     x, weight = leaf(300, 64, dtype=torch.bfloat16), leaf(E, 64, dtype=weight_dtype)
-    parts = product.stack(None, weight.detach(), (0, 1, 2), 0)
+    parts = stack(None, weight.detach(), (0, 1, 2), 0)
     assert parts.shape[0] % 8 == 0 and not parts[3 * E :].any()
     whole = parts[: 3 * E].view(3, E, 64).double().sum(0)
     assert torch.equal(whole, weight.detach().double())
@@ -99,7 +102,7 @@ def test_products_of_the_same_tokens_share_one_gradient(own):
     assert_near([found[0][:, O:]], [wanted[0][:, O:]], 1e-6)
     assert_near(found[3:], wanted[3:], 1e-6)
     once = grads(frozen_and_rows(x, base, rows, scores, not own), leaves)
-    assert_near(once, found, 1e-2 if vectors.INTERPRETED else 4e-3)
+    assert_near(once, found, 1e-2 if INTERPRETED else 4e-3)
 
 
 def test_a_shared_gradient_serves_twice_and_leaves_no_trace():
@@ -142,16 +145,16 @@ def test_scores_in_parts_compile_whole():
 def test_a_stack_holds_its_parts_in_order(dim, plain, split):
     make = lambda n: torch.randn((n, 40) if dim == 0 else (40, n)) if n else None  # noqa: E731
     a, b, order = make(plain), make(split), (0, 2, 1, 0)
-    found = product.stack(a, b, order, dim)
-    parts = product.three_parts(b) if split else ()
+    found = stack(a, b, order, dim)
+    parts = three_parts(b) if split else ()
     blocks = ([a.bfloat16()] if plain else []) + [parts[i] for i in order if split]
     wanted = torch.cat(blocks, dim)
     n = wanted.shape[dim]
     assert found.shape[dim] % 8 == 0 and not found.narrow(dim, n, found.shape[dim] - n).any()
-    assert_near([found.narrow(dim, 0, n)], [wanted], 8e-3 if vectors.INTERPRETED else 1e-9)
+    assert_near([found.narrow(dim, 0, n)], [wanted], 8e-3 if INTERPRETED else 1e-9)
 
 
-@pytest.mark.skipif(not vectors.INTERPRETED, reason="needs the kernels")
+@pytest.mark.skipif(not INTERPRETED, reason="needs the kernels")
 @pytest.mark.parametrize("heads", [1, 3])
 def test_a_scaled_linear_equals_the_mixture_of_its_output(heads, monkeypatch):
     monkeypatch.setattr("sparsecraft.kernels.projections.CHUNK_TOKENS", 16)
@@ -210,7 +213,7 @@ def test_a_layer_with_joint_products_is_as_near_to_float64(kind, x_grad, joint):
     wanted = layer_grads(copy.deepcopy(layer).double(), x64)
     assert len(joint) == 1  # not in float64
     assert len(found) == len(wanted) >= 3 + x_grad
-    assert_near(found, wanted, 3e-2 if vectors.INTERPRETED else 8e-3)
+    assert_near(found, wanted, 3e-2 if INTERPRETED else 8e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,7 @@ import torch
 
 import sparsecraft as sc
 import tiny
-from sparsecraft import hub
+from sparsecraft.dense import hub
 from sparsecraft.errors import RecipeError
 
 pytest.importorskip("bitsandbytes", reason="needs sparsecraft[quant]")

@@ -13,19 +13,12 @@ import pytest
 import sparsecraft as sc
 from cases import RECIPES
 from sparsecraft.errors import RecipeError
-from sparsecraft.recipe import (
-    AdapterSpec,
-    Edit,
-    FFNSpec,
-    FitSpec,
-    LoRASpec,
-    RouterSpec,
-    SplitSpec,
-    Stage,
-    from_json,
-    override,
-    to_json,
-)
+from sparsecraft.recipe.edits import Edit
+from sparsecraft.recipe.experts import AdapterSpec, FFNSpec, LoRASpec, SplitSpec
+from sparsecraft.recipe.formats import from_json, to_json
+from sparsecraft.recipe.overrides import override
+from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.stages import FitSpec, Stage
 from sparsecraft.recipes import by_name
 
 EVERY = {**{n: case.make() for n, case in RECIPES.items()}}
@@ -55,7 +48,7 @@ def test_json_round_trip(name):
 
 def test_recipes_are_frozen_and_torch_free():
     code = (
-        "import sys, sparsecraft.recipes, sparsecraft.recipe; "
+        "import sys, sparsecraft.recipes, sparsecraft.recipe.recipe; "
         "sparsecraft.recipes.camelidae(); "
         "print(sorted({'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)))"
     )

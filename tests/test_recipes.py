@@ -17,11 +17,13 @@ from cases import (
     logits,
     randomize_new,
 )
-from sparsecraft.budget import begin_stage
-from sparsecraft.experts.split import SplitExperts
-from sparsecraft.layer import MoELayer, dense_name, set_dispatch
-from sparsecraft.losses import auxiliary_loss
-from sparsecraft.surgery import set_trainable
+from sparsecraft.moe.experts.base import set_dispatch
+from sparsecraft.moe.experts.split import SplitExperts
+from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.losses import auxiliary_loss
+from sparsecraft.moe.names import dense_name
+from sparsecraft.surgery.trainable import set_trainable
+from sparsecraft.training.staging import begin_stage
 
 EVERY = [(f, r) for f in FAMILIES for r in RECIPES]
 every = pytest.mark.parametrize(("family", "recipe"), EVERY, ids=["-".join(c) for c in EVERY])

@@ -7,9 +7,10 @@ import torch
 
 import sparsecraft as sc
 from cases import RECIPES, RUNNING, batch, dense
-from sparsecraft.recipe import RouterSpec
-from sparsecraft.routers import Sample, build_router, soft, top_k
-from sparsecraft.routing import Routing
+from sparsecraft.moe.routers.build import build_router
+from sparsecraft.moe.routers.selectors import Sample, soft, top_k
+from sparsecraft.moe.routing import Routing
+from sparsecraft.recipe.routers import RouterSpec
 
 T, E, D = 20, 6, 16
 

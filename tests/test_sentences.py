@@ -11,9 +11,16 @@ import transformers
 import cases
 import sparsecraft as sc
 import tiny
-from sparsecraft import cli, data, evaluation, generation, hub, sentences
+from sparsecraft.cli.main import main
+from sparsecraft.data import sentences
+from sparsecraft.data.batches import collate
+from sparsecraft.data.encoding import encode, prompt_ids
+from sparsecraft.data.prepare import prepare
+from sparsecraft.data.sentences import Prompts, embed, prompt_text
+from sparsecraft.dense import hub
 from sparsecraft.errors import DataError, RecipeError, SparsecraftError
-from sparsecraft.sentences import Prompts, embed, prompt_text
+from sparsecraft.evaluation.held_out import evaluate
+from sparsecraft.serving.generation import answer
 
 WIDTH = 16
 FAST = {"batch_size": 8, "max_length": 128, "steps": 1, "progress": False, "learning_rate": 1e-2}
@@ -137,25 +144,25 @@ def test_rows_without_a_prompt_are_refused_with_their_place(encoder, tmp_path):
             prompt_text(row)
     path = tiny.write_rows(tmp_path / "a.jsonl", [*tiny.chat_rows(1), {"text": "all of it"}])
     with pytest.raises(DataError, match=r"a\.jsonl, row 2: .* needs a prompt.*completion\.$"):
-        data.prepare(path, tiny.tokenizer(), prompts=Prompts(encoder, WIDTH))
+        prepare(path, tiny.tokenizer(), prompts=Prompts(encoder, WIDTH))
 
 
 def test_other_recipes_pay_nothing(rows, monkeypatch):
     model = tiny.llama()
     sc.convert(model, sc.recipes.mov(num_experts=3))
     assert Prompts.of(model) is None
-    dataset, _ = data.prepare(rows, tiny.tokenizer(), packing=True)
+    dataset, _ = prepare(rows, tiny.tokenizer(), packing=True)
     assert set(dataset.column_names) == {"input_ids", "labels", "seq_lengths"}
-    assert not {"sentence_embeddings", "sentence_ids"} & set(data.collate(list(dataset), 0, True))
+    assert not {"sentence_embeddings", "sentence_ids"} & set(collate(list(dataset), 0, True))
     monkeypatch.setattr(sentences, "embed", None)
     monkeypatch.setattr(sentences, "context", None)
-    generation.answer(model, tiny.tokenizer(), [USER], max_new_tokens=1)
+    answer(model, tiny.tokenizer(), [USER], max_new_tokens=1)
 
 
 # -------------------------------------------------------------------------------------- training
 def alone(model, encoder: str, row: dict) -> torch.Tensor:
     """Logits of one row by itself, with its own prompt's embedding."""
-    ids = data.encode(row, tiny.tokenizer())["input_ids"]
+    ids = encode(row, tiny.tokenizer())["input_ids"]
     embedding = embed([prompt_text(row)], encoder)
     with torch.no_grad():
         return model(torch.tensor([ids]), sentence_embeddings=embedding).logits[0]
@@ -163,11 +170,9 @@ def alone(model, encoder: str, row: dict) -> torch.Tensor:
 
 def test_packed_tokens_are_routed_by_their_own_sentence(rows, encoder):
     model, prompts = converted(encoder), Prompts(encoder, WIDTH)
-    dataset, counts = data.prepare(
-        rows, tiny.tokenizer(), max_length=64, packing=True, prompts=prompts
-    )
+    dataset, counts = prepare(rows, tiny.tokenizer(), max_length=64, packing=True, prompts=prompts)
     assert 1 < counts["packs"] < 8
-    batch = data.collate(list(dataset), 0, packed=True, prompts=prompts)
+    batch = collate(list(dataset), 0, packed=True, prompts=prompts)
     assert batch["sentence_ids"].shape == batch["input_ids"].shape
     del batch["token_mask"], batch["labels"]
     with torch.no_grad():
@@ -176,9 +181,7 @@ def test_packed_tokens_are_routed_by_their_own_sentence(rows, encoder):
         batch["sentence_embeddings"] = batch["sentence_embeddings"].roll(1, 0)
         others = model(**batch, use_cache=False).logits
     found = 0
-    by_ids = {
-        tuple(data.encode(row, tiny.tokenizer())["input_ids"]): row for row in tiny.chat_rows(8)
-    }
+    by_ids = {tuple(encode(row, tiny.tokenizer())["input_ids"]): row for row in tiny.chat_rows(8)}
     for number, row in enumerate(dataset):
         start = 0
         for length in row["seq_lengths"]:
@@ -239,7 +242,7 @@ def test_a_wrong_width_is_told_before_anything_is_written(rows, encoder, tmp_pat
     with pytest.raises(SparsecraftError, match=r"width 17 .* gives 16; convert with sentence_dim"):
         sc.train(model, rows, tmp_path / "out", tokenizer=tiny.tokenizer(), **FAST)
     with pytest.raises(SparsecraftError, match="width 17"):
-        generation.answer(model, tiny.tokenizer(), [USER])
+        answer(model, tiny.tokenizer(), [USER])
     assert not list(tmp_path.glob("out*"))
 
 
@@ -253,7 +256,7 @@ def test_one_model_has_one_sentence_encoder(encoder):
 def test_the_held_out_loss_is_that_of_the_rows_alone(rows, encoder, monkeypatch):
     model, total, tokens = converted(encoder), 0.0, 0
     for row in tiny.chat_rows(8):
-        labels = torch.tensor(data.encode(row, tiny.tokenizer())["labels"])
+        labels = torch.tensor(encode(row, tiny.tokenizer())["labels"])
         logprobs = alone(model, encoder, row)[:-1].log_softmax(-1)
         kept = labels[1:] != -100
         total -= logprobs[kept].gather(1, labels[1:][kept, None]).sum().item()
@@ -276,7 +279,7 @@ def test_rank_classification_reads_the_prompt(encoder, tmp_path):
             {"role": "user", "content": row["prompt"]},
             {"role": "assistant", "content": choice},
         ]
-        labels = torch.tensor(data.encode({"messages": messages}, tiny.tokenizer())["labels"])
+        labels = torch.tensor(encode({"messages": messages}, tiny.tokenizer())["labels"])
         logprobs = alone(model, encoder, {"messages": messages})[:-1].log_softmax(-1)
         kept = labels[1:] != -100
         scores.append(logprobs[kept].gather(1, labels[1:][kept, None]).sum().item())
@@ -285,7 +288,7 @@ def test_rank_classification_reads_the_prompt(encoder, tmp_path):
     found = sc.evaluate(model, choices=path, tokenizer=tiny.tokenizer())["choice"][path]
     assert found["accuracy"] == 1
     with pytest.raises(SparsecraftError, match="pass choice files instead"):
-        evaluation.evaluate(model, tasks=["sciq"], tokenizer=tiny.tokenizer())
+        evaluate(model, tasks=["sciq"], tokenizer=tiny.tokenizer())
 
 
 # ------------------------------------------------------------------------------------ generation
@@ -317,13 +320,13 @@ def test_generation_reads_the_sentence_at_every_step(encoder, family, beams):
 def test_an_answer_is_what_generate_gives_in_the_context(encoder):
     model, tokenizer = converted(encoder), tiny.tokenizer()
     chat = [USER, {"role": "assistant", "content": "red"}, {"role": "user", "content": "two"}]
-    ids = torch.tensor([data.prompt_ids(chat, tokenizer)])
+    ids = torch.tensor([prompt_ids(chat, tokenizer)])
     with sc.context(model, sentence_embeddings=embed(["say red"], encoder)):
         expected, _ = generate(model, ids)
     text = tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True).strip()
-    assert generation.answer(model, tokenizer, chat, max_new_tokens=8) == text
+    assert answer(model, tokenizer, chat, max_new_tokens=8) == text
     with pytest.raises(DataError, match="needs a prompt"):
-        generation.answer(model, tokenizer, [{"role": "assistant", "content": "a"}])
+        answer(model, tokenizer, [{"role": "assistant", "content": "a"}])
 
 
 def test_sentences_that_do_not_fit_the_batch_are_refused(encoder):
@@ -342,14 +345,14 @@ def test_the_command_line_from_conversion_to_answer(encoder, rows, tmp_path, cap
     command = ["convert", "mov", "--model", dense, "--out", out, "--router", "sentence"]
     settings = [f"{key}={value}" for key, value in changes(encoder).items()]
     small = ["--num-experts", "3"]
-    assert cli.main([*command, *small, "--data", rows, "--set", *settings]) == 0
+    assert main([*command, *small, "--data", rows, "--set", *settings]) == 0
     assert "exact at start" in capsys.readouterr().out
     train = ["--steps", "2", "--max-length", "64", "--batch-size", "4", "--learning-rate", "0.01"]
-    assert cli.main(["train", out, "--data", rows, "--out", trained, *train]) == 0
+    assert main(["train", out, "--data", rows, "--out", trained, *train]) == 0
     results = tmp_path / "found.json"
-    assert cli.main(["eval", trained, "--data", rows, "--json", str(results)]) == 0
+    assert main(["eval", trained, "--data", rows, "--json", str(results)]) == 0
     assert json.loads(results.read_text())["loss"][rows]["rows"] == 8
-    assert cli.main(["generate", trained, "--prompt", "say red", "--max-new-tokens", "3"]) == 0
+    assert main(["generate", trained, "--prompt", "say red", "--max-new-tokens", "3"]) == 0
 
 
 def test_the_default_encoder_is_the_packaged_one(capsys, tmp_path, monkeypatch):
@@ -358,7 +361,7 @@ def test_the_default_encoder_is_the_packaged_one(capsys, tmp_path, monkeypatch):
     sentences._encoder.cache_clear()
     dense, out = tiny.save_dense(tmp_path / "dense"), str(tmp_path / "out")
     command = ["convert", "mov", "--model", dense, "--out", out, "--router", "sentence"]
-    assert cli.main([*command, "--num-experts", "3"]) == 0
+    assert main([*command, "--num-experts", "3"]) == 0
     with pytest.raises(SparsecraftError, match=r"'minilm' is not in .* HF_HUB_OFFLINE is set"):
         embed(["a"])
     assert Prompts.of(sc.load(out)).encoder == "minilm"

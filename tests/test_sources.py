@@ -13,9 +13,9 @@ import sparsecraft as sc
 import tiny
 from cases import FAMILIES, batch, dense, layers, logits, moved
 from sparsecraft.errors import RecipeError, SourceError
-from sparsecraft.layer import dense_tensors
-from sparsecraft.losses import btx_balance
-from sparsecraft.routing import Routing
+from sparsecraft.moe.losses import btx_balance
+from sparsecraft.moe.names import dense_tensors
+from sparsecraft.moe.routing import Routing
 
 BTX = sc.recipes.btx(num_experts=3)
 

@@ -30,20 +30,22 @@ from cases import (
     randomize_new,
 )
 from reference import splitting
-from sparsecraft import budget
-from sparsecraft.budget import begin_stage, end_stage, run, set_budget, split_layers
-from sparsecraft.donor import view
+from sparsecraft.dense.donors import view
+from sparsecraft.dense.sites import find_sites
 from sparsecraft.errors import RecipeError, SparsecraftError
-from sparsecraft.experts.split import SplitExperts
-from sparsecraft.init.balanced import balanced_kmeans
-from sparsecraft.init.partition import random_partition
 from sparsecraft.kernels import selection
-from sparsecraft.layer import set_dispatch
-from sparsecraft.losses import LOSSES, auxiliary_loss
-from sparsecraft.recipe import RouterSpec, SplitSpec
-from sparsecraft.routers.split import Gate, targets
-from sparsecraft.routing import Routing
-from sparsecraft.sites import find_sites
+from sparsecraft.moe.experts.base import set_dispatch
+from sparsecraft.moe.experts.split import SplitExperts
+from sparsecraft.moe.init.balanced import balanced_kmeans
+from sparsecraft.moe.init.partition import random_partition
+from sparsecraft.moe.losses import LOSSES, auxiliary_loss
+from sparsecraft.moe.routers.gate import Gate
+from sparsecraft.moe.routers.part_scorers import targets
+from sparsecraft.moe.routing import Routing
+from sparsecraft.recipe.experts import SplitSpec
+from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.surgery.budget import run, set_budget, split_layers
+from sparsecraft.training.staging import begin_stage, end_stage, staged
 
 families = pytest.mark.parametrize("family", FAMILIES)
 # Gated with biases, gated without, plain with biases, plain ReLU with and without.
@@ -885,7 +887,7 @@ def test_lte_separability_is_finite_on_the_threshold():
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "linear_warmup"])
 def test_the_schedule_of_the_losses(schedule):
-    from sparsecraft.trainers import RoutedTrainerMixin
+    from sparsecraft.training.trainers import RoutedTrainerMixin
 
     found = [
         RoutedTrainerMixin._loss_factor(
@@ -1059,7 +1061,7 @@ def test_a_budget_of_one_is_kept_too(base, tmp_path):
 
 
 def test_a_manifest_from_before_split_networks_is_read(base, tmp_path):
-    from sparsecraft.folder import json_digest
+    from sparsecraft.checkpoint.jsonfile import json_digest
 
     model, inputs = base("llama"), batch("llama")
     sc.convert(model, RECIPES["camelidae"].make())
@@ -1103,7 +1105,7 @@ def test_permuting_experts_with_their_router_changes_nothing(family):
 
 @forms
 def test_counted_products_are_those_of_the_papers_formula(family):
-    from sparsecraft.cost import split_flops
+    from sparsecraft.moe.cost import split_flops
 
     model = dense(family)
     gated = FAMILIES[family].gated
@@ -1136,7 +1138,7 @@ def test_relu_and_imitations_outlive_a_checkpoint_in_any_order_of_stages(order, 
     model = attended()
     stages = {stage.name: stage for stage in model.sparsecraft.recipe.stages}
     for name in order:
-        with budget.staged(model, stages[name]):
+        with staged(model, stages[name]):
             pass
     sc.save(model.eval(), tmp_path / "saved")
     again = sc.load(tmp_path / "saved")
@@ -1149,7 +1151,7 @@ def test_a_stage_that_fails_leaves_the_model_running_as_before():
     model = dense("llama")
     sc.convert(model, sc.recipes.lte(E))
     start = logits(model, batch("llama"))
-    with pytest.raises(KeyError), budget.staged(model, model.sparsecraft.recipe.stages[0]):
+    with pytest.raises(KeyError), staged(model, model.sparsecraft.recipe.stages[0]):
         raise KeyError
     assert torch.equal(logits(model, batch("llama")), start)
     assert model.sparsecraft.running.stages == []
@@ -1160,7 +1162,7 @@ def test_a_stage_that_needs_routers_is_refused_before_they_are_made():
     sc.convert(model, sc.recipes.lte(E))
     with (
         pytest.raises(SparsecraftError, match="--stages soft hard"),
-        budget.staged(model, model.sparsecraft.recipe.stages[1]),
+        staged(model, model.sparsecraft.recipe.stages[1]),
     ):
         pass
 

@@ -12,14 +12,15 @@ import transformers
 import sparsecraft as sc
 import tiny
 from cases import dense, logits, randomize_new
-from sparsecraft import cli, hub
-from sparsecraft.analysis.report import describe
-from sparsecraft.analysis.routing import first_choices_E, mutual_information
-from sparsecraft.budget import set_budget, split_layers
+from sparsecraft.cli.main import main
+from sparsecraft.conversion.matching import match_params
+from sparsecraft.dense import hub
 from sparsecraft.errors import RecipeError
-from sparsecraft.evaluation import evaluate
-from sparsecraft.matching import match_params
-from sparsecraft.routing import Routing
+from sparsecraft.evaluation.held_out import evaluate
+from sparsecraft.evaluation.report import describe
+from sparsecraft.evaluation.routing import first_choices_E, mutual_information
+from sparsecraft.moe.routing import Routing
+from sparsecraft.surgery.budget import set_budget, split_layers
 
 IDS = {"input_ids": torch.arange(3, 43).view(2, 20)}
 E = 8
@@ -182,7 +183,7 @@ def lines_of(model: torch.nn.Module, folder) -> str:
 
 def test_a_trained_split_is_described(trained, capsys):
     _, out = trained
-    assert cli.main(["inspect", str(out)]) == 0
+    assert main(["inspect", str(out)]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for words in (
         "8 x 8 neurons by kmeans (ReLU), weighted by one; those that do not run give nothing",
@@ -245,13 +246,13 @@ def test_a_split_has_no_parameters_to_be_matched():
 
 def test_the_command_merges_what_runs_whole(base, trained, tmp_path, capsys):
     model, out = trained
-    assert cli.main(["merge", str(out), "--out", str(tmp_path / "dense")]) == 1
+    assert main(["merge", str(out), "--out", str(tmp_path / "dense")]) == 1
     error = capsys.readouterr().err
     assert "set_budget(model, 1.0)" in error and not (tmp_path / "dense").exists()
     model = sc.load(out)
     set_budget(model, 1.0)
     sc.save(model, tmp_path / "whole")
-    assert cli.main(["merge", str(tmp_path / "whole"), "--out", str(tmp_path / "dense")]) == 0
+    assert main(["merge", str(tmp_path / "whole"), "--out", str(tmp_path / "dense")]) == 0
     assert "config.hidden_act is 'relu' now" in " ".join(capsys.readouterr().out.split())
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert type(plain) is transformers.LlamaForCausalLM and not hasattr(plain, "sparsecraft")

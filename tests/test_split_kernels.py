@@ -15,9 +15,19 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from sparsecraft.errors import SparsecraftError
-from sparsecraft.kernels import selection, split, split_triton
-from sparsecraft.kernels.fused import usable
+from sparsecraft.kernels import selection, split
+from sparsecraft.kernels.device import usable
 from sparsecraft.kernels.split import SplitNet
+from sparsecraft.kernels.split_triton import (
+    DOWN,
+    FEW,
+    UP,
+    _fit_down,
+    _fit_up,
+    activation_code,
+    gather,
+    padded,
+)
 from sparsecraft.kernels.vectors import INTERPRETED
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
@@ -248,7 +258,7 @@ def test_shapes_that_do_not_fit_say_so():
 
 
 def test_kernels_know_activations_by_what_they_compute():
-    code = split_triton.activation_code
+    code = activation_code
     assert [code(ACT2FN[a]) for a in ACTIVATIONS] == [0, 1, 2, 2, 3]
     assert code(nn.GELU()) == 1 and code(nn.GELU(approximate="tanh")) == 2
     assert code(ACT2FN["relu2"]) is None
@@ -262,22 +272,22 @@ def test_configurations_change_nothing(T):
     used = selection.active(weights)
     for BN, BD, BR, tile in [(1, 256, 16, 32), (2, 64, 64, 64), (16, 32, 16, 256)]:
         up = {"BN": BN, "BD": BD, "STAGES": 2, "num_warps": 4}
-        if T > split_triton.FEW:
+        if T > FEW:
             up = {"BN": 16, "BD": BD, "num_warps": 4}
         down = {"BR": BR, "BD": tile, "PER_SM": 1, "num_warps": 4}
-        found = split_triton.gather(net, x, weights, used, {"up": up, "down": down})
+        found = gather(net, x, weights, used, {"up": up, "down": down})
         assert relative(found, wanted) < 2e-6
 
 
 @needs_kernels
 def test_configurations_are_cut_down_to_small_layers_only():
-    for TP, up in split_triton.UP.items():
-        assert split_triton._fit_up(up, 4096, 32, 2, TP) == up
-        small = split_triton._fit_up(up, 24, 3, 4, TP)
+    for TP, up in UP.items():
+        assert _fit_up(up, 4096, 32, 2, TP) == up
+        small = _fit_up(up, 24, 3, 4, TP)
         assert small["BD"] <= 32 and small["BN"] <= 16
-    for down in split_triton.DOWN.values():
-        assert split_triton._fit_down(down, 4096, 2) == down
-    assert [split_triton.padded(T) for T in (1, 2, 3, 4, 5, 16)] == [1, 2, 4, 4, 16, 16]
+    for down in DOWN.values():
+        assert _fit_down(down, 4096, 2) == down
+    assert [padded(T) for T in (1, 2, 3, 4, 5, 16)] == [1, 2, 4, 4, 16, 16]
 
 
 # ------------------------------------------------------------------ rules

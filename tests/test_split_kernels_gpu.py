@@ -12,10 +12,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsecraft as sc
-from sparsecraft.experts.split import SplitExperts
 from sparsecraft.kernels import selection, split
 from sparsecraft.kernels.split import SplitNet
-from sparsecraft.routers.split import Gate
+from sparsecraft.moe.experts.split import SplitExperts
+from sparsecraft.moe.routers.gate import Gate
 
 pytestmark = [
     pytest.mark.gpu,

@@ -20,10 +20,12 @@ from safetensors.torch import load_file
 import sparsecraft as sc
 import tiny
 from cases import FAMILIES, batch, dense, logits
-from sparsecraft import cli, layerwise, shards, streaming
+from sparsecraft.checkpoint import shards
+from sparsecraft.cli.main import main
+from sparsecraft.conversion.stream import _skeleton, _Stream, convert_files
 from sparsecraft.errors import CertificateError, CheckpointError, RecipeError, SourceError
-from sparsecraft.layer import unique_tensors
-from sparsecraft.streaming import convert_files
+from sparsecraft.evaluation import layerwise
+from sparsecraft.moe.names import unique_tensors
 
 UPCYCLING = sc.recipes.upcycling(num_experts=4)
 BTX = sc.recipes.btx(num_experts=4)
@@ -109,7 +111,7 @@ def test_another_dtype_and_shards_are_those_of_save(tmp_path):
 
 
 def test_a_bank_is_made_one_expert_at_a_time(tmp_path):
-    stream = streaming._Stream(base(tmp_path), UPCYCLING, (), dtype=None, unrelated=False, seed=0)
+    stream = _Stream(base(tmp_path), UPCYCLING, (), dtype=None, unrelated=False, seed=0)
     tensors = stream.tensors(tmp_path / "out", standalone=False)
     banks = [tensor for name, tensor in tensors.items() if ".experts." in name]
     assert len(banks) == 8  # gate_up and down, and their biases, of two layers
@@ -210,11 +212,11 @@ def test_a_killed_conversion_goes_on(tmp_path, capsys):
     assert 2 <= len(finished) < 3 * 64
     times = {file: (left / file).stat().st_mtime_ns for file in finished}
 
-    assert cli.main(command(folder, out, "--no-certify")) == 1
+    assert main(command(folder, out, "--no-certify")) == 1
     assert "--resume (resume=True) to go on" in capsys.readouterr().err
-    assert cli.main(command(folder, out, "--no-certify", "--resume", "--seed", "1")) == 1
+    assert main(command(folder, out, "--no-certify", "--resume", "--seed", "1")) == 1
     assert "options.seed was 0 and is 1" in capsys.readouterr().err
-    assert cli.main(command(folder, out, "--no-certify", "--resume")) == 0
+    assert main(command(folder, out, "--no-certify", "--resume")) == 0
     output = capsys.readouterr()
     assert f"{len(finished)} finished file(s) were left and are kept" in output.out
     assert "converting" in output.err and "converting" not in output.out
@@ -310,7 +312,7 @@ def test_the_difference_is_that_of_the_worst_layer(family, tmp_path):
         original.get_submodule(last).register_forward_hook(
             lambda module, args, output, path=first: outputs.update({path: output})
         )
-    from sparsecraft.certificate import random_probe
+    from sparsecraft.evaluation.certificate import random_probe
 
     shares = []
     with torch.no_grad():
@@ -339,7 +341,7 @@ def test_a_false_claim_is_an_error_and_nothing_is_kept(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_buffers_that_are_in_no_file_are_those_of_a_loaded_model(family, tmp_path):
     folder = base(tmp_path, family)
-    skeleton = streaming._skeleton(Path(folder), None)
+    skeleton = _skeleton(Path(folder), None)
     layerwise._fill_buffers(skeleton)
     wanted = dict(sc.hub.load_dense(folder).named_buffers())
     hidden = [n for n, b in skeleton.named_buffers() if not b.is_meta]
@@ -364,14 +366,14 @@ def test_layers_that_read_the_batch_are_said_not_to_be_compared(tmp_path):
 def test_options_that_do_not_fit_a_stream_are_refused(tmp_path, capsys):
     folder, out = base(tmp_path), tmp_path / "out"
     data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.chat_rows(2))
-    assert cli.main([*command(folder, out), "--data", data]) == 1
+    assert main([*command(folder, out), "--data", data]) == 1
     assert "--data is not for --stream" in capsys.readouterr().err
-    assert cli.main([*command(folder, out), "--domains", f"a={data}"]) == 1
+    assert main([*command(folder, out), "--domains", f"a={data}"]) == 1
     assert "--domains is not for --stream" in capsys.readouterr().err
     plain = ["convert", "upcycling", "--model", folder, "--out", str(out), "--resume"]
-    assert cli.main(plain) == 1
+    assert main(plain) == 1
     assert "--resume is for --stream" in capsys.readouterr().err
-    assert cli.main([*command(folder, out), "--no-progress"]) == 0
+    assert main([*command(folder, out), "--no-progress"]) == 0
     output = capsys.readouterr()
     assert "layers one by one" in output.out and "converting" not in output.err
 

@@ -22,8 +22,9 @@ from cases import (
     logits,
     randomize_new,
 )
-from sparsecraft.certificate import compare
-from sparsecraft.donor import view
+from sparsecraft.conversion.needs import needs
+from sparsecraft.dense.donors import view
+from sparsecraft.dense.sites import find_sites
 from sparsecraft.errors import (
     CertificateError,
     DataError,
@@ -32,22 +33,19 @@ from sparsecraft.errors import (
     SparsecraftError,
     SurgeryError,
 )
-from sparsecraft.experts import AdapterExperts, FFNExperts
-from sparsecraft.layer import MoELayer, dense_name, matches, set_dispatch
-from sparsecraft.preflight import needs
-from sparsecraft.recipe import (
-    AdapterSpec,
-    Edit,
-    FFNLoRASpec,
-    FFNSpec,
-    LoRASpec,
-    Recipe,
-    RouterSpec,
-    Stage,
-    VectorSpec,
-)
-from sparsecraft.sites import find_sites
-from sparsecraft.surgery import conversion_of, set_trainable
+from sparsecraft.evaluation.certificate import compare
+from sparsecraft.moe.experts.adapter import AdapterExperts
+from sparsecraft.moe.experts.base import set_dispatch
+from sparsecraft.moe.experts.ffn import FFNExperts
+from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.names import dense_name
+from sparsecraft.recipe.edits import Edit
+from sparsecraft.recipe.experts import AdapterSpec, FFNLoRASpec, FFNSpec, LoRASpec, VectorSpec
+from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.stages import Stage
+from sparsecraft.surgery.record import conversion_of
+from sparsecraft.surgery.trainable import matches, set_trainable
 
 ADAPTERS = AdapterSpec(num_experts=E, dim=16)
 ROUTER = RouterSpec(top_k=2)

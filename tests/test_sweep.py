@@ -13,11 +13,11 @@ import transformers
 import cases
 import sparsecraft as sc
 import tiny
-from sparsecraft import budget
-from sparsecraft.analysis import latency, plots
-from sparsecraft.analysis.loads import ffn_flops, observe
-from sparsecraft.budget import set_budget, split_layers
 from sparsecraft.errors import DataError, SparsecraftError
+from sparsecraft.evaluation.budget import latency
+from sparsecraft.evaluation.budget.loads import ffn_flops, observe
+from sparsecraft.evaluation.budget.plots import sweep_png
+from sparsecraft.surgery.budget import set_budget, split_layers, state_of
 from test_budget import BY_THRESHOLD, RECIPES, made, split, tokens
 
 QUICK = {"batch_sizes": (1, 2), "rounds": 2, "context": 8}
@@ -31,11 +31,11 @@ def batches() -> list[dict]:
 def test_a_sweep_measures_every_budget_and_writes_what_it_measured(name, tmp_path):
     model = split(RECIPES[name]())
     set_budget(model, None)
-    before = budget.state_of(model), [la.router.threshold for la in split_layers(model).values()]
+    before = state_of(model), [la.router.threshold for la in split_layers(model).values()]
     found = sc.sweep(
         model, tokens(), out=tmp_path, shares=(0.25, 0.5, 0.75), calibration_data=tokens(), **QUICK
     )
-    assert before[0] == budget.state_of(model)
+    assert before[0] == state_of(model)
     assert before[1] == [la.router.threshold for la in split_layers(model).values()]
 
     assert [row["budget"] for row in found.rows] == [1.0, 0.75, 0.5, 0.25]
@@ -176,7 +176,7 @@ def test_the_picture_needs_no_latency(tmp_path):
         {"ffn_flops": 1.05, "loss": 3.0},
         {"ffn_flops": 0.5, "loss": 3.4},
     ]
-    plots.sweep_png(
+    sweep_png(
         tmp_path / "a.png", rows, score="loss", axis="loss", title="t", note="n", batch_sizes=()
     )
     assert (tmp_path / "a.png").stat().st_size > 10_000

@@ -16,7 +16,7 @@ import cases
 import sparsecraft as sc
 import tiny
 from sparsecraft.errors import CheckpointError, ExportError
-from sparsecraft.targets import STANDARD, TARGETS, plan
+from sparsecraft.interop.exporting import STANDARD, TARGETS, plan
 
 
 def upcycled(dense, **changes):

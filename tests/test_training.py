@@ -15,9 +15,9 @@ import transformers
 import cases
 import sparsecraft as sc
 import tiny
-from sparsecraft import settings as settings_module
-from sparsecraft import trainers
 from sparsecraft.errors import CheckpointError, DataError, SparsecraftError
+from sparsecraft.training.defaults import fill, read
+from sparsecraft.training.progress import ProgressBar
 
 FAST = {"steps": 12, "batch_size": 4, "micro_batch": 2, "max_length": 64, "learning_rate": 1e-2,
         "log_every": 3, "progress": False}  # fmt: skip
@@ -121,19 +121,19 @@ def test_the_auxiliary_loss_is_added_in_training_and_only_there(tmp_path, rows):
 
 
 def make_trainer(model, rows, **options):
-    from sparsecraft import training
+    from sparsecraft.training.train import _dataset, _prepare_parameters, _trainer
 
-    asked = settings_module.read({**FAST, "packing": False, **options})
+    asked = read({**FAST, "packing": False, **options})
     stage = model.sparsecraft.recipe.stages[0]
     # Dropout would make the training and the evaluation loss differ by more than the auxiliary.
     for module in model.modules():
         if hasattr(module, "dropout") and isinstance(module.dropout, float):
             module.dropout = 0.0
-    settings = settings_module.fill(model, stage, asked)
-    dataset, _ = training._dataset(model, rows, tiny.tokenizer(), settings)
-    training._prepare_parameters(model, stage)
+    settings = fill(model, stage, asked)
+    dataset, _ = _dataset(model, rows, tiny.tokenizer(), settings)
+    _prepare_parameters(model, stage)
     folder = Path(rows).parent / "state"
-    return training._trainer(model, stage, settings, dataset, tiny.tokenizer(), folder)
+    return _trainer(model, stage, settings, dataset, tiny.tokenizer(), folder)
 
 
 def test_padding_does_not_enter_the_auxiliary_loss(rows):
@@ -181,7 +181,7 @@ def interrupted(tmp_path, rows, monkeypatch, model=None, **options):
 
     options = {**FAST, "save_every": 5, **options}
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(trainers.ProgressBar, "on_step_end", interrupt)
+        patch.setattr(ProgressBar, "on_step_end", interrupt)
         model = model or converted()
         sc.train(model, rows, tmp_path / "out", tokenizer=tiny.tokenizer(), **options)
     return options
@@ -451,7 +451,7 @@ def test_a_run_whose_save_failed_is_resumed_from_its_end(tmp_path, rows, monkeyp
     whole = converted()
     sc.train(whole, rows, tmp_path / "whole", tokenizer=tiny.tokenizer(), **FAST)
     with monkeypatch.context() as patch, pytest.raises(CheckpointError):
-        patch.setattr("sparsecraft.checkpoint.write_companions", no_space)
+        patch.setattr("sparsecraft.checkpoint.card.write_companions", no_space)
         sc.train(converted(), rows, tmp_path / "out", tokenizer=tiny.tokenizer(), **FAST)
     model = converted()
     report = sc.train(
@@ -499,9 +499,9 @@ def test_two_processes_train_as_one(tmp_path, rows):
     done = subprocess.run(two, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("Saved and read back") == 1
-    from sparsecraft import cli
+    from sparsecraft.cli.main import main
 
-    assert cli.main([*command, "--out", str(tmp_path / "one")]) == 0
+    assert main([*command, "--out", str(tmp_path / "one")]) == 0
     one, other = sc.load(tmp_path / "one"), sc.load(tmp_path / "two")
     for name, value in parameters(one).items():
         assert torch.allclose(value, other.get_parameter(name), atol=2e-4), name

@@ -16,16 +16,24 @@ from torch.nn import functional as F
 import sparsecraft as sc
 import tiny
 from cases import batch, dense, layers, logits, moved
-from sparsecraft import buckets, cli, data, settings, training
+from sparsecraft.cli.main import main
+from sparsecraft.conversion.sources.expansion import dare, expand, seed_of
+from sparsecraft.conversion.sources.source import open_source
+from sparsecraft.conversion.stream import convert_files
+from sparsecraft.data.batches import collate
+from sparsecraft.data.prepare import pack, prepare
 from sparsecraft.errors import RecipeError, SparsecraftError
-from sparsecraft.expansion import dare, expand, seed_of
-from sparsecraft.layer import dense_tensors
-from sparsecraft.losses import own_expert
-from sparsecraft.planning import plan
-from sparsecraft.recipe import BucketSpec, ExpansionSpec, Stage, from_json, to_json
-from sparsecraft.routing import Routing
-from sparsecraft.sources import open_source
-from sparsecraft.streaming import convert_files
+from sparsecraft.moe.losses import own_expert
+from sparsecraft.moe.names import dense_tensors
+from sparsecraft.moe.routing import Routing
+from sparsecraft.recipe.formats import from_json, to_json
+from sparsecraft.recipe.recipe import ExpansionSpec
+from sparsecraft.recipe.stages import BucketSpec, Stage
+from sparsecraft.surgery.plan import plan
+from sparsecraft.training import deal as dealing
+from sparsecraft.training import defaults as settings
+from sparsecraft.training import train as training
+from sparsecraft.training.deal import deal, row_losses, sampled
 from test_streaming import base, in_memory, same
 
 FAST = {"batch_size": 4, "micro_batch": 2, "max_length": 64, "log_every": 1, "progress": False}
@@ -321,7 +329,7 @@ def rows(tmp_path) -> str:
 
 
 def dataset(rows: str, count: int = 40):
-    found, _ = data.prepare(rows, tiny.tokenizer(), max_length=64)
+    found, _ = prepare(rows, tiny.tokenizer(), max_length=64)
     return found.select(range(count))
 
 
@@ -353,9 +361,9 @@ def test_the_bucket_is_the_source_with_the_least_perplexity(rows, tmp_path):
     model, examples = mixture(sources, 3), dataset(rows)
     wanted_NE = plain_losses(sources, examples)
     for tokens in (1, 150, 4096):
-        found_NE = buckets.row_losses(model, examples, pad_id=0, tokens=tokens)
+        found_NE = row_losses(model, examples, pad_id=0, tokens=tokens)
         torch.testing.assert_close(found_NE, wanted_NE, rtol=1e-5, atol=1e-5)
-    dealt, told = buckets.deal(model, examples, tmp_path, pad_id=0, resume=False)
+    dealt, told = deal(model, examples, tmp_path, pad_id=0, resume=False)
     numbers = wanted_NE.argmin(1).tolist()
     assert len(set(numbers)) > 1
     assert [row["expert"] for row in dealt] == [
@@ -368,7 +376,7 @@ def test_the_bucket_is_the_source_with_the_least_perplexity(rows, tmp_path):
     with torch.no_grad():
         for layer in layers(model):
             layer.experts.down.zero_()
-    again, _ = buckets.deal(model, examples, tmp_path, pad_id=0, resume=True)
+    again, _ = deal(model, examples, tmp_path, pad_id=0, resume=True)
     assert again["expert"] == dealt["expert"]
 
 
@@ -376,7 +384,7 @@ def test_a_tie_goes_to_the_lower_number_and_empty_buckets_are_named(rows, tmp_pa
     model = tiny.llama()
     sc.convert(model, sc.recipes.upit(3))
     with caplog.at_level("WARNING", logger="sparsecraft"):
-        _, told = buckets.deal(model, dataset(rows), tmp_path, pad_id=0, resume=False)
+        _, told = deal(model, dataset(rows), tmp_path, pad_id=0, resume=False)
     assert told["rows"] == [40, 0, 0]
     assert "experts 1, 2 are empty" in caplog.text and "copies of one model" in caplog.text
 
@@ -392,7 +400,7 @@ def test_forced_tokens_run_the_experts_dense_model(family):
     model, inputs = dense(family), batch(family)
     sc.convert(model, sc.recipes.upit(2), sources=sources)
     free = logits(model, inputs)
-    with buckets.told(model):
+    with dealing.told(model):
         for e, source in enumerate(sources):
             ids = torch.full_like(inputs["input_ids"], e)
             found = logits(model, inputs | {"expert_ids": ids})
@@ -435,8 +443,8 @@ def test_the_batch_says_of_every_token_which_expert_it_goes_to(rows, packed):
     dealt = examples.add_column("expert", column)
     assert len(by_ids) > 2
     if packed:
-        dealt = data.pack(dealt, 64)
-    found = data.collate(list(dealt), 0, packed=packed)
+        dealt = pack(dealt, 64)
+    found = collate(list(dealt), 0, packed=packed)
     ids_BS, mask_BS = found["expert_ids"], found["token_mask"]
     assert ids_BS.shape == mask_BS.shape
     seen = 0
@@ -453,11 +461,11 @@ def test_the_batch_says_of_every_token_which_expert_it_goes_to(rows, packed):
 
 def test_the_sample_has_a_floor_and_a_cap(rows):
     examples = dataset(rows)
-    assert len(buckets.sampled(examples, BucketSpec())) == 40
+    assert len(sampled(examples, BucketSpec())) == 40
     spec = BucketSpec(sample=0.1, at_least=1, at_most=30)
-    assert buckets.sampled(examples, spec)["input_ids"] == examples["input_ids"][:4]
-    assert len(buckets.sampled(examples, dataclasses.replace(spec, at_least=7))) == 7
-    assert len(buckets.sampled(examples, dataclasses.replace(spec, sample=1.0))) == 30
+    assert sampled(examples, spec)["input_ids"] == examples["input_ids"][:4]
+    assert len(sampled(examples, dataclasses.replace(spec, at_least=7))) == 7
+    assert len(sampled(examples, dataclasses.replace(spec, sample=1.0))) == 30
 
 
 # --------------------------------------------------------------------------------------- the stages
@@ -503,12 +511,12 @@ def _favor(model, before, examples, counts) -> None:
     """Each expert's mean logit on its own rows rose, and is above an untrained row's."""
     start = copy.deepcopy(model)
     start.load_state_dict(before, strict=False)
-    losses_NE = buckets.row_losses(start, examples, pad_id=0)
+    losses_NE = row_losses(start, examples, pad_id=0)
     for e in (e for e, count in enumerate(counts) if count):
         own = [row for row, n in zip(examples, losses_NE.argmin(1).tolist(), strict=True) if n == e]
         means = []
         for net in (start, model):
-            with buckets.told(net), sc.trace(net) as traced:
+            with dealing.told(net), sc.trace(net) as traced:
                 for row in own[:4]:
                     ids = torch.tensor([row["input_ids"]])
                     net(ids, expert_ids=torch.full_like(ids, e))
@@ -618,7 +626,7 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path, rows, monkeypatch, interru
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("sparsecraft.trainers.RoutedTrainerMixin._tell_step", stop)
+        patch.setattr("sparsecraft.training.trainers.RoutedTrainerMixin._tell_step", stop)
         with pytest.raises(KeyboardInterrupt):
             sc.train(model, rows, tmp_path / "out", **options)
     assert all(layer.batch is None for layer in layers(model))
@@ -673,7 +681,7 @@ def fine_tuned(folder, out, rows, lora: bool = False) -> list[str]:
     trainer = transformers.Trainer(
         model, arguments, train_dataset=dataset(rows),
         data_collator=lambda features: {
-            k: v for k, v in data.collate(features, 0).items() if k != "token_mask"
+            k: v for k, v in collate(features, 0).items() if k != "token_mask"
         },
         processing_class=tiny.tokenizer(),
     )  # fmt: skip
@@ -692,7 +700,7 @@ def test_from_the_checkpoints_of_a_run_to_a_trained_mixture(tmp_path, rows, lora
     out, trained = tmp_path / "upit", tmp_path / "trained"
 
     def run(*arguments) -> str:
-        status = cli.main([str(a) for a in arguments])
+        status = main([str(a) for a in arguments])
         captured = capsys.readouterr()
         assert status == 0, captured.err
         return captured.out
@@ -717,11 +725,11 @@ def test_from_the_checkpoints_of_a_run_to_a_trained_mixture(tmp_path, rows, lora
 
 
 def test_the_number_of_experts_on_the_command_line():
-    from sparsecraft import converting
+    from sparsecraft.cli.convert import parse
 
     def parsed(function, *argv: str):
         shared = ["--model", "BASE", "--out", "OUT", "--sources", "A", "B", *argv]
-        return converting.parse(function, shared)[0]["num_experts"]
+        return parse(function, shared)[0]["num_experts"]
 
     assert parsed(sc.recipes.upit) == 8 and parsed(sc.recipes.upit, "--num-experts", "8") == 8
     assert parsed(sc.recipes.upit, "--no-expand") == 2

@@ -1,8 +1,10 @@
 """`python -m sparsecraft`."""
 
+from __future__ import annotations
+
 import sys
 
-from sparsecraft.cli import main
+from sparsecraft.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecraft.kernels.fused import combine, plan
+from sparsecraft.kernels.device import compute_dtype
+from sparsecraft.kernels.sorting import combine, plan
 from sparsecraft.kernels.two_layer import TwoLayer
 
 # grouped_mm wants every row to start on a 16-byte boundary.
@@ -37,12 +38,6 @@ def why_no_product(x: Tensor, widths: Iterable[int]) -> str | None:
         if width * dtype.itemsize % ALIGNMENT_BYTES:
             return f"a width of {width} in {dtype} is no multiple of {ALIGNMENT_BYTES} bytes"
     return None
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that F.linear would compute in; grouped_mm itself ignores autocast."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def grouped(

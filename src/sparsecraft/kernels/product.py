@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecraft.kernels.fused import usable
+from sparsecraft.kernels.device import usable
 
 try:  # absent from CPU builds of torch
     import triton
@@ -19,21 +19,14 @@ try:  # absent from CPU builds of torch
 except ImportError:
     triton = None
 
-# Up to this many tokens, a launch costs more than reading the weights once per token from cache.
-FEW_TOKENS = 16
+
 ALIGNMENT = 8  # bf16 numbers in 16 bytes
+
+
 MAX_RANKS = 1024  # experts times rank that `add_lora` unrolls
 
+
 HIGH, MIDDLE, LOW = 0, 1, 2
-
-
-def needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def is_few(x: Tensor) -> bool:
-    """Whether the kernels for a handful of tokens run on these, (..., D)."""
-    return 0 < x.numel() <= FEW_TOKENS * x.shape[-1] and usable(x)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

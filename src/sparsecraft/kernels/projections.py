@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsecraft.kernels import vectors
-from sparsecraft.kernels.product import HIGH, LOW, MIDDLE, is_few, needs_grad, product, rows, stack
+from sparsecraft.kernels.device import is_few, needs_grad
+from sparsecraft.kernels.product import HIGH, LOW, MIDDLE, product, rows, stack
+from sparsecraft.kernels.vectors import backward, forward, usable
 
 # Below this, the cast of the tokens costs less than splitting the weight.
 SPLIT_TOKENS = 256
+
+
 # Tokens whose gradient at the Linear's output is in memory at a time: still whole waves of tiles.
 CHUNK_TOKENS = 2048
 
@@ -168,7 +171,7 @@ def scales_in_chunks(x: Tensor, base: nn.Module, vectors_EO: Tensor) -> bool:
         and is_plain(base, nn.Linear)
         and base.weight.dtype == torch.bfloat16
         and not needs_grad(*base.parameters())
-        and vectors.usable(x, vectors_EO.t(), vectors_EO)  # of the weights only E is asked
+        and usable(x, vectors_EO.t(), vectors_EO)  # of the weights only E is asked
         and not torch.compiler.is_compiling()
         and not _autocast_changes(x)
     )
@@ -185,7 +188,7 @@ class ScaledLinear(torch.autograd.Function):
         y_TO = F.linear(x, weight_OI, bias_O).view(-1, len(weight_OI))
         ctx.save_for_backward(y_TO, weight_OI, weights_SE, vectors_EO)
         ctx.sums_to_one = sums_to_one
-        mixed_TO = vectors.forward(y_TO, weights_SE, vectors_EO, sums_to_one)
+        mixed_TO = forward(y_TO, weights_SE, vectors_EO, sums_to_one)
         return mixed_TO.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -198,7 +201,7 @@ class ScaledLinear(torch.autograd.Function):
         grad_weights, grad_vectors = [], []
         for first in range(0, T, CHUNK_TOKENS):
             part, rows = slice(first, first + CHUNK_TOKENS), len(weights_SE) // T
-            dy_TO, *others = vectors.backward(
+            dy_TO, *others = backward(
                 grad_TO[part], y_TO[part], weights_SE[rows * first : rows * part.stop],
                 vectors_EO, ctx.sums_to_one,
             )  # fmt: skip

@@ -22,27 +22,38 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsecraft.errors import SparsecraftError
-from sparsecraft.kernels import selection, split_triton, split_weigh
-from sparsecraft.kernels.fused import usable
+from sparsecraft.kernels.device import needs_grad, usable
 from sparsecraft.kernels.grouped import why_no_product
-from sparsecraft.kernels.product import needs_grad
-from sparsecraft.kernels.selection import Active, active
+from sparsecraft.kernels.selection import LISTED_TOKENS, Active, active
+from sparsecraft.kernels.split_triton import DTYPES, MAX_TOKENS, activation_code
+from sparsecraft.kernels.split_triton import gather as gather_triton
+from sparsecraft.kernels.split_weigh import weigh
 
 # On CUDA up to here only what is in use is read; beyond, the union of the tokens' experts is
 # nearly everything and the library's own products are faster (benchmarks/sparse_decode.md).
-CUDA_GATHER_TOKENS = selection.LISTED_TOKENS
+CUDA_GATHER_TOKENS = LISTED_TOKENS
+
+
 # On CUDA up to here, the most that a grid takes, one kernel does all that lies between the two
 # products of all experts.
 WEIGH_TOKENS = 65535
+
+
 # Up to here a router is worth a stream of its own beside the first product.
 BESIDE_TOKENS = 64
+
+
 # On a CPU `gather` takes about 30 ms for all pairs of one token and its experts, `masked` only
 # 19 (two cores, float32, 4096 -> 11008 gated in experts of 32): up to this many pairs per expert.
 CPU_GATHER_PAIRS = 0.6
+
+
 # From here `grouped` computes the pairs in use alone: where experts are large enough for products
 # of their own, for which tokens are copied once for each expert, and where enough is left out
 # (benchmarks/sparse_prefill.md).
 GROUPED_TOKENS, GROUPED_NEURONS, GROUPED_SHARE = 4096, 1024, 0.25
+
+
 # Products that are worth a second core's start.
 CPU_CORE_PRODUCTS = 2**20
 
@@ -144,7 +155,7 @@ def masked_beside(net: SplitNet, x_TD: Tensor, route: Callable[[], Tensor]) -> T
         weights_TE = route()
     first_TN = F.linear(x_TD, net.first_EMD.flatten(0, 1))
     here.wait_stream(beside)
-    hidden_TF = split_weigh.weigh(net, first_TN, weights_TE)
+    hidden_TF = weigh(net, first_TN, weights_TE)
     return F.linear(hidden_TF, net.down_EHD.flatten(0, 1).t(), net.bias_D)
 
 
@@ -168,7 +179,7 @@ def between(net: SplitNet, x_TD: Tensor, weights_TE: Tensor | None) -> Tensor:
     without weights, the activations."""
     if weighs_at_once(net, x_TD, weights_TE):
         first_TN = F.linear(x_TD, net.first_EMD.flatten(0, 1))
-        return split_weigh.weigh(net, first_TN, weights_TE)
+        return weigh(net, first_TN, weights_TE)
     hidden_TEH = hidden(net, x_TD)
     if weights_TE is not None:
         if net.mean_EH is not None:
@@ -183,7 +194,7 @@ def weighs_at_once(net: SplitNet, x_TD: Tensor, weights_TE: Tensor | None = None
     return (
         0 < len(x_TD) <= WEIGH_TOKENS
         and usable(x_TD)
-        and split_triton.activation_code(net.activation) is not None
+        and activation_code(net.activation) is not None
         and all(t.dtype == x_TD.dtype for t in (net.first_EMD, net.down_EHD))
         and not torch.is_autocast_enabled(x_TD.device.type)
         and not needs_grad(x_TD, *tensors)
@@ -202,7 +213,7 @@ def choose(net: SplitNet, x_TD: Tensor, weights_TE: Tensor) -> str:
             return "masked"
         few = torch.count_nonzero(weights_TE).item() <= GROUPED_SHARE * weights_TE.numel()
         return "grouped" if few else "masked"
-    if len(x_TD) > split_triton.MAX_TOKENS:
+    if len(x_TD) > MAX_TOKENS:
         return "masked"
     if why_not_gather(net, x_TD, weights_TE):
         return "masked"
@@ -218,12 +229,12 @@ def why_not_gather(net: SplitNet, x_TD: Tensor, weights_TE: Tensor) -> str | Non
         return reason
     if not (x_TD.is_cuda or usable(x_TD)):
         return None
-    if not usable(x_TD) or x_TD.dtype not in split_triton.DTYPES:
+    if not usable(x_TD) or x_TD.dtype not in DTYPES:
         return f"there are no kernels for {x_TD.dtype} on {x_TD.device} here"
-    if split_triton.activation_code(net.activation) is None:
+    if activation_code(net.activation) is None:
         return f"the kernels have no {type(net.activation).__name__}"
-    if len(x_TD) > split_triton.MAX_TOKENS:
-        return f"{len(x_TD)} tokens are more than {split_triton.MAX_TOKENS}"
+    if len(x_TD) > MAX_TOKENS:
+        return f"{len(x_TD)} tokens are more than {MAX_TOKENS}"
     return None
 
 
@@ -244,7 +255,7 @@ def gather(net: SplitNet, x_TD: Tensor, weights_TE: Tensor, used: Active | None 
         return torch.zeros_like(x_TD)
     if usable(x_TD):
         used = active(weights_TE) if used is None else used
-        return split_triton.gather(net, x_TD, weights_TE.float(), used)
+        return gather_triton(net, x_TD, weights_TE.float(), used)
     return gather_torch(net, x_TD, weights_TE)
 
 

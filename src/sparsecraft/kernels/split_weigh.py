@@ -19,6 +19,7 @@ except ImportError:
 else:
     from sparsecraft.kernels.split_triton import _activate
 
+
 BLOCK = 512
 
 

@@ -9,19 +9,82 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsecraft.kernels.device import needs_grad
+
+
+def mix_vectors(x_TO: Tensor, weights_SE: Tensor, vectors_EO: Tensor, sums_to_one: bool) -> Tensor:
+    """x * l, each token's features times its mixed vector l = sum_e w_e L_e (MoV).
+
+    Args:
+        sums_to_one: the weights of every row are known to sum to one. Then l is computed as
+            1 + sum_e w_e (L_e - 1), so that vectors of ones give x exactly.
+    """
+    if not usable(x_TO, weights_SE, vectors_EO):
+        return mix_vectors_torch(x_TO, weights_SE, vectors_EO, sums_to_one)
+    if needs_grad(x_TO, weights_SE, vectors_EO):
+        return _MixVectors.apply(x_TO, weights_SE, vectors_EO, sums_to_one)
+    return forward(x_TO, weights_SE, vectors_EO, sums_to_one)
+
+
+def mix_vectors_torch(
+    x_TO: Tensor, weights_SE: Tensor, vectors_EO: Tensor, sums_to_one: bool
+) -> Tensor:
+    """The specification of `mix_vectors`; it writes l, at least in float32, to memory."""
+    (T, O), (S, E) = x_TO.shape, weights_SE.shape
+    heads = S // T if T else 1
+    dtype = torch.promote_types(x_TO.dtype, torch.float32)
+    weights_TNE = weights_SE.to(dtype).reshape(T, heads, E)
+    vectors_ENH = vectors_EO.to(dtype).reshape(E, heads, O // heads)
+    if sums_to_one:
+        vectors_ENH = vectors_ENH - 1
+    with torch.autocast(x_TO.device.type, enabled=False):
+        l_NTH = torch.bmm(weights_TNE.transpose(0, 1), vectors_ENH.transpose(0, 1))
+    l_TO = l_NTH.transpose(0, 1).reshape(T, O)
+    return (x_TO * (l_TO + 1 if sums_to_one else l_TO)).to(x_TO.dtype)
+
+
+class _MixVectors(torch.autograd.Function):
+    """`mix_vectors` that computes l anew in its backward pass."""
+
+    @staticmethod
+    def forward(x_TO, weights_SE, vectors_EO, sums_to_one):
+        return forward(x_TO, weights_SE, vectors_EO, sums_to_one)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.sums_to_one = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_TO):
+        return *backward(grad_TO, *ctx.saved_tensors, ctx.sums_to_one), None
+
+
 try:  # absent from CPU builds of torch
     import triton
     import triton.language as tl
 except ImportError:
     triton = None
 
+
 MAX_EXPERTS = 64
+
+
 # Up to this many experts, multiply-adds on the tile beat the tensor cores, unless one product of
 # tf32 is fine enough.
 UNROLLED = 16
+
+
 FORWARD_TILE, FEW_TOKENS_BO = (16, 256), 128
+
+
 BACKWARD_TILE = 16, 128
+
+
 MAX_RANGES = 32  # parts of the vectors' gradient that are summed at the end
+
+
 # Kernels are interpreted or compiled as decided when they are defined.
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 

@@ -5,6 +5,8 @@ Ours; the PESC paper has no such baseline. An adapter of width E * h has Camelid
 Command: sparsecraft convert adapter --model smollm2 --out runs/adapter --adapter-dim 512
 """
 
+from __future__ import annotations
+
 from typing import Literal
 
 from sparsecraft.recipe import AdapterSpec, Edit, Recipe, Stage

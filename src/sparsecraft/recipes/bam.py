@@ -5,6 +5,8 @@ Experts. NeurIPS 2024.
 Command: sparsecraft convert bam --model BASE --sources BASE MATH CODE --out runs/bam
 """
 
+from __future__ import annotations
+
 from typing import Literal
 
 from sparsecraft.recipe import AttentionSpec, Edit, FFNSpec, Recipe, RouterSpec, Stage

@@ -5,6 +5,8 @@ COLM 2024.
 Command: sparsecraft convert btx --model BASE --sources BASE MATH CODE --out runs/btx
 """
 
+from __future__ import annotations
+
 from sparsecraft.errors import RecipeError
 from sparsecraft.recipe import Edit, FFNSpec, Recipe, RouterSpec, Stage
 

@@ -4,6 +4,8 @@ Paper: Wu et al., EMNLP 2024, Table 2 (Camel rows); Hu et al. 2022; Dettmers et 
 Command: sparsecraft convert camel --model smollm2 --out runs/camel
 """
 
+from __future__ import annotations
+
 from typing import Literal
 
 from sparsecraft.recipe import Recipe, Stage

@@ -5,19 +5,15 @@ for Instruction Tuning on General Tasks. EMNLP 2024.
 Command: sparsecraft convert camelidae --model smollm2 --out runs/camelid --adapter-dim 64
 """
 
+from __future__ import annotations
+
 from typing import Literal
 
-from sparsecraft.recipe import (
-    AdapterSpec,
-    Edit,
-    LoRASpec,
-    Recipe,
-    RouterSpec,
-    Stage,
-    check_variant,
-)
+from sparsecraft.recipe import AdapterSpec, Edit, LoRASpec, Recipe, RouterSpec, Stage, check_variant
 
 VARIANTS = ("paper", "released")
+
+
 PAPER = "Wu et al., EMNLP 2024 (PESC / Camelidae)"
 
 

@@ -17,7 +17,11 @@ from sparsecraft.recipe import (
 )
 
 PAPER = "CMoE: Converting Mixture-of-Experts from Dense to Accelerate LLM Inference"
+
+
 PAPER += " (arXiv:2502.04416)"
+
+
 VARIANTS = ("paper", "released", "finetuned")
 
 

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sparsecraft.recipe import (
-    Edit,
-    FitSpec,
-    Recipe,
-    RouterSpec,
-    SplitSpec,
-    Stage,
-    check_variant,
-)
+from sparsecraft.recipe import Edit, FitSpec, Recipe, RouterSpec, SplitSpec, Stage, check_variant
 
 PAPER = "Exploiting Activation Sparsity with Dense to Dynamic-k Mixture-of-Experts Conversion"
+
+
 PAPER += " (arXiv:2310.04361)"
+
+
 VARIANTS = ("paper", "bert", "released")
+
 
 Sparsity = Literal["relu_hoyer", "relu_l1", "gelu_clamped_l1", "gelu_clamped_hoyer", "none"]
 

@@ -5,6 +5,8 @@ Re-initialization. ICLR 2025.
 Command: sparsecraft convert drop_upcycling --model smollm2 --out runs/drop --ratio 0.5
 """
 
+from __future__ import annotations
+
 from sparsecraft.recipe import Edit, FFNSpec, Recipe, RouterSpec, Stage, check_variant
 
 

@@ -11,6 +11,8 @@ from sparsecraft.recipe import Edit, Recipe, RouterSpec, SplitSpec, check_varian
 from sparsecraft.recipes.moefication import router_stage
 
 PAPER = "Breaking ReLU Barrier: Generalized MoEfication for Dense Pretrained Models (EMNLP 2024)"
+
+
 TARGETS = {
     "paper": "deviation",
     "squared": "squared_deviation",

@@ -5,6 +5,8 @@ Fine-Tuning. NeurIPS 2024.
 Command: sparsecraft convert hydralora --model smollm2 --out runs/hydralora
 """
 
+from __future__ import annotations
+
 from sparsecraft.recipe import Edit, LoRASpec, Recipe, RouterSpec, Stage
 
 

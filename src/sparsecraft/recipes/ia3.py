@@ -5,14 +5,11 @@ Better and Cheaper than In-Context Learning. NeurIPS 2022. Training as in Zadour
 Command: sparsecraft convert ia3 --model smollm2 --out runs/ia3
 """
 
+from __future__ import annotations
+
 from typing import Literal
 
-from sparsecraft.recipe import (
-    Edit,
-    Recipe,
-    VectorSpec,
-    check_variant,
-)
+from sparsecraft.recipe import Edit, Recipe, VectorSpec, check_variant
 from sparsecraft.recipes.mov import cohere_stage, tuned_stage
 
 

@@ -5,15 +5,12 @@ Zadouri et al. 2024.
 Command: sparsecraft convert lora --model smollm2 --out runs/lora --rank 16
 """
 
+from __future__ import annotations
+
 import math
 from typing import Literal
 
-from sparsecraft.recipe import (
-    Edit,
-    LoRASpec,
-    Recipe,
-    check_variant,
-)
+from sparsecraft.recipe import Edit, LoRASpec, Recipe, check_variant
 from sparsecraft.recipes.molora import RELEASED_SITES
 from sparsecraft.recipes.mov import VARIANTS, cohere_stage, tuned_stage
 

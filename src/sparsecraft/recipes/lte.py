@@ -8,7 +8,11 @@ from __future__ import annotations
 from sparsecraft.recipe import Edit, Recipe, RouterSpec, SplitSpec, Stage, check_variant
 
 PAPER = "Learn To be Efficient: Build Structured Sparsity in Large Language Models"
+
+
 PAPER += " (arXiv:2402.06126)"
+
+
 VARIANTS = ("paper", "tuned")
 
 

@@ -5,17 +5,11 @@ with LoRA-based Mixture of Experts. 2024.
 Command: sparsecraft convert mixlora --model smollm2 --out runs/mixlora
 """
 
+from __future__ import annotations
+
 from typing import Literal
 
-from sparsecraft.recipe import (
-    Edit,
-    FFNLoRASpec,
-    LoRASpec,
-    Recipe,
-    RouterSpec,
-    Stage,
-    check_variant,
-)
+from sparsecraft.recipe import Edit, FFNLoRASpec, LoRASpec, Recipe, RouterSpec, Stage, check_variant
 
 VARIANTS = ("paper", "released")
 

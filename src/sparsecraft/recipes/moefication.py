@@ -7,17 +7,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sparsecraft.recipe import (
-    Edit,
-    FitSpec,
-    Recipe,
-    RouterSpec,
-    SplitSpec,
-    Stage,
-    check_variant,
-)
+from sparsecraft.recipe import Edit, FitSpec, Recipe, RouterSpec, SplitSpec, Stage, check_variant
 
 PAPER = "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts (arXiv:2110.01786)"
+
+
 VARIANTS = ("paper", "released")
 
 

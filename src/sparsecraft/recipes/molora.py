@@ -5,15 +5,11 @@ Extremely Parameter Efficient MoE for Instruction Tuning. ICLR 2024.
 Command: sparsecraft convert molora --model smollm2 --out runs/molora --num-experts 10
 """
 
+from __future__ import annotations
+
 from typing import Literal
 
-from sparsecraft.recipe import (
-    Edit,
-    LoRASpec,
-    Recipe,
-    RouterSpec,
-    check_variant,
-)
+from sparsecraft.recipe import Edit, LoRASpec, Recipe, RouterSpec, check_variant
 from sparsecraft.recipes.mov import PAPER, VARIANTS, cohere_stage, tuned_stage
 
 # The released code leaves out the linear half of a gated feed-forward network.

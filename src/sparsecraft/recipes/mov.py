@@ -5,19 +5,16 @@ Extremely Parameter Efficient MoE for Instruction Tuning. ICLR 2024.
 Command: sparsecraft convert mov --model smollm2 --out runs/mov --num-experts 10
 """
 
+from __future__ import annotations
+
 from typing import Literal
 
 from sparsecraft.errors import RecipeError
-from sparsecraft.recipe import (
-    Edit,
-    Recipe,
-    RouterSpec,
-    Stage,
-    VectorSpec,
-    check_variant,
-)
+from sparsecraft.recipe import Edit, Recipe, RouterSpec, Stage, VectorSpec, check_variant
 
 VARIANTS = ("paper", "released", "tuned")
+
+
 PAPER = "Zadouri et al., ICLR 2024 (MoV / MoLORA)"
 
 

@@ -5,6 +5,8 @@ Efficiently Training Mixture of Experts. arXiv 2408.15901, 2024.
 Command: sparsecraft convert nexus --model BASE --sources A B --domains a.jsonl b.jsonl --out DIR
 """
 
+from __future__ import annotations
+
 from typing import Literal
 
 from sparsecraft.recipe import Edit, FFNSpec, Recipe, RouterSpec, Stage, check_variant

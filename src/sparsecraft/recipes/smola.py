@@ -5,6 +5,8 @@ Mixture of Low-rank Experts. CVPR 2024. Slots: Puigcerver et al. 2024 (Soft MoE)
 Command: sparsecraft convert smola --model smollm2 --out runs/smola
 """
 
+from __future__ import annotations
+
 from typing import Literal
 
 from sparsecraft.recipe import Edit, LoRASpec, Recipe, RouterSpec, Stage

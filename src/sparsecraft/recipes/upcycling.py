@@ -5,6 +5,8 @@ ICLR 2023.
 Command: sparsecraft convert upcycling --model smollm2 --out runs/upcycled --num-experts 4
 """
 
+from __future__ import annotations
+
 from sparsecraft.recipe import Edit, FFNSpec, Recipe, RouterSpec, Stage
 
 

@@ -5,18 +5,12 @@ Merging. ACL 2025 (arXiv:2410.01610).
 Command: sparsecraft convert upit --model BASE --sources CKPT1 CKPT2 CKPT3 CKPT4 --out runs/upit
 """
 
+from __future__ import annotations
+
 from typing import Literal
 
 from sparsecraft.errors import RecipeError
-from sparsecraft.recipe import (
-    BucketSpec,
-    Edit,
-    ExpansionSpec,
-    FFNSpec,
-    Recipe,
-    RouterSpec,
-    Stage,
-)
+from sparsecraft.recipe import BucketSpec, Edit, ExpansionSpec, FFNSpec, Recipe, RouterSpec, Stage
 
 
 def upit(

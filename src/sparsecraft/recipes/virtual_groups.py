@@ -4,6 +4,8 @@ Paper: He et al. Upcycling Large Language Models into Mixture of Experts. 2024.
 Command: sparsecraft convert virtual_groups --model smollm2 --out runs/groups --num-experts 4
 """
 
+from __future__ import annotations
+
 from sparsecraft.errors import RecipeError
 from sparsecraft.recipe import Edit, FFNSpec, Recipe, RouterSpec, Stage
 

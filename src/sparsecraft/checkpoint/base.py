@@ -1,0 +1,57 @@
+"""The dense model that a checkpoint stands on: where it is, and whether it is the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsecraft.dense import hub
+from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.packaged import is_alias
+from sparsecraft.errors import CheckpointError, HubError
+from sparsecraft.moe.names import dense_tensors
+from sparsecraft.surgery.record import conversion_of
+
+
+def usable_base(model: nn.Module, out: Path, standalone: bool) -> Origin | None:
+    """The base that a checkpoint in `out` can stand on; None if it has to hold everything."""
+    record = conversion_of(model)
+    origin = Origin.find(record.origin, record.revision)
+    if origin is not None and out.resolve() == origin.folder.resolve():
+        raise CheckpointError(f"{out} holds the base that the model stands on; choose another.")
+    if standalone or origin is None or not origin.holds(model, _dense_shapes(model)):
+        return None
+    return origin
+
+
+def _dense_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Dense name -> shape of what is not quantized (that is packed, and in the base anyway)."""
+    return {n: t.shape for n, t in dense_tensors(model).items() if t.is_floating_point()}
+
+
+def find_base(folder: Path, saved: dict[str, Any] | None, base: str | None) -> Origin | None:
+    """The base that a folder stands on, checked by fingerprint; None for a self-contained one."""
+    if saved is None:
+        if base is not None:
+            raise CheckpointError(f"{folder} is self-contained and takes no base; drop {base!r}.")
+        return None
+    name = base or saved["name"]
+    try:
+        resolved = hub.resolve(name, None if base else saved["revision"])
+    except HubError as error:
+        raise CheckpointError(f"The base of {folder} is {name!r}: {error}") from None
+    origin = Origin.find(str(resolved))
+    if origin is None:
+        raise CheckpointError(f"The base of {folder}, {name!r}, holds no safetensors.")
+    if origin.fingerprint() != saved["fingerprint"]:
+        raise CheckpointError(
+            f"{folder} stands on {saved['name']!r}, and {name!r} holds other tensors; "
+            "pass the right base as sc.load(dir, base=...)."
+        )
+    if base is not None or is_alias(name):
+        return origin
+    return dataclasses.replace(origin, name=name, revision=saved["revision"])

@@ -1,0 +1,39 @@
+"""JSON files: written whole or not at all, read with an error that names the file, digested."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from sparsecraft.errors import CheckpointError
+
+
+def json_digest(data: Any) -> str:
+    """xxh3_128 of plain JSON data, whatever the order of its keys."""
+    return f"xxh3_128:{xxhash.xxh3_128(json.dumps(data, sort_keys=True).encode()).hexdigest()}"
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write plain JSON data under a temporary name, then rename it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(data, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, no JSON, or no object.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}).") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds {data!r:.40}, no JSON object; save it again.")
+    return data

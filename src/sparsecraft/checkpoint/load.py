@@ -1,0 +1,156 @@
+"""load(): a checkpoint folder -> the converted model, in every tensor the one that was saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from sparsecraft.checkpoint.base import find_base
+from sparsecraft.checkpoint.folder import MANIFEST
+from sparsecraft.checkpoint.jsonfile import json_digest, read_json
+from sparsecraft.checkpoint.manifest import base_config, read_manifest
+from sparsecraft.checkpoint.tensors import ADAPTER, WEIGHTS, read_tensors
+from sparsecraft.dense import hub
+from sparsecraft.dense.digests import digest
+from sparsecraft.dense.loading import load_tokenizer, model_class
+from sparsecraft.errors import CheckpointError
+from sparsecraft.moe.names import dense_tensors, unique_tensors
+from sparsecraft.recipe.formats import from_json
+from sparsecraft.recipe.overrides import override as override_recipe
+from sparsecraft.surgery.budget import restore
+from sparsecraft.surgery.install import apply
+from sparsecraft.surgery.plan import plan
+from sparsecraft.surgery.record import conversion_of
+
+
+def load(
+    folder: str | Path,
+    base: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    override: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Read a checkpoint or a PEFT folder of ours; the model comes back in evaluation mode.
+
+    Args:
+        base: name or folder of the dense model, if it has moved; its tensors must be the same.
+        dtype: cast the whole model after loading; None keeps what was saved.
+        device_map: as in transformers' `from_pretrained`.
+        override: changes to the recipe, dotted path -> value.
+        kwargs: passed to the dense model's `from_pretrained`.
+
+    Raises:
+        CheckpointError: the folder is incomplete, edited or truncated, or stands on another base.
+        RecipeError: a newer format, or an impossible override.
+    """
+    folder, dtype = Path(folder), _dtype(dtype)
+    if (folder / ADAPTER).is_file() and not (folder / MANIFEST).is_file():
+        from sparsecraft.checkpoint.adapter import load_adapter  # PEFT costs seconds to import
+
+        return load_adapter(folder, base, dtype, device_map, override, **kwargs)
+    manifest = read_manifest(folder)
+    recipe = override_recipe(from_json(manifest["recipe"]), override or {})
+    origin = find_base(folder, manifest["base"], base)
+    # Not the base folder's: the model may have been loaded with other settings.
+    config = base_config(_checked_config(folder, manifest))
+    config.update({key: kwargs.pop(key) for key in list(kwargs) if key in config.to_dict()})
+    if origin is None:
+        model = _from_config(folder, config, device_map, kwargs)
+    else:
+        model = hub.load_dense(
+            str(origin.folder),
+            dtype=getattr(torch, manifest["base"]["dtype"]),
+            device_map=device_map,
+            quantize=recipe.base_quantization,
+            config=config,
+            **kwargs,
+        )
+    digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
+    record = apply(model, recipe, plan(model, recipe), on_meta=True)
+    if origin is None:
+        digests = {n: (getattr(torch, d), h) for n, (d, h) in manifest["dense"].items()}
+    else:
+        record.origin, record.revision = origin.name, origin.revision
+    record.digests, record.base_card = digests, manifest.get("base_card")
+    record.folder, record.report = folder.absolute(), read_json(folder / "report.json")
+    read_tensors(model, folder / WEIGHTS, manifest["tensors"], complete=origin is None)
+    restore(model, manifest.get("running"), changed=recipe != from_json(manifest["recipe"]))
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if dtype is not None:
+        # Not model.to(dtype): that would round the rotary frequencies, which are not saved.
+        for tensor in unique_tensors(model).values():
+            tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+    return model.eval()
+
+
+def _checked_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    config = read_json(folder / "config.json")
+    if json_digest(config) != manifest["config"]:
+        raise CheckpointError(
+            f"{folder / 'config.json'} was edited after it was written; undo the edit, and pass "
+            "settings of the dense model as arguments of sc.load instead."
+        )
+    return config
+
+
+def _dtype(asked: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating dtype from what the user asked; None and "auto" keep what was saved."""
+    found = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    if asked is None or asked == "auto":
+        return None
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise CheckpointError(f"dtype is {asked!r}; it must be a floating type such as 'bfloat16'.")
+    return found
+
+
+def _from_config(folder: Path, config: Any, device_map: Any, kwargs: dict[str, Any]) -> nn.Module:
+    data = read_json(folder / "config.json")
+    model = model_class(data["base_config"])._from_config(
+        config, dtype=getattr(torch, data["dtype"]), **kwargs
+    )
+    if isinstance(device_map, (str, torch.device)) and device_map != "auto":
+        model.to(device_map)
+    elif device_map is not None:
+        raise CheckpointError(
+            f"{folder} is self-contained; device_map takes one device there, not {device_map!r}."
+        )
+    return model
+
+
+def load_any(name: str) -> tuple[nn.Module, Any]:
+    """Model and tokenizer of a checkpoint folder, or of a dense model by name.
+
+    On the GPU if there is one.
+
+    Raises:
+        CheckpointError: a checkpoint folder that lacks its recipe.
+        HubError: no such model, or weights or a tokenizer that cannot be read.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = Path(name).expanduser()
+    if (folder / "adapter_config.json").is_file():
+        model = load(folder, device_map=device)
+        return model, load_tokenizer(folder) or load_tokenizer(_base_of(model))
+    if not (folder / MANIFEST).is_file():
+        folder = hub.resolve(name)
+    tokenizer = load_tokenizer(folder)  # before the weights, which take long
+    if (folder / MANIFEST).is_file():
+        return load(folder, device_map=device), tokenizer
+    config = read_json(folder / "config.json")
+    if isinstance(config, dict) and config.get("model_type") == "sparsecraft":
+        raise CheckpointError(
+            f"{folder} is a sparsecraft checkpoint whose {MANIFEST} is missing; "
+            "copy or save the folder again."
+        )
+    return hub.load_dense(name, device_map=device), tokenizer
+
+
+def _base_of(model: nn.Module) -> Path:
+    record = conversion_of(model)
+    return hub.resolve(record.origin, record.revision)

@@ -1,0 +1,75 @@
+"""recipe.json and config.json of a checkpoint: what they say, read and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsecraft.checkpoint.folder import MANIFEST
+from sparsecraft.checkpoint.jsonfile import json_digest, read_json
+from sparsecraft.errors import CheckpointError
+from sparsecraft.moe.names import dense_tensors
+from sparsecraft.recipe.formats import FORMAT_VERSION
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The contents of recipe.json, checked against its own digest.
+
+    Raises:
+        CheckpointError: it is missing, no JSON, of another format, or edited.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no sparsecraft checkpoint: it has no {MANIFEST}.")
+    manifest = read_json(path)
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {version!r} and this sparsecraft reads {FORMAT_VERSION}; "
+            "upgrade sparsecraft."
+        )
+    claimed = manifest.pop("digest", None)
+    if claimed != json_digest(manifest):
+        raise CheckpointError(
+            f"{path} was edited after it was written; undo the edit and pass the change as "
+            "sc.load(dir, override={...}) instead."
+        )
+    return manifest
+
+
+def word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def base_config(data: dict[str, Any]) -> Any:
+    """The dense model's configuration out of our config.json."""
+    from transformers import AutoConfig
+
+    inner = dict(data["base_config"])
+    inner.pop("quantization_config", None)  # the recipe's base_quantization says it
+    return AutoConfig.for_model(inner.pop("model_type"), **inner)
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """Our config.json."""
+    inner = model.config.to_dict()
+    inner["architectures"] = [type(model).__name__]
+    inner.pop("_name_or_path", None)
+    return {
+        "model_type": "sparsecraft",
+        "architectures": inner["architectures"],
+        "dtype": word(base_dtype(model)),
+        "base_config": inner,
+    }
+
+
+def base_dtype(model: nn.Module) -> torch.dtype:
+    """Most common floating dtype of the dense tensors (trained parts may be float32 masters)."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in dense_tensors(model).values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return max(sizes, key=sizes.get)

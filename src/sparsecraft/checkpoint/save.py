@@ -1,0 +1,113 @@
+"""save(): a converted model -> a checkpoint folder, read back before it takes its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sparsecraft.checkpoint import shards
+from sparsecraft.checkpoint.base import usable_base
+from sparsecraft.checkpoint.card import readme, write_companions
+from sparsecraft.checkpoint.folder import MANIFEST, replacing
+from sparsecraft.checkpoint.jsonfile import json_digest, write_json
+from sparsecraft.checkpoint.manifest import base_dtype, config_of, word
+from sparsecraft.checkpoint.space import require
+from sparsecraft.checkpoint.tensors import WEIGHTS, new_or_changed
+from sparsecraft.dense.loading import model_class
+from sparsecraft.dense.origin import Origin
+from sparsecraft.errors import CheckpointError, HubError
+from sparsecraft.recipe.formats import FORMAT_VERSION, VERSION, to_json
+from sparsecraft.surgery.budget import state_of, warn_untrained
+from sparsecraft.surgery.record import conversion_of
+
+
+def save(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    standalone: bool = False,
+    overwrite: bool = False,
+    tokenizer: Any = None,
+    keep: tuple[str, ...] | None = None,
+    shard_size: int = shards.SHARD_SIZE,
+) -> Path:
+    """Write a converted model as a checkpoint folder.
+
+    Args:
+        standalone: hold the base's tensors too, so that the folder needs nothing else. Always so
+            for a model that cannot be built from a base on disk (another head, another size).
+        overwrite: replace an existing folder once the new one is complete.
+        tokenizer: written beside the model; by default the base's own files are copied.
+        keep: write into a folder of the user's too; these globs of its files win over ours.
+        shard_size: bytes beyond which the tensors are split over several files.
+
+    Raises:
+        SurgeryError: the model is dense.
+        CheckpointError: the folder exists, or the disk gives back other bytes than were written.
+        ResourceError: the disk is too small.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    conversion_of(model)
+    check_loadable(model)
+    warn_untrained(model)
+    out = Path(out)
+    origin = usable_base(model, out, standalone)
+    tensors = new_or_changed(model, origin)
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    require(out, disk=size, memory=0, task="Saving")
+    with replacing(out, overwrite, keep or (), foreign=keep is not None) as folder:
+        weights_digest = shards.write(folder / WEIGHTS, tensors, shard_size)
+        write_rest(model, folder, origin, weights_digest, tokenizer)
+    return out
+
+
+def write_rest(
+    model: nn.Module, folder: Path, origin: Origin | None, weights_digest: str, tokenizer: Any
+) -> None:
+    """All of a checkpoint but its tensors, of which only the names and dtypes are asked."""
+    record, config = conversion_of(model), config_of(model)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "sparsecraft": VERSION,
+        "recipe": to_json(record.recipe),
+        "base": origin
+        and {
+            "name": origin.name,
+            "revision": origin.revision,
+            "fingerprint": origin.fingerprint(),
+            "dtype": word(base_dtype(model)),
+        },
+        "base_card": record.base_card,
+        # What `revert` compares with, where there is no base to read the originals from.
+        "dense": None if origin else {n: [word(d), h] for n, (d, h) in record.digests.items()},
+        "running": state_of(model),
+        "tensors": weights_digest,
+        "config": json_digest(config),
+    }
+    write_json(folder / MANIFEST, {**manifest, "digest": json_digest(manifest)})
+    write_json(folder / "report.json", record.report)
+    write_json(folder / "config.json", config)
+    write_companions(model, folder, tokenizer)
+    (folder / "README.md").write_text(readme(model, origin))
+
+
+def check_loadable(model: nn.Module) -> None:
+    """Refuse what `load` could not build again: a class or a tie that the config cannot tell."""
+    try:
+        found = model_class(model)
+    except HubError:
+        found = None
+    if found is not type(model):
+        raise CheckpointError(
+            f"{type(model).__name__} is no class of transformers, so that a checkpoint of it could "
+            "not be loaded again; save a model of a transformers class."
+        )
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    head = model.get_output_embeddings() if tied else None
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        raise CheckpointError(
+            "The configuration says tie_word_embeddings=True and the head has a weight of its own; "
+            "set model.config.tie_word_embeddings = False, or tie them."
+        )

@@ -1,0 +1,42 @@
+"""What is free of disk and memory, before work that needs it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import psutil
+
+from sparsecraft.errors import ResourceError
+
+
+def require(folder: Path, disk: int, memory: int, task: str, free_memory: int | None = None) -> str:
+    """Compare needs with what is free; return one line that says both.
+
+    Args:
+        folder: where the files will go.
+        disk: bytes to be written.
+        memory: bytes of memory, beyond what is in use already.
+        free_memory: what is free of it; None asks for the main memory.
+
+    Raises:
+        ResourceError: not enough disk. Too little memory is reported, not refused, because
+            swap and memory maps make it a guess.
+    """
+    existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    free_disk = shutil.disk_usage(existing).free
+    free_memory = psutil.virtual_memory().available if free_memory is None else free_memory
+    if disk > free_disk:
+        raise ResourceError(
+            f"{task} needs {gigabytes(disk)} of disk at {folder} and {gigabytes(free_disk)} "
+            "are free; free some space or choose another --out."
+        )
+    line = (
+        f"{task} needs about {gigabytes(memory)} of memory ({gigabytes(free_memory)} free) and "
+        f"{gigabytes(disk)} of disk ({gigabytes(free_disk)} free)."
+    )
+    return line + (" MEMORY MAY NOT SUFFICE." if memory > free_memory else "")
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

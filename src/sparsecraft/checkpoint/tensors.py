@@ -1,0 +1,105 @@
+"""The tensors of a checkpoint: which are new or changed, and into which model they go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sparsecraft.checkpoint import shards
+from sparsecraft.checkpoint.folder import MANIFEST
+from sparsecraft.dense.digests import combine, digest
+from sparsecraft.dense.origin import Origin
+from sparsecraft.errors import CheckpointError
+from sparsecraft.moe.names import dense_name, unique_tensors
+from sparsecraft.surgery.record import conversion_of
+
+WEIGHTS, ADAPTER = "moe.safetensors", "adapter_config.json"
+
+
+def new_or_changed(model: nn.Module, origin: Origin | None) -> dict[str, torch.Tensor]:
+    """The tensors that a checkpoint has to hold: those that the base folder does not."""
+    kept = {}
+    for name, tensor in unique_tensors(model).items():
+        dense = dense_name(model, name)
+        if dense is not None and origin is not None:
+            if conversion_of(model).recipe.base_quantization and not tensor.is_floating_point():
+                continue  # packed from the base, never trained
+            original = origin.tensor(model, dense)
+            if original is not None and digest(original.to(tensor.dtype)) == digest(tensor):
+                continue
+        kept[name] = tensor
+    return kept
+
+
+def read_tensors(
+    model: nn.Module,
+    path: Path,
+    wanted_digest: str,
+    complete: bool = False,
+    in_place: bool = False,
+) -> None:
+    """Put the file's tensors into the model.
+
+    Args:
+        wanted_digest: of all tensors, from the manifest.
+        complete: the file must hold every tensor of the model, not only the new ones.
+        in_place: copy values into the existing tensors, whatever is in the file, so that
+            optimizers and wrappers keep their references.
+    """
+    known = unique_tensors(model)
+    new = {n for n in known if dense_name(model, n) is None}
+    required = set() if in_place else set(known) if complete else new
+    devices = _devices(model)
+    digests = {}
+    for name, tensor in shards.read(path):
+        digests[name] = digest(tensor)
+        if name not in known:
+            raise CheckpointError(f"{path} holds {name!r}, which this recipe has no place for.")
+        if known[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{path} holds {name!r} with shape {list(tensor.shape)}; this recipe has "
+                f"{list(known[name].shape)}."
+            )
+        if in_place:
+            with torch.no_grad():
+                known[name].copy_(tensor)
+        else:
+            _assign(model, name, tensor, devices.get(name, known[name].device))
+    if missing := sorted(required - set(digests)):
+        raise CheckpointError(f"{path} lacks {len(missing)} tensors, {missing[0]!r} among them.")
+    if combine(digests) != wanted_digest:
+        raise CheckpointError(
+            f"The tensors in {path} are not those that {MANIFEST} was written with; "
+            "copy or save the folder again."
+        )
+
+
+def _devices(model: nn.Module) -> dict[str, torch.device]:
+    """Name of every new tensor -> the device of the dense module that its layer stands on."""
+    record = conversion_of(model)
+    targets = {
+        id(layer): device for layer, device in zip(record.layers, record.devices, strict=True)
+    }
+    return {
+        f"{path}.{name}": targets[id(module)]
+        for path, module in model.named_modules()
+        if id(module) in targets
+        for part in ("experts", "router")
+        if getattr(module, part) is not None
+        for name in (f"{part}.{n}" for n in unique_tensors(getattr(module, part)))
+    }
+
+
+def _assign(model: nn.Module, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    store = module._parameters if leaf in module._parameters else module._buffers
+    old = store[leaf]
+    if not old.is_meta:
+        old.data = tensor.to(device)  # in place, so that whatever is tied to it stays tied
+    elif store is module._parameters:
+        store[leaf] = nn.Parameter(tensor.to(device), requires_grad=old.requires_grad)
+    else:
+        store[leaf] = tensor.to(device)

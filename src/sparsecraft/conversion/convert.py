@@ -1,0 +1,181 @@
+"""convert(): plan, sources, domains, install, certify, report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsecraft.conversion.domains.router_starts import find_starts
+from sparsecraft.conversion.sources.expansion import Child, expand
+from sparsecraft.conversion.sources.gather import gather, opened
+from sparsecraft.conversion.sources.source import Source
+from sparsecraft.dense import hub
+from sparsecraft.dense.digests import digest
+from sparsecraft.dense.origin import Origin
+from sparsecraft.errors import CertificateError, SurgeryError
+from sparsecraft.evaluation.certificate import Certificate, compare, outputs, probes
+from sparsecraft.moe import cost
+from sparsecraft.moe.cost import Cost
+from sparsecraft.moe.losses import check_names
+from sparsecraft.moe.names import dense_tensors, unique_tensors
+from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.surgery.install import apply
+from sparsecraft.surgery.plan import PlannedEdit, plan
+from sparsecraft.surgery.record import Conversion, is_converted
+from sparsecraft.surgery.revert import take_out
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        recipe: name and variant.
+        exact_at_start: what the recipe claims.
+        certificate: what was measured; None if `certify=False`.
+        layers: module path -> kind of experts installed there.
+        cost: parameter counts.
+        sources: names of the dense models that the experts came from; none if from the converted.
+        domains: names of what the routers started from, one for each expert, if anything.
+        children: the experts beyond the sources, and what they were mixed from.
+    """
+
+    recipe: str
+    variant: str
+    exact_at_start: bool
+    certificate: Certificate | None
+    layers: dict[str, str]
+    cost: Cost
+    sources: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
+    children: tuple[Child, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def convert(
+    model: nn.Module,
+    recipe: Recipe,
+    data: Any = None,
+    *,
+    tokenizer: Any = None,
+    certify: bool = True,
+    seed: int = 0,
+    sources: Sequence[str | Path | PreTrainedModel] = (),
+    unrelated: bool = False,
+    domains: Sequence | Tensor = (),
+) -> Report:
+    """Turn a dense transformers model into the MoE model of `recipe`, in place.
+
+    Args:
+        data: batches to compare on beside a random one: a dataset path (needs `tokenizer`), or
+            an iterable of (B, S) token ids or of dicts of model inputs.
+        certify: measure the largest output difference to the dense model.
+        seed: of the new parameters. The global random state is left as it was.
+        sources: dense models of one ancestor with `model` (of LoRA experts: PEFT LoRAs), for the
+            experts, see `Recipe.expansion`, and `Recipe.others`; without them `model` gives both.
+        unrelated: let sources without a common ancestor pass.
+        domains: for routers that start from them, one for each expert, in their order: a data set,
+            a list of texts or batches; or their embeddings (E, M). See
+            `sparsecraft.conversion.domains.router_starts`.
+
+    Raises:
+        SurgeryError, DonorError, RecipeError: the plan is impossible; nothing has been changed.
+        SourceError: the sources do not fit; nothing has been changed.
+        CertificateError: the recipe claims to start exactly as the dense model and does not; the
+            model has been given back.
+    """
+    _check_arguments(model, recipe)
+    edits = plan(model, recipe)
+    given = opened(model, recipe, edits, sources, unrelated=unrelated)
+    givers, children = expand(recipe, edits, given, unique_tensors(model).__getitem__, seed)
+    probing = probes(model, data, tokenizer, seed) if certify else []
+    starts = find_starts(model, recipe, edits, domains, data, tokenizer=tokenizer, seed=seed)
+    before = outputs(model, probing)
+    digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
+    with _dense_on_failure(model):
+        record = _made(model, recipe, edits, given, givers, seed)
+        record.digests = digests
+        starts.put(record.layers)
+        remember_origin(model, record)
+        certificate = compare(before, outputs(model, probing)) if certify else None
+        if not given:  # a claim is about copies of one model
+            check_claim(recipe, certificate)
+    report = Report(
+        recipe=recipe.name,
+        variant=recipe.variant,
+        exact_at_start=recipe.exact_at_start,
+        certificate=certificate,
+        layers={item.site.path: item.edit.experts.kind for item in edits},
+        cost=cost.count(model),
+        sources=tuple(source.name for source in given),
+        domains=starts.names,
+        children=children,
+    )
+    record.report = {"conversion": report.to_dict()}
+    return report
+
+
+def _made(
+    model: nn.Module,
+    recipe: Recipe,
+    edits: list[PlannedEdit],
+    given: Sequence[Source],
+    givers: Sequence[Source],
+    seed: int,
+) -> Conversion:
+    """The edits, with what their experts start from, by random numbers of this seed alone."""
+    cuda = {p.device for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=list(cuda)):
+        torch.manual_seed(seed)
+        record = apply(model, recipe, edits)
+        gather(model, recipe, edits, record.layers, given, givers)
+    return record
+
+
+def check_claim(recipe: Recipe, certificate: Certificate | None) -> None:
+    if certificate and recipe.exact_at_start and not certificate.exact:
+        raise CertificateError(
+            f"Recipe {recipe.name!r} should start exactly as the dense model, and does not: "
+            f"{certificate}. The dense model was given back."
+        )
+
+
+def remember_origin(model: nn.Module, record: Conversion) -> None:
+    if origin := Origin.of(model):
+        record.origin, record.revision = origin.name, origin.revision
+        record.base_card = (origin.name, hub.license_of(origin.folder))
+
+
+def _check_arguments(model: Any, recipe: Any) -> None:
+    if not (isinstance(model, PreTrainedModel) and isinstance(recipe, Recipe)):
+        raise SurgeryError(
+            f"convert takes a transformers model and a recipe such as sc.recipes.camelidae(); it "
+            f"got {type(model).__name__} and {type(recipe).__name__}."
+        )
+    if is_converted(model):
+        raise SurgeryError(
+            f"This model is already converted by {model.sparsecraft.recipe.name!r}; "
+            "call sc.revert first."
+        )
+    check_names({name: 0.0 for stage in recipe.stages for name in stage.losses})
+
+
+@contextmanager
+def _dense_on_failure(model: nn.Module) -> Iterator[None]:
+    """Give the dense model back when the block fails, however far it came."""
+    try:
+        yield
+    except BaseException:
+        if is_converted(model):
+            take_out(model)
+        raise

@@ -1,0 +1,69 @@
+"""What each router of a model reads on given data, streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecraft.dense.tokens import reads
+from sparsecraft.evaluation.certificate import evaluation_mode
+from sparsecraft.surgery.plan import PlannedEdit
+
+
+def read_inputs(
+    model: nn.Module,
+    items: Sequence[PlannedEdit],
+    batches: Iterable[dict[str, Any]],
+    take: Callable[[list[Tensor]], None],
+) -> None:
+    """Give `take`, for every batch, what the router of each item reads of its real tokens, (T, D),
+    and the last hidden states of the real tokens."""
+    seen: dict[int, Tensor] = {}
+    whose = [reads(model, item.site.path) for item in items]
+
+    def keep(n: int) -> Callable:
+        return lambda module, args, kwargs: seen.update(
+            {n: args[0] if args else kwargs["hidden_states"]}
+        )
+
+    handles = [
+        model.get_submodule(item.site.path).register_forward_pre_hook(keep(n), with_kwargs=True)
+        for n, item in enumerate(items)
+    ]
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            for batch in batches:
+                inputs, masks = _inputs(model, batch)
+                output = model.base_model(**inputs)
+                last = getattr(output, "encoder_last_hidden_state", None)
+                last = output.last_hidden_state if last is None else last
+                read = [_real(seen[n], masks.get(whose[n])) for n in range(len(items))]
+                take([*read, _real(last, masks["input"])])
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _inputs(
+    model: nn.Module, batch: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor | None]]:
+    """The batch as the model takes it, and of whose tokens which are real."""
+    inputs = {
+        key: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for key, value in batch.items()
+        if isinstance(value, Tensor) and key not in ("labels", "token_mask")
+    }
+    masks = {"input": inputs.get("attention_mask")}
+    if getattr(model.config, "is_encoder_decoder", False):
+        masks["decoder"] = inputs.get("decoder_attention_mask")
+        if "decoder_input_ids" not in inputs:  # the decoder reads the same text
+            inputs["decoder_input_ids"], masks["decoder"] = inputs["input_ids"], masks["input"]
+    return inputs, masks
+
+
+def _real(x: Tensor, mask_BS: Tensor | None) -> Tensor:
+    x_TD = x.reshape(-1, x.shape[-1])
+    return x_TD if mask_BS is None else x_TD[mask_BS.reshape(-1).to(x.device, torch.bool)]

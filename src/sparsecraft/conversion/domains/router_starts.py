@@ -1,0 +1,234 @@
+"""What the routers of experts for several domains start from: embeddings of the domains, or what
+the routers read of them.
+
+Shapes: B sequences, S positions, T tokens, D width, E experts, M width of the embeddings.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecraft.conversion.domains.domain import (
+    BATCH,
+    ROWS,
+    Domain,
+    domain_batches,
+    length_of,
+    mixed_batches,
+)
+from sparsecraft.conversion.domains.inputs import read_inputs
+from sparsecraft.data.batches import as_batches
+from sparsecraft.data.sentences import embed
+from sparsecraft.dense.origin import tokenizer_of
+from sparsecraft.errors import DataError, RecipeError
+from sparsecraft.moe.init.centers import Centers
+from sparsecraft.moe.layer import MoELayer
+from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.recipe.routers import FROM_DATA
+from sparsecraft.surgery.plan import PlannedEdit
+
+log = logging.getLogger("sparsecraft")
+
+
+@dataclass(frozen=True, slots=True)
+class Starts:
+    """What routers start from.
+
+    Attributes:
+        names: of the domains, one for each expert.
+        tensors: for each planned edit embeddings (E, M), or what experts' tokens are like (E, D).
+    """
+
+    names: tuple[str, ...] = ()
+    tensors: tuple[Tensor | None, ...] = ()
+
+    def put(self, layers: Sequence[MoELayer]) -> None:
+        """Let the routers of the layers, one for each planned edit, start from them."""
+        for layer, tensor in zip(layers, self.tensors, strict=bool(self.tensors)):
+            if tensor is not None:
+                layer.router.scorer.begin(tensor)
+
+
+@torch.no_grad()
+def find_starts(
+    model: nn.Module,
+    recipe: Recipe,
+    plan: Sequence[PlannedEdit],
+    domains: Sequence | Tensor = (),
+    data: Any = None,
+    *,
+    tokenizer: Any = None,
+    seed: int = 0,
+) -> Starts:
+    """Embed the domains of a recipe's experts, or read them with the dense model.
+
+    Args:
+        model: still dense.
+        domains: one for each expert, in their order; see `Domain.of`. Or embeddings (E, M).
+        data: for `init="kmeans"` without domains.
+        tokenizer: None takes that of the model's folder.
+        seed: of the first centers of `kmeans`.
+
+    Raises:
+        RecipeError: a router needs domains that were not given, or the reverse; a wrong number.
+        DataError: a domain without data, or two that are the same.
+    """
+    routers = [item.edit.router for item in plan]
+    check_given(recipe, domains, data)
+    if not len(domains) and any(r is not None and r.scorer == "domain" for r in routers):
+        log.warning(
+            "No domains are given: the embeddings are random, and a later expert has none that "
+            "fits them. Give domains=[...] (--domains, --prompts), one for each expert."
+        )
+    if isinstance(domains, Tensor):
+        names = tuple(f"embedding {e}" for e in range(len(domains)))
+        by_domain = [r is not None and r.scorer == "domain" for r in routers]
+        return Starts(names, tuple(domains if takes else None for takes in by_domain))
+    given = [Domain.of(domain) for domain in domains]
+    names = tuple(domain.name for domain in given)
+    tensors: list[Tensor | None] = [None] * len(plan)
+    embeddings: dict[str, Tensor] = {}
+    for n, router in enumerate(routers):
+        if given and router is not None and router.scorer == "domain":
+            if router.encoder not in embeddings:
+                found = embed_domains(given, router.encoder, model, tokenizer=tokenizer)
+                embeddings[router.encoder] = distinct(found, names)
+            tensors[n] = embeddings[router.encoder]
+    for init in FROM_DATA:
+        places = [n for n, router in enumerate(routers) if router and router.init == init]
+        items = [plan[n] for n in places]
+        if not items:
+            continue
+        if init == "hidden":
+            found = [distinct(t, names) for t in _means(model, items, given, tokenizer)[:-1]]
+        else:
+            found = _centers(model, items, given, data, tokenizer, seed)
+        for n, tensor in zip(places, found, strict=True):
+            tensors[n] = tensor
+    return Starts(names, tuple(tensors))
+
+
+def check_given(recipe: Recipe, domains: Sequence | Tensor, data: Any) -> None:
+    """Refuse domains that nobody reads, too many or too few, and routers that lack theirs.
+
+    Raises:
+        RecipeError: so it is.
+    """
+    edits = [edit for edit in recipe.edits if edit.router is not None]
+    by_domain = [edit for edit in edits if edit.router.scorer == "domain"]
+    hidden, kmeans = ([e for e in edits if e.router.init == init] for init in FROM_DATA)
+    count = len(domains)
+    if count and not (by_domain or hidden or kmeans):
+        raise RecipeError(
+            f"{count} domains are given (--domains, --prompts) and no router of recipe "
+            f"{recipe.name!r} reads them; let its routers start from them by router.init='hidden' "
+            "(--set router.init=hidden), or use `nexus`."
+        )
+    for edit in (*by_domain, *hidden):
+        if count and count != edit.experts.num_experts:
+            raise RecipeError(
+                f"{count} domains are given for {edit.experts.num_experts} experts; give one for "
+                "each, in their order, which is that of the sources."
+            )
+    if hidden and (isinstance(domains, Tensor) or not count):
+        raise RecipeError(
+            "router.init='hidden' is the mean of what the router reads of each expert's domain; "
+            "give domains=[...] (--domains, --prompts): a data set or texts for each expert."
+        )
+    if kmeans and (isinstance(domains, Tensor) or (not count and data is None)):
+        raise RecipeError(
+            "router.init='kmeans' takes centers of what the router reads of all data; give "
+            "domains=[...] or data=... (--domains, --data)."
+        )
+
+
+def distinct(rows_EM: Tensor, names: Sequence[str]) -> Tensor:
+    """The rows, one for each domain.
+
+    Raises:
+        DataError: two are equal.
+    """
+    for j in range(len(rows_EM)):
+        for i in range(j):
+            if torch.equal(rows_EM[i], rows_EM[j]):
+                raise DataError(
+                    f"Domains {i} ({names[i]}) and {j} ({names[j]}) are the same, and no router "
+                    "can tell their experts apart; give each its own."
+                )
+    return rows_EM
+
+
+def embed_domains(
+    domains: Iterable[Any],
+    encoder: str = "minilm",
+    model: nn.Module | None = None,
+    *,
+    tokenizer: Any = None,
+) -> Tensor:
+    """The embedding of each domain, (E, M) float32 on the CPU.
+
+    Args:
+        domains: see `Domain.of`.
+        encoder: of sentences, whose mean it is; or `self`: the mean of the dense model's last
+            hidden states (its encoder's, where it has a decoder too) over all real tokens, scaled
+            to length one.
+        model: the dense model, for `self`.
+        tokenizer: its tokenizer; None takes that of its folder.
+    """
+    given = [Domain.of(domain) for domain in domains]
+    if encoder == "self":
+        last_EM = _means(model, [], given, tokenizer)[-1]
+        return nn.functional.normalize(last_EM, dim=-1).float().cpu()
+    return torch.stack([embed(domain.texts(), encoder).mean(0) for domain in given])
+
+
+def _means(
+    model: nn.Module, items: Sequence[PlannedEdit], domains: Sequence[Domain], tokenizer: Any
+) -> list[Tensor]:
+    """For each item the mean of what its router reads of each domain, (E, D) float64, and behind
+    them that of the last hidden states."""
+    means: list[list[Tensor]] = []
+    for domain in domains:
+        sums, counts = [0.0] * (len(items) + 1), [0] * (len(items) + 1)
+
+        def take(tensors: list[Tensor], sums=sums, counts=counts) -> None:
+            for n, x_TD in enumerate(tensors):
+                sums[n] = sums[n] + x_TD.double().sum(0)
+                counts[n] += len(x_TD)
+
+        read_inputs(model, items, domain_batches(model, domain, tokenizer), take)
+        if not all(counts):
+            raise DataError(f"The domain {domain.name} gave no token.")
+        means.append([total / count for total, count in zip(sums, counts, strict=True)])
+    return [torch.stack(of_domains) for of_domains in zip(*means, strict=True)]
+
+
+def _centers(
+    model: nn.Module,
+    items: Sequence[PlannedEdit],
+    domains: Sequence[Domain],
+    data: Any,
+    tokenizer: Any,
+    seed: int,
+) -> list[Tensor]:
+    """For each item the centers of what its router reads of all data, (E, D)."""
+    found = [Centers(item.edit.experts.num_experts, seed + n) for n, item in enumerate(items)]
+
+    def take(tensors: list[Tensor]) -> None:
+        for centers, x_TD in zip(found, tensors[:-1], strict=True):
+            centers.take(x_TD)
+
+    if domains:
+        read_inputs(model, items, mixed_batches(model, domains, tokenizer), take)
+    else:
+        tokenizer = tokenizer or tokenizer_of(model)
+        batches = as_batches(data, tokenizer, max_length=length_of(model), batch_size=BATCH)
+        read_inputs(model, items, islice(batches, ROWS // BATCH), take)
+    return [centers.centers() for centers in found]

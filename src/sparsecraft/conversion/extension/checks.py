@@ -1,0 +1,93 @@
+"""What a mixture and its routers must have before an expert is added or removed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from sparsecraft.conversion.extension.router_row import by_token
+from sparsecraft.errors import DataError, RecipeError
+from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.recipe.routers import FROM_DATA
+from sparsecraft.surgery.record import Conversion
+
+
+def count_experts(recipe: Recipe) -> int:
+    """How many experts each layer has; refuse what is not made of whole networks."""
+    for edit in recipe.edits:
+        spec, router = edit.experts, edit.router
+        if spec.kind not in ("ffn", "attention") or router is None:
+            raise RecipeError(
+                f"Recipe {recipe.name!r} has {spec.kind} experts; whole networks (upcycling, btx, "
+                "bam, nexus, ...) can come and go."
+            )
+        shards = spec.kind == "ffn" and (spec.granularity > 1 or spec.blend)
+        if shards or router.init_repeat > 1:
+            raise RecipeError(
+                f"The experts of recipe {recipe.name!r} are shards of networks, or share rows of "
+                "their routers; a whole network is none of them."
+            )
+    counts = {edit.experts.num_experts for edit in recipe.edits}
+    if len(counts) > 1:
+        raise RecipeError(
+            f"The layers of recipe {recipe.name!r} have {sorted(counts)} experts; one that is "
+            "added or removed must have the same number in all."
+        )
+    return counts.pop()
+
+
+def check_domains(
+    record: Conversion, data: Any, old_data: Any, embedding: Tensor | None, rows: str
+) -> bool:
+    """Whether routers are of domains; refuse what they lack, or have no use for."""
+    routers = [edit.router for edit in record.recipe.edits]
+    by_domain = any(router.scorer == "domain" for router in routers)
+    linear = [router for router in routers if router.scorer == "linear"]
+    if rows not in ("calibrated", "reset"):
+        raise RecipeError(f"rows is {rows!r}; it must be 'calibrated' or 'reset'.")
+    if embedding is not None and not by_domain:
+        raise RecipeError(
+            f"An embedding is given and the routers of {record.recipe.name!r} are linear; give "
+            "data and old_data, which their new row is fitted to."
+        )
+    if rows == "reset" and (not linear or any(r.init in FROM_DATA for r in linear)):
+        raise RecipeError(
+            "rows='reset' draws the rows of linear routers anew; the routers of "
+            f"{record.recipe.name!r} start from domains or data."
+        )
+    if by_domain and embedding is None and data is None:
+        raise DataError(
+            "The routers project a row from the embedding of the expert's domain; give data "
+            "(--data), or the embedding itself."
+        )
+    if by_domain and embedding is None and not domains_of(record):
+        raise DataError(
+            "The model was converted without domains, so that its routers know random embeddings "
+            "and no data fits in among them; convert with domains, or give an embedding."
+        )
+    if linear and rows == "calibrated":
+        if data is None or old_data is None:
+            raise DataError(
+                "The new row of a linear router is fitted to new and old data; give both (--data, "
+                "--old-data), or rows='reset'."
+            )
+        if not all(by_token(router) for router in linear):
+            raise RecipeError(
+                "A row is fitted to what routers read by token at the layer's input; these decide "
+                "otherwise. Use rows='reset'."
+            )
+    return by_domain
+
+
+def share_of_source(asked: float | None, count: int) -> float:
+    """Lambda, the newcomer's share of what is no expert's."""
+    share = 1 / (count + 1) if asked is None else asked
+    if not 0 <= share <= 1:
+        raise RecipeError(f"mix is {asked}; it is a share between 0 and 1.")
+    return share
+
+
+def domains_of(record: Conversion) -> Sequence[str]:
+    return record.report.get("conversion", {}).get("domains") or ()

@@ -1,0 +1,280 @@
+"""Experts that come to a converted model, and that leave it (Nexus, Gritsch et al. 2024, 3.3).
+
+The routers' logits of the experts that are there stay what they are, bit for bit; all other tensors
+move towards the newcomer's. A short training on new and old data is up to `train`.
+
+Shapes: T tokens, D width, E experts, M width of a domain's embedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsecraft.conversion.domains.domain import Domain
+from sparsecraft.conversion.extension.checks import check_domains, count_experts, share_of_source
+from sparsecraft.conversion.extension.router_row import (
+    BATCHES,
+    embedding_of,
+    inputs_of,
+    row_of,
+    share_of,
+)
+from sparsecraft.conversion.sources.checks import check_sources
+from sparsecraft.conversion.sources.gather import donor_tensors
+from sparsecraft.conversion.sources.source import Source, finite, open_source
+from sparsecraft.dense.digests import combine, digest
+from sparsecraft.dense.origin import Origin
+from sparsecraft.errors import SurgeryError
+from sparsecraft.moe.experts.attention import AttentionExperts
+from sparsecraft.moe.experts.ffn import FFNExperts
+from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.names import dense_tensors
+from sparsecraft.moe.routers.build import build_router
+from sparsecraft.recipe.edits import Edit
+from sparsecraft.surgery.record import Conversion, conversion_of, is_converted
+
+log = logging.getLogger("sparsecraft")
+
+
+Rows = Literal["calibrated", "reset"]
+
+
+# Between the newcomer's shares of new and of old tokens, below which data are as good as the same.
+LEAST_DIFFERENCE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """What `extend` did.
+
+    Attributes:
+        expert: name of the dense model.
+        number: of the new expert, in every layer.
+        mixed: lambda, the dense model's share of all tensors that are no expert's.
+        rows: how routers know the newcomer: `projected` from its domain's embedding, `calibrated`
+            on data, or `reset` with all others.
+        share_new: share of the new tokens that the newcomer gets before any training, by weight,
+            mean over layers; None without data, or where routers do not decide by token.
+        share_old: of the old tokens.
+    """
+
+    expert: str
+    number: int
+    mixed: float
+    rows: str
+    share_new: float | None = None
+    share_old: float | None = None
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.expert} is expert {self.number} of every layer, its router's row {self.rows}; "
+            f"of all other tensors {self.mixed:.3f} is its own."
+        )
+        shares = (("new", self.share_new), ("old", self.share_old))
+        found = [
+            f"{share:.1%} of the {which} tokens" for which, share in shares if share is not None
+        ]
+        return text + (f" Untrained, it gets {' and '.join(found)}." if found else "")
+
+
+@torch.no_grad()
+def extend(
+    model: nn.Module,
+    expert: str | Path | PreTrainedModel,
+    data: Any = None,
+    old_data: Any = None,
+    *,
+    tokenizer: Any = None,
+    embedding: Tensor | None = None,
+    base: str | Path | PreTrainedModel | None = None,
+    rows: Rows = "calibrated",
+    mix: float | None = None,
+    unrelated: bool = False,
+    seed: int = 0,
+) -> Extension:
+    """Add a dense model as one more expert of every layer, in place, and train nothing.
+
+    The feed-forward networks (of `bam` the attentions, too) become the last expert. Routers of
+    domains project its row from the domain's embedding. Linear ones get a row by logistic
+    regression, new tokens against old ones: the newcomer's probability beside the others' logits.
+    Either way these logits keep their bits for the same input of the layer. All other tensors
+    become (1 - lambda) theirs + lambda the dense model's.
+
+    Args:
+        expert: folder, hub id, LoRA folder or model in memory, of one ancestor with the base.
+        data: the newcomer's domain: a data set, a list of texts, or batches.
+        old_data: of the domains that are known, for linear routers. 8,192 tokens of each are read.
+        tokenizer: of the model, for texts; None takes that of its base.
+        embedding: (M,) of the domain, instead of one from `data`.
+        base: the dense model, where it embedded the domains and its folder is not known any more.
+        rows: of linear routers; `reset` draws those of all experts anew (Nexus's baseline).
+        mix: lambda; None is 1 / (n + 1), with n experts so far (Nexus, 3.3).
+        unrelated: let a model without a common ancestor pass.
+        seed: of `reset`.
+
+    Raises:
+        SurgeryError, RecipeError: the model is dense, or its experts are no whole networks.
+        SourceError, HubError: the dense model does not fit.
+        DataError: data is missing, empty, or the domain is one of the others'.
+    """
+    record = conversion_of(model)
+    count = count_experts(record.recipe)
+    by_domain = check_domains(record, data, old_data, embedding, rows)
+    source = _opened(model, record, expert, unrelated)
+    share = share_of_source(mix, count)
+    given = [None if d is None else Domain.of(d, BATCHES) for d in (data, old_data)]
+    if by_domain:
+        embedding = embedding_of(model, record, given[0], embedding, base, tokenizer)
+    with _mixed(model, record, source, share):
+        seen = [inputs_of(model, record.plan, domain, tokenizer) for domain in given]
+        found = [
+            row_of(layer, n, seen, embedding, rows == "reset")
+            for n, layer in enumerate(record.layers)
+        ]
+        _join(model, record, source, found, seed)
+    how = "projected" if by_domain else rows
+    shares = [share_of(record.layers, inputs) for inputs in seen]
+    result = Extension(source.name, count, share, how, *shares)
+    _warn_unless_told_apart(result)
+    note(record, dataclasses.asdict(result) | {"digest": _digest_of_last(record.layers[0])})
+    return result
+
+
+def _opened(model: nn.Module, record: Conversion, expert: Any, unrelated: bool) -> Source:
+    """The dense model, checked against all that will be read of it."""
+    if is_converted(expert):
+        raise SurgeryError("The expert is a converted model; give the dense model it came from.")
+    tensors = dense_tensors(model) | donor_tensors(record.plan)
+    source = finite(open_source(model, expert))
+    origin = Origin.find(record.origin, record.revision)
+    folder = record.folder or (origin and origin.folder)
+    check_sources(model, [source], tensors, unrelated=unrelated, tokenizer=folder)
+    for item, layer in zip(record.plan, record.layers, strict=True):
+        bank = layer.experts
+        if isinstance(bank, FFNExperts) and bank.down.shape[-1] != item.donor.hidden_width:
+            raise SurgeryError(
+                f"The experts at {item.site.path!r} have {bank.down.shape[-1]} neurons and the "
+                f"dense network {item.donor.hidden_width}; no dense model fits among them."
+            )
+    return source
+
+
+@contextmanager
+def _mixed(model: nn.Module, record: Conversion, source: Source, share: float) -> Iterator[None]:
+    """Move all tensors that are no expert's towards the source's; back again if the block fails."""
+    pairs = list(_others(model, record))
+    before = [tensor.to("cpu", copy=True) for _, tensor in pairs] if share else []
+    try:
+        for name, tensor in pairs if share else ():
+            theirs = source.tensor(name).view_as(tensor)
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            tensor.copy_(tensor.to(wide).lerp(theirs.to(tensor.device, wide), share))
+        yield
+    except BaseException:
+        for (_, tensor), old in zip(pairs, before, strict=False):
+            tensor.copy_(old)
+        raise
+
+
+def _others(model: nn.Module, record: Conversion) -> Iterable[tuple[str, Tensor]]:
+    """Dense name and tensor of all that is no expert's: not of the networks beside which experts
+    stand either, which stay the seed's."""
+    own = donor_tensors(record.plan)
+    for name, tensor in dense_tensors(model).items():
+        if name not in own and tensor.is_floating_point():
+            yield name, tensor.detach()
+    for item, layer in zip(record.plan, record.layers, strict=True):
+        if isinstance(layer.experts, AttentionExperts):
+            for name, parameter in layer.experts.shared_parts().items():
+                yield f"{item.donor.path}.{name}", parameter.detach()
+
+
+def _join(
+    model: nn.Module, record: Conversion, source: Source, rows: Sequence[Tensor | None], seed: int
+) -> None:
+    """One more expert and row in every layer, and in the recipe; nowhere if the model fails."""
+    recounted(record, record.layers[0].experts.num_experts + 1)
+    banks, cuda = [], {p.device for p in model.parameters() if p.is_cuda}
+    try:
+        for item, layer in zip(record.plan, record.layers, strict=True):
+            layer.experts.append(item.donor.of(source.tensor))
+            banks.append(layer.experts)
+    except BaseException:
+        for bank in banks:
+            bank.remove(bank.num_experts - 1)
+        raise
+    with torch.random.fork_rng(devices=list(cuda)):
+        torch.manual_seed(seed)
+        for layer, row in zip(record.layers, rows, strict=True):
+            _take_row(layer, row)
+    recount(record)
+
+
+def _take_row(layer: MoELayer, row: Tensor | None) -> None:
+    router, count = layer.router, layer.experts.num_experts
+    if row is not None:
+        router.scorer.append(row)
+        return
+    old = router.scorer
+    where = {"device": old.weight.device, "dtype": old.weight.dtype}
+    new = build_router(replace(router.spec, extended=0), old.width, count, **where).scorer
+    router.scorer = new.train(old.training).requires_grad_(old.weight.requires_grad)
+
+
+def recounted(record: Conversion, count: int) -> dict[int, Edit]:
+    """The edits of the recipe with so many experts, by the identity of those there are.
+
+    Raises:
+        RecipeError: the recipe would make no sense.
+    """
+    edits = {}
+    for item, layer in zip(record.plan, record.layers, strict=True):
+        extended = min(getattr(layer.router.scorer, "extended", 0), count - 1)
+        edits[id(item.edit)] = replace(
+            item.edit,
+            experts=replace(item.edit.experts, num_experts=count),
+            router=replace(item.edit.router, extended=extended),
+        )
+    return edits
+
+
+def recount(record: Conversion) -> None:
+    """Let the recipe say what the layers have."""
+    edits = recounted(record, record.layers[0].experts.num_experts)
+    for item, layer in zip(record.plan, record.layers, strict=True):
+        extended = edits[id(item.edit)].router.extended
+        layer.router.spec = replace(layer.router.spec, extended=extended)
+    record.plan = [replace(item, edit=edits[id(item.edit)]) for item in record.plan]
+    changed = tuple(edits[id(edit)] for edit in record.recipe.edits)
+    record.recipe = replace(record.recipe, edits=changed)
+
+
+def _warn_unless_told_apart(result: Extension) -> None:
+    new, old = result.share_new, result.share_old
+    if result.rows == "calibrated" and new is not None and new - old < LEAST_DIFFERENCE:
+        log.warning(
+            f"The new expert gets {new:.0%} of the new tokens and {old:.0%} of the old ones: the "
+            "routers cannot tell these data apart. Are they two domains?"
+        )
+
+
+def _digest_of_last(layer: MoELayer) -> str:
+    """Of the last expert of a layer: whether two extensions had the same dense model."""
+    parts = {n: digest(p[-1]) for n, p in layer.experts.named_parameters() if p.ndim > 1}
+    return combine(parts)
+
+
+def note(record: Conversion, entry: dict[str, Any]) -> None:
+    """Remember what happened, and after how many trainings."""
+    entry["trainings"] = len(record.report.get("training", []))
+    record.report.setdefault("extensions", []).append(entry)

@@ -1,0 +1,43 @@
+"""remove(): take an expert out of a trained mixture."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sparsecraft.conversion.extension.checks import count_experts
+from sparsecraft.conversion.extension.extend import note, recount, recounted
+from sparsecraft.errors import RecipeError
+from sparsecraft.surgery.record import conversion_of
+
+
+@torch.no_grad()
+def remove(model: nn.Module, expert: int) -> None:
+    """Take one expert out of every layer, in place; nothing else changes.
+
+    The logits of the others keep their bits where routers are of domains, or where the expert was
+    added by `extend`; otherwise they are the same but for rounding.
+
+    Args:
+        expert: its number, from 0.
+
+    Raises:
+        SurgeryError, RecipeError: the model is dense, its experts are no whole networks, there is
+            no such expert, or each token takes as many as there are.
+    """
+    record = conversion_of(model)
+    count = count_experts(record.recipe)
+    if not 0 <= expert < count:
+        raise RecipeError(f"There is no expert {expert}; this model has 0 to {count - 1}.")
+    least = max(edit.router.top_k or 1 for edit in record.recipe.edits)
+    if count <= least:
+        raise RecipeError(
+            f"Expert {expert} of {count} cannot be removed: each token takes {least}. Convert "
+            "again with fewer, or keep it."
+        )
+    recounted(record, count - 1)
+    for layer in record.layers:
+        layer.experts.remove(expert)
+        layer.router.scorer.remove(expert)
+    recount(record)
+    note(record, {"removed": expert})

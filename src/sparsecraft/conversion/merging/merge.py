@@ -1,0 +1,399 @@
+"""Merge the experts of a converted model where the mathematics allows it.
+
+    exact      single experts whose update is linear become part of the dense weights; networks
+               that were split are put together again, where all of their parts run
+    fixed      the routing is frozen to given weights; then mixtures of updates and of vectors are
+               linear too, and E adapters are one adapter of E times the width
+    average    the experts' parameters are averaged to one expert (AdaMix, Wang et al. 2022): an
+               approximation, reported with what it changes
+
+Shapes: E experts, B sequences, S positions, V classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecraft.checkpoint.card import copy_companions
+from sparsecraft.checkpoint.folder import EXPORT_RECORD, check_free, replacing
+from sparsecraft.checkpoint.jsonfile import write_json
+from sparsecraft.checkpoint.save import save
+from sparsecraft.checkpoint.space import require
+from sparsecraft.conversion.merging.change import Change, HeldOut, mean_kl, predicts_classes
+from sparsecraft.conversion.merging.frozen import frozen_routing
+from sparsecraft.conversion.merging.mergeable import (
+    How,
+    Step,
+    check_steps,
+    held,
+    plan_steps,
+    to_rectify,
+)
+from sparsecraft.dense import hub
+from sparsecraft.dense.digests import digest
+from sparsecraft.dense.origin import Origin
+from sparsecraft.errors import CertificateError, MergeError, did_you_mean
+from sparsecraft.evaluation.certificate import (
+    MAX_DATA_PROBES,
+    Certificate,
+    compare,
+    outputs,
+    random_probe,
+)
+from sparsecraft.moe import cost
+from sparsecraft.moe.cost import Cost
+from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.names import dense_tensors
+from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.recipe.stages import Stage
+from sparsecraft.surgery.fold import (
+    Ledger,
+    averaged,
+    fold,
+    one_adapter,
+    parameters,
+    scales_the_next,
+)
+from sparsecraft.surgery.install import apply
+from sparsecraft.surgery.plan import plan
+from sparsecraft.surgery.record import Conversion, conversion_of, is_converted
+from sparsecraft.surgery.rectify import Setting, holders, setting_of
+from sparsecraft.surgery.revert import take_out
+from sparsecraft.surgery.trainable import set_trainable
+
+HOWS = ("exact", "fixed", "average")
+
+
+# Largest relative logit difference that another order of summation makes: every Linear adds its
+# update before the product with the token and not after. Lower precision has its own tolerance.
+MERGE_TOLERANCE = 1e-4
+
+
+# What the record of a conversion says of the dense model and of the past.
+REMEMBERED = ("digests", "origin", "revision", "folder", "base_card", "report", "running")
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        how: `exact`, `fixed` or `average`.
+        recipe: of the model that was given.
+        result: `dense`, or the name of the recipe that is left.
+        folded: layer name -> kind of the experts that are dense weights now.
+        joined: layer name -> kind of the experts that are one expert now.
+        kept: layer name -> kind of the experts that stay as they were.
+        certificate: against the given model with the same constant routing; None for `average`.
+        change: against the given model.
+        cost: parameter counts of the result.
+        activation: the field of the dense model's configuration that says ReLU now, if one does.
+    """
+
+    how: How
+    recipe: str
+    result: str
+    folded: dict[str, str]
+    joined: dict[str, str]
+    kept: dict[str, str]
+    certificate: Certificate | None
+    change: Change
+    cost: Cost
+    activation: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        result = "a dense model" if self.result == "dense" else f"recipe {self.result!r}"
+        approximate = ", an approximation" if self.how == "average" else ""
+        lines = [
+            f"Merged ({self.how}{approximate}): {len(self.folded)} layers into dense weights, "
+            f"{len(self.joined)} into one adapter each, {len(self.kept)} kept. The result is "
+            f"{result} with {self.cost.total:,} parameters.",
+            f"Change to the model before: {self.change}.",
+        ]
+        if self.certificate:
+            same = "the model before" if self.how == "exact" else "it with that fixed routing"
+            lines.append(f"Certificate against {same}: {self.certificate}.")
+        if self.activation:
+            lines.append(f"Training put ReLU into the networks: {self.activation} is 'relu' now.")
+        return "\n".join(lines)
+
+
+def merge(
+    model: nn.Module,
+    how: How = "exact",
+    *,
+    weights: Any = None,
+    data: Any = None,
+    tokenizer: Any = None,
+    partial: bool = False,
+) -> MergeReport:
+    """Merge the experts of a converted model, in place.
+
+    Where no layer is left the model is a plain transformers model again, which its own
+    `save_pretrained` writes. Adapters are left: as one adapter after each network, for `sc.save`.
+
+    Args:
+        how: `exact`, `fixed` or `average`; see the module.
+        weights: for `fixed`: a weight for each expert; a dict layer name -> weights, under the
+            names of `sc.trace`; or "measured", the mean routing weights on `data`.
+        data: held-out files, or an iterable of batches of model inputs with labels. The report
+            says the loss on it before and after.
+        tokenizer: for files; by default the one that the model came with.
+        partial: merge the layers that can be merged and keep the others, instead of refusing.
+
+    Raises:
+        MergeError: a layer has no such form, or the weights do not fit; nothing has been changed.
+        CertificateError: the merged model does not compute what it should, as when bfloat16 cannot
+            hold the update; the model has been given back.
+    """
+    record = conversion_of(model)
+    _check_arguments(how, weights, data)
+    heldout = HeldOut.read(model, data, tokenizer)
+    steps = plan_steps(model, how, weights, heldout.batches)
+    check_steps(model, steps, how, partial)
+    probes = [random_probe(model), *heldout.probes(MAX_DATA_PROBES)]
+    before, losses = outputs(model, probes), heldout.losses(model)
+    wanted = before
+    if frozen := held(steps):
+        with frozen_routing(frozen):
+            wanted = outputs(model, probes)
+    ledger = Ledger()
+    with _given_back_on_failure(model, record, ledger):
+        setting = _rebuild(model, record, steps, how, ledger)
+        after = outputs(model, probes)
+        certificate = None if how == "average" else _certify(wanted, after)
+        now = heldout.losses(model)
+    change = Change(
+        max_difference=compare(before, after).max_difference,
+        mean_kl=mean_kl(before, after, probes) if predicts_classes(model) else None,
+        loss={name: (losses[name], now[name]) for name in losses},
+    )
+    report = _report(model, record, steps, how, certificate, change, bool(ledger.old))
+    return replace(report, activation=setting and str(setting))
+
+
+def _certify(wanted: list[Tensor], after: list[Tensor]) -> Certificate:
+    found = compare(wanted, after)
+    tolerance = max(found.tolerance, MERGE_TOLERANCE * max(1.0, found.scale))
+    found = replace(found, tolerance=tolerance)
+    if not found.exact:
+        low = found.dtype in ("bfloat16", "float16")
+        raise CertificateError(
+            f"The merged model should compute the same function and does not: {found}. "
+            f"The model was given back{'; load it in float32 to merge it' if low else ''}."
+        )
+    return found
+
+
+def _report(
+    model: nn.Module,
+    record: Conversion,
+    steps: list[Step],
+    how: How,
+    certificate: Certificate | None,
+    change: Change,
+    new_base: bool,
+) -> MergeReport:
+    """Say what was done, and write it into the record of what is still converted."""
+    left = is_converted(model)
+    report = MergeReport(
+        how=how,
+        recipe=record.recipe.name,
+        result=model.sparsecraft.recipe.name if left else "dense",
+        certificate=certificate,
+        change=change,
+        cost=cost.count(model),
+        **{
+            word: {s.name: s.item.edit.experts.kind for s in steps if s.action == action}
+            for word, action in (("folded", "fold"), ("joined", "join"), ("kept", "keep"))
+        },
+    )
+    if left:
+        new = model.sparsecraft
+        for name in ("base_card", "folder", "running") if new_base else REMEMBERED:
+            setattr(new, name, getattr(record, name))
+        new.report = {**record.report, "merge": report.to_dict()}
+        if new_base:  # no folder holds the merged weights: a checkpoint will
+            new.digests = {n: (t.dtype, digest(t)) for n, t in dense_tensors(model).items()}
+            origin = Origin.find(record.origin, record.revision)
+            new.folder = record.folder or (origin and origin.folder)
+    return report
+
+
+def read_weights(text: str | None) -> str | list[float] | None:
+    """What a command line says of `weights`: nothing, "measured", or numbers between commas.
+
+    Raises:
+        MergeError: it is none of these.
+    """
+    if text in (None, "measured"):
+        return text
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise MergeError(
+            f"weights is {text!r}; give numbers such as 0.5,0.3,0.2, or the word 'measured'."
+        ) from None
+
+
+def _check_arguments(how: str, weights: Any, data: Any) -> None:
+    if how not in HOWS:
+        raise MergeError(f"Unknown way to merge {how!r}." + did_you_mean(how, HOWS))
+    if (weights is not None) != (how == "fixed"):
+        raise MergeError(
+            f"how={how!r} with weights={weights!r}: 'fixed' needs weights, such as 'measured', "
+            "and the other ways take none."
+        )
+    if isinstance(weights, str) and weights != "measured":
+        raise MergeError(f"weights is {weights!r}; give numbers, or the word 'measured'.")
+    if isinstance(weights, str) and data is None:
+        raise MergeError("weights='measured' needs held-out data to measure on; pass data=...")
+
+
+def _rebuild(
+    model: nn.Module, record: Conversion, steps: list[Step], how: How, ledger: Ledger
+) -> Setting | None:
+    """Take all layers out, write those that fold into dense weights, and put the others back."""
+    take_out(model)
+    ledger.guard(model)
+    one = torch.ones(1, dtype=torch.float64)
+    left = {}
+    # A LoRA on the next module reads what the vector has scaled: it goes in first, or its columns
+    # would not be scaled with the others.
+    for step in sorted(steps, key=lambda step: scales_the_next(step.item)):
+        bank = step.layer.experts
+        weights_E = one if step.weights_E is None else step.weights_E
+        weights_E = weights_E.to(next(bank.parameters()).device)
+        if step.action == "keep":
+            left[step.item.claim] = (step.layer, None)
+            continue
+        average = how == "average" and bank.num_experts > 1
+        tensors = averaged(bank) if average else parameters(bank)
+        if step.action == "join":
+            left[step.item.claim] = (step.layer, one_adapter(tensors, weights_E))
+        else:
+            fold(model, step.item, bank, tensors, weights_E, ledger)
+    setting = None
+    if changed := to_rectify(steps):
+        setting, _ = setting_of(model, [step.item for step in changed])
+        for holder in holders(model, setting):
+            for name, value in setting.values(holder).items():
+                ledger.set(holder, name, value)
+    if left:
+        _install(model, _recipe_left(record.recipe, steps, how), left)
+    return setting
+
+
+def _recipe_left(recipe: Recipe, steps: list[Step], how: How) -> Recipe:
+    """The recipe of the layers that stay."""
+    actions = {step.item.edit: step.action for step in steps}
+    edits = []
+    for edit in recipe.edits:
+        if actions[edit] == "keep":
+            edits.append(edit)
+        elif actions[edit] == "join":
+            spec = edit.experts
+            width = spec.dim * (spec.num_experts if how == "fixed" else 1)
+            single = replace(spec, num_experts=1, dim=width)
+            edits.append(replace(edit, experts=single, router=None))
+    recipe = replace(recipe, edits=tuple(edits))
+    if not any(edit.experts.kind == "split" for edit in edits):
+        stages = [s for s in recipe.stages if s.fit is None] or [Stage(losses={})]
+        stages = tuple(replace(s, runs="sparse", activation=None) for s in stages)
+        recipe = replace(recipe, stages=stages)
+    if any(edit.router for edit in edits):
+        return recipe
+    stages = tuple(
+        replace(s, losses={}, trains=tuple(w for w in s.trains if w != "router") or ("experts",))
+        for s in recipe.stages
+    )
+    recipe = replace(recipe, stages=stages)
+    if all(edit.experts.kind == "adapter" for edit in edits) and recipe.name != "adapter":
+        title = f"One adapter after every FFN, merged from {recipe.name}"
+        recipe = replace(recipe, name="adapter", variant=how, title=title)
+    return recipe
+
+
+def _install(
+    model: nn.Module,
+    recipe: Recipe,
+    parts: dict[tuple, tuple[MoELayer, dict[str, Tensor] | None]],
+) -> None:
+    """Convert the dense model, with the experts of other layers or with given tensors."""
+    record = apply(model, recipe, plan(model, recipe), on_meta=True)
+    for item, layer in zip(record.plan, record.layers, strict=True):
+        old, tensors = parts[item.claim]
+        if tensors is None:
+            layer.experts, layer.router = old.experts, old.router
+        for name, value in (tensors or {}).items():
+            like = getattr(old.experts, name)
+            setattr(layer.experts, name, nn.Parameter(value.to(like.device, like.dtype)))
+        layer.experts.dispatch, layer.imitates = old.experts.dispatch, old.imitates
+        layer.train(old.training)
+    set_trainable(model, recipe.stages[0].trains)
+
+
+@contextmanager
+def _given_back_on_failure(model: nn.Module, record: Conversion, ledger: Ledger) -> Iterator[None]:
+    """Make the model what it was when the block fails, however far it came."""
+    try:
+        yield
+    except BaseException:
+        if getattr(model, "sparsecraft", None) is not record:
+            if is_converted(model):
+                take_out(model)
+            ledger.undo()
+            parts = zip(record.plan, record.layers, strict=True)
+            _install(model, record.recipe, {i.claim: (layer, None) for i, layer in parts})
+            for name in REMEMBERED:
+                setattr(model.sparsecraft, name, getattr(record, name))
+        raise
+
+
+def write_merged(
+    model: nn.Module, out: str | Path, report: MergeReport, source: str | Path, overwrite: bool
+) -> None:
+    """Write a merged model: a plain transformers folder if it is dense, else a checkpoint.
+
+    Args:
+        source: the folder whose tokenizer, license and settings travel.
+
+    Raises:
+        CheckpointError: the folder exists, or the disk refuses.
+        CertificateError: the folder, read back by transformers, gives other logits.
+    """
+    out = Path(out)
+    if is_converted(model):
+        save(model, out, overwrite=overwrite)
+        return
+    check_free(out, overwrite)
+    size = cost.bytes_of(model)
+    require(out, disk=size, memory=size, task="Saving")
+    probes = [random_probe(model)]
+    with replacing(out, overwrite) as folder:
+        model.save_pretrained(folder)
+        for path in folder.iterdir():
+            path.chmod(0o644)  # transformers writes weights for the owner alone
+        copy_companions(Path(source), folder)
+        again = type(model).from_pretrained(folder, dtype="auto").to(model.device)
+        certificate = compare(outputs(model, probes), outputs(again, probes))
+        if not certificate.exact:
+            raise CertificateError(
+                f"The folder, read back, gives other logits: {certificate}. Nothing was kept."
+            )
+        write_json(folder / EXPORT_RECORD, {"target": "dense", **report.to_dict()})
+        license = hub.license_of(Path(source)) or "other"
+        (folder / "README.md").write_text(
+            f"---\nlicense: {license}\n---\n# {report.recipe}, merged by sparsecraft\n\n{report}\n"
+        )

@@ -1,0 +1,52 @@
+"""What a conversion will need, known from the configuration alone, before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from sparsecraft.dense.loading import model_class
+from sparsecraft.evaluation.certificate import DATA_LENGTH, MAX_DATA_PROBES, PROBE_SHAPE
+from sparsecraft.moe import cost
+from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.surgery.build import build_layer
+from sparsecraft.surgery.plan import plan
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes of the dense model, of what a recipe adds to it, and of the certificate's logits."""
+
+    base: int
+    new: int
+    probes: int
+
+
+def needs(
+    folder: Path, recipe: Recipe, dtype: torch.dtype | None = None, data: bool = False
+) -> Needs:
+    """Plan `recipe` on a model without weights.
+
+    Args:
+        folder: of the dense model.
+        dtype: that it will be loaded in; None takes its own.
+        data: whether the user's rows enter the certificate.
+
+    Raises:
+        SurgeryError, DonorError, RecipeError: the plan is impossible for this model.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        model = model_class(folder)._from_config(config, dtype=dtype)
+    layers = (build_layer(model, item, device="meta") for item in plan(model, recipe))
+    tokens = PROBE_SHAPE[0] * (PROBE_SHAPE[1] + (MAX_DATA_PROBES * DATA_LENGTH if data else 0))
+    width = getattr(config.get_text_config(), "vocab_size", None) or config.hidden_size
+    return Needs(
+        base=cost.bytes_of(model),
+        new=sum(cost.bytes_of(layer) for layer in layers),
+        probes=2 * tokens * width * dtype.itemsize,  # before and after
+    )

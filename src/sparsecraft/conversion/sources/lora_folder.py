@@ -1,0 +1,184 @@
+"""The folder of a PEFT LoRA, read; and as a dense model: its base with the update added, tensor by
+tensor.
+
+Shapes: R rank, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sparsecraft.errors import SourceError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+PREFIX = "base_model.model."
+
+
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+
+
+# Starts that change the base's weights too, so that W + scale B A is not the trained model.
+MOVES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
+
+# Fields that make another function, or another model, of it.
+VARIANTS = {
+    "alora_invocation_tokens": "an activated LoRA, which acts on some tokens only",
+    "arrow_config": "a router over several LoRAs",
+    "layer_replication": "a LoRA of a model with other layers",
+}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / CONFIG).read_text())
+
+
+@dataclass(frozen=True)
+class LoraFolder:
+    """What PEFT wrote of a LoRA: A (R, I), B (O, R) and a scale for each changed weight.
+
+    Attributes:
+        folder: with adapter_config.json and adapter_model.safetensors.
+    """
+
+    folder: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return read_config(self.folder)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Name below the dense model -> tensor."""
+        try:
+            held = load_file(self.folder / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise SourceError(f"{self.folder / WEIGHTS} cannot be read: {error}.") from None
+        return {name.removeprefix(PREFIX): tensor for name, tensor in held.items()}
+
+    def check_kind(self) -> None:
+        """Refuse what is more than W + scale B A on the base as it is.
+
+        Raises:
+            SourceError: another method than LoRA, a variant of it, or A without its B.
+        """
+        kind, start = self.config.get("peft_type"), self.config.get("init_lora_weights")
+        if kind != "LORA":
+            raise SourceError(f"{self.folder} is a PEFT folder of type {kind!r}; LoRAs are joined.")
+        for field, what in VARIANTS.items():
+            if self.config.get(field):
+                raise SourceError(f"{self.folder} has {field}={self.config[field]!r}: {what}.")
+        if isinstance(start, str) and start.lower().startswith(MOVES_BASE):
+            raise SourceError(
+                f"{self.folder} has init_lora_weights={start!r}, which changes the base's weights "
+                "as well; save it as a plain LoRA by PEFT's save_pretrained(..., "
+                "path_initial_model_for_weight_conversion=...)."
+            )
+        for name in self.tensors:
+            part = next((part for part in (LORA_A, LORA_B) if name.endswith(part)), None)
+            if part is not None:
+                self._check_pair(name.removesuffix(part))
+
+    def _check_pair(self, path: str) -> None:
+        down_RI, up_OR = (self.tensors.get(path + part) for part in (LORA_A, LORA_B))
+        if down_RI is None or up_OR is None or len(down_RI) != up_OR.shape[-1]:
+            shapes = [None if t is None else list(t.shape) for t in (down_RI, up_OR)]
+            raise SourceError(
+                f"{self.folder} holds A and B of {path!r} as {shapes[0]} and {shapes[1]}, which "
+                "are no pair of one rank; save the adapter again."
+            )
+
+    def pair(self, path: str) -> tuple[Tensor, Tensor] | None:
+        """A (R, I) and B (O, R) of a module's weight, if the adapter changes it."""
+        down_RI = self.tensors.get(path + LORA_A)
+        return None if down_RI is None else (down_RI, self.tensors[path + LORA_B])
+
+    def scale(self, path: str, rank: int) -> float:
+        """What B A is multiplied by."""
+        alpha = self.config["lora_alpha"]
+        if patterns := self.config.get("alpha_pattern"):
+            from peft.utils.other import get_pattern_key  # PEFT costs seconds to import
+
+            alpha = patterns.get(get_pattern_key(patterns, path), alpha)
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+@dataclass(frozen=True)
+class MergedLora:
+    """W + scale B A of every tensor that the adapter changes, and the base's of all others.
+
+    Attributes:
+        folder: with adapter_config.json and adapter_model.safetensors.
+        base: dense name -> tensor of the base, or None.
+        base_shape: dense name -> its shape, or None.
+    """
+
+    folder: Path
+    base: Callable[[str], Tensor | None]
+    base_shape: Callable[[str], tuple[int, ...] | None]
+
+    @cached_property
+    def lora(self) -> LoraFolder:
+        return LoraFolder(self.folder)
+
+    def check(self) -> None:
+        """Refuse what is more than W + scale B A.
+
+        Raises:
+            SourceError: another method than LoRA, DoRA, or tensors that belong to no dense one.
+        """
+        self.lora.check_kind()
+        for name in self.lora.tensors:
+            if self.base_shape(self._dense_name(name)) is None:
+                raise SourceError(
+                    f"{self.folder} holds {name!r}, which is no LoRA of a matrix of the base: "
+                    "DoRA, LoRAs of embeddings and of whole banks are not read. Merge it with "
+                    "PEFT, save the dense model and name that."
+                )
+
+    def tensor(self, name: str) -> Tensor | None:
+        """The merged tensor of a dense name; None if the base has none."""
+        if name in self.lora.tensors:  # trained in full (`modules_to_save`, biases)
+            return self.lora.tensors[name]
+        weight, pair = self.base(name), self._pair(name)
+        if weight is None or pair is None:
+            return weight
+        down_RI, up_OR = pair
+        scale = self.lora.scale(name.removesuffix(".weight"), len(down_RI))
+        delta = scale * (up_OR.float() @ down_RI.float())
+        delta = delta.t() if self.lora.config.get("fan_in_fan_out") else delta
+        return (weight.detach().cpu().float() + delta).to(weight.dtype)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of what `tensor` gives, without a tensor of the base."""
+        if name in self.lora.tensors:
+            return tuple(self.lora.tensors[name].shape)
+        shape, pair = self.base_shape(name), self._pair(name)
+        if shape is None or pair is None:
+            return shape
+        down_RI, up_OR = pair
+        delta = (len(up_OR), down_RI.shape[1])
+        return delta[::-1] if self.lora.config.get("fan_in_fan_out") else delta
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor] | None:
+        path = name.removesuffix(".weight")
+        return None if path == name else self.lora.pair(path)
+
+    @staticmethod
+    def _dense_name(name: str) -> str:
+        for part in (LORA_A, LORA_B):
+            if name.endswith(part):
+                return name.removesuffix(part) + ".weight"
+        return name

@@ -1,0 +1,119 @@
+"""Encoded rows -> padded batches of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsecraft.data.encoding import IGNORED, pad_id
+from sparsecraft.data.prepare import prepare
+from sparsecraft.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sparsecraft.data.sentences import Prompts
+
+
+# ------------------------------------------------------------------ batches
+def collate(
+    features: Sequence[dict],
+    pad_id: int,
+    packed: bool = False,
+    prompts: Prompts | None = None,
+) -> dict[str, torch.Tensor]:
+    """Batch of `prepare`'s rows: input_ids (B, S) padded with `pad_id`, labels padded with -100.
+
+    `token_mask` (B, S), bool, is True on real tokens: for balance losses and statistics; take it
+    out before the model is called. Unpacked: `attention_mask` (B, S). Packed: no attention_mask but
+    `position_ids` (B, S) that restart at 0 with every document, from which transformers builds the
+    block-diagonal mask; the padding is one more document. Transformers does so only where no cache
+    is made: call the model with `use_cache=False` (Trainer does) or documents see each other.
+    Labels of whole numbers (task "label") give labels (B,). `prompts`: those that `prepare` filled;
+    `sentence_embeddings` (B, D) come from them or, packed, (N, D) with `sentence_ids` (B, S).
+    Rows with a column `expert`, one for each token, give `expert_ids` (B, S).
+    """
+    import torch
+
+    rows = [torch.as_tensor(feature["input_ids"]).long() for feature in features]
+    mask_BS = _pad([torch.ones_like(row, dtype=torch.bool) for row in rows], False)
+    batch = {"input_ids": _pad(rows, pad_id), "token_mask": mask_BS}
+    labels = [torch.as_tensor(feature["labels"]).long() for feature in features]
+    batch["labels"] = _pad(labels, IGNORED) if labels[0].ndim else torch.stack(labels)
+    if prompts is not None:
+        batch |= _sentences(features, prompts, packed)
+    if "expert" in features[0]:  # padding goes to any; no loss counts it
+        batch["expert_ids"] = _pad([torch.as_tensor(row["expert"]) for row in features], 0)
+    if not packed:
+        return batch | {"attention_mask": mask_BS.long()}
+    width = mask_BS.shape[1]
+    positions = []
+    for feature, row in zip(features, rows, strict=True):
+        lengths = [*feature["seq_lengths"], width - len(row)]
+        positions.append(torch.cat([torch.arange(length) for length in lengths]))
+    return batch | {"position_ids": torch.stack(positions)}
+
+
+def _sentences(features: Sequence[dict], prompts: Prompts, packed: bool) -> dict:
+    """The embeddings of a batch's N prompts (N, D), one for each row unless packed."""
+    import torch
+
+    if not packed:
+        return {"sentence_embeddings": prompts.embeddings(row["sentence"][0] for row in features)}
+    rows = [torch.as_tensor(feature["sentence"]) for feature in features]
+    # Padding belongs to no document: it gets a sentence that is there.
+    numbers_N, ids_BS = _pad(rows, int(rows[0][0])).unique(return_inverse=True)
+    embeddings_ND = prompts.embeddings(numbers_N.tolist())
+    return {"sentence_embeddings": embeddings_ND, "sentence_ids": ids_BS}
+
+
+def _pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+    import torch
+
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+def as_batches(
+    data: Any,
+    tokenizer=None,
+    *,
+    max_length: int = 512,
+    batch_size: int = 8,
+    seed: int = 0,
+    task: str = "causal",
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Dicts of model inputs from what `convert(..., data=...)` takes.
+
+    A dataset path (or name, or several; needs `tokenizer`), an iterable of token-id tensors (B, S),
+    or an iterable of dicts of model inputs, handed on as they are. Raises DataError for the rest.
+    """
+    import torch
+
+    paths = (
+        isinstance(data, (list, tuple)) and data and all(isinstance(d, (str, Path)) for d in data)
+    )
+    if isinstance(data, (str, Path)) or paths:
+        if tokenizer is None:
+            names = ", ".join(map(str, data)) if paths else str(data)
+            raise DataError(f"data is {names}: a tokenizer is needed to read it.")
+        rows, _ = prepare(data, tokenizer, max_length=max_length, seed=seed, task=task)
+        for start in range(0, len(rows), batch_size):
+            part = rows.select(range(start, min(start + batch_size, len(rows))))
+            batch = collate(list(part), pad_id(tokenizer))
+            del batch["token_mask"]  # the models' forward does not know it
+            yield batch
+        return
+    if not isinstance(data, Iterable):
+        raise DataError(f"data is {type(data).__name__}: a path or an iterable of batches.")
+    for number, batch in enumerate([data] if isinstance(data, torch.Tensor) else data, 1):
+        if isinstance(batch, torch.Tensor) and batch.ndim == 2 and not batch.is_floating_point():
+            yield {"input_ids": batch}
+        elif isinstance(batch, dict) or hasattr(batch, "keys"):  # BatchEncoding is no dict
+            yield dict(batch)
+        else:
+            shape = getattr(batch, "shape", "")
+            raise DataError(
+                f"batch {number} of data is {type(batch).__name__} {shape}: needed are token-id "
+                "tensors (B, S) or dicts of model inputs."
+            )

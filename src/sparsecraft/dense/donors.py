@@ -1,0 +1,242 @@
+"""One view of every dense feed-forward network and linear layer, whatever its family calls them.
+
+A family is recognized by the names of a module's parts, not by its class, so that relatives of a
+known family work too. Where a family has no feed-forward module (OPT, BERT), the network spans
+siblings: the MoE layer takes the first Linear's place and the other parts become Identity.
+
+Shapes: D width, F hidden width; weights are (out, in) here, also for GPT-2's transposed Conv1D.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sparsecraft.dense.forms import ATTENTION_FORMS, AttentionForm, features, has, join
+from sparsecraft.dense.sites import Site
+from sparsecraft.errors import DonorError
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A dense Linear, Conv1D or quantized Linear, or some rows of it."""
+
+    module: nn.Module
+    path: str
+    rows: tuple[int, int] | None = None
+    """(start, length) of the output features."""
+
+    @cached_property
+    def in_features(self) -> int:
+        return features(self.module)[0]
+
+    @cached_property
+    def out_features(self) -> int:
+        return self.rows[1] if self.rows else features(self.module)[1]
+
+    def weight(self) -> Tensor:
+        """(out, in)."""
+        weight = self.module.weight
+        if not weight.is_floating_point():
+            raise DonorError(
+                f"{self.path!r} is quantized ({weight.dtype}); its weights cannot be copied into "
+                "experts. Load the model without quantization."
+            )
+        return weight.t() if isinstance(self.module, Conv1D) else weight
+
+    def of(self, read: Callable[[str], Tensor]) -> Linear:
+        """The same projection of another model; see `FFN.of`."""
+        module = copy.copy(self.module)
+        named = self.module._parameters.items()
+        module._parameters = {
+            name: old if old is None else nn.Parameter(read(f"{self.path}.{name}"), False)
+            for name, old in named
+        }
+        return Linear(module, self.path, self.rows)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The activation of a feed-forward network; `module` is the projection behind it."""
+
+    module: nn.Module
+    path: str
+    width: int
+
+    @property
+    def in_features(self) -> int:
+        return self.width
+
+    @property
+    def out_features(self) -> int:
+        return self.width
+
+
+@dataclass(frozen=True)
+class FFN:
+    """A dense feed-forward network, activation(gate(x)) * up(x) or activation(up(x)), then down."""
+
+    path: str
+    gate: Linear | None
+    up: Linear
+    down: Linear
+    activation: nn.Module
+    fused: bool
+    hidden_dropout: float
+    """Between activation and down, as in T5."""
+    output_dropout: float
+    """After down, as in GPT-2."""
+
+    @property
+    def gated(self) -> bool:
+        return self.fused or self.gate is not None
+
+    @property
+    def width(self) -> int:
+        return self.down.out_features
+
+    @property
+    def in_features(self) -> int:
+        return self.width
+
+    @property
+    def out_features(self) -> int:
+        return self.width
+
+    @property
+    def hidden_width(self) -> int:
+        return self.down.in_features
+
+    def first_weight(self, neurons: slice | None = None) -> Tensor:
+        """(2F, D) with the gate's rows first when gated, else (F, D); or of some neurons only."""
+        return self._of_neurons([linear.weight() for linear in self._firsts], neurons)
+
+    def first_bias(self, neurons: slice | None = None) -> Tensor | None:
+        biases = [linear.module.bias for linear in self._firsts]
+        return None if biases[0] is None else self._of_neurons(biases, neurons)
+
+    def down_weight(self, neurons: slice | None = None) -> Tensor:
+        """(D, F); or of some neurons only."""
+        return self.down.weight() if neurons is None else self.down.weight()[:, neurons]
+
+    @property
+    def _firsts(self) -> list[Linear]:
+        return [self.up] if self.gate is None else [self.gate, self.up]
+
+    def _of_neurons(self, tensors: list[Tensor], neurons: slice | None) -> Tensor:
+        if neurons is None:
+            return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        halves = tensors[0].chunk(2) if self.fused else tensors
+        return torch.cat([half[neurons] for half in halves])
+
+    def down_bias(self) -> Tensor | None:
+        return self.down.module.bias
+
+    def of(self, read: Callable[[str], Tensor]) -> FFN:
+        """The same network of another model of this shape.
+
+        Args:
+            read: gives the other model's tensor of a dense name, such as `...up_proj.weight`.
+        """
+        parts = {name: getattr(self, name) for name in ("gate", "up", "down")}
+        return dataclasses.replace(
+            self, **{name: part and part.of(read) for name, part in parts.items()}
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights and biases by their dense names."""
+        parts = filter(None, (self.gate, self.up, self.down))
+        return {f"{p.path}.{name}": t for p in parts for name, t in p.module.named_parameters()}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A dense attention with separate projections; `module` holds what else belongs to it, such
+    as norms of queries and keys."""
+
+    path: str
+    module: nn.Module
+    form: AttentionForm
+
+    @property
+    def query(self) -> nn.Module:
+        return self.module.get_submodule(self.form.query)
+
+    @property
+    def in_features(self) -> int:
+        return self.query.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.module.get_submodule(self.form.output).out_features
+
+    def of(self, read: Callable[[str], Tensor]) -> Attention:
+        """The same attention of another model; see `FFN.of`."""
+        module = copy.copy(self.module)
+        module._modules = dict(module._modules)
+        for name in self.form.parts():
+            linear = Linear(self.module.get_submodule(name), f"{self.path}.{name}")
+            module._modules[name] = linear.of(read).module
+        return dataclasses.replace(self, module=module)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights and biases by their dense names."""
+        return {f"{self.path}.{name}": t for name, t in self.module.named_parameters()}
+
+
+Donor = FFN | Attention | Linear | Activation
+
+
+def view(model: nn.Module, site: Site) -> Donor:
+    """Read the dense module at `site` through its family's names."""
+    if site.kind == "activation":
+        ffn = _view_ffn(model, site)
+        return Activation(ffn.down.module, site.path, ffn.hidden_width)
+    if site.kind == "ffn":
+        return _view_ffn(model, site)
+    if site.kind == "attention":
+        return _view_attention(model, site)
+    return Linear(model.get_submodule(site.path), site.path, site.rows)
+
+
+def _view_ffn(model: nn.Module, site: Site) -> FFN:
+    def part(name: str | None) -> nn.Module | None:
+        return model.get_submodule(join(site.owner, name)) if name else None
+
+    def linear(name: str | None) -> Linear | None:
+        return Linear(part(name), join(site.owner, name)) if name else None
+
+    def rate(name: str | None) -> float:
+        return part(name).p if name else 0.0
+
+    form = site.form
+    return FFN(
+        path=site.path,
+        gate=linear(form.gate),
+        up=linear(form.up),
+        down=linear(form.down),
+        activation=part(form.activation),
+        fused=form.fused,
+        hidden_dropout=rate(form.hidden_dropout),
+        output_dropout=rate(form.output_dropout),
+    )
+
+
+def _view_attention(model: nn.Module, site: Site) -> Attention:
+    module = model.get_submodule(site.path)
+    form = next(f for f in ATTENTION_FORMS if all(has(module, part) for part in f.parts()))
+    plain = all(type(module.get_submodule(part)) is nn.Linear for part in form.parts())
+    if len(form.parts()) < 4 or not plain or not hasattr(module, "num_key_value_groups"):
+        raise DonorError(
+            f"The attention at {site.path!r} ({type(module).__name__}) cannot be an expert: that "
+            "takes separate Linear projections of queries, keys, values and outputs, and heads in "
+            "groups (Llama, Mistral, Qwen2, Qwen3 and their relatives)."
+        )
+    return Attention(site.path, module, form)

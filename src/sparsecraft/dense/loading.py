@@ -1,0 +1,160 @@
+"""A local folder -> a dense model of transformers, its tokenizer, class and task."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from sparsecraft.errors import HubError
+
+Task = Literal["causal", "seq2seq", "encoder", "classification", "image"]
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model")
+
+
+def checked(folder: Path) -> Path:
+    if (folder / "config.json").is_file():
+        return folder
+    if not folder.is_dir():
+        raise HubError(f"{str(folder)!r} is a file: give the model folder that holds config.json.")
+    names = sorted(p.name for p in folder.iterdir()) or ["nothing"]
+    found = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    raise HubError(f"{str(folder)!r} holds no config.json (found: {found}): give a model folder.")
+
+
+def _architecture(config: Any) -> tuple[str, str]:
+    """(architectures[0], model_type) of a folder, a config.json's dict, a config or a model."""
+    if hasattr(config, "named_modules"):  # a model built in memory names none in its config
+        return type(config).__name__, config.config.model_type
+    if isinstance(config, (str, Path)):
+        file = checked(Path(config)) / "config.json"
+        try:
+            config = json.loads(file.read_text())
+        except ValueError as error:
+            raise HubError(f"{str(file)!r} is not JSON ({error}): fetch it again.") from None
+    get = config.get if isinstance(config, dict) else lambda key: getattr(config, key, None)
+    kind = get("model_type") or "unknown"
+    if kind == "sparsecraft":
+        raise HubError("This is a sparsecraft checkpoint, not a dense model: use sparsecraft.load.")
+    if not get("architectures"):
+        advice = 'add the class that wrote it, such as "architectures": ["LlamaForCausalLM"].'
+        raise HubError(f"The config (model_type {kind!r}) names no architecture: {advice}")
+    return get("architectures")[0], kind
+
+
+def model_class(config: Any) -> type:
+    """The transformers class that `architectures[0]` names, of a folder, dict, config or model.
+
+    Raises HubError when the name is absent or this transformers version has no such class.
+    """
+    import transformers
+
+    name, kind = _architecture(config)
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        what = f"transformers {transformers.__version__} has no model class {name!r}"
+        advice = "upgrade it; models that ship their own code are not supported."
+        raise HubError(f"{what} (model_type {kind!r}): {advice}")
+    return found
+
+
+def task_of(model: Any) -> Task:
+    """The task of a model, by transformers' own tables.
+
+    `model` is a transformers model (its class decides: one built in memory names no architecture
+    in its config), or a folder, a config.json's dict or a config (its first architecture decides).
+    Raises HubError when the architecture is absent or none of the five tasks covers it.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    name, kind = _architecture(model)
+    tables: tuple[tuple[Task, dict], ...] = (  # the first that lists the class decides
+        ("seq2seq", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        ("causal", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        ("classification", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        ("image", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+        ("image", auto.MODEL_FOR_IMAGE_MAPPING_NAMES),
+        ("encoder", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+        ("encoder", auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES),
+    )
+    for task, table in tables:
+        # Most families list one class name, a few (DeiT) a tuple of them.
+        if any(name in ((v,) if isinstance(v, str) else v) for v in table.values()):
+            return task
+    # MPNetModel, BertForPreTraining: a family with a masked language model is an encoder.
+    trunks = (auto.MODEL_MAPPING_NAMES, auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES)
+    if kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and any(t.get(kind) == name for t in trunks):
+        return "encoder"
+    tasks = "causal, seq2seq, encoder, classification or image model that transformers lists"
+    raise HubError(f"{name!r} (model_type {kind!r}) is no {tasks}: load one with such a head.")
+
+
+def load_model(
+    folder: Path,
+    dtype: Any = None,
+    device_map: Any = None,
+    quantize: Literal["nf4"] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The dense model of a local folder; see `load_dense`.
+
+    Raises HubError when any weight is missing, misshapen or unreadable.
+    """
+    from safetensors import SafetensorError
+
+    cls = model_class(folder)
+    if quantize is not None:
+        kwargs["quantization_config"] = _nf4(quantize)
+    # Misshapen weights are reported, like missing ones, and become our one error below.
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, info = cls.from_pretrained(
+            folder, dtype="auto" if dtype is None else dtype, device_map=device_map, **kwargs
+        )
+    except (OSError, SafetensorError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise HubError(f"The weights in {str(folder)!r} cannot be read ({why}).") from None
+    missing = sorted(info["missing_keys"]) + sorted(str(k[0]) for k in info["mismatched_keys"])
+    if missing or info["error_msgs"]:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        shown = f"{shown or info['error_msgs'][0]}, in this shape: fetch it again."
+        raise HubError(f"{str(folder)!r} lacks {len(missing)} weights of {cls.__name__}: {shown}")
+    return model.eval()
+
+
+def _nf4(quantize: str) -> Any:
+    if quantize != "nf4":
+        raise HubError(f"quantize={quantize!r} is unknown: give 'nf4' or None.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise HubError("quantize='nf4' needs bitsandbytes: run `pip install 'sparsecraft[quant]'`.")
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute, **kind)
+
+
+def load_tokenizer(folder: str | Path) -> Any | None:
+    """The tokenizer of `folder` or the image processor of an image model; None if it has none.
+
+    Raises HubError when its files are corrupt or incomplete.
+    """
+    folder = Path(folder)
+    if any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        from transformers import AutoTokenizer as Auto
+    elif (folder / "preprocessor_config.json").is_file():
+        from transformers import AutoImageProcessor as Auto
+    else:
+        return None
+    try:
+        return Auto.from_pretrained(folder)
+    except Exception as error:  # every tokenizer class reads its files in its own way
+        why = (str(error).strip().splitlines() or [""])[0]
+        why = f"{type(error).__name__}: {why:.200}"
+        kind = "tokenizer" if Auto.__name__ == "AutoTokenizer" else "image processor"
+        message = f"The {kind} in {str(folder)!r} cannot be read ({why}): fetch or save it again."
+        raise HubError(message) from None

@@ -1,0 +1,60 @@
+"""Whose tokens arrive at a module, in which positions, and whether they may see later ones."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """The longest sequence the model was made for; None where nothing bounds it."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not positions or positions < 1:
+        return None
+    for name, module in model.named_modules():
+        # RoBERTa's family counts positions from the padding's own onwards.
+        offset = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and offset is not None:
+            positions = min(positions, module.num_embeddings - offset - 1)
+    return positions
+
+
+# Whose tokens a layer reads: the model's only ones, or its encoder's, of which a batch's masks
+# tell; those of a decoder beside an encoder; or those of an image's or sound's own tower.
+Reads = Literal["input", "decoder", "tower"]
+
+
+# Inside a decoder, what reads the encoder's tokens: in these modules (T5, BART, BERT) these parts.
+CROSS_ATTENTIONS = {"EncDecAttention", "encoder_attn", "crossattention"}
+
+
+CROSS_PROJECTIONS = {"k", "v", "k_proj", "v_proj", "key", "value"}
+
+
+def reads(model: nn.Module, path: str) -> Reads:
+    """Whose tokens arrive at `path`."""
+    # The tower of an image or of sound; a model without one returns itself.
+    towers = (
+        [model.get_encoder(modality=m) for m in ("image", "audio")]
+        if hasattr(model, "get_encoder")
+        else []
+    )
+    module = model.get_submodule(path)
+    if any(t is not model and module in set(t.modules()) for t in towers):
+        return "tower"
+    parts = path.split(".")
+    if not model.config.is_encoder_decoder or "decoder" not in parts:
+        return "input"
+    crosses = CROSS_ATTENTIONS.intersection(parts) and parts[-1] in CROSS_PROJECTIONS
+    return "input" if crosses else "decoder"
+
+
+def is_causal(model: nn.Module, path: str) -> bool:
+    """Whether tokens at `path` must not see later ones."""
+    if model.config.is_encoder_decoder:
+        # What a decoder's attention reads of the encoder is not causal, but its length varies.
+        return "decoder" in path.split(".")
+    if getattr(model.config, "is_decoder", False):
+        return True
+    return model.can_generate() if hasattr(model, "can_generate") else True

@@ -1,0 +1,235 @@
+"""evaluate(): loss on held-out data, multiple choice, lm-eval."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecraft.checkpoint.load import load as load_checkpoint
+from sparsecraft.data.batches import as_batches
+from sparsecraft.data.batches import collate as collate_rows
+from sparsecraft.data.encoding import pad_id
+from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
+from sparsecraft.data.sentences import Prompts
+from sparsecraft.dense.loading import load_tokenizer, task_of
+from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.tokens import positions_of
+from sparsecraft.errors import DataError, SparsecraftError
+from sparsecraft.evaluation.certificate import evaluation_mode
+from sparsecraft.evaluation.choice import score_choice
+from sparsecraft.evaluation.lm_eval import run_lm_eval
+from sparsecraft.evaluation.logprobs import BATCH_TOKENS, label_logprobs
+from sparsecraft.evaluation.routing import first_choices_E, load_entropy, mutual_information
+from sparsecraft.moe.routing import Routing
+from sparsecraft.moe.tracing import trace
+
+DEFAULT_MAX_LENGTH = 1024
+
+
+def evaluate(
+    model: nn.Module | str | Path,
+    data: Any = None,
+    *,
+    choices: str | Path | Sequence[str | Path] = (),
+    tasks: Sequence[str] = (),
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Measure a model.
+
+    Args:
+        model: any transformers model, converted or dense, or a checkpoint folder.
+        data: files to take the held-out loss on, each by itself; or an iterable of dicts of model
+            inputs or, for causal models, of (B, S) token ids.
+        choices: files of rows `prompt`, `choices`, `answer`, `template`, for rank classification.
+        tasks: names of lm-eval tasks (needs `sparsecraft[eval]`).
+        max_length: longer rows are dropped, and counted under `dropped`; None is 1024, or the
+            model's number of positions if that is less.
+        limit: rows of each file at most; None is all.
+
+    Returns:
+        `loss`: file -> loss in nats per label token, tokens, rows, dropped (and accuracy for
+        classifiers); `choice`: file -> accuracies, median over templates; `tasks`: lm-eval's
+        results; `routing`: load entropy over all slots and, for several files, the mutual
+        information of a token's first expert and its file, mean over layers.
+
+    Raises:
+        DataError: rows that are malformed or that the model has no class or position for.
+        SparsecraftError: a model whose task has no such measure, or a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise SparsecraftError(f"limit is {limit}; it must be at least 1, or None for all rows.")
+    if isinstance(model, (str, Path)):
+        tokenizer = tokenizer or load_tokenizer(model)
+        model = load_checkpoint(model)
+    if tokenizer is None and (origin := Origin.of(model)):
+        tokenizer = load_tokenizer(origin.folder)
+    results: dict[str, Any] = {}
+    if data is not None or choices:
+        task, max_length = _task(model), _max_length(model, max_length)
+    with evaluation_mode(model), torch.no_grad():
+        if data is not None:
+            sources = _sources(data, tokenizer, max_length, limit, task, Prompts.of(model))
+            results["loss"], results["routing"] = _losses(model, sources)
+        if choices:
+            results["choice"] = {
+                str(path): score_choice(model, tokenizer, path, max_length, limit, task)
+                for path in _listed(choices)
+            }
+        if tasks:
+            results["tasks"] = run_lm_eval(model, tokenizer, tasks, limit)
+    return results
+
+
+def _listed(paths: Any) -> list:
+    return [paths] if isinstance(paths, (str, Path)) else list(paths)
+
+
+def _task(model: nn.Module) -> str:
+    """What `data.prepare` calls the model's task."""
+    task = task_of(model)
+    if task not in TASK_OF_MODEL:
+        raise SparsecraftError(
+            f"{type(model).__name__} is an {task} model, for which there is no held-out loss here; "
+            "use a ...ForCausalLM, ...ForConditionalGeneration or ...ForSequenceClassification."
+        )
+    return TASK_OF_MODEL[task]
+
+
+def _max_length(model: nn.Module, asked: int | None) -> int:
+    positions = positions_of(model)
+    if asked is None:
+        return min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
+    if asked < 2:
+        raise DataError(f"max_length is {asked}; it must be at least 2.")
+    if positions and asked > positions:
+        raise DataError(
+            f"max_length is {asked} and {type(model).__name__} has {positions} positions; "
+            f"ask for at most {positions}."
+        )
+    return asked
+
+
+def _sources(
+    data: Any,
+    tokenizer: Any,
+    max_length: int,
+    limit: int | None,
+    task: str,
+    prompts: Prompts | None,
+) -> dict[str, tuple[Iterable[dict[str, Tensor]], dict[str, int]]]:
+    """Name -> batches with labels and token_mask, and counts of rows."""
+    listed = _listed(data) if isinstance(data, (str, Path, list, tuple)) else []
+    if not listed or not all(isinstance(item, (str, Path)) for item in listed):
+        return {"data": ((_labelled(b, task) for b in as_batches(data)), {})}
+    if tokenizer is None:
+        raise DataError("The model came without a tokenizer; pass tokenizer=...")
+    sources = {}
+    for path in listed:
+        rows, counts = prepare(
+            path, tokenizer, max_length=max_length, task=task, split="test", prompts=prompts
+        )
+        rows = rows.select(range(min(limit or len(rows), len(rows))))
+        sources[str(path)] = (list(_batches(list(rows), tokenizer, prompts)), counts)
+    return sources
+
+
+def _labelled(batch: dict[str, Tensor], task: str) -> dict[str, Tensor]:
+    """A batch of model inputs with labels: its own, or a causal model's token ids."""
+    labels = batch.get("labels")
+    if labels is None:
+        if task != "causal":
+            raise DataError("A batch has no labels; only causal models predict their own inputs.")
+        labels = batch["input_ids"].clone()
+        if "attention_mask" in batch:
+            labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
+    return {**batch, "labels": labels}
+
+
+def _batches(
+    rows: list[dict], tokenizer: Any, prompts: Prompts | None
+) -> Iterator[dict[str, Tensor]]:
+    """Rows by length, so that padding is short, in batches of at most BATCH_TOKENS."""
+    batch: list[dict] = []
+    collate = partial(collate_rows, pad_id=pad_id(tokenizer), prompts=prompts)
+    for row in sorted(rows, key=lambda row: len(row["input_ids"])):
+        if batch and (len(batch) + 1) * len(row["input_ids"]) > BATCH_TOKENS:
+            yield collate(batch)
+            batch = []
+        batch.append(row)
+    if batch:
+        yield collate(batch)
+
+
+def _losses(model: nn.Module, sources: dict) -> tuple[dict[str, Any], dict[str, float]]:
+    losses, loads = {}, defaultdict(list)
+    for name, (batches, counts) in sources.items():
+        total, tokens, correct, rows = 0.0, 0, 0, 0
+        load: dict[str, Tensor] = {}
+        for batch in batches:
+            mask = batch.pop("token_mask", None)
+            _check_classes(name, batch["labels"], model)
+            with trace(model) as traced:
+                logprobs_N, right_N = label_logprobs(model, batch)
+            total -= logprobs_N.sum().item()
+            tokens += logprobs_N.numel()
+            correct += right_N.sum().item()
+            rows += len(batch["labels"])
+            for layer, routing in traced.items():
+                load[layer] = load.get(layer, 0) + _load_2E(routing, mask)
+        if not tokens:
+            raise DataError(f"{name} has no label to predict.")
+        losses[name] = {"loss": total / tokens, "tokens": tokens, "rows": rows}
+        if counts:
+            losses[name]["dropped"] = counts["too_long"] + counts["no_trainable_token"]
+        if batch["labels"].ndim == 1:
+            losses[name]["accuracy"] = correct / tokens
+        for layer, load_2E in load.items():
+            loads[layer].append(load_2E)
+    return losses, _routing_summary(loads)
+
+
+def _check_classes(name: str, labels: Tensor, model: nn.Module) -> None:
+    """Raise DataError for a class that the classifier does not have."""
+    if labels.ndim > 1:
+        return
+    classes = model.config.num_labels
+    for label in (labels.min().item(), labels.max().item()):
+        if not 0 <= label < classes:
+            raise DataError(
+                f"{name} has the label {label} and the model has num_labels={classes}; labels must "
+                f"lie between 0 and {classes - 1}."
+            )
+
+
+def _load_2E(routing: Routing, mask: Tensor | None) -> Tensor:
+    """For each expert: its share of all slots, times tokens; and the tokens that chose it first."""
+    routed = len(routing.logits_TE)
+    if mask is None or mask.numel() != routed:
+        mask_T, tokens = None, routed
+    else:
+        mask_T = mask.reshape(-1).to(routing.logits_TE.device)
+        tokens = mask_T.sum().item()
+    slots_E = routing.load_E(mask_T).double().cpu() * tokens
+    return torch.stack([slots_E, first_choices_E(routing, mask_T)])
+
+
+def _routing_summary(loads: dict[str, list[Tensor]]) -> dict[str, float]:
+    """Of each layer's `_load_2E`, one for each of D files."""
+    if not loads:
+        return {}
+    loads_D2E = [torch.stack(load) for load in loads.values()]
+    entropies = [load_entropy(load_D2E[:, 0].sum(0)) for load_D2E in loads_D2E]
+    summary = {"load_entropy": statistics.mean(entropies), "load_entropy_min": min(entropies)}
+    if len(loads_D2E[0]) > 1:
+        information = [mutual_information(load_D2E[:, 1]) for load_D2E in loads_D2E]
+        summary["mutual_information_bits"] = statistics.mean(information)
+    return summary

@@ -1,0 +1,116 @@
+"""A checkpoint in words: what it is, what it costs, how it was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from sparsecraft.checkpoint.load import load
+from sparsecraft.checkpoint.manifest import read_manifest
+from sparsecraft.evaluation.split_report import fit_line, split_lines
+from sparsecraft.moe import cost
+from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.recipe.words import router_words
+
+
+def describe(folder: str | Path) -> list[str]:
+    """Lines about a checkpoint: recipe, base, parameters, exactness, training, routing; and what
+    it runs of the networks that it has split."""
+    manifest = read_manifest(Path(folder))
+    model = load(folder)
+    recipe, report, base = (
+        model.sparsecraft.recipe,
+        model.sparsecraft.report,
+        manifest["base"],
+    )
+    return [
+        f"{recipe.name} ({recipe.variant}): {recipe.title}. {recipe.paper}.",
+        f"Base: {base['name']}, {base['fingerprint']}" if base else "Base: held in the folder",
+        *edit_lines(recipe),
+        *split_lines(model),
+        *cost_lines(cost.count(model)),
+        *_history_lines(recipe, report),
+    ]
+
+
+def edit_lines(recipe: Recipe) -> list[str]:
+    """One line for each edit of a recipe."""
+    return [
+        f"  {e.experts.num_experts} {e.experts.kind} {e.place} "
+        + (f"every {e.site}" if e.paths == "*" else f"{e.site} at {e.paths}")
+        + (f", router {router_words(e.router)}" if e.router else "")
+        for e in recipe.edits
+    ]
+
+
+def cost_lines(counted: cost.Cost) -> list[str]:
+    """One line for each count, with its share of all parameters."""
+    lines = []
+    for key, value in counted.to_dict().items():
+        share = f" ({value / counted.total:.1%})" if key in ("new", "trainable", "active") else ""
+        lines.append(f"  {key.replace('_', ' '):<16}{value:>16,}{share}")
+    return lines
+
+
+def _history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
+    certificate = report.get("conversion", {}).get("certificate")
+    claim = "exact" if recipe.exact_at_start else "not exact"
+    measured = f"{certificate['max_difference']:.1e}" if certificate else "not measured"
+    lines = [*_domain_lines(recipe, report)]
+    lines += [f"At the start: claimed {claim}, measured max |logit difference| {measured}."]
+    runs, changes = report.get("training", []), report.get("extensions", [])
+    for number in range(len(runs) + 1):  # in the order in which it happened
+        lines += [_extension_line(entry) for entry in changes if entry["trainings"] == number]
+        lines += [_training_line(run) for run in runs[number : number + 1]]
+    if merged := report.get("merge"):
+        lines.append(f"Merged ({merged['how']}) from {merged['recipe']}.")
+    return lines if report.get("training") else [*lines, "Not trained yet."]
+
+
+def _training_line(run: dict[str, Any]) -> str:
+    if "fit" in run:
+        return fit_line(run)
+    last = [entry for entry in run["log"] if "loss" in entry][-1]
+    routing = "".join(
+        f", {key.replace('_', ' ')} {last[key]:.3f}"
+        for key in ("load_entropy", "router_entropy")
+        if key in last
+    )
+    return (
+        f"Trained ({run['stage']}): {run['steps']} steps, mean loss {run['loss']:.3f}, "
+        f"last logged {last['loss']:.3f}{routing}."
+    )
+
+
+def _extension_line(entry: dict[str, Any]) -> str:
+    if "removed" in entry:
+        return f"Expert {entry['removed']} was removed; those behind it moved up."
+    return (
+        f"Extended by {entry['expert']}: expert {entry['number']}, its routers' rows "
+        f"{entry['rows']}, {entry['mixed']:.3f} of all other tensors."
+    )
+
+
+def _domain_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
+    """What the routers started from, where their recipe can start from data."""
+    if names := report.get("conversion", {}).get("domains"):
+        return [f"The routers started from, one for each expert: {'; '.join(names)}."]
+    if any(e.router and e.router.scorer == "domain" for e in recipe.edits):
+        return ["The routers started from random embeddings; no domains were given."]
+    return []
+
+
+def result_tables(results: dict[str, Any]) -> list[Table]:
+    """The tables of what `evaluate` found: losses, choices, lm-eval tasks."""
+    tables = []
+    for kind in ("loss", "choice", "tasks"):
+        rows = results.get(kind, {})
+        keys = list(dict.fromkeys(key for row in rows.values() for key in row))
+        table = Table(kind, *keys, box=None, header_style="bold", pad_edge=False)
+        for name, row in rows.items():
+            values = (row.get(key, "") for key in keys)
+            table.add_row(name, *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in values))
+        tables += [table] if rows else []
+    return tables

@@ -1,0 +1,143 @@
+"""Export to standard forms: reversible weight maps, checked by the logits they give.
+
+A target says which converted models have exactly its mathematics, and refuses the others with the
+reason: `form` what of a model it looks at, `standard` what all architectures of transformers share,
+`architectures` each of them, `peft` the folder of an adapter, `lint` what engines do otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sparsecraft.checkpoint.card import write_companions
+from sparsecraft.checkpoint.folder import EXPORT_RECORD, MANIFEST, replacing
+from sparsecraft.checkpoint.jsonfile import write_json
+from sparsecraft.checkpoint.space import require
+from sparsecraft.errors import ExportError, did_you_mean
+from sparsecraft.evaluation.certificate import compare, outputs, random_probe
+from sparsecraft.interop.targets.architectures import Granite, Mixtral, Qwen2Moe, Qwen3Moe
+from sparsecraft.interop.targets.form import form_of
+from sparsecraft.interop.targets.peft import PeftTarget
+from sparsecraft.interop.targets.standard import Standard, write_older_tokenizer
+from sparsecraft.moe import cost
+from sparsecraft.surgery.record import conversion_of
+
+# Largest relative logit difference between ours and the exported model, read back.
+EXPORT_TOLERANCE = 1e-4
+
+
+STANDARD: dict[str, Standard] = {t.name: t for t in (Mixtral(), Granite(), Qwen2Moe(), Qwen3Moe())}
+
+
+TARGETS = STANDARD | {"peft": PeftTarget()}
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """What an export would be.
+
+    Attributes:
+        target: its name.
+        reason: why it is not exact; None if it is.
+        lint: what engines make of the exported model.
+    """
+
+    target: str
+    reason: str | None
+    lint: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        verdict = "exact" if self.reason is None else f"no: {self.reason}"
+        return "\n".join([f"{self.target}: {verdict}", *(f"  {warning}" for warning in self.lint)])
+
+
+def plan(model: nn.Module) -> list[Prospect]:
+    """Which targets a converted model has an exact form in, and why not the others; writes nothing.
+
+    Raises:
+        SurgeryError: the model is dense.
+    """
+    prospects = []
+    for name, target in TARGETS.items():
+        reason = why_not(model, target)
+        prospects.append(Prospect(name, reason, () if reason else tuple(target.lint(model))))
+    return prospects
+
+
+def why_not(model: nn.Module, target: Standard | PeftTarget) -> str | None:
+    """The reason why the model has no exact form in `target`, with the targets that are exact."""
+    reason, form = target.why_not(model), form_of(model)
+    if reason is None or target not in STANDARD.values() or isinstance(form, str):
+        return reason
+    exact = [name for name, other in STANDARD.items() if other.why_not(model) is None]
+    return f"{reason} Exact: {', '.join(exact) or 'no standard form; sc.save keeps it'}."
+
+
+def check_name(target: str) -> None:
+    """Raise ExportError unless there is such a target."""
+    if target not in TARGETS:
+        raise ExportError(f"Unknown target {target!r}." + did_you_mean(target, TARGETS))
+
+
+def export(
+    model: nn.Module,
+    target: str,
+    out: str | Path,
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a converted model in a form that others read: a standard architecture, or PEFT's.
+
+    `sparsecraft.interop.exporting.plan(model)` tells before any work which targets are exact.
+
+    Args:
+        target: `mixtral`, `granite`, `qwen2_moe` or `qwen3_moe`, which load without sparsecraft, or
+            `peft`.
+        out: the folder to write; it appears once the exported model has given our logits.
+
+    Returns:
+        `difference`: largest |logit difference| of the model read back to ours; `scale`;
+        `parameters`; `lint`: of a standard architecture, what engines do otherwise.
+
+    Raises:
+        ExportError: the target's mathematics is not the model's, and why; or the logits differ.
+    """
+    check_name(target)
+    out, chosen = Path(out), TARGETS[target]
+    if (out / MANIFEST).is_file():
+        raise ExportError(
+            f"{out} holds a checkpoint, which an export would replace; choose another."
+        )
+    if reason := why_not(model, chosen):
+        raise ExportError(f"This model has no exact form as {target}: {reason}")
+    tensors = chosen.to_target(model)
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    require(out, disk=size, memory=2 * size, task="Exporting")
+    probes = [random_probe(model)]
+    ours = outputs(model, probes)
+    with replacing(out, overwrite) as folder:
+        chosen.write(model, tensors, folder)
+        write_companions(model, folder, tokenizer)
+        if target in STANDARD:
+            write_older_tokenizer(folder)
+        again = chosen.read(model, folder)
+        certificate = compare(ours, outputs(again, probes))
+        if not certificate.within(EXPORT_TOLERANCE):
+            raise ExportError(
+                f"The exported {target} model differs from ours: {certificate}. Nothing was kept."
+            )
+        record = {
+            "target": target,
+            "recipe": conversion_of(model).recipe.name,
+            "difference": certificate.max_difference,
+            "scale": certificate.scale,
+            "parameters": cost.count(again).total,
+            **chosen.record(model),
+        }
+        write_json(folder / EXPORT_RECORD, record)
+    return record

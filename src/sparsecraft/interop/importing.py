@@ -1,0 +1,140 @@
+"""Mixtures that were made elsewhere as converted models of ours: self-contained, trainable, and
+exported back to the same bits.
+
+The inverse of `targets`: a dense model is built with the attention of the mixture, the recipe
+`imported` puts empty experts into it, and the tensors fill both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from sparsecraft.checkpoint.jsonfile import read_json
+from sparsecraft.dense import hub
+from sparsecraft.errors import CertificateError, CheckpointError
+from sparsecraft.evaluation.certificate import compare, outputs, random_probe
+from sparsecraft.interop.exporting import EXPORT_TOLERANCE, STANDARD
+from sparsecraft.interop.layouts import read_mixturekit, read_pesc
+from sparsecraft.interop.targets.form import Form, attention_of
+from sparsecraft.interop.targets.standard import Part, aligned, by_layer
+from sparsecraft.recipe.edits import Edit
+from sparsecraft.recipe.experts import FFNSpec
+from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.stages import Stage
+from sparsecraft.recipes.camelidae import camelidae
+from sparsecraft.surgery.install import apply
+from sparsecraft.surgery.plan import plan
+
+# model_type -> the architecture.
+KINDS = {
+    "mixtral": STANDARD["mixtral"],
+    "granitemoe": STANDARD["granite"],
+    "granitemoeshared": STANDARD["granite"],
+    "qwen2_moe": STANDARD["qwen2_moe"],
+    "qwen3_moe": STANDARD["qwen3_moe"],
+}
+
+
+def import_moe(source: str | Path, revision: str | None = None) -> nn.Module:
+    """A mixture that was made elsewhere as a converted model, in evaluation mode.
+
+    Args:
+        source: folder or hub id of a Mixtral, Qwen2-MoE, Qwen3-MoE, GraniteMoe or GraniteMoeShared
+            checkpoint (mergekit-moe writes such), of a `traditional` mixture of MixtureKit, or of
+            PESC's published models (Camelidae, sparsetral), which have the recipe `camelidae`.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        HubError: there is no such model, or its weights are incomplete.
+        CheckpointError: it is another architecture, or has what ours cannot have.
+        CertificateError: the imported model has other logits.
+    """
+    folder = hub.resolve(source, revision)
+    data = read_json(folder / "config.json")
+    kind = data.get("model_type")
+    if "moe_method" in data:
+        config, form, held = read_mixturekit(folder, data)
+        model = _build(config, imported(form, "MixtureKit"), held.dense, held.dtype)
+    elif {"moe_scaling", "topk"} <= data.keys():
+        config, arguments, held = read_pesc(folder, data)
+        model = _build(config, camelidae(**arguments), held.dense, held.dtype)
+    elif kind in KINDS:
+        model = _import_standard(folder, kind)
+    else:
+        raise CheckpointError(
+            f"{str(source)!r} has model_type {kind!r}; mixtures of {', '.join(KINDS)} are imported."
+        )
+    record = model.sparsecraft
+    record.folder = folder.absolute()  # whose tokenizer and license travel
+    record.base_card = (str(source), hub.license_of(folder))
+    return model.eval()
+
+
+def _import_standard(folder: Path, kind: str) -> nn.Module:
+    target, theirs = KINDS[kind], hub.load_dense(str(folder))
+    if not aligned(theirs):
+        theirs.set_experts_implementation("eager")
+    tensors = {name: tensor.detach() for name, tensor in theirs.state_dict().items()}
+    form = target.read_form(theirs.config, list(by_layer(tensors)[1].values()))
+    config = target.dense_config(theirs.config, form)
+    tensors = target.from_target(tensors, form, attention_of(config))
+    model = _build(config, imported(form, target.title), tensors, theirs.dtype)
+    model.generation_config = theirs.generation_config
+    probes = [random_probe(model)]
+    certificate = compare(outputs(theirs, probes), outputs(model, probes))
+    if not certificate.within(EXPORT_TOLERANCE):
+        raise CertificateError(f"The imported model differs from {str(folder)!r}: {certificate}.")
+    return model
+
+
+def _build(config: Any, recipe: Recipe, tensors: Part, dtype: torch.dtype) -> nn.Module:
+    """The converted model of a dense configuration, a recipe and all tensors."""
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    record = apply(model, recipe, plan(model, recipe), on_meta=True)
+    found = model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    missing = sorted(set(found.missing_keys) - set(model.all_tied_weights_keys))
+    if wrong := missing or sorted(found.unexpected_keys):
+        word = "lacks" if missing else "holds what ours has no place for:"
+        raise CheckpointError(f"The mixture {word} {len(wrong)} tensors: {', '.join(wrong[:3])}.")
+    record.digests = {}  # there is no dense model to give back
+    return model
+
+
+def imported(form: Form, title: str) -> Recipe:
+    """The recipe of a mixture that was made elsewhere.
+
+    Args:
+        title: what it was called there.
+    """
+    other_width = form.shared and form.shared != form.width
+    return Recipe(
+        name="imported",
+        title="A mixture that was made elsewhere",
+        paper=f"Imported from {title}",
+        variant="paper",
+        exact_at_start=False,
+        edits=(
+            Edit(
+                site="ffn",
+                place="beside" if form.shared else "replace",
+                experts=FFNSpec(
+                    num_experts=form.num_experts, width=form.width if other_width else None
+                ),
+                router=RouterSpec(
+                    top_k=form.top_k,
+                    renormalize=form.normalized,
+                    gates_base=form.gated,
+                    init="normal",
+                ),
+            ),
+        ),
+        # Of upcycling: how the mixture was trained elsewhere, its checkpoint does not tell.
+        stages=(Stage(trains=("all",), losses={"switch": 0.01}, learning_rate=1e-4),),
+    )

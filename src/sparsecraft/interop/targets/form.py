@@ -1,0 +1,175 @@
+"""What of a converted model a standard architecture has to have: one mixture in every layer, and
+the attention of the dense model around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from sparsecraft.moe.experts.ffn import FFNExperts
+from sparsecraft.moe.layer import MoELayer
+from sparsecraft.recipe.edits import Edit
+from sparsecraft.recipe.experts import FFNSpec
+from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.surgery.record import conversion_of
+
+# The standard form that a model with split networks has.
+MERGE_PARTS = (
+    "sc.merge(model) makes it a dense model again, which transformers writes as it is; "
+    "sc.set_budget(model, 1.0) first."
+)
+
+
+# Fields of a router that a linear top-k layer can have as they are, or that end at the start.
+FREE = set(
+    "scorer select top_k renormalize temperature gates_base balanced hidden "
+    "init init_std init_repeat encoder sentence_dim extended".split()
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """A mixture of full feed-forward networks, alike in every layer.
+
+    Attributes:
+        num_experts, top_k: experts, and how many of them a token meets.
+        width: hidden width F of an expert.
+        normalized: whether the k weights sum to one; otherwise they are the softmax over all.
+        shared: hidden width of the dense network beside the experts; 0 where they replace it.
+        gated: whether that network is multiplied by the sigmoid of a learned row.
+        temperature: divides the router's logits.
+    """
+
+    num_experts: int
+    top_k: int
+    width: int
+    normalized: bool
+    shared: int = 0
+    gated: bool = False
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """The dense model around the mixtures.
+
+    Attributes:
+        family: its model_type.
+        head_dim: width of one head.
+        qkv_bias, out_bias: whether its projections have biases.
+        qk_norm: whether queries and keys are normalized.
+        windows: tokens that each layer sees; None for all.
+        scaled: whether embeddings, residuals and logits have Granite's multipliers.
+    """
+
+    family: str
+    head_dim: int
+    qkv_bias: bool
+    out_bias: bool
+    qk_norm: bool
+    windows: tuple[int | None, ...]
+    scaled: bool
+
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite")
+
+
+def attention_of(config: Any) -> Attention | str:
+    """The attention that a dense model's configuration describes, or why no target has it."""
+    family = config.model_type
+    if family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        return f"no standard MoE has the blocks of {family!r}; those of {known} have one."
+    biased = family == "qwen2" or bool(getattr(config, "attention_bias", False))
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if types is None or family == "mistral":
+        types = ["sliding_attention"] * config.num_hidden_layers
+    return Attention(
+        family=family,
+        head_dim=getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads,
+        qkv_bias=biased,
+        out_bias=biased and family != "qwen2",
+        qk_norm=family == "qwen3",
+        windows=tuple(window if kind == "sliding_attention" else None for kind in types),
+        scaled=family == "granite",
+    )
+
+
+def form_of(model: nn.Module) -> Form | str:
+    """The mixture in every layer of a converted model, or why no standard architecture has it."""
+    record = conversion_of(model)
+    if splits(record.recipe):
+        return (
+            "its experts are parts of one network that add up, and a standard architecture mixes "
+            f"whole networks by weights of a softmax. sc.save keeps it as it is; {MERGE_PARTS}"
+        )
+    edits = record.recipe.edits
+    if reason := next(filter(None, map(_why_not_standard, edits)), None):
+        return reason
+    if any((e.experts, e.place, e.router) != _parts(edits[0]) for e in edits):
+        return "its layers differ from each other, and those of a standard architecture are alike."
+    if isinstance(reason := attention_of(model.config), str):
+        return reason
+    if model.get_output_embeddings() is None:
+        return f"a {type(model).__name__} has another head than a language model's."
+    if len(record.layers) != model.config.num_hidden_layers:
+        return (
+            f"{len(record.layers)} of {model.config.num_hidden_layers} layers are converted, and "
+            "those of a standard architecture are all alike; convert with paths='*'."
+        )
+    return _form(record.layers[0], edits[0], model.config)
+
+
+def _form(layer: MoELayer, edit: Edit, config: Any) -> Form | str:
+    bank, router = layer.experts, edit.router
+    if not isinstance(bank, FFNExperts) or not bank.gated:
+        return "its networks have no gate, and those of a standard architecture do."
+    if bank.gate_up_bias is not None or bank.down_bias is not None:
+        return "the model has mlp_bias=True, and no standard architecture has biases there."
+    if not hasattr(layer.router.scorer, "weight_rows"):
+        return f"its {router.scorer} scorer is more than a matrix at inference."
+    top_k = bank.num_experts if router.top_k is None else router.top_k
+    # At inference `sample` takes the best expert with weight one.
+    normalized = router.sums_to_one or router.select == "sample" or top_k == bank.num_experts
+    return Form(
+        num_experts=bank.num_experts,
+        top_k=top_k,
+        width=bank.down.shape[-1],
+        normalized=normalized,
+        shared=config.intermediate_size if edit.place == "beside" else 0,
+        gated=router.gates_base,
+        temperature=router.temperature,
+    )
+
+
+def _parts(edit: Edit) -> tuple:
+    return edit.experts, edit.place, edit.router
+
+
+def _why_not_standard(edit: Edit) -> str | None:
+    """Why no linear top-k mixture of feed-forward networks is this edit."""
+    if not isinstance(edit.experts, FFNSpec) or edit.place not in ("replace", "beside"):
+        return (
+            f"its {edit.experts.kind!r} experts stand {edit.place} a dense module, and a standard "
+            "architecture has nothing but full feed-forward experts, instead of the dense network "
+            "or beside it. `upcycling` on a Llama or Mistral model exports exactly."
+        )
+    router = edit.router
+    if router is None:
+        return "it has no router."
+    if router.select not in ("top_k", "soft", "sample"):
+        return f"it selects experts by {router.select!r}, and a standard router takes the k best."
+    for spec in fields(RouterSpec):
+        value = getattr(router, spec.name)
+        if spec.name not in FREE and value != spec.default:
+            return f"its router has {spec.name}={value!r}, which no standard router has."
+    return None
+
+
+def splits(recipe: Recipe) -> bool:
+    """Whether the recipe deals out the neurons of dense networks."""
+    return any(edit.experts.kind == "split" for edit in recipe.edits)

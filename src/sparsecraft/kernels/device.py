@@ -1,0 +1,39 @@
+"""What device, dtype and autograd allow the kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:  # absent from CPU builds of torch
+    import triton
+except ImportError:
+    triton = None
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the Triton kernels run on this tensor."""
+    if triton is None or torch.compiler.is_compiling() or x.dtype == torch.float64:
+        return False
+    # Triton launches on the current device, which need not be the tensor's.
+    here = x.is_cuda and x.device.index == torch.cuda.current_device()
+    return here or triton.knobs.runtime.interpret
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that F.linear would compute in; grouped_mm itself ignores autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+# Up to this many tokens, a launch costs more than reading the weights once per token from cache.
+FEW_TOKENS = 16
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_few(x: Tensor) -> bool:
+    """Whether the kernels for a handful of tokens run on these, (..., D)."""
+    return 0 < x.numel() <= FEW_TOKENS * x.shape[-1] and usable(x)

@@ -1,0 +1,138 @@
+"""Mixtures whose experts are merged before they meet the token (Zadouri et al. 2023, Eq. 2).
+
+Each equals the weighted sum over experts, which a soft router would otherwise compute E times as
+wide. Shapes: T tokens, E experts, I input features, O output features, R rank; S = T*heads rows
+of weights, ordered (token, head), each for one of `heads` equal slices of H features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsecraft.kernels.device import compute_dtype, is_few, needs_grad
+from sparsecraft.kernels.product import add_lora, fits_add_lora, product, rows
+
+
+def mix_lora(
+    x_TI: Tensor,
+    weights_TE: Tensor | None,
+    a_ERI: Tensor,
+    b_EOR: Tensor,
+    scale: float,
+    onto: Tensor | None = None,
+    input_dropout: float = 0.0,
+    in_place: bool = False,
+    z_TN: Tensor | None = None,
+) -> Tensor:
+    """onto + scale * sum_e w_e B_e A_e dropout(x) as one low-rank update of rank E*R (MoLORA).
+
+    The weights scale the bottleneck, where they commute with B. All experts share one dropout
+    mask.
+
+    Args:
+        weights_TE: None for a single expert with weight one.
+        a_ERI: (1, R, I) where the experts share one A.
+        onto: (T, O); None for the update alone.
+        in_place: `onto` is nobody else's, and the result may take its memory.
+        z_TN: all A's rows times x, where they are known; N = E*R, or R with a shared A.
+    """
+    x_TI = x_TI.to(compute_dtype(x_TI))
+    if z_TN is None and input_dropout:
+        x_TI = F.dropout(x_TI, input_dropout)
+    if _is_few(x_TI, z_TN, weights_TE, a_ERI, b_EOR, onto):
+        return _mix_lora_few(x_TI, z_TN, weights_TE, a_ERI, b_EOR, scale, onto, in_place)
+    if z_TN is None:
+        z_TN = F.linear(x_TI, a_ERI.flatten(0, 1).to(x_TI.dtype))
+    # The compiler decides about memory itself.
+    same = onto is not None and onto.dtype == x_TI.dtype
+    if in_place and same and not torch.compiler.is_compiling():
+        return _AddInPlace.apply(onto, z_TN, weights_TE, b_EOR, scale)
+    gated_TN = _gated(z_TN, _scaled(weights_TE, scale), b_EOR, x_TI.dtype)
+    b_ON = _stacked(b_EOR, x_TI.dtype)
+    if same:
+        return torch.addmm(onto, gated_TN, b_ON.t())
+    update_TO = F.linear(gated_TN, b_ON)
+    return update_TO if onto is None else onto + update_TO
+
+
+def _scaled(weights_TE: Tensor | None, scale: float) -> Tensor | float:
+    if weights_TE is None:
+        return scale
+    return weights_TE if scale == 1 else weights_TE * scale
+
+
+def _gated(z_TN: Tensor, gate_TE: Tensor | float, b_EOR: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bottleneck of all experts, each expert's ranks times its gate."""
+    if isinstance(gate_TE, float | int):
+        return (z_TN if gate_TE == 1 else z_TN * gate_TE).to(dtype)
+    low_TER = z_TN.unflatten(1, (-1, b_EOR.shape[2]))  # a shared A has one row for all experts
+    return (low_TER * gate_TE[..., None]).flatten(1).to(dtype)
+
+
+def _stacked(b_EOR: Tensor, dtype: torch.dtype) -> Tensor:
+    """All B side by side, (O, E*R)."""
+    return b_EOR.to(dtype).permute(1, 0, 2).flatten(1)
+
+
+def _is_few(x_TI: Tensor, z_TN, weights_TE, a_ERI: Tensor, b_EOR: Tensor, onto) -> bool:
+    if not is_few(x_TI) or not fits_add_lora(b_EOR):
+        return False
+    if needs_grad(x_TI, z_TN, weights_TE, a_ERI, b_EOR, onto):
+        return False
+    return onto is None or onto.dtype == x_TI.dtype
+
+
+def _mix_lora_few(x_TI, z_TN, weights_TE, a_ERI, b_EOR, scale, onto, in_place):
+    """Two launches; the parameters are read as they are, and the bottleneck stays in float32."""
+    if z_TN is None:
+        z_TN, _ = rows(x_TI, a_ERI.flatten(0, 1))
+    if onto is None:
+        out_TO = x_TI.new_empty(x_TI.shape[0], b_EOR.shape[1])
+    else:
+        onto = onto.contiguous()
+        out_TO = onto if in_place else torch.empty_like(onto)
+    return add_lora(z_TN, weights_TE, b_EOR, scale, onto, out_TO)
+
+
+class _AddInPlace(torch.autograd.Function):
+    """onto_TO, z_TN, weights_TE, b_EOR -> the mixture's sum in the memory of `onto`.
+
+    Not `addmm_`: on a view, such as a flattened batch, autograd would copy the whole gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, onto_TO, z_TN, weights_TE, b_EOR, scale):
+        gate_TE = _scaled(weights_TE, scale)
+        gated_TN = _gated(z_TN, gate_TE, b_EOR, onto_TO.dtype)
+        b_ON = _stacked(b_EOR, onto_TO.dtype)
+        ctx.scale, gate_TE = scale, None if weights_TE is None else gate_TE
+        ctx.save_for_backward(z_TN, weights_TE, b_EOR, gate_TE, gated_TN, b_ON)
+        # Shares the version counter, so that whoever saved `onto` for its gradient finds out.
+        return onto_TO.detach().addmm_(gated_TN, b_ON.t())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_TO):
+        z_TN, weights_TE, b_EOR, gate_TE, gated_TN, b_ON = ctx.saved_tensors
+        E, O, R = b_EOR.shape
+        _, needs_z, needs_weights, needs_b, _ = ctx.needs_input_grad
+        grad_z = grad_weights = grad_b = None
+        if needs_b:
+            grad_b = product(grad_TO.t(), gated_TN).view(O, E, R).permute(1, 0, 2)
+            grad_b = grad_b.to(b_EOR.dtype)
+        if needs_z or needs_weights:
+            grad_TN = grad_TO @ b_ON
+        if weights_TE is None:
+            return grad_TO, grad_TN * ctx.scale if needs_z else None, None, grad_b, None
+        grad_TER = grad_TN.unflatten(1, (E, R))
+        if needs_weights:
+            low_TER = z_TN.unflatten(1, (-1, R))
+            grad_weights = ((grad_TER * low_TER).sum(-1) * ctx.scale).to(weights_TE.dtype)
+        if needs_z:
+            grad_TER = grad_TER * gate_TE[..., None]
+            if z_TN.shape[1] == R:
+                grad_TER = grad_TER.sum(1)
+            grad_z = grad_TER.flatten(1)
+        return grad_TO, grad_z, grad_weights, grad_b, None

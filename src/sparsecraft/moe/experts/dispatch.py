@@ -1,0 +1,137 @@
+"""Ways to run a bank of experts. Each equals `loop`, forward and backward, and is tested so."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparsecraft.errors import SparsecraftError
+from sparsecraft.kernels import dense as dense_kernel
+from sparsecraft.kernels import grouped as grouped_kernel
+from sparsecraft.kernels.device import compute_dtype
+from sparsecraft.moe.routing import Routing
+
+if TYPE_CHECKING:
+    from sparsecraft.moe.experts.base import Experts
+
+
+log = logging.getLogger("sparsecraft")
+
+
+# On a CPU, launches cost little: all experts at once win up to about 32 tokens for 8 adapters of
+# 576 x 64, and never for 8 of 2048 x 256 (two cores, float32).
+CPU_DENSE_PRODUCTS = 20_000_000
+
+
+def loop(bank: Experts, x_TI: Tensor, routing: Routing) -> Tensor:
+    """The specification: one expert at a time, on the tokens that chose it.
+
+    Where the weights are known to sum to one, sum_k w_k (x + A_k) is computed as
+    x + sum_k w_k ((x + A_k) - x), so that x passes through without rounding.
+    """
+    passes = bank.residual and routing.sums_to_one
+    y_TO = x_TI if passes else x_TI.new_zeros(x_TI.shape[0], bank.out_features)
+    for e in range(bank.num_experts):
+        tokens, slots = torch.where(routing.indices_TK == e)
+        if tokens.numel() == 0:
+            continue
+        weight = routing.weights_TK[tokens, slots, None].to(x_TI.dtype)
+        x = x_TI[tokens]
+        y = bank.expert(e, x) - x if passes else bank.expert(e, x)
+        y_TO = y_TO.index_add(0, tokens, (y * weight).to(y_TO.dtype))
+    return y_TO
+
+
+def grouped(bank: Experts, x_TI: Tensor, routing: Routing) -> Tensor:
+    """Tokens sorted by expert, two grouped products."""
+    x_TI = x_TI.to(compute_dtype(x_TI))
+    net = bank.two_layer(x_TI.dtype)
+    decided = routing.weights_TK, routing.indices_TK, routing.sums_to_one
+    return grouped_kernel.grouped(net, x_TI, *decided)
+
+
+def dense(bank: Experts, x_TI: Tensor, routing: Routing) -> Tensor:
+    """All experts on all tokens, mixed by a mostly zero weight."""
+    x_TI = x_TI.to(compute_dtype(x_TI))
+    net = bank.two_layer(x_TI.dtype)
+    return dense_kernel.dense(net, x_TI, routing.weights_TE(), routing.sums_to_one)
+
+
+def merged(bank: Experts, x_TI: Tensor, routing: Routing) -> Tensor:
+    """Mix the parameters first: vectors as one vector, LoRAs as one LoRA with a gated bottleneck.
+
+    Exact because these experts are linear in their parameters and tokens; no tensor of shape
+    (tokens, experts, features) is made.
+
+    Raises:
+        SparsecraftError: another kind of experts.
+    """
+    if not bank.merges:
+        raise SparsecraftError(
+            f"{type(bank).__name__} are not linear and cannot be merged before they meet a token; "
+            "use dispatch 'auto'."
+        )
+    return bank.merged(x_TI, routing)
+
+
+PATHS = {"loop": loop, "grouped": grouped, "dense": dense, "merged": merged}
+
+
+def why_not_grouped(bank: Experts, x_TI: Tensor) -> str | None:
+    """The reason why `grouped` cannot run this bank on these tokens, or None."""
+    # In the bank's own dtype: only shapes are read here, and a cast would copy the bank.
+    net = bank.two_layer(next(bank.parameters()).dtype)
+    if net is None:
+        return f"{type(bank).__name__} has no two-layer form"
+    if are_views(bank):
+        return "the experts are views of one tensor, which grouped_mm does not take"
+    return grouped_kernel.why_not_grouped(net, x_TI)
+
+
+def are_views(bank: Experts) -> bool:
+    """Whether the experts are still copies that share one tensor's memory."""
+    return bank.num_experts > 1 and any(p.stride(0) == 0 for p in bank.parameters())
+
+
+def choose_path(bank: Experts, x_TI: Tensor, routing: Routing) -> str:
+    """The path that the bank's `dispatch` takes for these tokens.
+
+    Raises:
+        SparsecraftError: `grouped` was asked for and cannot run.
+    """
+    if bank.runs_merged:
+        return "merged"
+    if bank.dispatch == "dense" and bank.two_layer(x_TI.dtype) is None:
+        raise SparsecraftError(
+            f"The dense path cannot run: {type(bank).__name__} has no two-layer form. "
+            "Use dispatch 'auto'."
+        )
+    if bank.dispatch == "grouped" and (reason := why_not_grouped(bank, x_TI)):
+        raise SparsecraftError(f"The grouped path cannot run: {reason}. Use dispatch 'auto'.")
+    if bank.dispatch == "gather":
+        raise SparsecraftError(
+            f"{type(bank).__name__} have no gather path, split experts do; use dispatch 'auto'."
+        )
+    if bank.dispatch != "auto":
+        return bank.dispatch
+    tokens, slots = routing.indices_TK.shape
+    small = tokens <= bank.dense_tokens
+    if small and not x_TI.is_cuda:
+        small = tokens * sum(p.numel() for p in bank.parameters()) <= CPU_DENSE_PRODUCTS
+    if small or (bank.dense_tokens and slots == bank.num_experts):
+        return "dense"
+    reason = why_not_grouped(bank, x_TI)
+    if reason is None:
+        return "grouped"
+    if not are_views(bank):  # for untrained copies the loop is the plan, not news
+        _say_once(f"Experts run in a loop, one at a time: {reason}.")
+    return "loop"
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.warning(message)

@@ -1,0 +1,126 @@
+"""Feed-forward experts that share the dense weights and differ by LoRAs (MixLoRA, Li et al. 2024).
+
+Shapes: T tokens, K slots per token, N = T K, E experts, D width, F hidden width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsecraft.dense.donors import FFN
+from sparsecraft.dense.forms import FFNForm
+from sparsecraft.dense.sites import Site
+from sparsecraft.moe.experts.base import Experts
+from sparsecraft.moe.experts.lora import LoRAExperts
+from sparsecraft.moe.routing import Routing
+from sparsecraft.recipe.experts import FFNLoRASpec, LoRASpec
+
+
+class FFNLoRAExperts(Experts):
+    """Expert e is the dense network with its own LoRA on gate, up and down.
+
+    The dense products are made once per token and not once per expert: W_gate x and W_up x because
+    all experts share them, and W_down because the mixture can be taken before it,
+    sum_k w_k W_down h_k = W_down sum_k w_k h_k.
+    """
+
+    merges = True  # each slot's LoRA is taken out of all of them by a gate
+
+    def __init__(self, spec: FFNLoRASpec, donor: FFN, site: Site, *, device=None, dtype=None):
+        super().__init__()
+        self.num_experts, self.out_features = spec.num_experts, donor.width
+        self.parts = _parts(site)
+        self.fused, self.output_dropout = donor.fused, donor.output_dropout
+        lora = LoRASpec(
+            num_experts=spec.num_experts, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout
+        )
+        for name in ("gate", "up", "down"):
+            linear = getattr(donor, name)
+            if linear is not None:
+                shape = (linear.in_features, linear.out_features)
+                setattr(self, name, LoRAExperts(lora, *shape, device=device, dtype=dtype))
+
+    def expert(self, e: int, x: Tensor, base: nn.Module) -> Tensor:
+        hidden = self._hidden(
+            base, *(self._part(base, n)(x) + bank.expert(e, x) for n, bank in self._first())
+        )
+        y = self._part(base, "down")(hidden) + self.down.expert(e, hidden)
+        return F.dropout(y, self.output_dropout, self.training)
+
+    def forward(
+        self,
+        x_TI: Tensor,
+        routing: Routing | None = None,
+        base: nn.Module | None = None,
+    ) -> Tensor:
+        if routing is None:
+            return self.expert(0, x_TI, base)
+        if self.dispatch == "loop":
+            return self._loop(x_TI, routing, base)
+        T, K = routing.indices_TK.shape
+        chosen = _one_each(routing)
+        x_NI = x_TI.repeat_interleave(K, dim=0)
+        first = []
+        for name, bank in self._first():
+            shared_TF = self._part(base, name)(x_TI)
+            first.append(self._added(bank, shared_TF.repeat_interleave(K, dim=0), x_NI, chosen))
+        hidden_NF = self._hidden(base, *first)
+        chosen_TK = routing.indices_TK < self.num_experts
+        weights_TK = routing.weights_TK.to(hidden_NF.dtype) * chosen_TK
+        weighted_NF = hidden_NF * weights_TK.reshape(-1, 1)
+        down = self._part(base, "down")
+        y_TO = down(weighted_NF.reshape(T, K, -1).sum(1))
+        bias = getattr(down, "bias", None)
+        if bias is not None and not routing.sums_to_one:
+            y_TO = y_TO + (weights_TK.sum(1, keepdim=True) - 1) * bias
+        y_TO = y_TO + self.down(weighted_NF, chosen).reshape(T, K, -1).sum(1)
+        return F.dropout(y_TO, self.output_dropout, self.training)
+
+    @staticmethod
+    def _added(bank: LoRAExperts, y_NO: Tensor, x_NI: Tensor, chosen: Routing) -> Tensor:
+        if bank.runs_merged:
+            return bank.added(y_NO, x_NI, chosen.weights_TE())
+        return y_NO + bank(x_NI, chosen)
+
+    def _loop(self, x_TI: Tensor, routing: Routing, base: nn.Module) -> Tensor:
+        weights_TE = routing.weights_TE().to(x_TI.dtype)
+        return sum(
+            weights_TE[:, e, None] * self.expert(e, x_TI, base) for e in range(self.num_experts)
+        )
+
+    def _first(self) -> list[tuple[str, LoRAExperts]]:
+        return [(name, getattr(self, name)) for name in ("gate", "up") if hasattr(self, name)]
+
+    def _hidden(self, base: nn.Module, first: Tensor, up: Tensor | None = None) -> Tensor:
+        activation = self._part(base, "activation")
+        if self.fused:
+            first, up = first.chunk(2, dim=-1)
+        hidden = activation(first) if up is None else activation(first) * up
+        dropout = self._part(base, "hidden_dropout")
+        return hidden if dropout is None else dropout(hidden)
+
+    def _part(self, base: nn.Module, name: str) -> nn.Module | None:
+        path = self.parts.get(name)
+        return base.get_submodule(path) if path else None
+
+
+def _parts(site: Site) -> dict[str, str | None]:
+    """Part of the network -> its path below the layer's base."""
+    if site.chain:
+        return {"up": "first", "activation": "activation", "down": "second"}
+    names = ("gate", "up", "activation", "hidden_dropout", "down")
+    form: FFNForm = site.form
+    return {name: getattr(form, name) for name in names}
+
+
+def _one_each(routing: Routing) -> Routing:
+    """Every slot as a token of its own that goes to its one expert with weight one."""
+    indices_N1 = routing.indices_TK.reshape(-1, 1)
+    K = routing.indices_TK.shape[1]
+    return Routing(
+        torch.ones_like(indices_N1, dtype=torch.float32),
+        indices_N1,
+        routing.logits_TE.repeat_interleave(K, dim=0),
+    )

@@ -1,0 +1,356 @@
+"""A dense feed-forward network dealt out to experts: the same neurons, in another order.
+
+Any partition keeps the function: F(x) = sum_e E_e(x) + b, with b the bias of the down projection,
+added once (MoEfication, Zhang et al. 2022; D2DMoE, Szatkowski et al. 2024). Weights are stored
+neuron-major, so that an expert's neurons lie in one piece and the way back is a permutation.
+
+Shapes: T tokens, E experts, m neurons of each, F = E m neurons, D width, G = 2 parts of the first
+matrix where it has a gate (its rows come first), else 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsecraft.dense.donors import FFN, Linear
+from sparsecraft.errors import RecipeError, SparsecraftError
+from sparsecraft.kernels import split
+from sparsecraft.kernels.device import needs_grad, usable
+from sparsecraft.kernels.selection import Active
+from sparsecraft.kernels.split import SplitNet
+from sparsecraft.moe.experts.base import Experts
+from sparsecraft.moe.experts.dispatch import loop
+from sparsecraft.moe.routing import Routing
+from sparsecraft.recipe.experts import SplitSpec
+
+
+class SplitExperts(Experts):
+    """E groups of a dense network's neurons.
+
+    Without a routing every expert runs, which is the dense network. With one, an expert that a
+    token leaves out adds nothing, or, if the bank compensates, its mean.
+
+    Attributes:
+        neurons: (E, m), which neuron of the dense network stands at each place.
+        mean: (E, m), the mean activation of each neuron, if the bank compensates.
+        records: keep the input of the activation of each forward pass, for losses that read it.
+        pre_TF: that input (of the gate where there is one), neurons in the bank's order.
+    """
+
+    def __init__(self, spec: SplitSpec, donor: FFN, *, device: torch.device | str | None = None):
+        super().__init__()
+        width, E = donor.hidden_width, spec.num_experts
+        if width % E:
+            near = [n for n in range(1, width + 1) if width % n == 0]
+            near = sorted(sorted(near, key=lambda n: abs(n - E))[:4])
+            raise RecipeError(
+                f"num_experts is {E} and the network at {donor.path!r} has {width} neurons, which "
+                f"{E} experts of one size cannot share; use {', '.join(map(str, near))}."
+            )
+        self.spec = spec
+        self.num_experts, self.out_features = E, donor.width
+        self.activation = donor.activation
+        self._own_activation = (donor.activation,)  # in a tuple, so that it is no part of the bank
+        self.hidden_dropout, self.output_dropout = donor.hidden_dropout, donor.output_dropout
+        self.compensates = (
+            not is_relu(donor.activation) if spec.compensate is None else spec.compensate
+        )
+        self.records = False
+        self.pre_TF: Tensor | None = None
+        meta = device is not None and torch.device(device).type == "meta"
+        parts, m = 2 if donor.gated else 1, width // E
+        rows = {"first": donor.first_weight(), "first_bias": donor.first_bias()}
+        for name, tensor in rows.items():
+            stacked = None if tensor is None else _dealt(tensor.unflatten(0, (parts, width)), E)
+            self.register_parameter(name, _own(stacked, meta))
+        self.down = _own(donor.down_weight().t().reshape(E, m, -1), meta)
+        self.register_parameter("down_bias", _own(donor.down_bias(), meta))
+        where = self.down.device
+        self.register_buffer("neurons", torch.arange(width, device=where).view(E, m))
+        mean = self.down.new_zeros(E, m) if self.compensates else None
+        self.register_buffer("mean", mean)
+        self._kept: tuple[list, Tensor] | None = None
+
+    @property
+    def in_features(self) -> int:
+        return self.first.shape[-1]
+
+    @property
+    def parts(self) -> int:
+        return self.first.shape[1] // self.down.shape[1]
+
+    @property
+    def neurons_per_expert(self) -> int:
+        return self.down.shape[1]
+
+    @property
+    def products(self) -> int:
+        """Multiplications for one token where every expert runs."""
+        return self.first.numel() + self.down.numel()
+
+    # -------------------------------------------------------------------------------- computation
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        """What expert `e` adds to what is there without it, (n, D)."""
+        bias = None if self.first_bias is None else self.first_bias[e].to(x.dtype)
+        hidden = self._drop(self._activate(F.linear(x, self.first[e].to(x.dtype), bias)))
+        if self.mean is not None:
+            hidden = hidden - self.mean[e].to(x.dtype)
+        return hidden @ self.down[e].to(x.dtype)
+
+    def forward(self, x_TD: Tensor, routing: Routing | None = None) -> Tensor:
+        """y_TD; every expert with weight one where there is no routing."""
+        if routing is None or routing.every:
+            return F.dropout(self._every(x_TD), self.output_dropout, self.training)
+        if self.dispatch == "loop":
+            y_TD, constant_D = loop(self, x_TD, routing), self._constant()
+            y_TD = y_TD if constant_D is None else y_TD + constant_D.to(y_TD.dtype)
+            return F.dropout(y_TD, self.output_dropout, self.training)
+        return self.weighed(x_TD, routing.weights_TE())
+
+    def routed(
+        self, x_TD: Tensor, weigh: Callable[[Tensor], tuple[Tensor, Active | None]]
+    ) -> Tensor:
+        """`weighed` by what `weigh` makes of x_TD, at the same time where that is faster."""
+        if split.overlaps(x_TD) and self.dispatch in ("auto", "dense") and not self._is_plain():
+            net = self.net(x_TD.dtype)
+            if split.weighs_at_once(net, x_TD):
+                y_TD = split.masked_beside(net, x_TD, lambda: weigh(x_TD)[0])
+                return F.dropout(y_TD, self.output_dropout, self.training)
+        return self.weighed(x_TD, *weigh(x_TD))
+
+    def weighed(self, x_TD: Tensor, weights_TE: Tensor, used: Active | None = None) -> Tensor:
+        """y_TD by weights that are zero where an expert does not run.
+
+        Args:
+            used: the experts that any token uses, where a kernel has listed them.
+        """
+        if self.dispatch == "loop":
+            return self(x_TD, _in_order(weights_TE))
+        if self._is_plain():
+            y_TD = self._weighed(x_TD, weights_TE)
+        else:
+            net, path = self.net(x_TD.dtype), self.dispatch
+            if path == "auto":
+                path = split.choose(net, x_TD, weights_TE)
+            match path:
+                case "dense" | "masked":
+                    y_TD = split.masked(net, x_TD, weights_TE)
+                case "gather":
+                    y_TD = split.gather(net, x_TD, weights_TE, used)
+                case "grouped":
+                    y_TD = split.grouped(net, x_TD, weights_TE)
+                case _:
+                    raise SparsecraftError(
+                        f"Split experts do not run by the {path!r} path; use auto, loop, dense, "
+                        "gather or grouped."
+                    )
+        return F.dropout(y_TD, self.output_dropout, self.training)
+
+    def noted(self, routing: Routing) -> Routing:
+        pre_TF, self.pre_TF = self.pre_TF, None
+        return replace(routing, pre_TF=pre_TF)
+
+    def net(self, dtype: torch.dtype, whole: bool = False) -> SplitNet:
+        """The bank's tensors in `dtype`, for `sparsecraft.kernels.split`.
+
+        Args:
+            whole: for the dense network, which has no means and the dense bias.
+        """
+
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(dtype)
+
+        return SplitNet(
+            first_EMD=cast(self.first),
+            down_EHD=cast(self.down),
+            activation=self.activation,
+            first_bias_EM=cast(self.first_bias),
+            mean_EH=None if whole else cast(self.mean),
+            bias_D=cast(self.down_bias if whole else self._constant()),
+        )
+
+    def hidden(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Input of the activation (of the gate where there is one) and what the second matrix
+        reads but for dropout, both (T, E, m)."""
+        bias = None if self.first_bias is None else self.first_bias.flatten().to(x_TD.dtype)
+        first_TF = F.linear(x_TD, self.first.flatten(0, 1).to(x_TD.dtype), bias)
+        first_TEM = first_TF.unflatten(-1, (self.num_experts, -1))
+        return first_TEM[..., : self.neurons_per_expert], self._activate(first_TEM)
+
+    def _every(self, x_TD: Tensor) -> Tensor:
+        if usable(x_TD) and not (self.records or self._is_plain()):
+            net = self.net(x_TD.dtype, whole=True)
+            if split.weighs_at_once(net, x_TD):
+                return split.every(net, x_TD, net.bias_D)
+        pre_TEm, hidden_TEm = self.hidden(x_TD)
+        if self.records:
+            self.pre_TF = pre_TEm.flatten(1)
+        y_TD = self._drop(hidden_TEm).flatten(1) @ self.down.flatten(0, 1).to(x_TD.dtype)
+        return y_TD if self.down_bias is None else y_TD + self.down_bias.to(x_TD.dtype)
+
+    def _is_plain(self) -> bool:
+        """Whether no kernel knows this network: dropout inside (T5), or another width behind."""
+        drops = self.training and self.hidden_dropout > 0
+        return drops or self.in_features != self.out_features
+
+    def _weighed(self, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
+        """Every expert on every token, times its weight."""
+        hidden_TEm = self._drop(self.hidden(x_TD)[1])
+        if self.mean is not None:
+            hidden_TEm = hidden_TEm - self.mean.to(x_TD.dtype)
+        hidden_TEm = hidden_TEm * weights_TE.to(x_TD.dtype)[..., None]
+        y_TD = hidden_TEm.flatten(1) @ self.down.flatten(0, 1).to(x_TD.dtype)
+        constant_D = self._constant()
+        return y_TD if constant_D is None else y_TD + constant_D.to(x_TD.dtype)
+
+    def _activate(self, first: Tensor) -> Tensor:
+        """(..., M) -> (..., m)."""
+        if self.parts == 2:
+            gate, up = first.chunk(2, dim=-1)
+            hidden = self.activation(gate) * up
+        else:
+            hidden = self.activation(first)
+        return hidden
+
+    def _drop(self, hidden: Tensor) -> Tensor:
+        return F.dropout(hidden, self.hidden_dropout, self.training)
+
+    def _constant(self) -> Tensor | None:
+        """What a token gets of which no expert runs, (D,): the bias, and all the means.
+
+        Kept in evaluation while nothing changes and no gradient is wanted: it reads the whole
+        second matrix. After an edit through `.data`, which no version counts, call `eval()`.
+        """
+        if self.mean is None:
+            return self.down_bias
+        tensors = [t for t in (self.mean, self.down, self.down_bias) if t is not None]
+        uncounted = any(t.is_inference() for t in tensors)
+        if self.training or uncounted or torch.compiler.is_compiling() or needs_grad(*tensors):
+            return self._summed()
+        state = [(t.data_ptr(), t._version, t.dtype) for t in tensors]
+        if self._kept is None or self._kept[0] != state:
+            self._kept = state, self._summed()
+        return self._kept[1]
+
+    def train(self, mode: bool = True) -> SplitExperts:
+        self._kept = None
+        return super().train(mode)
+
+    def _summed(self) -> Tensor:
+        wide = torch.promote_types(self.down.dtype, torch.float32)
+        with torch.autocast(self.down.device.type, enabled=False):
+            constant_D = self.mean.flatten().to(wide) @ self.down.flatten(0, 1).to(wide)
+        return constant_D if self.down_bias is None else constant_D + self.down_bias
+
+    # ---------------------------------------------------------------------------- the arrangement
+
+    @torch.no_grad()
+    def arrange(self, neurons_EM: Tensor) -> None:
+        """Deal the neurons out anew; the sum of all experts stays what it is.
+
+        Args:
+            neurons_EM: (E, m), each neuron of the dense network once.
+        """
+        E, m = self.neurons.shape
+        order_F = neurons_EM.to(self.neurons.device).flatten()
+        if neurons_EM.shape != (E, m) or not torch.equal(
+            order_F.sort().values, torch.arange(E * m, device=order_F.device)
+        ):
+            raise SparsecraftError(
+                f"A partition of {E * m} neurons must name each of them once, as ({E}, {m}); this "
+                f"one is {tuple(neurons_EM.shape)}."
+            )
+        place_F = torch.empty_like(order_F)
+        place_F[self.neurons.flatten()] = torch.arange(E * m, device=order_F.device)
+        take_F = place_F[order_F]  # where each neuron of the new order stands now
+        for parameter in (self.first, self.first_bias):
+            if parameter is None:
+                continue
+            parameter.copy_(_dealt(_undealt(parameter, self.parts)[:, take_F], E))
+        self.down.copy_(self.down.flatten(0, 1)[take_F].view_as(self.down))
+        if self.mean is not None:
+            self.mean.copy_(self.mean.flatten()[take_F].view_as(self.mean))
+        self.neurons.copy_(order_F.view(E, m))
+
+    @torch.no_grad()
+    def dense(self) -> dict[str, Tensor | None]:
+        """The dense network's tensors, in its own order: `first` (G F, D), `first_bias`, `down`
+        (D, F) and `down_bias`, as `donor.FFN` gives them."""
+        place_F = self.neurons.flatten().argsort()
+
+        def rows(tensor: Tensor | None) -> Tensor | None:
+            return (
+                None if tensor is None else _undealt(tensor, self.parts)[:, place_F].flatten(0, 1)
+            )
+
+        return {
+            "first": rows(self.first),
+            "first_bias": rows(self.first_bias),
+            "down": self.down.flatten(0, 1)[place_F].t(),
+            "down_bias": self.down_bias,
+        }
+
+    def rectify(self, undo: bool = False) -> None:
+        """Let ReLU be the activation, or the dense network's own again."""
+        self.activation = self._own_activation[0] if undo else nn.ReLU()
+
+
+def _in_order(weights_TE: Tensor) -> Routing:
+    """The routing of weights, for the loop."""
+    E = weights_TE.shape[-1]
+    experts_E = torch.arange(E, device=weights_TE.device)
+    indices_TE = torch.where(weights_TE != 0, experts_E, E)
+    return Routing(weights_TE, indices_TE, torch.zeros_like(weights_TE), in_order=True)
+
+
+def imitation(
+    spec: SplitSpec, donor: Linear, *, device: torch.device | str, dtype: torch.dtype
+) -> FFN:
+    """A random ReLU network of about the Linear's cost, to be fitted to it (D2DMoE, section 3.4).
+
+    Its width is phi (I O + O) / (I + O + 1), to the nearest multiple of the number of experts.
+    """
+    I, O, E = donor.in_features, donor.out_features, spec.num_experts
+    wanted = spec.flops_factor * (I * O + O) / (I + O + 1)
+    width = max(1, round(wanted / E)) * E
+    where = {"device": device, "dtype": dtype}
+    return FFN(
+        path=donor.path,
+        gate=None,
+        up=Linear(nn.Linear(I, width, **where), donor.path),
+        down=Linear(nn.Linear(width, O, **where), donor.path),
+        activation=nn.ReLU(),
+        fused=False,
+        hidden_dropout=0.0,
+        output_dropout=0.0,
+    )
+
+
+def _own(tensor: Tensor | None, meta: bool) -> nn.Parameter | None:
+    """A copy as a parameter, or its shape alone."""
+    if tensor is None:
+        return None
+    tensor = tensor.detach()
+    return nn.Parameter(
+        tensor.to("meta") if meta else tensor.clone(memory_format=torch.contiguous_format)
+    )
+
+
+def _dealt(rows: Tensor, num_experts: int) -> Tensor:
+    """(G, F, ...) -> (E, G m, ...): each expert gets its piece of every part."""
+    return rows.unflatten(1, (num_experts, -1)).transpose(0, 1).flatten(1, 2).contiguous()
+
+
+def _undealt(stacked: Tensor, parts: int) -> Tensor:
+    """(E, G m, ...) -> (G, F, ...)."""
+    return stacked.unflatten(1, (parts, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def is_relu(activation: nn.Module) -> bool:
+    return isinstance(activation, nn.ReLU)

@@ -1,0 +1,61 @@
+"""Random neurons in copied experts, so that they differ from the first step.
+
+Shapes: F neurons of an expert, n of them chosen, D width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparsecraft.moe.experts.ffn import FFNExperts
+from sparsecraft.recipe.experts import FFNSpec
+
+
+@torch.no_grad()
+def diversify(bank: FFNExperts, spec: FFNSpec) -> None:
+    """Permute, redraw and disturb the neurons of every expert, as `spec` has it.
+
+    What is drawn anew has the mean and the deviation of what it replaces in each matrix. All comes
+    from torch's global random state, so that every expert of every layer draws other numbers.
+    """
+    if not (spec.permute or spec.redraw or spec.noise_std):
+        return
+    bank.materialize()
+    for e in range(bank.num_experts):
+        matrices = bank.neurons(e)
+        count, device = len(matrices[0][0]), matrices[0][0].device
+        if spec.permute:
+            order_F = torch.randperm(count, device=device)
+            for tensor in _all(matrices):
+                tensor.copy_(tensor[order_F])
+        chosen_n = _some(count, spec.redraw, device)
+        for weight_FD, bias_F in matrices:
+            if spec.redraw_apart:
+                chosen_n = _some(count, spec.redraw, device)
+            for tensor in _all([(weight_FD, bias_F)]):
+                _redraw(tensor, chosen_n)
+            if spec.noise_std:
+                noisy_n = _some(count, spec.noise_share, device)
+                for tensor in _all([(weight_FD, bias_F)]):
+                    noise = torch.randn_like(tensor[noisy_n])
+                    tensor[noisy_n] += spec.noise_std * noise
+
+
+def _all(matrices: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    return [tensor for pair in matrices for tensor in pair if tensor is not None]
+
+
+def _some(count: int, share: float, device: torch.device) -> Tensor:
+    """floor(share * count) of `count` neurons; the rounding lets 0.29 of 100 be 29."""
+    return torch.randperm(count, device=device)[: math.floor(round(share * count, 6))]
+
+
+def _redraw(tensor: Tensor, chosen_n: Tensor) -> None:
+    """Rows from the normal distribution of what stands in them."""
+    if len(chosen_n):
+        old = tensor[chosen_n].float()
+        mean, deviation = old.mean(), old.std(correction=0)
+        tensor[chosen_n] = (mean + deviation * torch.randn_like(old)).to(tensor.dtype)

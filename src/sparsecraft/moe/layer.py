@@ -1,0 +1,155 @@
+"""The one layer that every recipe installs: a router, a bank of experts, and the dense base.
+
+Shapes: T tokens, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sparsecraft.dense.tokens import Reads
+from sparsecraft.moe.context import Batch
+from sparsecraft.moe.experts.base import Experts
+from sparsecraft.moe.experts.slots import slots
+from sparsecraft.moe.fusions import faster
+from sparsecraft.moe.places import PLACES, flat
+from sparsecraft.moe.routers.router import Router
+from sparsecraft.moe.routing import Routing
+from sparsecraft.recipe.edits import Place
+
+
+class MoELayer(nn.Module):
+    """Stands where a dense module F stood, with its call signature.
+
+    What it computes, by its place, stands in `sparsecraft.moe.places`.
+
+    The base runs once per token, whatever the number of experts. Without a router the bank's
+    only expert sees every token.
+
+    Attributes:
+        rows: (start, length) of the output features that the layer acts on; None for all.
+        modality: the kind of tokens that it acts on; None for all.
+        batch: what the batch says of its tokens, where router or modality ask for it.
+        causal: whether tokens must not see later ones, which `slots` have to respect.
+        reads: whose tokens arrive here.
+        imitates: of place `imitate`: the experts have been fitted, and run instead of the base.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        experts: Experts,
+        router: Router | None = None,
+        base: nn.Module | None = None,
+        *,
+        rows: tuple[int, int] | None = None,
+        modality: str | None = None,
+    ):
+        super().__init__()
+        self.place = place
+        self.base = base
+        self.router = router
+        self.experts = experts
+        self.rows = rows
+        self.modality = modality
+        self.causal = True
+        self.reads: Reads = "input"
+        self.batch: Batch | None = None
+        self.imitates = False
+        self.tracing = False
+        self.routing: Routing | None = None
+
+    def forward(self, x: Tensor | None = None, *args, **kwargs) -> Tensor | tuple:
+        if x is None:  # transformers calls an attention by keywords
+            x = kwargs.pop("hidden_states")
+        fused = faster(self, x)
+        return (fused or PLACES[self.place])(self, x, *args, **kwargs)
+
+    def route(self, x: Tensor, y: Tensor | None = None, scores_TE: Tensor | None = None):
+        """The routing of every token; None where the only expert takes all of them.
+
+        Args:
+            x: the layer's input.
+            y: what the dense module made of it, where the router reads that.
+            scores_TE: what the scorer gives, where it is known.
+        """
+        if self.batch is not None:
+            self.batch.check()
+        if self.router is None and self.modality is None:
+            return None
+        if self.router is None:
+            routing = Routing.of_one(flat(x))
+        elif self.runs_whole:
+            routing = Routing.of_all(flat(x), self.experts.num_experts)
+        else:
+            read = y if self.router.spec.reads == "output" else x
+            known = () if scores_TE is None else (scores_TE,)
+            routing = self.router(read, self.batch, *known)
+        if self.modality is not None:
+            routing = routing.only(self._of_modality(x))
+        if self.tracing and self.router is not None:
+            self.routing = routing
+        return routing
+
+    def mix(self, x: Tensor, routing: Routing | None, *args, **kwargs) -> Tensor | tuple:
+        """The experts' mixture on x."""
+        if self.experts.whole:
+            return self.experts(x, routing, *args, **kwargs)
+        self.experts.records = self.tracing and self.training
+        mixed_TO = self.experts(flat(x), routing, **kwargs)
+        if self.tracing and self.routing is routing:
+            self.routing = self.experts.noted(routing)
+        return mixed_TO.reshape(*x.shape[:-1], mixed_TO.shape[-1])
+
+    @property
+    def runs_whole(self) -> bool:
+        """Whether all parts of a split network run, unasked."""
+        return getattr(self.router, "runs", None) == "every"
+
+    @property
+    def mixes_slots(self) -> bool:
+        return self.router is not None and self.router.spec.select == "slots"
+
+    def on_rows(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """y with the output features that the layer acts on changed."""
+        if self.rows is None:
+            return change(y)
+        start, length = self.rows
+        before, part, behind = y.split([start, length, y.shape[-1] - start - length], dim=-1)
+        return torch.cat([before, change(part), behind], dim=-1)
+
+    def _of_modality(self, x: Tensor) -> Tensor:
+        """Which tokens the layer acts on, (B, S); tokens that no mask tells of are text."""
+        visual = self._mask("mm_token_type_ids", x)
+        if visual is None:
+            visual = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
+        return visual if self.modality == "visual" else ~visual
+
+    def _mask(self, name: str, x: Tensor) -> Tensor | None:
+        """A mask of the batch for tokens x, (B, S) bool; None where it does not tell of them."""
+        told = self.batch is not None and self.reads == "input"
+        return self.batch.tokens(name, x) if told else None
+
+    def mix_slots(self, x: Tensor) -> Tensor:
+        """Soft MoE's dispatch and combine over the tokens of each sequence that may be mixed."""
+        x_BSI = self.batch.sequences(x)
+        routing = self.route(x_BSI)
+        mixed_BS = self._mask("prefix_mask" if self.causal else "attention_mask", x_BSI)
+        if self.modality is not None and not (self.causal and mixed_BS is None):
+            own_BS = self._of_modality(x_BSI)
+            mixed_BS = own_BS if mixed_BS is None else mixed_BS & own_BS
+        return slots(self.experts, x_BSI, routing, mixed_BS, causal=self.causal)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base Linear's weight: some models read a Linear's dtype through it (T5)."""
+        base = self.base
+        if base is None or not isinstance(base.weight, torch.Tensor):
+            raise AttributeError("this layer stands on no single weight")
+        return base.weight
+
+    def extra_repr(self) -> str:
+        return f"place={self.place!r}"

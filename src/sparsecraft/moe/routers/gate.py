@@ -1,0 +1,122 @@
+"""Gate: which parts of a split network run, for each token."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsecraft.kernels.selection import Active, select
+from sparsecraft.moe.context import Batch
+from sparsecraft.moe.experts.split import SplitExperts
+from sparsecraft.moe.routers.part_scorers import SCORERS
+from sparsecraft.moe.routing import Routing
+from sparsecraft.recipe.routers import RouterSpec
+
+Runs = Literal["sparse", "every", "soft"]
+
+
+class Gate(nn.Module):
+    """A scorer of the parts of a split network, a rule, and a weighting; see `RouterSpec`.
+
+    Attributes:
+        runs: `sparse`, by the rule; `every`, all experts with weight one, where the layer does not
+            ask the router at all; `soft`, all experts, each weighted by its score.
+        k: experts that are selected, for top-k.
+        share: mean share of experts that run, where it is known; for counting costs.
+        gain: of `weighting="gain"`, (R,).
+    """
+
+    def __init__(self, spec: RouterSpec, bank: SplitExperts):
+        super().__init__()
+        self.spec = spec
+        self.num_experts = bank.num_experts
+        self.runs: Runs = "sparse"
+        self.k = spec.top_k
+        self.share = None if self.k is None else (spec.shared + self.k) / bank.num_experts
+        # Not a buffer: a model that is cast to bf16 must keep it.
+        self._threshold = torch.tensor(-1.0 if spec.threshold is None else spec.threshold)
+        self.scorer = SCORERS[spec.scorer](spec, bank)
+        gain = torch.zeros(bank.num_experts - spec.shared, device=bank.down.device)
+        self.gain = nn.Parameter(gain) if spec.weighting == "gain" else None
+
+    @property
+    def threshold(self) -> float:
+        return self._threshold.item()
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        if self._threshold.is_inference():
+            self._threshold = torch.tensor(value, device=self._threshold.device)
+        self._threshold.fill_(value)  # in place: a captured CUDA graph reads it
+
+    def forward(self, x: Tensor, batch: Batch | None = None) -> Routing:
+        """Route tokens x (..., D). The routing has every expert in its place, with weight zero and
+        "no expert" where it does not run."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits_TR = self.scorer(x.reshape(-1, x.shape[-1]))
+            weights_TR, kept_TR, _ = self._weigh(logits_TR)
+        shared = (self.spec.shared, 0)
+        logits_TE, kept_TE = F.pad(logits_TR, shared), F.pad(kept_TR, shared, value=1.0)
+        weights_TE = F.pad(weights_TR, shared, value=1.0)
+        experts_E = torch.arange(self.num_experts, device=x.device)
+        indices_TE = torch.where(kept_TE > 0, experts_E, self.num_experts)
+        return Routing(weights_TE, indices_TE, logits_TE, in_order=True)
+
+    def weigh(self, x_TD: Tensor) -> tuple[Tensor, Active | None]:
+        """The weights of `forward` alone, (T, E), and where a kernel has listed them the experts
+        that any token uses."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            weights_TR, _, used = self._weigh(self.scorer(x_TD))
+        if not self.spec.shared:
+            return weights_TR, used
+        return F.pad(weights_TR, (self.spec.shared, 0), value=1.0), None
+
+    def _weigh(self, logits_TR: Tensor) -> tuple[Tensor, Tensor, Active | None]:
+        """Weights; ones where an expert runs and zeros elsewhere; the experts in use."""
+        scores_TR = squashed(logits_TR, self.spec.squash)
+        if self.runs == "soft":
+            return scores_TR, torch.ones_like(scores_TR), None
+        if self._threshold.device != logits_TR.device:
+            with torch.inference_mode(False):
+                self._threshold = torch.tensor(self.threshold, device=logits_TR.device)
+        k = 1 if self.k is None else self.k
+        kept_TR, used = select(scores_TR.detach(), self.spec.select, k, self._threshold)
+        match self.spec.weighting:
+            case "one":
+                return kept_TR, kept_TR, used
+            case "score":
+                return scores_TR * kept_TR, kept_TR, used
+            case "gain":
+                return (1 + logits_TR.softmax(-1) * self.gain) * kept_TR, kept_TR, used
+        p_TR = logits_TR.masked_fill(kept_TR == 0, -torch.inf).softmax(-1)
+        if self.spec.weighting == "scaled":
+            return p_TR * (p_TR.shape[-1] / self.k), kept_TR, used
+        return kept_TR + (p_TR - p_TR.detach()), kept_TR, used
+
+    @property
+    def products(self) -> int:
+        """Multiplications for one token; those of the oracle are not counted, it saves nothing."""
+        named = (*self.scorer.named_parameters(), *self.scorer.named_buffers())
+        return sum(t.numel() for name, t in named if not name.endswith("bias"))
+
+    def begin(self, bank: SplitExperts) -> None:
+        """Start the scorer anew from the bank's weights, which have been dealt out anew."""
+        if hasattr(self.scorer, "begin"):
+            self.scorer.begin(bank)
+
+    def extra_repr(self) -> str:
+        return f"select={self.spec.select}, weighting={self.spec.weighting}, runs={self.runs}"
+
+
+def squashed(logits: Tensor, how: str) -> Tensor:
+    match how:
+        case "abs":
+            return logits.abs()
+        case "sigmoid":
+            return logits.sigmoid()
+        case "softmax":
+            return logits.softmax(-1)
+    return logits

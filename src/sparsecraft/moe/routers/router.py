@@ -1,0 +1,140 @@
+"""A router scores tokens against experts and selects some of them.
+
+Shapes: B sequences, S positions, T tokens, D width, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparsecraft.errors import SparsecraftError
+from sparsecraft.kernels.projections import float32_product, is_plain
+from sparsecraft.moe.context import Batch
+from sparsecraft.moe.routers.scorers import LinearScorer
+from sparsecraft.moe.routing import Routing
+from sparsecraft.recipe.routers import RouterSpec
+
+
+class Router(nn.Module):
+    """A scorer, x_TD -> logits_TE, followed by a selector, logits_TE -> weights and indices.
+
+    Attributes:
+        base_gate: the row whose sigmoid the dense network is multiplied by, a Linear of D to 1; see
+            `RouterSpec.gates_base`.
+    """
+
+    def __init__(
+        self, scorer: nn.Module, spec: RouterSpec, select, base_gate: nn.Linear | None = None
+    ):
+        super().__init__()
+        self.scorer = scorer
+        self.spec = spec
+        self.select = select
+        self.base_gate = base_gate
+
+    def forward(
+        self, x: Tensor, batch: Batch | None = None, scores_TE: Tensor | None = None
+    ) -> Routing:
+        """Route tokens x (..., D); one row for each token, or for each head of each token.
+
+        Args:
+            scores_TE: what the scorer gives for x, where it is known; see `scores_of_input`.
+        """
+        # float32 throughout: bf16 logits tie often enough to change which experts are chosen.
+        logits = self.scorer(self._scored(x, batch)) if scores_TE is None else scores_TE
+        if self.spec.temperature != 1:
+            logits = logits / self.spec.temperature
+        if self.spec.decides in ("sequence", "sentence"):
+            logits = self._for_tokens(logits, x, batch)
+        if batch is not None and batch.expert_ids is not None:
+            return _told(batch.expert_ids, logits, self.spec.sums_to_one)
+        weights_TK, indices_TK = self.select(logits)
+        in_order = self.spec.select not in ("top_k", "sample")
+        sums_to_one = self.spec.sums_to_one
+        return Routing(weights_TK, indices_TK, logits, sums_to_one, in_order)
+
+    def scores_of_input(self) -> Tensor | None:
+        """The matrix (E, D) whose product with each token of the layer's input is all that the
+        router reads, if it is; a caller may compute it together with other products."""
+        by_token = self.spec.decides == "token" and self.spec.reads == "input"
+        joint = by_token and not self.spec.extended and is_plain(self.scorer, LinearScorer)
+        return self.scorer.weight if joint else None
+
+    def gate_base(self, x: Tensor) -> Tensor:
+        """What the dense network's output for x (..., D) is multiplied by, (..., 1)."""
+        gate_T1 = float32_product(x.reshape(-1, x.shape[-1]), self.base_gate.weight).sigmoid()
+        return gate_T1.to(x.dtype).reshape(*x.shape[:-1], 1)
+
+    def _for_tokens(self, logits: Tensor, x: Tensor, batch: Batch) -> Tensor:
+        """One row for each sequence, or for several beams of it -> one row for each token."""
+        tokens = x.numel() // x.shape[-1]
+        ids_BS = batch.sentence_ids if self.spec.decides == "sentence" else None
+        if ids_BS is not None and ids_BS.numel() == tokens:
+            return logits[ids_BS.reshape(-1).to(logits.device)]
+        sequences = batch.shape[0] if x.ndim == 2 and batch.shape else len(x)
+        if ids_BS is not None or sequences % len(logits):
+            given = "" if ids_BS is None else f" with sentence_ids {tuple(ids_BS.shape)}"
+            raise SparsecraftError(
+                f"{tokens} tokens of {sequences} sequences were given {len(logits)} sentences"
+                f"{given}; pass one embedding for each sequence, or for packed ones sentence_ids "
+                "of the tokens' shape."
+            )
+        return logits.repeat_interleave(tokens // len(logits), dim=0)
+
+    def _scored(self, x: Tensor, batch: Batch | None) -> Tensor:
+        """What the scorer sees: tokens, heads, or one row for each sequence."""
+        if self.spec.decides == "head":
+            return x.reshape(-1, self.scorer.width)
+        if self.spec.decides == "token":
+            return x.reshape(-1, x.shape[-1])
+        if self.spec.decides == "sequence":
+            return self._mean(x, batch)
+        if batch is None or batch.sentence_embeddings is None:
+            raise SparsecraftError(
+                "This router decides by sentence and was given none; pass sentence_embeddings="
+                "(batch, width) to the model, or generate inside "
+                "`with sc.context(model, sentence_embeddings=...)`."
+            )
+        embeddings = batch.sentence_embeddings
+        shape = tuple(getattr(embeddings, "shape", ()))
+        if not isinstance(embeddings, Tensor) or len(shape) != 2 or 0 in shape:
+            raise SparsecraftError(
+                f"sentence_embeddings is a {type(embeddings).__name__} of shape {shape}; pass a "
+                f"tensor (sentences, {self.scorer.width})."
+            )
+        if shape[1] != self.scorer.width:
+            raise SparsecraftError(
+                f"sentence_embeddings are {shape[1]} wide and this router reads "
+                f"{self.scorer.width}; embed with {self.spec.encoder!r}."
+            )
+        return embeddings.to(x.device)
+
+    @staticmethod
+    def _mean(x: Tensor, batch: Batch) -> Tensor:
+        """The mean of each sequence's real tokens, (B, D), in float32."""
+        x_BSD = batch.sequences(x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        real_BS = batch.tokens("attention_mask", x_BSD)
+        if real_BS is None:
+            return x_BSD.mean(1, dtype=dtype)
+        weights_BS = real_BS / real_BS.sum(1, keepdim=True).clamp_min(1)
+        return torch.einsum("bs,bsd->bd", weights_BS.to(dtype), x_BSD.to(dtype))
+
+    def extra_repr(self) -> str:
+        return f"select={self.spec.select}, top_k={self.spec.top_k}, decides={self.spec.decides}"
+
+
+def _told(expert_ids: Tensor, logits_TE: Tensor, sums_to_one: bool) -> Routing:
+    """Every token at the expert that the batch names, with weight one.
+
+    Raises:
+        SparsecraftError: not one expert for each token.
+    """
+    if expert_ids.numel() != len(logits_TE):
+        raise SparsecraftError(
+            f"expert_ids has shape {tuple(expert_ids.shape)} and {len(logits_TE)} tokens are "
+            "routed; pass one expert for each token (batch, positions)."
+        )
+    indices_T1 = expert_ids.reshape(-1, 1).to(logits_TE.device, torch.long)
+    return Routing(torch.ones_like(logits_TE[:, :1]), indices_T1, logits_TE, sums_to_one)

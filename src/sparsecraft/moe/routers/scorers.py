@@ -1,0 +1,71 @@
+"""Scorers: x_TD -> logits_TE, float32 (float64 of float64 tokens). T tokens, D width, E experts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from sparsecraft.kernels.projections import float32_product
+from sparsecraft.moe.experts.stacked import with_one_more, without
+from sparsecraft.recipe.routers import RouterSpec
+
+
+class LinearScorer(nn.Module):
+    """One bias-free row per expert (Shazeer et al. 2017; PESC Eq. 9; Mixtral).
+
+    Attributes:
+        extended: so many rows, the last ones, came one at a time. Each is a product of its own,
+            because in one of another shape the last bits of the others' logits may differ.
+    """
+
+    def __init__(self, width: int, num_experts: int, spec: RouterSpec, *, device=None, dtype=None):
+        super().__init__()
+        self.width, self.std, self.extended = width, spec.init_std, spec.extended
+        weight = torch.empty(num_experts // spec.init_repeat, width, device=device, dtype=dtype)
+        match spec.init:
+            case "kaiming_uniform":  # the default of nn.Linear, which PESC's code keeps
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+            case "normal":
+                nn.init.normal_(weight, std=spec.init_std)
+            case "uniform":
+                edge = math.sqrt(3) * spec.init_std
+                nn.init.uniform_(weight, -edge, edge)
+            case _:  # zeros; those from data: until `begin`
+                nn.init.zeros_(weight)
+        self.weight = nn.Parameter(weight.repeat_interleave(spec.init_repeat, dim=0))
+
+    @torch.no_grad()
+    def begin(self, means_ED: Tensor) -> None:
+        """Start from what tokens are like for each expert: the means' distances to the mean of all,
+        scaled to the standard deviation `init_std` around zero."""
+        rows_ED = means_ED.double() - means_ED.double().mean(0)
+        size = rows_ED.square().mean().sqrt()
+        self.weight.copy_(rows_ED * (self.std / size) if size > 0 else rows_ED)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        if not self.extended:
+            return float32_product(x_TD, self.weight)
+        rows = [len(self.weight) - self.extended, *[1] * self.extended]
+        parts = [float32_product(x_TD, rows_ED) for rows_ED in self.weight.split(rows)]
+        return torch.cat(parts, dim=-1)
+
+    @torch.no_grad()
+    def append(self, row_D: Tensor) -> None:
+        """One more expert, the last, with this row. The logits of the others stay the same bits."""
+        self.weight = with_one_more(self.weight, row_D)
+        self.extended += 1
+
+    @torch.no_grad()
+    def remove(self, e: int) -> None:
+        """Take expert `e` away. The logits of the others stay the same bits if it was appended, and
+        but for rounding if not."""
+        appended = e >= len(self.weight) - self.extended
+        self.weight = without(self.weight, e)
+        # Where none is left from the start, the first that came later takes its place.
+        self.extended = min(self.extended - appended, len(self.weight) - 1)
+
+    def weight_rows(self) -> Tensor:
+        """The matrix (E, D) whose product with a token gives its logits."""
+        return self.weight

@@ -1,0 +1,89 @@
+"""What a router decided, and how to look at it.
+
+Shapes: T tokens, K slots per token, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """The decision of one router for T tokens.
+
+    Attributes:
+        weights_TK: mixing weight of each slot.
+        indices_TK: the expert in each slot; the value E says "no expert in this slot", so that
+            top-k, soft, threshold and dynamic-k selection all fit one rectangular record.
+        logits_TE: the scorer's float32 output, which the auxiliary losses read.
+        sums_to_one: the weights of every token are known to sum to one.
+        every: all experts of every token run, with weight one.
+        in_order: every token has all experts, expert e in slot e, as soft selection gives them.
+        pre_TF: in training of a split network whose experts all run, the activation's input.
+    """
+
+    weights_TK: Tensor
+    indices_TK: Tensor
+    logits_TE: Tensor
+    sums_to_one: bool = False
+    in_order: bool = False
+    every: bool = False
+    pre_TF: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return self.logits_TE.shape[-1]
+
+    def weights_TE(self) -> Tensor:
+        """The weight of every expert, zero where it was not chosen."""
+        T, E = self.logits_TE.shape
+        if self.in_order:
+            return self.weights_TK
+        weights_TK = self.weights_TK * (self.indices_TK < E)
+        weights_TE = weights_TK.new_zeros(T, E + 1)  # the last column takes "no expert"
+        return weights_TE.scatter_add(1, self.indices_TK, weights_TK)[:, :E]
+
+    def only(self, keep_T: Tensor) -> Routing:
+        """The same decision with weight zero for all other tokens."""
+        weights_TK = self.weights_TK * keep_T.reshape(-1, 1)
+        return replace(self, weights_TK=weights_TK, sums_to_one=False)
+
+    @classmethod
+    def of_one(cls, x_TI: Tensor) -> Routing:
+        """Every token at the only expert, with weight one."""
+        ones_T1 = x_TI.new_ones(x_TI.shape[0], 1, dtype=torch.float32)
+        indices_T1 = torch.zeros_like(ones_T1, dtype=torch.long)
+        return cls(ones_T1, indices_T1, torch.zeros_like(ones_T1), sums_to_one=True)
+
+    @classmethod
+    def of_all(cls, x_TI: Tensor, num_experts: int) -> Routing:
+        """Every token at every expert, with weight one: a split network that runs whole."""
+        shape = x_TI.shape[0], num_experts
+        ones_TE = x_TI.new_ones(1, 1, dtype=torch.float32).expand(shape)
+        indices_TE = torch.arange(num_experts, device=x_TI.device).expand(shape)
+        return cls(ones_TE, indices_TE, ones_TE - 1, in_order=True, every=True)
+
+    def load_E(self, mask_T: Tensor | None = None) -> Tensor:
+        """Fraction of the filled slots that each expert received, float32, summing to one.
+
+        Args:
+            mask_T: True on the tokens that count; padding is False. None counts every token.
+        """
+        chosen_TE = torch.zeros_like(self.logits_TE, dtype=torch.float32)
+        chosen_TE = torch.cat([chosen_TE, chosen_TE[:, :1]], dim=-1)  # last column: no expert
+        ones_TK = torch.ones_like(self.indices_TK, dtype=torch.float32)
+        chosen_TE = chosen_TE.scatter_add(-1, self.indices_TK, ones_TK)[:, :-1]
+        if mask_T is not None:
+            chosen_TE = chosen_TE * spread(mask_T, len(chosen_TE))[:, None]
+        counts_E = chosen_TE.sum(0)
+        return counts_E / counts_E.sum().clamp_min(1)
+
+
+def spread(mask_T: Tensor, rows: int) -> Tensor:
+    """A mask of tokens for the rows of a routing: a router by head has several for each token."""
+    mask_T = mask_T.reshape(-1)
+    return mask_T.repeat_interleave(rows // len(mask_T))

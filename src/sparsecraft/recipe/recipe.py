@@ -1,0 +1,71 @@
+"""Recipe: a published method as data, edits of the model and stages of training."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from sparsecraft.errors import RecipeError, did_you_mean
+from sparsecraft.recipe.edits import Edit
+from sparsecraft.recipe.numbers import is_number
+from sparsecraft.recipe.stages import Stage
+from sparsecraft.recipe.typed import read
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A method: edits of the model and stages of training."""
+
+    name: str
+    title: str
+    paper: str
+    """Where the method was published."""
+    variant: str = "paper"
+    exact_at_start: bool
+    """The claim that the converted model computes the dense model's function."""
+    base_quantization: Literal["nf4"] | None = None
+    others: Literal["base", "mean"] = "base"
+    """Where experts come from several dense models: what all other tensors are, those of the
+    model that is converted, or the mean of the sources'. The network beside which experts stand
+    is the converted model's own."""
+    expansion: ExpansionSpec | None = None
+    """How several dense models give more experts than they are; None: each gives as many."""
+    edits: tuple[Edit, ...]
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        if not self.edits or not self.stages:
+            missing = "stages" if self.edits else "edits"
+            raise RecipeError(f"Recipe {self.name!r} has no {missing}; at least one is needed.")
+        if self.expansion is not None:
+            read(ExpansionSpec, dataclasses.asdict(self.expansion), "expansion")
+        routers = [edit.router for edit in self.edits if edit.router]
+        encoders = {(r.encoder, r.sentence_dim) for r in routers if r.decides == "sentence"}
+        if len(encoders) > 1:
+            raise RecipeError(
+                f"The routers of recipe {self.name!r} read sentences by several encoders, "
+                f"{sorted(encoders)}; give them all the same encoder and sentence_dim."
+            )
+
+
+def check_variant(variant: str, known: tuple[str, ...]) -> None:
+    """Refuse a variant that a recipe does not have, naming the nearest."""
+    if variant not in known:
+        raise RecipeError(f"Unknown variant {variant!r}." + did_you_mean(variant, known))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpansionSpec:
+    """Experts beyond the sources, each mixed from two (UpIT):
+    see `sparsecraft.conversion.sources.expansion`."""
+
+    parents: Literal["least_similar", "random"] = "least_similar"
+    """The two whose changes to the base have the lowest cosine, or any two; those that were mixed
+    before are among them."""
+    drop: float = 0.5
+    """Share of each parent's changes that is dropped; what stays is divided by 1 - drop (DARE)."""
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.drop) and 0 <= self.drop < 1):
+            raise RecipeError(f"drop is {self.drop!r}; it must be at least 0 and less than 1.")

@@ -1,0 +1,88 @@
+"""One planned edit -> its layer: experts from the dense module, and a router."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from sparsecraft.dense.donors import FFN, Attention, Donor
+from sparsecraft.dense.tokens import is_causal, reads
+from sparsecraft.errors import SurgeryError
+from sparsecraft.moe.experts.base import Experts
+from sparsecraft.moe.experts.build import build_experts
+from sparsecraft.moe.experts.split import SplitExperts
+from sparsecraft.moe.init.banks import partition_of_weights
+from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.routers.build import build_router
+from sparsecraft.moe.routers.gate import Gate
+from sparsecraft.surgery.plan import PlannedEdit
+
+
+def build_layer(
+    model: nn.Module,
+    item: PlannedEdit,
+    *,
+    number: int = 0,
+    device: torch.device | str | None = None,
+) -> MoELayer:
+    """The layer for one planned edit, without its base, on the donor's device unless told.
+
+    Args:
+        number: of the layer, so that random partitions differ, and the first may be soft.
+    """
+    edit, site = item.edit, item.site
+    experts, router = build_parts(model, item, number=number, device=device)
+    layer = MoELayer(edit.place, experts, router, rows=site.rows, modality=edit.modality)
+    layer.causal = is_causal(model, site.path)
+    layer.reads = reads(model, site.path)
+    return layer
+
+
+def build_parts(
+    model: nn.Module,
+    item: PlannedEdit,
+    *,
+    number: int = 0,
+    device: torch.device | str | None = None,
+) -> tuple[Experts, nn.Module | None]:
+    """The experts and the router of one planned edit; see `build_layer`."""
+    edit, donor, site = item.edit, item.donor, item.site
+    reference = reference_tensor(donor)
+    device = reference.device if device is None else device
+    # Quantized donors hold integers; their tokens arrive in the model's floating dtype.
+    dtype = reference.dtype if reference.is_floating_point() else model.dtype
+    experts = build_experts(edit.experts, donor, site, edit.place, device=device, dtype=dtype)
+    router = None
+    if isinstance(experts, SplitExperts):
+        if not experts.down.is_meta:
+            experts.arrange(partition_of_weights(experts, number))
+        router = edit.router and Gate(edit.router, experts)
+    elif edit.router is not None:
+        width, count, spec = router_width(model, item), edit.experts.num_experts, edit.router
+        if spec.soft_first and number == 0:
+            spec = replace(spec, select="soft", top_k=None)
+        router = build_router(spec, width, count, device=device, dtype=dtype)
+    return experts, router
+
+
+def router_width(model: nn.Module, item: PlannedEdit) -> int:
+    """Features of what the router scores."""
+    router, donor = item.edit.router, item.donor
+    if router.decides == "sentence":
+        return router.sentence_dim
+    if router.decides == "head":
+        if not item.site.head_dim:
+            raise SurgeryError(
+                f"The attention at {item.site.owner!r} does not say how wide its heads are; use "
+                "decides='token'."
+            )
+        return item.site.head_dim
+    return donor.out_features if router.reads == "output" else donor.in_features
+
+
+def reference_tensor(donor: Donor) -> Tensor:
+    if isinstance(donor, Attention):
+        return donor.query.weight
+    return (donor.down if isinstance(donor, FFN) else donor).module.weight

@@ -1,0 +1,80 @@
+"""apply(): put the planned layers into a model."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import nn
+
+from sparsecraft.dense.sites import FFNSpan
+from sparsecraft.errors import RecipeError
+from sparsecraft.moe.context import Batch, asks_for_batch, attach
+from sparsecraft.moe.layer import MoELayer
+from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.surgery.budget import run
+from sparsecraft.surgery.build import build_layer, reference_tensor
+from sparsecraft.surgery.plan import PlannedEdit
+from sparsecraft.surgery.record import Conversion
+from sparsecraft.surgery.trainable import set_trainable
+
+
+def apply(
+    model: nn.Module, recipe: Recipe, edits: list[PlannedEdit], *, on_meta: bool = False
+) -> Conversion:
+    """Install the planned layers in place and freeze what the first stage does not train.
+
+    Args:
+        on_meta: leave the new tensors without memory, for a loader that brings their values.
+    """
+    check_quantization(model, recipe)
+    trainable = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
+    record = Conversion(recipe, edits, trainable=trainable)
+    # All layers are built before the first change, so that a failure leaves the model whole.
+    device = "meta" if on_meta else None
+    record.layers = [
+        build_layer(model, item, number=number, device=device) for number, item in enumerate(edits)
+    ]
+    record.devices = [reference_tensor(item.donor).device for item in edits]
+    model.sparsecraft = record
+    for item, layer in zip(edits, record.layers, strict=True):
+        _install(model, item, layer, record.dense)
+    run(model, "every")  # until a stage has made their routers
+    from sparsecraft.checkpoint.pretrained import save_pretrained
+
+    model.save_pretrained = functools.partial(save_pretrained, model)
+    if any(asks_for_batch(item.edit) for item in edits):
+        batch = Batch()
+        record.hooks = attach(model, batch)
+        for layer in record.layers:
+            layer.batch = batch
+    set_trainable(model, recipe.stages[0].trains)
+    return record
+
+
+def check_quantization(model: nn.Module, recipe: Recipe) -> None:
+    found = "nf4" if getattr(model, "is_loaded_in_4bit", False) else None
+    if recipe.base_quantization != found:
+        raise RecipeError(
+            f"Recipe {recipe.name!r} asks for base_quantization={recipe.base_quantization!r} and "
+            f"the model was loaded with {found!r}; load it with "
+            f"sparsecraft.dense.hub.load_dense(name, quantize={recipe.base_quantization!r})."
+        )
+
+
+def _install(
+    model: nn.Module, item: PlannedEdit, layer: MoELayer, dense: dict[str, nn.Module]
+) -> None:
+    site = item.site
+    training = model.get_submodule(site.path).training
+    base = FFNSpan(model, site) if site.spans_siblings else model.get_submodule(site.path)
+    if item.edit.place != "replace":
+        layer.base = base
+    layer.train(training)
+    if site.spans_siblings:
+        for path in base.paths.values():
+            dense[path] = dense.get(path, model.get_submodule(path))
+            model.set_submodule(path, nn.Identity())
+        base.train(training)
+    else:
+        dense[site.path] = dense.get(site.path, base)
+    model.set_submodule(site.path, layer)

@@ -1,0 +1,107 @@
+"""plan(): every edit on the untouched model, and what cannot be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from sparsecraft.dense.donors import Donor, view
+from sparsecraft.dense.sites import Site, find_sites
+from sparsecraft.dense.tokens import is_causal, reads
+from sparsecraft.errors import SurgeryError
+from sparsecraft.recipe.edits import Edit
+from sparsecraft.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedEdit:
+    """One edit at one site, with the view of the dense module taken before any change."""
+
+    site: Site
+    edit: Edit
+    donor: Donor
+
+    @property
+    def claim(self) -> tuple:
+        """What no two edits of a recipe may share: edits can share a module where each has rows
+        or tokens of its own."""
+        return self.site.members, self.site.rows, self.edit.modality
+
+
+def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
+    """Every edit of `recipe` at every site of the untouched `model`, inner sites first.
+
+    Raises:
+        DonorError: the model's family has no feed-forward network that we can read.
+        SurgeryError: no site matches an edit, two edits claim one site, or an edit lies inside a
+            module that another edit replaces.
+        RecipeError: an unknown component, or a model that is quantized differently.
+    """
+    planned = [
+        PlannedEdit(site, edit, view(model, site))
+        for edit in recipe.edits
+        for site in find_sites(model, edit.site, edit.paths)
+    ]
+    claims: dict[tuple, PlannedEdit] = {}
+    for item in planned:
+        other = claims.setdefault(item.claim, item)
+        if other is not item:
+            raise SurgeryError(
+                f"Two edits of recipe {recipe.name!r} claim {item.site.path!r}: "
+                f"{other.edit.experts.kind} experts {other.edit.place} it and "
+                f"{item.edit.experts.kind} experts {item.edit.place} it."
+            )
+    for outer in planned:
+        for inner in planned:
+            if outer.site.contains(inner.site):
+                _check_nesting(outer, inner)
+    for item in planned:
+        if item.site.rows and item.edit.place == "before":
+            raise SurgeryError(
+                f"{item.site.path!r} is one projection for several, and experts before it would "
+                f"change what all of them read, not the {item.site.kind} alone; use place='after'."
+            )
+        _check_causality(model, item)
+        _check_modality(model, item)
+    # A site inside another one has the deeper path, except where the outer one spans siblings.
+    return sorted(
+        planned, key=lambda p: sum(other.site.contains(p.site) for other in planned), reverse=True
+    )
+
+
+def _check_nesting(outer: PlannedEdit, inner: PlannedEdit) -> None:
+    """Refuse an edit inside a module that goes away, or whose parts another edit needs apart."""
+    at = f"The edit at {inner.site.path!r} ({inner.edit.experts.kind} experts) lies inside"
+    if outer.edit.place == "replace":
+        raise SurgeryError(
+            f"{at} {outer.site.path!r}, which another edit replaces by "
+            f"{outer.edit.experts.kind} experts."
+        )
+    if outer.edit.place == "inside" and inner.site.chain:
+        raise SurgeryError(
+            f"{at} {outer.site.path!r}, whose first Linear and activation the "
+            f"{outer.edit.experts.kind} experts need apart; use site='activation'."
+        )
+
+
+def _check_causality(model: nn.Module, item: PlannedEdit) -> None:
+    """Refuse a router that would show a token of a decoder what comes after it."""
+    router = item.edit.router
+    if router and router.decides == "sequence" and is_causal(model, item.site.path):
+        raise SurgeryError(
+            f"A router that decides for the sequence reads the mean of its tokens, and at "
+            f"{item.site.path!r} of {type(model).__name__} that would show a token what comes "
+            "after it; use decides='token' or 'sentence', or paths='encoder.*'."
+        )
+
+
+def _check_modality(model: nn.Module, item: PlannedEdit) -> None:
+    """Refuse to tell text from images where a tower reads images, or sound, alone."""
+    if item.edit.modality and reads(model, item.site.path) == "tower":
+        raise SurgeryError(
+            f"An edit for {item.edit.modality} tokens reaches {item.site.path!r} of "
+            f"{type(model).__name__}, which reads images or sound alone, and mm_token_type_ids "
+            "tells of the text model's tokens; give paths without it, such as "
+            "'*language_model*', or leave out the modality there."
+        )

@@ -1,0 +1,161 @@
+"""What a training run does with what was left open: the user's values, the recipe's, a CPU's."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsecraft.checkpoint.space import require
+from sparsecraft.data.prepare import TASK_OF_MODEL
+from sparsecraft.dense.loading import task_of as model_task
+from sparsecraft.dense.tokens import positions_of
+from sparsecraft.errors import SparsecraftError, did_you_mean
+from sparsecraft.moe import cost
+from sparsecraft.moe.names import dense_name
+from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.recipe.stages import Stage
+from sparsecraft.training.arguments import on_cpu
+from sparsecraft.training.options import TrainOptions
+
+log = logging.getLogger("sparsecraft")
+
+
+# On a CPU the papers' batches would take hours a step.
+CPU_BATCH_SIZE, CPU_MAX_LENGTH = 8, 512
+
+
+CPU_FIT_TOKENS = 16_384
+
+
+MICRO_BATCH_TOKENS = 16_384
+
+
+def read(options: dict[str, Any]) -> TrainOptions:
+    """The options of a run, checked."""
+    known = {field.name for field in dataclasses.fields(TrainOptions)}
+    for name in options:
+        if name not in known:
+            raise SparsecraftError(f"train has no option {name!r}." + did_you_mean(name, known))
+    asked = TrainOptions(**options)
+    whole = (
+        "steps",
+        "batch_size",
+        "micro_batch",
+        "max_length",
+        "save_every",
+        "log_every",
+        "fit_tokens",
+    )
+    for name in (*whole, "epochs", "learning_rate", "router_learning_rate"):
+        value = getattr(asked, name)
+        kinds = int if name in whole else (int, float)
+        if value is not None and not (isinstance(value, kinds) and 0 < value < math.inf):
+            raise SparsecraftError(
+                f"{name} is {value!r}; it must be a positive "
+                f"{'whole number' if name in whole else 'number'}."
+            )
+    if not isinstance(asked.seed, int) or asked.seed < 0:
+        raise SparsecraftError(f"seed is {asked.seed!r}; it must be a whole number from 0.")
+    if isinstance(asked.trackers, str):
+        asked = dataclasses.replace(asked, trackers=(asked.trackers,))
+    return asked
+
+
+def fill(model: nn.Module, stage: Stage, asked: TrainOptions) -> TrainOptions:
+    """The user's values, and the recipe's for what was left open."""
+    longest = positions_of(model)
+    length = CPU_MAX_LENGTH if on_cpu() else stage.max_length
+    defaults = {
+        "batch_size": CPU_BATCH_SIZE if on_cpu() else stage.batch_size,
+        "max_length": min(length, longest) if longest else length,
+        "learning_rate": stage.learning_rate,
+        "schedule": stage.schedule,
+        "epochs": 1.0 if stage.epochs is None else stage.epochs,
+    }
+    if on_cpu() and (asked.batch_size is None or asked.max_length is None):
+        log.info(
+            f"On a CPU, unless told: {CPU_BATCH_SIZE} sequences of up to {CPU_MAX_LENGTH} tokens "
+            f"a step; the recipe says {stage.batch_size} of {stage.max_length}."
+        )
+    filled = {key: value for key, value in defaults.items() if getattr(asked, key) is None}
+    settings = dataclasses.replace(asked, **filled)
+    router = settings.router_learning_rate
+    if router is None and asked.learning_rate is None:
+        router = stage.router_learning_rate
+    fits = max(1, MICRO_BATCH_TOKENS // settings.max_length)
+    if longest and settings.max_length > longest:
+        raise SparsecraftError(
+            f"max_length is {settings.max_length} and the model has {longest} positions."
+        )
+    return dataclasses.replace(
+        settings,
+        packing=settings.packing and task_of(model) == "causal",
+        router_learning_rate=settings.learning_rate if router is None else router,
+        micro_batch=settings.micro_batch or min(settings.batch_size, fits),
+    )
+
+
+def task_of(model: nn.Module) -> str:
+    """What a model is trained for: causal, seq2seq or classification."""
+    task = model_task(model)
+    if task in TASK_OF_MODEL:
+        return task
+    raise SparsecraftError(
+        f"{type(model).__name__} is an {task} model without a training objective here; use a "
+        "...ForCausalLM, ...ForConditionalGeneration or ...ForSequenceClassification model."
+    )
+
+
+def stages_of(recipe: Recipe, asked: tuple[str, ...]) -> list[tuple[int, Stage]]:
+    """The stages to run, with their numbers; all of them unless some are named.
+
+    Raises:
+        SparsecraftError: no stage has that name.
+    """
+    names = [stage.name for stage in recipe.stages]
+    for name in asked:
+        if name not in names:
+            raise SparsecraftError(
+                f"Recipe {recipe.name!r} has no stage {name!r}." + did_you_mean(name, names)
+            )
+    return [(n, s) for n, s in enumerate(recipe.stages) if not asked or s.name in asked]
+
+
+def fit_tokens(stage: Stage, settings: TrainOptions) -> int:
+    """Inputs of each network that a stage captures."""
+    if settings.fit_tokens is not None:
+        return settings.fit_tokens
+    if on_cpu() and stage.fit.tokens > CPU_FIT_TOKENS:
+        log.info(
+            f"On a CPU, unless told: routers are fitted to {CPU_FIT_TOKENS} tokens; the recipe "
+            f"says {stage.fit.tokens} (--fit-tokens)."
+        )
+        return CPU_FIT_TOKENS
+    return stage.fit.tokens
+
+
+def needs(model: nn.Module, settings: TrainOptions, out: Path) -> str:
+    """One line about memory and disk: weights, gradients, two AdamW moments, activations."""
+    counted = cost.count(model)
+    config = model.config.get_text_config()
+    tokens = settings.micro_batch * settings.max_length
+    layers = getattr(config, "num_hidden_layers", 12)
+    hidden = getattr(config, "hidden_size", 768)
+    activations = 34 * tokens * hidden * layers * 4
+    memory = 12 * counted.trainable + activations
+    new = sum(
+        p.numel() * p.element_size()
+        for n, p in model.named_parameters()
+        if p.requires_grad or dense_name(model, n) is None
+    )
+    states = 3 * new  # weights and two moments, for resume
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    free = None if on_cpu() else torch.cuda.mem_get_info(rank)[0]
+    return require(out, disk=new + states, memory=memory, task="Training", free_memory=free)

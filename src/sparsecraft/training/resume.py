@@ -1,0 +1,138 @@
+"""The state of an interrupted training run: is it complete, and is it of the same run?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import xxhash
+from datasets import Dataset
+from torch import nn
+
+from sparsecraft.checkpoint.jsonfile import json_digest, read_json, write_json
+from sparsecraft.dense.digests import combine
+from sparsecraft.errors import SparsecraftError
+from sparsecraft.recipe.formats import to_json
+from sparsecraft.surgery.record import conversion_of
+from sparsecraft.training.options import TrainOptions
+
+RUN_RECORD = "run.json"
+
+
+# A state is written in this order, the last file at the end.
+STATE_FILES = ("moe.safetensors", "digest", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+# What may differ between a run and its continuation: how it is shown and kept.
+FREE = ("save_every", "log_every", "trackers", "progress", "fit_tokens")
+
+
+def last_state(folder: Path) -> Path | None:
+    """The newest complete training state in a stage's folder; a partial one is passed over."""
+    numbered = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    states = sorted(numbered, key=lambda p: int(p.name.rpartition("-")[2]))
+    return next((state for state in reversed(states) if _complete(state)), None)
+
+
+def check_folder(folder: Path, resume: bool, stages: tuple[str, ...] = ()) -> None:
+    """Refuse to resume where there is nothing, and to start over what was interrupted."""
+    states = [s for s in folder.glob("*") if s.is_dir() and last_state(s)]
+    if resume and not states:
+        raise SparsecraftError(
+            f"There is nothing to resume: {folder} holds no complete training state. "
+            "Train without resume, with save_every for states to come back to."
+        )
+    if resume:
+        _check_stages(folder, stages)
+    if not resume and states:
+        raise SparsecraftError(
+            f"{folder} holds the state of an interrupted run; resume it, or delete the folder."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise SparsecraftError(f"{folder} is a file; training keeps its state there. Move it away.")
+
+
+def _check_stages(folder: Path, stages: tuple[str, ...]) -> None:
+    """Refuse to go on with other stages than the interrupted run was asked for.
+
+    Raises:
+        SparsecraftError: they are others; nothing of its state is lost.
+    """
+    for path in folder.glob(f"*/{RUN_RECORD}"):
+        before = read_json(path).get("stages", [])
+        if before != list(stages):
+            asked = f"--stages {' '.join(before)}" if before else "all stages, without --stages"
+            raise SparsecraftError(
+                f"The interrupted run in {folder} was asked for {asked}; resume it so, or delete "
+                "the folder and start anew."
+            )
+
+
+def _complete(state: Path) -> bool:
+    if not all((state / name).is_file() for name in STATE_FILES) or not [*state.glob("rng_state*")]:
+        return False
+    try:
+        json.loads((state / "trainer_state.json").read_text())
+    except ValueError:
+        return False
+    return True
+
+
+def describe(
+    model: nn.Module, settings: TrainOptions, rows: Dataset, processes: int
+) -> dict[str, Any]:
+    """What makes a run this run: recipe, settings, data, dense model, experts that came later,
+    processes.
+
+    The tensors that train are not compared: a state brings them all.
+    """
+    kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
+    record = conversion_of(model)
+    return {
+        "recipe": json_digest(to_json(record.recipe)),
+        **json.loads(json.dumps(kept)),
+        "data": _rows_digest(rows),
+        "dense model": combine({name: hash for name, (_, hash) in record.digests.items()}),
+        "processes": processes,
+        "extensions": [
+            {key: entry.get(key) for key in ("expert", "digest", "mixed", "rows", "removed")}
+            for entry in record.report.get("extensions", [])
+        ],
+    }
+
+
+def _rows_digest(rows: Dataset) -> str:
+    """One hash over all token ids and labels, in order, without a Python object for each."""
+    state = xxhash.xxh3_128()
+    for table in rows.with_format("arrow").iter(batch_size=1000):
+        for name in ("input_ids", "labels"):
+            column = table.column(name).combine_chunks()
+            if pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):
+                state.update(column.value_lengths().to_numpy(zero_copy_only=False))
+                column = column.flatten()
+            state.update(column.to_numpy(zero_copy_only=False))
+    return f"xxh3_128:{state.hexdigest()}"
+
+
+def check_same_run(folder: Path, run: dict[str, Any], resume: bool) -> None:
+    """Compare with the interrupted run, or write down this one.
+
+    Raises:
+        SparsecraftError: the continuation would not be of the same run; the field is named.
+    """
+    path = folder / RUN_RECORD
+    if not resume or not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, run)
+        return
+    before = read_json(path)
+    for key, value in run.items():
+        if before.get(key) != value:
+            shown = "" if key in ("recipe", "data", "dense model") else f": {before.get(key)!r}"
+            raise SparsecraftError(
+                f"The interrupted run in {folder} had another {key}{shown}; resume with the same "
+                "arguments, or delete the folder and start anew."
+            )

@@ -1,0 +1,99 @@
+"""A split model before, in and after a stage: its activation, and how many of its experts run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from sparsecraft.errors import SparsecraftError
+from sparsecraft.moe.experts.split import is_relu
+from sparsecraft.recipe.stages import Stage
+from sparsecraft.surgery.budget import (
+    imitate,
+    is_untrained,
+    rectify,
+    run,
+    set_budget,
+    split_layers,
+    unmade,
+    untrained,
+)
+
+
+def begin_stage(model: nn.Module, stage: Stage) -> None:
+    """Let split networks run as a stage of training needs them.
+
+    Raises:
+        SparsecraftError: the stage is to train by routers that have not been made.
+    """
+    if not split_layers(model):
+        return
+    if stage.activation == "relu":
+        rectify(model)
+        model.sparsecraft.running.rectified = True
+    if stage.fit is not None:
+        _check_rectified(model, stage)
+        return  # it looks at the whole networks itself
+    if stage.runs == "sparse":
+        if untrained(model):
+            missing = " ".join(unmade(model.sparsecraft.recipe, model.sparsecraft.running))
+            raise SparsecraftError(
+                f"Stage {stage.name!r} trains by routers that are made before it; run that first "
+                f"(--stages {missing} {stage.name})."
+            )
+        set_budget(model, None)  # not that of an earlier budget
+    run(model, stage.runs)
+
+
+def _check_rectified(model: nn.Module, stage: Stage) -> None:
+    """Refuse to fit routers to a network that an earlier stage is to give ReLU, and has not."""
+    record = model.sparsecraft
+    names = [other.name for other in record.recipe.stages]
+    earlier = record.recipe.stages[: names.index(stage.name)]
+    missing = [other.name for other in earlier if other.activation == "relu"]
+    banks = [layer.experts for layer in split_layers(model).values() if layer.place == "replace"]
+    if missing and stage.fit.what == "routers" and not all(is_relu(b.activation) for b in banks):
+        raise SparsecraftError(
+            f"Stage {stage.name!r} fits routers for networks with ReLU, and stage {missing[0]!r}, "
+            f"which puts it in, has not run; run both (--stages {missing[0]} {stage.name}), or "
+            "convert by a recipe that keeps the activation, such as gmoefication."
+        )
+
+
+def end_stage(model: nn.Module, stage: Stage) -> None:
+    """Note that a stage is through; once routers are made, the recipe's rule is in force."""
+    if not split_layers(model):
+        return
+    record = model.sparsecraft
+    if stage.fit is not None and stage.fit.what == "imitations":
+        imitate(model)
+        record.running.imitates = True
+    names = [other.name for other in record.recipe.stages]
+    # What came after it was made from what it has changed.
+    before = names[: names.index(stage.name)]
+    record.running.stages = [n for n in record.running.stages if n in before] + [stage.name]
+    record.running.calibration.clear()  # thresholds of other weights
+    set_budget(model, 1.0 if is_untrained(record.recipe, record.running) else None)
+
+
+@contextmanager
+def staged(model: nn.Module, stage: Stage) -> Iterator[None]:
+    """One stage of training; if it fails, the model runs as it did before."""
+    gates = [layer.router for layer in split_layers(model).values()]
+    before = [(gate, gate.runs, gate.k, gate.share, gate.threshold) for gate in gates]
+    training, running = model.training, model.sparsecraft.running
+    rectified, budget = running.rectified, running.budget
+    try:
+        begin_stage(model, stage)
+        yield
+    except BaseException:
+        if running.rectified and not rectified:
+            rectify(model, undo=True)
+        running.rectified, running.budget = rectified, budget
+        for gate, *state in before:
+            gate.runs, gate.k, gate.share, gate.threshold = state
+        model.train(training)
+        raise
+    end_stage(model, stage)
