@@ -1,7 +1,13 @@
-"""A PEFT folder of ours: its tensors, by PEFT's names, and the model that they make."""
+"""A PEFT folder of ours, read without PEFT: a recipe, a base, and tensors by PEFT's names.
+
+adapter_config.json           the recipe, the base's name and revision
+adapter_model.safetensors     the tensors of the adapter, and nothing else
+sparsecraft_export.json       only where `sc.export` wrote the folder: the base's fingerprint
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +19,112 @@ from sparsecraft.checkpoint.adapter_names import HELD, WRAPPED, check_complete, 
 from sparsecraft.checkpoint.base import find_base
 from sparsecraft.checkpoint.folder import EXPORT_RECORD
 from sparsecraft.checkpoint.jsonfile import read_json
+from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.checkpoint.tensors import ADAPTER
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.origin import Origin
-from sparsecraft.errors import CheckpointError
-from sparsecraft.interop.peft.configs import CONFIGS
+from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.moe.names import dense_tensors
-from sparsecraft.recipe.formats import from_json
+from sparsecraft.recipe.formats import from_json, to_json
 from sparsecraft.recipe.overrides import override as override_recipe
+from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.install import apply
 from sparsecraft.surgery.plan import plan
 from sparsecraft.surgery.record import conversion_of
 
 WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterType:
+    """One of our types of PEFT adapters.
+
+    Attributes:
+        method: the only recipe that it holds; None for any.
+        fields: field of adapter_config.json -> the argument of the recipe's function, and where
+            the recipe keeps the value.
+    """
+
+    method: str | None = None
+    fields: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def check_fields(self, recipe: Recipe, given: dict[str, Any]) -> None:
+        """Refuse fields that do not say what the recipe says.
+
+        Raises:
+            RecipeError: a field has another value, or the recipe keeps no such value.
+        """
+        for name, found in self.values(recipe).items():
+            if given.get(name) not in (None, found):
+                raise RecipeError(
+                    f"{name} is {given[name]!r} and the recipe beside it has {found!r}; make a new "
+                    "configuration instead of changing one of them."
+                )
+
+    def values(self, recipe: Recipe) -> dict[str, Any]:
+        """What a recipe says in the fields of its type."""
+        data = to_json(recipe)
+        return {name: _at(data, path) for name, (_, path) in self.fields.items()}
+
+
+def _at(recipe: dict[str, Any], path: str) -> Any:
+    """The value at a dotted path of a recipe's JSON; 0 where PESC's recipe has no LoRA.
+
+    Raises:
+        RecipeError: the recipe was made by hand and keeps no such value.
+    """
+    if path.startswith("edits.1.") and len(recipe["edits"]) == 1:
+        return 0
+    data: Any = recipe
+    try:
+        for key in path.split("."):
+            data = data[int(key)] if isinstance(data, (list, tuple)) else data[key]
+    except (KeyError, IndexError, TypeError):
+        raise RecipeError(
+            f"This {recipe['name']!r} recipe has no {path}, which its own configuration names; "
+            "use SparsecraftConfig(recipe=...)."
+        ) from None
+    return data
+
+
+ADAPTER_TYPES = {
+    "SPARSECRAFT": AdapterType(),
+    "PESC": AdapterType(
+        "camelidae",
+        {
+            "num_experts": ("num_experts", "edits.0.experts.num_experts"),
+            "top_k": ("top_k", "edits.0.router.top_k"),
+            "adapter_dim": ("adapter_dim", "edits.0.experts.dim"),
+            "lora_r": ("lora_rank", "edits.1.experts.rank"),
+            "lora_alpha": ("lora_alpha", "edits.1.experts.alpha"),
+            "adapter_scale": ("adapter_scale", "edits.0.experts.scale"),
+            "dropout": ("dropout", "edits.0.experts.dropout"),
+            "paths": ("paths", "edits.0.paths"),
+        },
+    ),
+    "MOV": AdapterType(
+        "mov",
+        {
+            "num_experts": ("num_experts", "edits.0.experts.num_experts"),
+            "top_k": ("top_k", "edits.0.router.top_k"),
+            "variant": ("variant", "variant"),
+            "paths": ("paths", "edits.0.paths"),
+        },
+    ),
+    "MOLORA": AdapterType(
+        "molora",
+        {
+            "num_experts": ("num_experts", "edits.0.experts.num_experts"),
+            "r": ("rank", "edits.0.experts.rank"),
+            "lora_alpha": ("alpha", "edits.0.experts.alpha"),
+            "top_k": ("top_k", "edits.0.router.top_k"),
+            "variant": ("variant", "variant"),
+            "dropout": ("dropout", "edits.0.experts.dropout"),
+            "paths": ("paths", "edits.0.paths"),
+        },
+    ),
+}
 
 
 def load_adapter(
@@ -44,13 +142,7 @@ def load_adapter(
             tensors are not those of its recipe.
     """
     config = read_json(folder / ADAPTER)
-    kinds = [config_class.TYPE for config_class in CONFIGS]
-    if config.get("peft_type") not in kinds:
-        raise CheckpointError(
-            f"{folder} holds an adapter of type {config.get('peft_type')!r}, and sparsecraft reads "
-            f"{', '.join(kinds)}; use peft.PeftModel.from_pretrained."
-        )
-    recipe = override_recipe(from_json(config["recipe"]), override or {})
+    recipe = override_recipe(_recipe(folder, config), override or {})
     origin, saved_dtype = _base(folder, config, base)
     model = hub.load_dense(
         str(origin.folder),
@@ -67,7 +159,24 @@ def load_adapter(
     record.origin, record.revision = origin.name, origin.revision
     record.base_card = (origin.name, hub.license_of(origin.folder))
     _read_tensors(model, folder / WEIGHTS, dtype)
+    writes_ours(model)
     return model.eval()
+
+
+def _recipe(folder: Path, config: dict[str, Any]) -> Recipe:
+    """The recipe that adapter_config.json holds, whose other fields must say the same."""
+    kind = config.get("peft_type")
+    if kind not in ADAPTER_TYPES:
+        raise CheckpointError(
+            f"{folder} holds an adapter of type {kind!r}, and sparsecraft reads "
+            f"{', '.join(ADAPTER_TYPES)}; use peft.PeftModel.from_pretrained."
+        )
+    recipe = from_json(config["recipe"])
+    try:
+        ADAPTER_TYPES[kind].check_fields(recipe, config)
+    except RecipeError as error:
+        raise CheckpointError(f"{folder / ADAPTER} was edited: {error}") from None
+    return recipe
 
 
 def _base(

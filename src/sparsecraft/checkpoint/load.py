@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from sparsecraft.checkpoint.adapter import load_adapter
 from sparsecraft.checkpoint.base import find_base
 from sparsecraft.checkpoint.folder import MANIFEST
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json
 from sparsecraft.checkpoint.manifest import base_config, read_manifest
+from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.checkpoint.tensors import ADAPTER, WEIGHTS, read_tensors
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
@@ -50,8 +52,6 @@ def load(
     """
     folder, dtype = Path(folder), _dtype(dtype)
     if (folder / ADAPTER).is_file() and not (folder / MANIFEST).is_file():
-        from sparsecraft.checkpoint.adapter import load_adapter  # PEFT costs seconds to import
-
         return load_adapter(folder, base, dtype, device_map, override, **kwargs)
     manifest = read_manifest(folder)
     recipe = override_recipe(from_json(manifest["recipe"]), override or {})
@@ -86,6 +86,7 @@ def load(
         # Not model.to(dtype): that would round the rotary frequencies, which are not saved.
         for tensor in unique_tensors(model).values():
             tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+    writes_ours(model)
     return model.eval()
 
 

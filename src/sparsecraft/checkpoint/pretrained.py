@@ -1,7 +1,13 @@
-"""save_pretrained of a converted model, which writes our checkpoint."""
+"""save_pretrained of a converted model, which writes our checkpoint.
+
+transformers' own would write a configuration of the dense model and tensors that it does not know:
+a folder that loads with random experts and a warning. Whatever hands a converted model to its
+user calls `writes_ours`.
+"""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +16,11 @@ from torch import nn
 from sparsecraft.checkpoint.folder import COMPANIONS
 from sparsecraft.checkpoint.save import save
 from sparsecraft.errors import SparsecraftError
+
+
+def writes_ours(model: nn.Module) -> None:
+    """Let `model.save_pretrained`, and all that calls it, write our checkpoint."""
+    model.save_pretrained = functools.partial(save_pretrained, model)
 
 
 def save_pretrained(model: nn.Module, save_directory: str | Path, **kwargs: Any) -> None:

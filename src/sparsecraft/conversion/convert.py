@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.conversion.domains.router_starts import find_starts
 from sparsecraft.conversion.sources.expansion import Child, expand
 from sparsecraft.conversion.sources.gather import gather, opened
@@ -122,6 +123,7 @@ def convert(
         children=children,
     )
     record.report = {"conversion": report.to_dict()}
+    writes_ours(model)
     return report
 
 

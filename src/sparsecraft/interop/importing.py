@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from sparsecraft.checkpoint.jsonfile import read_json
+from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.dense import hub
 from sparsecraft.errors import CertificateError, CheckpointError
 from sparsecraft.evaluation.certificate import compare, outputs, random_probe
@@ -73,6 +74,7 @@ def import_moe(source: str | Path, revision: str | None = None) -> nn.Module:
     record = model.sparsecraft
     record.folder = folder.absolute()  # whose tokenizer and license travel
     record.base_card = (str(source), hub.license_of(folder))
+    writes_ours(model)
     return model.eval()
 
 

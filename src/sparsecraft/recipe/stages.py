@@ -19,7 +19,7 @@ class Stage:
     """`experts`, `router`, `others` (all but those two), `model` (all but the routers), `all`, or
     globs over parameter names."""
     losses: dict[str, float] = field(default_factory=dict)
-    """Name in `sparsecraft.moe.losses.LOSSES` -> coefficient."""
+    """Name in `sparsecraft.losses.LOSSES` -> coefficient."""
     loss_schedule: Literal["constant", "linear", "linear_warmup"] = "constant"
     """Of the coefficients: from zero to their value at the end of the stage, or at its middle."""
     runs: Literal["sparse", "every", "soft"] = "sparse"

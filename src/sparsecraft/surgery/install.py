@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 from torch import nn
 
 from sparsecraft.dense.sites import FFNSpan
@@ -39,9 +37,6 @@ def apply(
     for item, layer in zip(edits, record.layers, strict=True):
         _install(model, item, layer, record.dense)
     run(model, "every")  # until a stage has made their routers
-    from sparsecraft.checkpoint.pretrained import save_pretrained
-
-    model.save_pretrained = functools.partial(save_pretrained, model)
     if any(asks_for_batch(item.edit) for item in edits):
         batch = Batch()
         record.hooks = attach(model, batch)
@@ -57,7 +52,7 @@ def check_quantization(model: nn.Module, recipe: Recipe) -> None:
         raise RecipeError(
             f"Recipe {recipe.name!r} asks for base_quantization={recipe.base_quantization!r} and "
             f"the model was loaded with {found!r}; load it with "
-            f"sparsecraft.dense.hub.load_dense(name, quantize={recipe.base_quantization!r})."
+            f"sparsecraft.hub.load_dense(name, quantize={recipe.base_quantization!r})."
         )
 
 

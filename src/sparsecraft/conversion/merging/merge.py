@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sparsecraft.checkpoint.card import copy_companions
 from sparsecraft.checkpoint.folder import EXPORT_RECORD, check_free, replacing
 from sparsecraft.checkpoint.jsonfile import write_json
+from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.checkpoint.save import save
 from sparsecraft.checkpoint.space import require
 from sparsecraft.conversion.merging.change import Change, HeldOut, mean_kl, predicts_classes
@@ -342,6 +343,7 @@ def _install(
         layer.experts.dispatch, layer.imitates = old.experts.dispatch, old.imitates
         layer.train(old.training)
     set_trainable(model, recipe.stages[0].trains)
+    writes_ours(model)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from sparsecraft import recipes
+from sparsecraft.checkpoint.adapter import ADAPTER_TYPES, AdapterType
 from sparsecraft.errors import RecipeError
 from sparsecraft.recipe.formats import from_json, to_json
 from sparsecraft.recipe.recipe import Recipe
@@ -32,10 +33,6 @@ class SparsecraftConfig(PeftConfig):
     modules_to_save: list[str] | None = None
 
     TYPE: ClassVar[str] = "SPARSECRAFT"
-    METHOD: ClassVar[str | None] = None
-    """The recipe function that the fields are arguments of."""
-    FIELDS: ClassVar[dict[str, tuple[str, str]]] = {}
-    """Field -> that function's argument, and where the recipe keeps the value."""
     target_modules: ClassVar[str] = DUMMY_TARGET_MODULES
     """The recipe says where layers stand; PEFT shall match no module by itself."""
 
@@ -47,39 +44,40 @@ class SparsecraftConfig(PeftConfig):
             recipe = json.loads(json.dumps(to_json(recipe)))
         self.recipe = recipe
         self.checked_recipe()
-        for name, (_, path) in self.FIELDS.items():
-            setattr(self, name, _at(self.recipe, path))
+        for name, value in self._type.values(from_json(recipe)).items():
+            setattr(self, name, value)
+
+    @property
+    def _type(self) -> AdapterType:
+        return ADAPTER_TYPES[self.TYPE]
 
     def checked_recipe(self) -> Recipe:
         """The recipe, after a check that the fields still say the same."""
         recipe = from_json(self.recipe)
         if reason := why_no_adapter(recipe):
             raise RecipeError(f"Recipe {recipe.name!r} cannot be a PEFT adapter: {reason}")
-        if self.METHOD not in (None, recipe.name):
+        if self._type.method not in (None, recipe.name):
             raise RecipeError(
-                f"{type(self).__name__} holds recipe {self.METHOD!r}, and was given "
+                f"{type(self).__name__} holds recipe {self._type.method!r}, and was given "
                 f"{recipe.name!r}; use {_holder(recipe).__name__}(recipe=...)."
             )
-        self._check_fields()
+        self._check_fields(recipe)
         return recipe
 
-    def _check_fields(self) -> None:
-        for name, (_, path) in self.FIELDS.items():
-            given, found = getattr(self, name), _at(self.recipe, path)
-            if given is not None and given != found:
-                raise RecipeError(
-                    f"{type(self).__name__} has {name}={given!r} and its recipe has {found!r}; "
-                    "make a new configuration instead of changing one of them."
-                )
+    def _check_fields(self, recipe: Recipe) -> None:
+        try:
+            self._type.check_fields(recipe, vars(self))
+        except RecipeError as error:
+            raise RecipeError(f"{type(self).__name__}: {error}") from None
 
     def _made_from_fields(self) -> Recipe:
-        if self.METHOD is None:
+        if self._type.method is None:
             raise RecipeError(
                 "SparsecraftConfig needs a recipe, such as recipe=sc.recipes.camel(lora_rank=8)."
             )
-        given = {argument: getattr(self, name) for name, (argument, _) in self.FIELDS.items()}
+        given = {argument: getattr(self, name) for name, (argument, _) in self._type.fields.items()}
         given = {argument: value for argument, value in given.items() if value is not None}
-        return getattr(recipes, self.METHOD)(**given)
+        return getattr(recipes, self._type.method)(**given)
 
 
 @dataclass
@@ -109,30 +107,19 @@ class PescConfig(SparsecraftConfig):
     paths: str | None = None
 
     TYPE: ClassVar[str] = "PESC"
-    METHOD: ClassVar[str] = "camelidae"
-    FIELDS: ClassVar[dict[str, tuple[str, str]]] = {
-        "num_experts": ("num_experts", "edits.0.experts.num_experts"),
-        "top_k": ("top_k", "edits.0.router.top_k"),
-        "adapter_dim": ("adapter_dim", "edits.0.experts.dim"),
-        "lora_r": ("lora_rank", "edits.1.experts.rank"),
-        "lora_alpha": ("lora_alpha", "edits.1.experts.alpha"),
-        "adapter_scale": ("adapter_scale", "edits.0.experts.scale"),
-        "dropout": ("dropout", "edits.0.experts.dropout"),
-        "paths": ("paths", "edits.0.paths"),
-    }
 
     def __post_init__(self) -> None:
         if self.recipe is None and self.lora_r is None:
             self.lora_r = 0
         super().__post_init__()
 
-    def _check_fields(self) -> None:
-        if self.lora_alpha and not self.lora_r and len(self.recipe["edits"]) == 1:
+    def _check_fields(self, recipe: Recipe) -> None:
+        if self.lora_alpha and not self.lora_r and len(recipe.edits) == 1:
             raise RecipeError(
                 f"PescConfig has lora_alpha={self.lora_alpha!r} and no LoRA to scale: lora_alpha "
                 "needs lora_r; give both, or neither."
             )
-        super()._check_fields()
+        super()._check_fields(recipe)
 
 
 @dataclass
@@ -154,13 +141,6 @@ class MovConfig(SparsecraftConfig):
     paths: str | None = None
 
     TYPE: ClassVar[str] = "MOV"
-    METHOD: ClassVar[str] = "mov"
-    FIELDS: ClassVar[dict[str, tuple[str, str]]] = {
-        "num_experts": ("num_experts", "edits.0.experts.num_experts"),
-        "top_k": ("top_k", "edits.0.router.top_k"),
-        "variant": ("variant", "variant"),
-        "paths": ("paths", "edits.0.paths"),
-    }
 
 
 @dataclass
@@ -188,16 +168,6 @@ class MoloraConfig(SparsecraftConfig):
     paths: str | None = None
 
     TYPE: ClassVar[str] = "MOLORA"
-    METHOD: ClassVar[str] = "molora"
-    FIELDS: ClassVar[dict[str, tuple[str, str]]] = {
-        "num_experts": ("num_experts", "edits.0.experts.num_experts"),
-        "r": ("rank", "edits.0.experts.rank"),
-        "lora_alpha": ("alpha", "edits.0.experts.alpha"),
-        "top_k": ("top_k", "edits.0.router.top_k"),
-        "variant": ("variant", "variant"),
-        "dropout": ("dropout", "edits.0.experts.dropout"),
-        "paths": ("paths", "edits.0.paths"),
-    }
 
 
 CONFIGS = (SparsecraftConfig, PescConfig, MovConfig, MoloraConfig)
@@ -209,7 +179,7 @@ def config_of(recipe: Recipe) -> SparsecraftConfig:
 
 
 def _holder(recipe: Recipe) -> type[SparsecraftConfig]:
-    own = {config_class.METHOD: config_class for config_class in CONFIGS}
+    own = {ADAPTER_TYPES[config_class.TYPE].method: config_class for config_class in CONFIGS}
     return own.get(recipe.name, SparsecraftConfig)
 
 
@@ -228,23 +198,3 @@ def why_no_adapter(recipe: Recipe) -> str | None:
                 "dense weights of their own, and an adapter only adds to a base that stays."
             )
     return None
-
-
-def _at(recipe: dict[str, Any], path: str) -> Any:
-    """The value at a dotted path of a recipe's JSON; 0 where PESC's recipe has no LoRA.
-
-    Raises:
-        RecipeError: the recipe was made by hand and keeps no such value.
-    """
-    if path.startswith("edits.1.") and len(recipe["edits"]) == 1:
-        return 0
-    data: Any = recipe
-    try:
-        for key in path.split("."):
-            data = data[int(key)] if isinstance(data, list) else data[key]
-    except (KeyError, IndexError, TypeError):
-        raise RecipeError(
-            f"This {recipe['name']!r} recipe has no {path}, which its own configuration names; "
-            "use SparsecraftConfig(recipe=...)."
-        ) from None
-    return data
