@@ -19,9 +19,9 @@ import torch
 import transformers
 
 import sparsecraft as sc
-from reference import splitting
-from reference.papers import camelidae_parameters, lora_parameters
 from sparsecraft.surgery.budget import set_budget, split_layers
+from tests.reference import splitting
+from tests.reference.papers import camelidae_parameters, lora_parameters
 
 VOCAB, D, F, HEADS, KV_HEADS, LAYERS, POSITIONS = 96, 32, 48, 4, 2, 2, 64
 E, K, H, R, G = 4, 2, 16, 4, 2

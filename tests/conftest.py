@@ -10,7 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
-import cases
+from tests import cases
 
 torch.set_num_threads(1)
 

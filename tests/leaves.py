@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 import sparsecraft as sc
-from cases import batch, dense, randomize_new
 from sparsecraft.moe.experts.base import set_dispatch
 from sparsecraft.moe.layer import MoELayer
+from tests.cases import batch, dense, randomize_new
 
 # Roles of `reference/installed.py`.
 ALL = ("query", "key", "value", "output", "gate", "up", "down")

@@ -6,7 +6,7 @@ of the parameters come from `read(path, rows)`, which returns those at one proje
 
 import torch
 
-from reference import mixtures
+from tests.reference import mixtures
 
 # Role -> end of the path, and (start, length) where a matrix holds several projections.
 D, F, KV = 32, 48, 16  # the widths of tests/cases.py; KV where keys are grouped

@@ -7,7 +7,7 @@ is weight (out, in) and bias (out,) or None. Results keep the dtype of their inp
 
 import torch
 
-from reference.papers import softmax, top_k
+from tests.reference.papers import softmax, top_k
 
 
 def linear(x_t, weight, bias):

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from reference.papers import softmax, top_k
+from tests.reference.papers import softmax, top_k
 
 # ------------------------------------------------------------------------------------- the network
 
