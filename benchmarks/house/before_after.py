@@ -64,7 +64,7 @@ def build(hidden: int, recipe, budget: float | None, width: int, device: str):
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16 if device == "cuda" else torch.float32).eval()
+    model = model.to(torch.bfloat16).eval()
     sc.convert(model, recipe, certify=False)
     model.train().eval()  # experts that shared one tensor's memory get their own
     for parameter in model.parameters():  # routers that start at zero choose one expert alone
