@@ -341,7 +341,7 @@ def _install(
             like = getattr(old.experts, name)
             value = value.to(like.device, like.dtype, copy=True)
             setattr(layer.experts, name, nn.Parameter(value))
-        layer.experts.dispatch, layer.imitates = old.experts.dispatch, old.imitates
+        layer.experts.dispatch = old.experts.dispatch
         layer.train(old.training)
     set_trainable(model, recipe.stages[0].trains)
     writes_ours(model)

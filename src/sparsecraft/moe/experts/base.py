@@ -31,6 +31,7 @@ class Experts(nn.Module, ABC):
         dense_tokens: up to this many tokens, `auto` computes all experts at once; small banks
             set it, because fewer launches are worth more there than fewer multiplications.
         whole: the bank takes whole sequences and all that the dense module is called with.
+        imitates: of place `imitate`: the bank has been fitted, and runs instead of the base.
     """
 
     num_experts: int
@@ -41,6 +42,7 @@ class Experts(nn.Module, ABC):
     dense_tokens: int = 0
     whole: bool = False
     records: bool = False
+    imitates: bool = False
 
     @property
     def runs_merged(self) -> bool:
