@@ -24,6 +24,7 @@ from sparsecraft.checkpoint.tensors import ADAPTER
 from sparsecraft.dense import hub
 from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import CheckpointError, RecipeError
+from sparsecraft.moe.names import unique_tensors
 from sparsecraft.recipe.formats import from_json, to_json
 from sparsecraft.recipe.overrides import override as override_recipe
 from sparsecraft.recipe.recipe import Recipe
@@ -199,8 +200,8 @@ def named_tensors(model: nn.Module) -> dict[str, tuple[nn.Module, str, torch.dev
     paths = standing_paths([item.site for item in record.plan])
     found = {}
     for path, layer, device in zip(paths, record.layers, record.devices, strict=True):
-        for part in ("experts", "router"):
-            for name in getattr(getattr(layer, part), "state_dict", dict)():
+        for part, held in (("experts", layer.experts), ("router", layer.router)):
+            for name in unique_tensors(held) if held is not None else ():
                 parent, _, leaf = f"{part}.{name}".rpartition(".")
                 module = layer.get_submodule(parent)
                 found[f"{WRAPPED}{path}.{HELD}.{part}.{name}"] = (module, leaf, device)
