@@ -43,7 +43,7 @@ def count(model: nn.Module) -> Cost:
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     idle, repeated = sum(map(_idle, layers)), sum(map(_repeated, layers))
     total = sum(_numel(p) for p in parameters.values())
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = model.get_input_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
     looked_up = 0 if embedding is None or tied else sum(p.numel() for p in embedding.parameters())
     return Cost(

@@ -108,7 +108,7 @@ def form_of(model: nn.Module) -> Form | str:
     edits = record.recipe.edits
     if reason := next(filter(None, map(_why_not_standard, edits)), None):
         return reason
-    if any((e.experts, e.place, e.router) != _parts(edits[0]) for e in edits):
+    if any(_parts(edit) != _parts(edits[0]) for edit in edits):
         return "its layers differ from each other, and those of a standard architecture are alike."
     if isinstance(reason := attention_of(model.config), str):
         return reason
