@@ -1,5 +1,12 @@
 """Feed-forward experts that share the dense weights and differ by LoRAs (MixLoRA, Li et al. 2024).
 
+    x (T, D) ─┬─ W_gate ─┬─ + ── act ─┐                   each slot k of a token has its own sums,
+              │   L_gate ┘            * ── h_k (F) ──     activation and LoRAs L of its expert; the
+              └─ W_up ───┬─ + ────────┘                   products with W are one for all of them:
+                  L_up ──┘
+
+    y (T, D) = W_down (sum_k w_k h_k) + sum_k w_k L_down,k h_k
+
 Shapes: T tokens, K slots per token, N = T K, E experts, D width, F hidden width.
 """
 

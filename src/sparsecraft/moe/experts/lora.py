@@ -1,4 +1,12 @@
-"""Experts that are LoRAs beside a Linear.
+"""Experts that are LoRAs beside a Linear (LoRA, Hu et al. 2022; MoLORA, Zadouri et al. 2023).
+
+    expert e      x (T, I) ── A_e (r, I) ── z_e (T, r) ── B_e (O, r) ── alpha / r ── (T, O)
+
+    a mixture     x ─┬─ A_1 ── z_1 ── w_1 ─┐
+    is one LoRA      ├─ A_2 ── z_2 ── w_2 ─┼─ [B_1 B_2 ... B_E] ── alpha / r ── y (T, O)
+    of rank E r      └─ A_E ── z_E ── w_E ─┘
+
+A shared A is made once, and z with it (HydraLoRA, Tian et al. 2024).
 
 Shapes: T tokens, E experts, I input features, O output features, r rank.
 """

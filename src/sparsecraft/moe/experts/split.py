@@ -1,4 +1,12 @@
-"""A dense feed-forward network dealt out to experts: the same neurons, in another order.
+"""A dense feed-forward network split into experts: the same neurons, in another order.
+
+    dense    first (G F, D)    ┌ gate ┐ F     down (D, F)
+                               └ up   ┘ F
+
+    split    first (E, G m, D)    ┌ gate_1 ┐ m    ┌ gate_2 ┐      down (E, m, D), neuron-major
+                                  └ up_1   ┘ m    └ up_2   ┘ ...
+
+    y = sum_e w_e (act(gate_e x) * up_e x) down_e + b,    w_e = 1 for every e: the dense network
 
 Any partition keeps the function: F(x) = sum_e E_e(x) + b, with b the bias of the down projection,
 added once (MoEfication, Zhang et al. 2022; D2DMoE, Szatkowski et al. 2024). Weights are stored
