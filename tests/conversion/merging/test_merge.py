@@ -637,7 +637,7 @@ def test_a_network_that_imitates_a_linear_stays():
     model = split("llama", sc.recipes.d2dmoe(E, attention_experts=2, sparsity="none"))
     wanted = logits(model, batch("llama"))
     for layer in model.sparsecraft.layers:
-        layer.imitates = layer.place == "imitate"
+        layer.experts.imitates = layer.place == "imitate"
     refused(model, "imitates a Linear")
     imitated = logits(model, batch("llama"))
     report = sc.merge(model, partial=True)
@@ -648,7 +648,7 @@ def test_a_network_that_imitates_a_linear_stays():
     assert difference(model, "llama", wanted) <= 1e-5
     model = split("llama", sc.recipes.d2dmoe(E, attention_experts=2), relu=True)
     for layer in model.sparsecraft.layers:
-        layer.imitates = layer.place == "imitate"
+        layer.experts.imitates = layer.place == "imitate"
     refused(model, "whole or not at all", partial=True)
 
 

@@ -1170,7 +1170,7 @@ def test_a_stage_that_needs_routers_is_refused_before_they_are_made():
 def test_losses_of_imitations_are_averaged_apart_and_added():
     model = attended("relu_l1").train()
     for layer in model.sparsecraft.layers:
-        layer.imitates = layer.place == "imitate"
+        layer.experts.imitates = layer.place == "imitate"
     with sc.trace(model) as routing:
         model(**batch("llama"))
     groups = {name: model.get_submodule(name).place for name in routing}

@@ -115,7 +115,6 @@ def gather(
 
 
 def _fill(bank: CopiedExperts, donor: FFN | Attention, sources: Sequence[Source]) -> None:
-    bank.materialize()
     if isinstance(bank, FFNExperts) and bank.spec.blend:
         donors = [donor.of(source.tensor) for source in sources]
         for e in range(bank.num_experts):

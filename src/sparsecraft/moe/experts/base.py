@@ -7,7 +7,7 @@ M first-layer features, H hidden features after the activation (M = 2H when gate
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ class Experts(nn.Module, ABC):
         dense_tokens: up to this many tokens, `auto` computes all experts at once; small banks
             set it, because fewer launches are worth more there than fewer multiplications.
         whole: the bank takes whole sequences and all that the dense module is called with.
+        imitates: of place `imitate`: the bank has been fitted, and runs instead of the base.
     """
 
     num_experts: int
@@ -41,6 +42,7 @@ class Experts(nn.Module, ABC):
     dense_tokens: int = 0
     whole: bool = False
     records: bool = False
+    imitates: bool = False
 
     @property
     def runs_merged(self) -> bool:
@@ -71,19 +73,7 @@ class Experts(nn.Module, ABC):
 
 
 class CopiedExperts(Experts):
-    """A bank of copies of the dense module, which start as expanded views of one tensor: they cost
-    no memory until `materialize`, which `train()` calls because an optimizer cannot step a view."""
-
-    def materialize(self) -> None:
-        """Give every copy memory of its own."""
-        for parameter in self.parameters():
-            if parameter.stride(0) == 0:
-                parameter.data = parameter.data.contiguous()
-
-    def train(self, mode: bool = True) -> Self:
-        if mode:
-            self.materialize()
-        return super().train(mode)
+    """A bank of copies of the dense module, each with memory of its own."""
 
     @abstractmethod
     def append(self, donor: Any) -> None:

@@ -26,8 +26,6 @@ from sparsecraft.recipe.experts import FFNSpec
 class FFNExperts(CopiedExperts):
     """E feed-forward networks of the donor's own form (gated or not, with or without biases).
 
-    Shards have memory of their own from the start.
-
     Args:
         device: `meta` for a bank whose values a checkpoint brings.
 
@@ -82,7 +80,7 @@ class FFNExperts(CopiedExperts):
     @torch.no_grad()
     def put(self, e: int, *donors: FFN) -> None:
         """Let expert `e` be the network of the donor, or its shard of it; where `spec.blend` says
-        so, its shard of each donor, side by side. The bank must be materialized."""
+        so, its shard of each donor, side by side."""
         for name, tensor in self._network(e, donors).items():
             if tensor is not None:
                 getattr(self, name)[e].copy_(tensor)
