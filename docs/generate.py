@@ -48,7 +48,7 @@ OPTIONS: dict[str, Any] = {
     "router_dim": SIZES["m"],
 }
 # Recipes that are also read off a model with biases and without gates.
-PLAIN = ("upcycling", "gmoefication", "cmoe", "mixlora")
+PLAIN = ("upcycling", "gmoefication", "cmoe")
 
 
 def table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
@@ -64,7 +64,7 @@ def methods() -> str:
     from sparsecraft import recipes
     from sparsecraft.recipe.words import in_table
 
-    return in_table({name: recipes.by_name(name) for name in recipes.__all__})
+    return in_table({name: recipes.by_name(name) for name in recipes.__all__}, "docs/methods/")
 
 
 # ------------------------------------------------------------------------------------ the packages
@@ -120,13 +120,14 @@ def _new_tensors() -> Iterator[tuple[str, str, str, str, str]]:
     """Recipe, class of the part, name in the layer, shape and type of each."""
     import sparsecraft as sc
     from sparsecraft.moe.layer import MoELayer
+    from sparsecraft.moe.names import unique_tensors
 
     for name, recipe, dense in _converted():
         model = dense()
         sc.convert(model, recipe, certify=False)
         for layer in (m for m in model.modules() if isinstance(m, MoELayer)):
             symbols = SYMBOLS | _of_linear(layer)
-            for key, tensor in layer.state_dict().items():
+            for key, tensor in unique_tensors(layer).items():
                 if key.startswith("base."):
                     continue
                 owner = layer.get_submodule(_part(key))

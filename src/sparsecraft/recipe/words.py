@@ -81,8 +81,13 @@ def experts_words(edits: Iterable[Edit]) -> str:
     return "; ".join(said)
 
 
-def in_table(recipes: Mapping[str, Callable[..., Recipe]]) -> str:
-    """A table in Markdown of recipes as they are without options, those without a router last."""
+def in_table(recipes: Mapping[str, Callable[..., Recipe]], pages: str | None = None) -> str:
+    """A table in Markdown of recipes as they are without options, those without a router last.
+
+    Args:
+        recipes: name -> function.
+        pages: folder of pages that the names link to; None links nothing.
+    """
     kinds = list(EXPERTS)
 
     def order(item: tuple[str, Recipe]) -> tuple:
@@ -94,15 +99,15 @@ def in_table(recipes: Mapping[str, Callable[..., Recipe]]) -> str:
     for name, recipe in sorted(((n, make()) for n, make in recipes.items()), key=order):
         variants = typing.get_args(typing.get_type_hints(recipes[name]).get("variant"))
         also = f"; variants {', '.join(f'`{v}`' for v in variants)}" if variants else ""
-        found = facts(recipe)
+        routers = dict.fromkeys(router_words(e.router) for e in recipe.edits if e.router)
         rows.append(
             (
-                f"[`{name}`](docs/methods/{name}.md)",
+                f"`{name}`" if pages is None else f"[`{name}`]({pages}{name}.md)",
                 recipe.title,
                 recipe.paper + also,
                 experts_words(recipe.edits),
-                found["router"],
-                found["exact_at_start"],
+                "; ".join(routers) or "none",
+                "yes" if recipe.exact_at_start else "no",
             )
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
