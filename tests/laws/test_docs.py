@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -9,12 +10,11 @@ import pytest
 
 import sparsecraft as sc
 from docs import generate
+from tests.laws.test_house import SOURCE
 
 ROOT = generate.ROOT
 MARKDOWN = sorted(
-    path
-    for folder in ("", "docs", "docs/guides", "docs/methods", "benchmarks")
-    for path in (ROOT / folder).glob("*.md")
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
 )
 LINK = re.compile(r"\]\((?!https?://|mailto:)([^)\s]+)\)")
 
@@ -46,6 +46,21 @@ def test_every_link_leads_somewhere(page):
         assert target.exists(), f"{page.name} links to {link}, which does not exist"
         if anchor and target.suffix == ".md":
             assert anchor in anchors(target), f"{page.name} links to {link}, which no heading is"
+
+
+def test_every_path_and_module_that_a_page_names_is_there():
+    said = "".join(page.read_text() for page in MARKDOWN if page.name != "CHANGELOG.md")
+    paths = set(re.findall(r"`((?:src|tests|docs|examples)/[\w/]+\.\w+)`", said))
+    tour = (ROOT / "docs" / "architecture.md").read_text()
+    paths |= set(re.findall(r"`(\w[\w/]+/\w*\.py)`", tour))
+    missing = [
+        path
+        for path in sorted(paths)  # NAME and KIND are the reader's
+        if path == path.lower() and not any((at / path).exists() for at in (ROOT, SOURCE))
+    ]
+    assert not missing
+    for name in sorted(set(re.findall(r"\bsparsecraft((?:\.[a-z]\w+)+)", said))):
+        pkgutil.resolve_name(f"sparsecraft{name}")
 
 
 def test_every_page_can_be_found_from_the_index():
