@@ -35,8 +35,8 @@ from sparsecraft.kernels.selection import Active
 from sparsecraft.kernels.split import SplitNet
 from sparsecraft.moe.experts.base import Experts
 from sparsecraft.moe.experts.dispatch import loop
-from sparsecraft.moe.extra_state import is_bool, pack, unpack
 from sparsecraft.moe.experts.folded import Network
+from sparsecraft.moe.extra_state import is_bool, pack, unpack
 from sparsecraft.moe.routing import Routing
 from sparsecraft.recipe.edits import Edit, Place
 from sparsecraft.recipe.experts import SplitSpec
