@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
+COMMAND = "python -m benchmarks.conversion.convert"
 CONVERT = ["convert", "upcycling", "--model", "smollm2", "--num-experts", "4", "--dtype", "float32"]
 COMMANDS = {
     "convert upcycling, 4 experts": [*CONVERT, "--out", "{out}"],
@@ -73,7 +74,7 @@ def main() -> None:
     ]
     page = (
         "# Conversion: time and memory of the whole process\n\n"
-        f"Command: `python -m benchmarks.conversion.convert --runs {runs}`; {machine}. float32, certificate,\n"
+        f"Command: `{COMMAND} --runs {runs}`; {machine}. float32, certificate,\n"
         "save and read-back included; the package's files were in the page cache.\n\n"
         + "\n".join(lines)
         + "\n\nPeers, measured earlier on a machine of this size, the same four copies:\n"

@@ -1,6 +1,6 @@
 """Dense to mixture, tensor by tensor: time and peak memory beside mergekit-moe, on CPU cores.
 
-Command: python -m benchmarks.conversion.moe_conversion --mergekit VENV/bin/mergekit-moe [--runs 3] [--table]
+    python -m benchmarks.conversion.moe_conversion --mergekit VENV/bin/mergekit-moe
 
 `VENV` is its own environment: pip install 'torch>=2.11,<2.14' mergekit. Every arm is a process
 of its own, with one thread, and writes a self-contained folder of the same tensors: the attention
@@ -27,6 +27,7 @@ from benchmarks.lab.tables import markdown, measure_and_write
 from sparsecraft.dense import hub
 
 HERE = Path(__file__).parent
+NAME = "benchmarks.conversion.moe_conversion"
 EXPERTS = (4, 8)
 MERGEKIT, OURS, CERTIFIED, SOURCES = (
     "mergekit-moe",
@@ -128,8 +129,8 @@ def measure(args: argparse.Namespace) -> dict:
             ("Llama 1.24B, bfloat16", work / "base", "bfloat16"),
         )
         # Not here: Linux counts this process's memory as that of the processes it starts.
-        own = [sys.executable, "-m", "benchmarks.conversion.moe_conversion"]
-        subprocess.run([*own, "--synthetic", work / "base"], check=True)
+        own = [sys.executable, "-m", NAME, "--synthetic", work / "base"]
+        subprocess.run(own, check=True)
         for name, base, dtype in bases:
             for experts in EXPERTS:
                 for repeat in range(args.runs):
@@ -143,8 +144,7 @@ def measure(args: argparse.Namespace) -> dict:
     theirs = subprocess.run([venv, "-c", ask], capture_output=True, text=True, check=True)
     mergekit, its_transformers = theirs.stdout.split()
     return {
-        "command": "python -m benchmarks.conversion.moe_conversion --mergekit VENV/bin/mergekit-moe "
-        f"--runs {args.runs}",
+        "command": f"python -m {NAME} --mergekit VENV/bin/mergekit-moe --runs {args.runs}",
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, shared with other jobs: "
         "load_before is the one-minute load average",
         "versions": {

@@ -38,6 +38,7 @@ TOKENS = (1, 16, 2048, 8192)
 GRAPH_TOKENS = (1, 16)
 SWEEP = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 INPUTS = 4  # inputs in rotation
+BANK_PATHS = ("loop", "grouped", "dense")  # of a bank whose experts cannot be merged
 ROUNDS = 4
 
 
@@ -159,7 +160,7 @@ class _Bank(nn.Module):
         self.experts, self.path, self.routing = experts, path, routing
 
     def forward(self, x: Tensor) -> Tensor:
-        return PATHS[self.path](self.experts, x, self.routing, True)
+        return PATHS[self.path](self.experts, x, self.routing)
 
 
 def errors(args, layer: MoELayer, tokens: int = 1000) -> dict[str, dict[str, float]]:
@@ -171,8 +172,9 @@ def errors(args, layer: MoELayer, tokens: int = 1000) -> dict[str, dict[str, flo
         u = x.to(dtype).requires_grad_()
         kept = found.logits_TE.gather(1, found.indices_TK).detach()
         kept = kept.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-        routing = Routing(kept.softmax(-1), found.indices_TK, found.logits_TE.detach())
-        y = PATHS[path](bank, u, routing, True)
+        logits_TE = found.logits_TE.detach()
+        routing = Routing(kept.softmax(-1), found.indices_TK, logits_TE, sums_to_one=True)
+        y = PATHS[path](bank, u, routing)
         grads = torch.autograd.grad(y, [u, kept, bank.down, bank.up], grad.to(dtype))
         return [t.double() for t in (y, *grads)]
 
@@ -185,7 +187,7 @@ def errors(args, layer: MoELayer, tokens: int = 1000) -> dict[str, dict[str, flo
                 names, run(layer.experts, path, torch.bfloat16), want, strict=True
             )
         }
-        for path in PATHS
+        for path in BANK_PATHS
     }
 
 
