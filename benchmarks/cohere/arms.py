@@ -1,4 +1,4 @@
-"""The rows of cohere_quality.py, and which run comes next, from the results there are.
+"""The arms of this study, and which run comes next, from the results there are.
 
 Every arm brackets its experts' learning rate by factors of two, at a fixed learning rate of the
 router; then, at the best, the router's by factors of four; then runs the best with a second seed.
@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import sparsecraft as sc
+from benchmarks.lab import queue
+from benchmarks.lab.queue import bracket, choose, finite
 
 
 @dataclass(frozen=True)
@@ -97,16 +99,14 @@ EXTENSIONS = 4  # of one grid, at most
 
 
 @dataclass(frozen=True)
-class Run:
-    method: str
-    schedule: str
-    lr: float
-    router_lr: float
-    seed: int
+class Run(queue.Run):
+    """One training of an arm; its router has a learning rate of its own."""
+
+    router_lr: float = 0.0
 
     @property
-    def key(self) -> tuple:
-        return self.method, self.schedule, f"{self.lr:.3g}", f"{self.router_lr:.3g}", self.seed
+    def rates(self) -> tuple[float, ...]:
+        return self.lr, self.router_lr
 
 
 def host(name: str) -> str:
@@ -121,8 +121,7 @@ def uniform(name: str) -> bool:
 
 def score(row: dict) -> float:
     """What selects: the loss on held-out examples of the training tasks."""
-    value = row["valid"]["held_out"]
-    return value if math.isfinite(value) else math.inf
+    return finite(row["valid"]["held_out"])
 
 
 def runs_of(results: list[dict], name: str, seed: int = 0) -> list[dict]:
@@ -148,75 +147,50 @@ def _start(results: list[dict], name: str) -> tuple[float, float]:
     return known["lr"], router if arm.router else 0.0
 
 
-def bracket(found: dict[float, float], start: float, factor: float) -> tuple[list[float], bool]:
-    """What a grid needs next, from value -> loss; and whether its best lies inside."""
-    missing = [v for v in (start, start * factor, start / factor) if _at(found, v) is None]
-    if missing:
-        return missing, False
-    best = min(found, key=found.__getitem__)
-    inside = min(found) < best < max(found)
-    if inside or len(found) >= 3 + EXTENSIONS:
-        return [], inside
-    return [best / factor if best == min(found) else best * factor], False
-
-
-def _at(found: dict[float, float], value: float) -> float | None:
-    return next((k for k in found if math.isclose(k, value, rel_tol=1e-3)), None)
-
-
 def grids(results: list[dict], name: str) -> dict[str, tuple[list[float], bool, float]]:
     """Learning rates of experts and router: what is needed next, whether bracketed, the best."""
     rate, router = _start(results, name)
     own = runs_of(results, name)
     first = {r["lr"]: score(r) for r in own if math.isclose(r["router_lr"], router, rel_tol=1e-3)}
-    out = {"lr": (*bracket(first, rate, 2.0), min(first, key=first.get, default=rate))}
+    best = min(first, key=first.get, default=rate)
+    out = {"lr": (*_around(first, rate, 2.0), best)}
     if ARMS[name].router and not out["lr"][0]:
-        best = out["lr"][2]
         second = {r["router_lr"]: score(r) for r in own if r["lr"] == best}
-        out["router_lr"] = (*bracket(second, router, 4.0), min(second, key=second.get))
+        out["router_lr"] = (*_around(second, router, 4.0), min(second, key=second.get))
     return out
+
+
+def _around(found: dict[float, float], start: float, factor: float) -> tuple[list[float], bool]:
+    return bracket(found, (start, start * factor, start / factor), factor, EXTENSIONS)
+
+
+def done_in(results: list[dict]) -> set[tuple]:
+    return {Run.of(row).key for row in results if "valid" in row}
 
 
 def wanted(results: list[dict], name: str) -> list[Run]:
     """The runs that an arm needs next; nothing when it is finished."""
-    arm = ARMS[name]
-    done = {Run(*(r[k] for k in Run.__dataclass_fields__)).key for r in results if "valid" in r}
+    arm, done = ARMS[name], done_in(results)
     routed = bool(arm.router)
-    extra = [Run(name, schedule, lr, lr if routed else 0.0, 0) for schedule, lr in arm.extra]
+    extra = [Run(name, schedule, lr, 0, lr if routed else 0.0) for schedule, lr in arm.extra]
     extra = [run for run in extra if run.key not in done]
     if not arm.search:
         return extra
     router = _start(results, name)[1]
     found = grids(results, name)
     if found["lr"][0]:
-        return [Run(name, "linear", lr, router, 0) for lr in found["lr"][0]]
+        return [Run(name, "linear", lr, 0, router) for lr in found["lr"][0]]
     if "router_lr" in found and found["router_lr"][0]:
-        return [Run(name, "linear", found["lr"][2], lr, 0) for lr in found["router_lr"][0]]
+        return [Run(name, "linear", found["lr"][2], 0, lr) for lr in found["router_lr"][0]]
     best = best_run(results, name)
-    again = Run(name, "linear", best["lr"], best["router_lr"], 1)
+    again = Run(name, "linear", best["lr"], 1, best["router_lr"])
     return ([] if again.key in done else [again]) + extra
 
 
-def next_run(results: list[dict], claimed: set, last: str | None) -> tuple | None:
-    """First group first; within it a worker's own model, then one that nobody has; then any."""
-    failed = {r["method"] for r in results if "failed" in r}
-    done = {Run(*(r[k] for k in Run.__dataclass_fields__)).key for r in results if "valid" in r}
-    taken = {host(key[0]) for key in claimed - done}
-    rest: list[Run] = []
-    for group in GROUPS:
-        jobs = [run for name in group if name not in failed for run in wanted(results, name)]
-        free = [run for run in jobs if run.key not in claimed]
-        own = [run for run in free if host(run.method) == last]
-        fresh = [run for run in free if host(run.method) not in taken]
-        if own or fresh:
-            return _job((own or fresh)[0])
-        rest += free
-    return _job(rest[0]) if rest else None
-
-
-def _job(run: Run) -> tuple:
-    return tuple(getattr(run, key) for key in Run.__dataclass_fields__)
-
-
-def key_of(job: tuple) -> tuple:
-    return Run(*job).key
+def next_run(results: list[dict], claimed: set, last: str | None) -> Run | None:
+    failed = {row["method"] for row in results if "failed" in row}
+    groups = (
+        [run for name in group if name not in failed for run in wanted(results, name)]
+        for group in GROUPS
+    )
+    return choose(groups, claimed, done_in(results), last, host)

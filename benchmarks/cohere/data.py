@@ -1,15 +1,12 @@
-"""Data files -> packed arrays for cohere_quality.py: a clean split of P3, and choices as trees.
+"""Data files -> packed arrays: a clean split of P3, and choices as trees.
 
 Shapes: N packs, S = 512 tokens of a pack, P prompts.
 
-    python benchmarks/cohere_data.py --data ../shared/data --out cohere.npz
+    python -m benchmarks.cohere.data --data ../shared/data --out cohere.npz
 """
 
 from __future__ import annotations
 
-import argparse
-import gzip
-import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -17,27 +14,20 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.lab.corpus import LENGTH, TASKS, encoded_choices, options, read, save
 from sparsecraft.data.encoding import IGNORED, encode, pad_id
 from sparsecraft.data.rows import load_choices
 from sparsecraft.dense import hub
 from sparsecraft.dense.loading import load_tokenizer
 
-LENGTH = 512
 # Whole datasets that training never sees, one of each kind of task, and how many rows of each.
 UNSEEN = ("adversarial_qa", "amazon_polarity", "gigaword", "glue_mrpc", "quartz")
 UNSEEN_ROWS = 240
 HELD_OUT = 800  # rows whose underlying examples training never sees
 GRAM, TEMPLATE = 8, 30  # words of a gram; a gram in more rows than this is the template's
-TASKS = ("sciq", "commonsense_qa", "cosmos_qa", "ag_news")
 
 
 # ------------------------------------------------------------------ the split
-def read(path: Path) -> list[dict]:
-    """Rows with their `source`, which `data.load_rows` leaves out."""
-    with gzip.open(path, "rt") as file:
-        return [json.loads(line) for line in file]
-
-
 def text(row: dict) -> str:
     return " ".join(message["content"] for message in row["messages"])
 
@@ -124,12 +114,10 @@ def tree(row: dict, tokenizer, first: int) -> dict | None:
     Branches do not see each other. `owner` counts the choices from `first`.
     """
     out: dict = {key: [] for key in ("ids", "trained", "positions", "branch", "owner")}
-    for number, choice in enumerate(row["choices"]):
-        turns = [("user", row["prompt"]), ("assistant", choice)]
-        messages = [{"role": role, "content": content} for role, content in turns]
-        found = encode({"messages": messages}, tokenizer, LENGTH)
-        if found is None:
-            return None
+    encoded = encoded_choices(row, lambda chat: encode(chat, tokenizer, LENGTH))
+    if None in encoded:
+        return None
+    for number, found in enumerate(encoded):
         ids = found["input_ids"]
         trained = [label != IGNORED for label in found["labels"]]
         start = trained.index(True)
@@ -228,12 +216,9 @@ def quantized(vectors_PD: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("cohere.npz"))
+    parser = options("cohere.npz")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--encoder", default="minilm", help="`none`: random vectors, for a trial")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     tokenizer = load_tokenizer(hub.resolve(args.model))
     folder = args.data / "instruct"
@@ -250,22 +235,14 @@ def main() -> None:
         facts[name] = {"rows": len(own), "kept": len(kept)}
         new = arrays([doc for _, doc in kept], prompts, pad_id(tokenizer))
         out |= {f"{name}/{key}": value for key, value in new.items()}
+        print(name, facts[name], "filled", round(float(new["real"].mean()), 4))
     documents, facts["choice"], dropped = choices(args.data / "choice", tokenizer)
     new = arrays(documents, prompts, pad_id(tokenizer))
     out |= {f"choice/{key}": value for key, value in new.items()}
     facts |= {"choice_dropped": dropped, "encoder": args.encoder, "prompts": len(prompts)}
     out |= quantized(encoder(args.encoder)(list(prompts)))
-    out["facts"] = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(args.out, **out)
-    for name in [*parts, "choice"]:
-        real, trained = out[f"{name}/real"], out[f"{name}/trained"]
-        print(name, facts[name] if name != "choice" else len(documents), "packs", len(real),
-              "tokens", int(real.sum()), "trained", int(trained.sum()),
-              "filled", round(float(real.mean()), 4))  # fmt: skip
-    print(
-        "dropped choices", dict(dropped), "shared grams", facts["shared"], len(prompts), "prompts"
-    )
+    save(args.out, out, facts)
+    print("dropped choices", dict(dropped), "shared grams", facts["shared"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What cohere_quality.py measures a model on: batches of one shape, and scores from token losses.
+"""What a model is measured on: batches of one shape, and scores from token losses.
 
 Shapes: B packs of a batch, S = 512 tokens of a pack, N batches, L labels of a batch, P sentences.
 """
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from quality_data import Packs, step_rows, training_steps
-from quality_scores import accuracies
 from torch import Tensor
 
+from benchmarks.lab.packs import Packs, training_steps
+from benchmarks.lab.scores import accuracies
 from sparsecraft.data.encoding import IGNORED
 
 PARTS = ("held_out", "unseen", "general", "math", "code")
@@ -21,7 +21,7 @@ SEEDS = (0, 1, 2)
 
 
 class CoherePacks(Packs):
-    """The arrays that cohere_data.py wrote, and the embedding of every prompt."""
+    """The arrays that data.py wrote, and the embedding of every prompt."""
 
     def __init__(self, path: Path, rows: int | None = None):
         super().__init__(path, rows)
@@ -61,12 +61,12 @@ class CoherePacks(Packs):
         labels = self.labels("train") != IGNORED
         most = 0
         for one in SEEDS:
-            counts = labels[step_rows(self, one, steps, batch)].reshape(steps, -1).sum(1)
+            counts = labels[self.step_rows(one, steps, batch)].reshape(steps, -1).sum(1)
             most = max(most, int(counts.max()))
         out = training_steps(self, seed, steps, batch, room=-(-most // 512) * 512)
         del out["real_index"]
         if by_sentence:
-            out |= self.sentences(step_rows(self, seed, steps, batch))
+            out |= self.sentences(self.step_rows(seed, steps, batch))
         return out
 
 

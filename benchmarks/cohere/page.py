@@ -1,15 +1,15 @@
-"""The page of cohere_quality.py: tables from its results."""
+"""The page of this study: tables from its results."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-from pathlib import Path
 
-from cohere_arms import ARMS, GROUPS, Run, best_run, grids, uniform
-from quality_queue import read
-from report import insert, markdown
+from benchmarks.cohere.arms import ARMS, GROUPS, Run, best_run, grids, uniform
+from benchmarks.lab.queue import read
+from benchmarks.lab.tables import f, insert, markdown, mean_of, paired, run_rows
+from benchmarks.lab.through_train import section
 
 PARTS = ("held_out", "unseen", "general", "math", "code")
 PAIRS = (
@@ -40,7 +40,7 @@ def cells_of(results: list[dict]) -> dict[str, dict]:
         if best is None or not ARMS[name].search:
             continue
         found = grids(results, name)
-        key = Run(*(best[k] for k in Run.__dataclass_fields__)).key[:4]
+        key = Run.of(best).key[:4]
         rows = [r for r in results if "valid" in r and _key(r)[:4] == key]
         cells[name] = {
             "rows": {r["seed"]: r for r in rows},
@@ -56,17 +56,11 @@ def cells_of(results: list[dict]) -> dict[str, dict]:
 
 
 def _key(row: dict) -> tuple:
-    return Run(*(row[k] for k in Run.__dataclass_fields__)).key
+    return Run.of(row).key
 
 
 def mean(cell: dict, *keys: str) -> float | None:
-    values = []
-    for row in cell["rows"].values():
-        for key in keys:
-            row = row.get(key) if isinstance(row, dict) else None
-        if row is not None:
-            values.append(row)
-    return statistics.mean(values) if values else None
+    return mean_of(cell["rows"].values(), *keys)
 
 
 def matched(cells: dict[str, dict], name: str) -> str | None:
@@ -83,10 +77,6 @@ def _size(cells: dict[str, dict], name: str, lora: str) -> str:
     return f"{words}, the LoRA's {ratio:.2f} times as many"
 
 
-def _f(value: float | None, digits: int = 4) -> str | None:
-    return None if value is None else f"{value:.{digits}f}"
-
-
 def _lr(value: float | None) -> str | None:
     return None if value is None else f"{value:g}"
 
@@ -95,25 +85,18 @@ def _lr(value: float | None) -> str | None:
 def loss_table(cells: dict[str, dict], base: dict | None) -> str:
     rows = []
     if base:
-        rows.append(["untouched", *[None] * 5, *(_f(base["valid"][p]) for p in PARTS), None])
+        rows.append(["untouched", *[None] * 5, *(f(base["valid"][p]) for p in PARTS), None])
     for name, c in cells.items():
-        seeds = [_f(r["valid"]["held_out"]) for _, r in sorted(c["rows"].items())]
+        seeds = [f(r["valid"]["held_out"]) for _, r in sorted(c["rows"].items())]
         rows.append([
             name, f"{c['trainable'] / 1e6:.2f}", matched(cells, name),
             _lr(c["lr"]), _lr(c["router_lr"]), "yes" if c["bracketed"] else "NO",
-            *(_f(mean(c, "valid", part)) for part in PARTS), " / ".join(seeds),
+            *(f(mean(c, "valid", part)) for part in PARTS), " / ".join(seeds),
         ])  # fmt: skip
     header = ["method", "trainable M", "matched LoRA", "best LR", "router's LR", "bracketed",
               "**held-out**", "unseen tasks", "general", "math", "code",
               "held-out by seed"]  # fmt: skip
     return markdown(header, rows)
-
-
-def paired(a: dict, b: dict, part: str) -> tuple[float, int]:
-    """Mean difference over the seeds that both have, and how many."""
-    seeds = a["rows"].keys() & b["rows"].keys()
-    gaps = [a["rows"][s]["valid"][part] - b["rows"][s]["valid"][part] for s in seeds]
-    return statistics.mean(gaps), len(seeds)
 
 
 def error(a: dict, b: dict, documents: dict[tuple, dict]) -> float | None:
@@ -138,15 +121,17 @@ def comparisons(cells: dict[str, dict], documents: dict[tuple, dict]) -> str:
         if first not in cells or second not in cells:
             continue
         a, b = cells[first], cells[second]
-        if not a["rows"].keys() & b["rows"].keys():
+        seeds = len(a["rows"].keys() & b["rows"].keys())
+        if not seeds:
             continue
-        gap, seeds = paired(a, b, "held_out")
+        gaps = [paired(a["rows"], b["rows"], "valid", part) for part in PARTS]
+        gap = gaps[PARTS.index("held_out")]
         noise = error(a, b, documents)
         verdict = "none: a best is not bracketed"
         if a["bracketed"] and b["bracketed"] and noise is not None:
             verdict = "tie" if abs(gap) < 2 * noise else f"{first if gap < 0 else second} is better"
-        cells_of = [f"{paired(a, b, part)[0]:+.4f}" for part in PARTS]
-        rows.append([f"{first} vs {second}", what, seeds, *cells_of, _f(noise), verdict])
+        shown = [f"{value:+.4f}" for value in gaps]
+        rows.append([f"{first} vs {second}", what, seeds, *shown, f(noise), verdict])
     header = ["comparison", "what", "seeds", "**held-out**", "unseen tasks", "general", "math",
               "code", "standard error over documents", "verdict on held-out, 2 errors a tie",
               ]  # fmt: skip
@@ -173,10 +158,10 @@ def cost_table(cells: dict[str, dict]) -> str:
         best = max(c["rows"].values(), key=lambda r: r["seed"])
         rows.append([
             name, f"{c['router'] / 1e6:.2f}" if c["router"] else None,
-            round(mean(c, "tokens_per_s") / 1e3, 1), _f(mean(c, "train_s"), 1), best["peak_gib"],
-            best["mode"], *(_f(mean(c, "routing", k), 3) for k in
+            round(mean(c, "tokens_per_s") / 1e3, 1), f(mean(c, "train_s"), 1), best["peak_gib"],
+            best["mode"], *(f(mean(c, "routing", k), 3) for k in
                             ("entropy", "load_entropy", "mi_bits")),
-            _f(best.get("start", {}).get("held_out")),
+            f(best.get("start", {}).get("held_out")),
         ])  # fmt: skip
     header = ["method", "of it router M", "k tokens/s", "train s", "peak GiB", "mode",
               "entropy of the scores / log E", "load entropy, first choice",
@@ -193,17 +178,16 @@ def extra_table(results: list[dict]) -> str:
                    and (r["schedule"], r["lr"]) == (schedule, lr)]  # fmt: skip
             if name != "untouched":
                 rows += [[name.removesuffix("_adafactor"), arm.optimizer, schedule, f"{lr:g}",
-                          r["seed"], *(_f(r["valid"][part]) for part in PARTS)]
+                          r["seed"], *(f(r["valid"][part]) for part in PARTS)]
                          for r in own]  # fmt: skip
     return markdown(["method", "optimizer", "schedule", "LR of all", "seed", *PARTS], rows)
 
 
 def all_runs(results: list[dict]) -> str:
     found = sorted((r for r in results if "valid" in r), key=_key)
-    rows = [[r["method"], r["schedule"], f"{r['lr']:g}", f"{r['router_lr']:g}", r["seed"],
-             *(_f(r["valid"][part]) for part in PARTS),
-             _f(r.get("choice", {}).get("mean", {}).get("average"), 3)]
-            for r in found]  # fmt: skip
+    lines = run_rows(found, ("method", "schedule", "lr", "router_lr", "seed"), PARTS)
+    rows = [[*line, f(mean_of([r], "choice", "mean", "average"), 3)]
+            for r, line in zip(found, lines, strict=True)]  # fmt: skip
     header = ["method", "schedule", "LR", "router's LR", "seed", *PARTS, "choice average"]
     return markdown(header, rows)
 
@@ -229,8 +213,9 @@ def table(args) -> None:
         "## Every run", all_runs(results),
     ])  # fmt: skip
     insert(args.page, text)
+    section(args.page)
     out = {n: {k: v for k, v in c.items() if k != "rows"}
            | {"valid": {p: mean(c, "valid", p) for p in PARTS}, "seeds": sorted(c["rows"])}
            for n, c in cells.items()}  # fmt: skip
-    Path(args.page).with_suffix(".json").write_text(json.dumps(out, indent=1) + "\n")
+    args.page.with_name("cells.json").write_text(json.dumps(out, indent=1) + "\n")
     print(args.page.read_text())

@@ -1,4 +1,4 @@
-"""The packed data of pesc_quality.py as the tensors of a step.
+"""Packed chats: arrays of an .npz, and the tensors of every step made of them.
 
 Shapes: N packs, B packs of a batch, S = 512 tokens of a pack.
 """
@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparsecraft.data.encoding import IGNORED
 
 
 class Packs:
-    """The arrays that packing.py wrote, by part."""
+    """The arrays of a file, by part."""
 
     def __init__(self, path: Path, rows: int | None = None):
         with np.load(path) as file:
@@ -34,11 +33,29 @@ class Packs:
         target = np.where(arrays["trained"], arrays["ids"].astype(np.int64), IGNORED)
         return np.concatenate([target[:, 1:], np.full_like(target[:, :1], IGNORED)], axis=1)
 
+    def step_rows(self, seed: int, steps: int, batch: int) -> np.ndarray:
+        """(steps, batch): the packs of every step, in the order of `seed`."""
+        order = np.random.default_rng(seed).permutation(len(self.parts["train"]["ids"]))
+        return order[: steps * batch].reshape(steps, batch)
 
-def step_rows(packs: Packs, seed: int, steps: int, batch: int) -> np.ndarray:
-    """(steps, batch): the packs of every step, in the order of `seed`."""
-    order = np.random.default_rng(seed).permutation(len(packs.parts["train"]["ids"]))
-    return order[: steps * batch].reshape(steps, batch)
+
+class Recorded(Packs):
+    """One batch of another loop as packs, for one step."""
+
+    def __init__(self, batch: dict[str, Tensor]):
+        found = {key: value.cpu().numpy() for key, value in batch.items()}
+        self.parts = {
+            "train": {
+                "ids": found["input_ids"],
+                "positions": found["position_ids"],
+                "trained": found["labels"] != IGNORED,
+                "real": found["real"],
+            }
+        }
+        self.facts = {}
+
+    def step_rows(self, seed: int, steps: int, batch: int) -> np.ndarray:
+        return np.arange(batch).reshape(1, batch)
 
 
 def training_steps(
@@ -52,7 +69,7 @@ def training_steps(
     the other seeds' steps.
     """
     arrays, labels = packs.parts["train"], packs.labels("train")
-    rows = step_rows(packs, seed, steps, batch)
+    rows = packs.step_rows(seed, steps, batch)
     label_SB = labels[rows].reshape(steps, -1)
     real = arrays["real"][rows].reshape(steps, -1)
     most, fewest = int((label_SB != IGNORED).sum(1).max()), int(real.sum(1).min())
@@ -89,15 +106,3 @@ def document_mask(positions_BS: Tensor, branch_BS: Tensor | None = None) -> Tens
         trunk, own = branch_BS[:, None, None, :] == 0, branch_BS[:, None, :, None]
         same = same & (trunk | (branch_BS[:, None, None, :] == own))
     return same.tril()
-
-
-def text_batch(ids_BS: Tensor, positions_BS: Tensor) -> dict[str, Tensor]:
-    """A model's inputs, and `targets`: the next token of the same text, IGNORED where there is
-    none."""
-    next_ids = ids_BS[:, 1:].masked_fill(positions_BS[:, 1:] == 0, IGNORED)
-    return {
-        "input_ids": ids_BS,
-        "position_ids": positions_BS,
-        "attention_mask": document_mask(positions_BS),
-        "targets": F.pad(next_ids, (0, 1), value=IGNORED),
-    }

@@ -1,99 +1,156 @@
-"""The queue of pesc_quality.py: which run comes next, from the results there are."""
+"""Results files, and queues of runs that grow from the results there are.
+
+Workers, one process a GPU, share two files under one lock: results, and claims of runs.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import json
+import lzma
 import math
 import multiprocessing
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-SCHEDULES = ("linear", "constant")
-GRIDS = {
-    (False, "linear"): (1e-3, 2e-3, 4e-3),
-    (False, "constant"): (5e-4, 1e-3, 2e-3),
-    (True, "linear"): (1e-4, 2e-4, 4e-4),
-    (True, "constant"): (5e-5, 1e-4, 2e-4),
-}
-EXTENSIONS = 4  # at most, per cell
-# Cells of one group are finished, second seed included, before the next group starts.
-GROUPS = (
-    ("camelidae8", "adapter512", "adapter128", "camel"),
-    ("camelidae16", "camelidae4", "camelidae8_nobalance"),
-    ("full", "upcycling4"),
-    ("camelidae4_nobalance", "camelidae16_nobalance"),
-)
-FULL = ("full", "upcycling4")
+
+# ------------------------------------------------------------------ results
+def read(path: Path) -> list[dict]:
+    """The rows of a results file, or of the .xz of it; none where there is neither."""
+    packed = path.with_name(f"{path.name}.xz")
+    if not path.exists() and packed.exists():
+        text = lzma.decompress(packed.read_bytes()).decode()
+    else:
+        text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()]
 
 
-def score(row: dict) -> float:
-    return row["mc"] if math.isfinite(row["mc"]) else math.inf
+class Rows:
+    """The results file, and a copy of it where results are fetched from."""
+
+    def __init__(self, path: Path, copy: Path | None = None):
+        self.path, self.copy = path, copy
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def read(self) -> list[dict]:
+        return read(self.path)
+
+    def put(self, row: dict) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.copy:
+            shutil.copy(self.path, self.copy)
 
 
-def cell_rows(results: list[dict], method: str, schedule: str, seed: int = 0) -> dict[float, dict]:
-    """Learning rate -> the run of one cell."""
-    found = [
-        r for r in results if (r["method"], r["schedule"], r["seed"]) == (method, schedule, seed)
-    ]
-    return {r["lr"]: r for r in sorted(found, key=lambda r: r["lr"])}
+# ------------------------------------------------------------------ runs
+@dataclass(frozen=True)
+class Run:
+    """One training of a method."""
+
+    method: str
+    schedule: str
+    lr: float
+    seed: int
+
+    @classmethod
+    def of(cls, row: dict) -> Run:
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        return (self.lr,)
+
+    @property
+    def key(self) -> tuple:
+        return self.method, self.schedule, *(f"{rate:.3g}" for rate in self.rates), self.seed
 
 
-def best_lr(results: list[dict], method: str, schedule: str) -> tuple[float | None, bool]:
-    """The best learning rate of a cell, and whether both its neighbours have been run."""
-    rows = cell_rows(results, method, schedule)
-    if not rows:
-        return None, False
-    best = min(rows, key=lambda lr: score(rows[lr]))
-    return best, min(rows) < best < max(rows)
+def finite(value: float) -> float:
+    """A score to minimize; what has no number is the worst."""
+    return value if math.isfinite(value) else math.inf
 
 
-def wanted(results: list[dict], method: str, schedule: str) -> list[tuple[float, int]]:
-    """The (learning rate, seed) that a cell needs next; nothing when it is finished."""
-    grid = GRIDS[method in FULL, schedule]
-    rows = cell_rows(results, method, schedule)
-    missing = [(lr, 0) for lr in grid if lr not in rows]
-    if missing:
-        return missing
-    best, inside = best_lr(results, method, schedule)
-    if not inside and len(rows) < len(grid) + EXTENSIONS:
-        return [(best / 2 if best == min(rows) else best * 2, 0)]
-    return [] if best in cell_rows(results, method, schedule, 1) else [(best, 1)]
+def bracket(
+    found: dict[float, float], grid: Sequence[float], factor: float, extensions: int
+) -> tuple[list[float], bool]:
+    """The learning rates that are needed next, and whether the best one's neighbours are known.
+
+    Args:
+        found: rate -> loss.
+        grid: the rates to begin with; then one more beyond the best, `extensions` times at most.
+    """
+    near = [v for v in grid if not any(math.isclose(k, v, rel_tol=1e-3) for k in found)]
+    if near:
+        return near, False
+    best = min(found, key=found.__getitem__)
+    inside = min(found) < best < max(found)
+    if inside or len(found) >= len(grid) + extensions:
+        return [], inside
+    return [best / factor if best == min(found) else best * factor], False
 
 
-def next_run(results: list[dict], claimed: set, last: str | None) -> tuple | None:
-    """(method, schedule, lr, seed): first group first, and a worker's own method before others."""
-    done = {_key_of(row) for row in results}
-    for group in GROUPS:
-        jobs = [
-            (method, schedule, lr, seed)
-            for method in group
-            for schedule in SCHEDULES
-            for lr, seed in wanted(results, method, schedule)
-        ]
-        free = [job for job in jobs if _key(job) not in claimed]
-        own = [job for job in free if job[0] == last]
-        taken = {key[0] for key in claimed - done}
-        fresh = [job for job in free if job[0] not in taken]
-        if own or fresh or free:
-            return (own or fresh or free)[0]
-    return None
+def choose(
+    groups: Iterable[list[Run]],
+    claimed: set[tuple],
+    done: set[tuple],
+    last: str | None,
+    host: Callable[[str], str] = lambda method: method,
+) -> Run | None:
+    """First group first; within it a worker's own model, then one that nobody has; then any.
+
+    Args:
+        groups: the runs that each group needs next.
+        claimed, done: keys of runs.
+        last: the model that the worker holds; `host` names a method's model.
+    """
+    taken = {host(key[0]) for key in claimed - done}
+    rest: list[Run] = []
+    for runs in groups:
+        free = [run for run in runs if run.key not in claimed]
+        own = [run for run in free if host(run.method) == last]
+        fresh = [run for run in free if host(run.method) not in taken]
+        if own or fresh:
+            return (own or fresh)[0]
+        rest += free
+    return rest[0] if rest else None
 
 
-def _key(job: tuple) -> tuple:
-    method, schedule, lr, seed = job
-    return method, schedule, f"{lr:.3g}", seed
+# ------------------------------------------------------------------ workers
+class Queue:
+    """`plan(results, claimed keys, last method)` says which run comes next."""
 
+    def __init__(self, results: Path, plan: Callable[[list[dict], set, str | None], Run | None]):
+        self.rows, self.plan = Rows(results), plan
+        self.claims = results.with_suffix(".claims")
 
-def _key_of(row: dict) -> tuple:
-    return _key((row["method"], row["schedule"], row["lr"], row["seed"]))
+    def take(self, last: str | None) -> Run | None:
+        with open(self.claims, "a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            claimed = {tuple(json.loads(line)) for line in file}
+            run = self.plan(self.rows.read(), claimed, last)
+            if run:
+                file.write(json.dumps(run.key) + "\n")
+            return run
+
+    def put(self, row: dict) -> None:
+        with open(self.claims, "a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self.rows.put(row)
 
 
 def run_workers(work: Callable, args) -> None:
-    """`work(args, gpu)` in a process for each of `args.gpus`, for about `args.seconds`."""
+    """`work(args, gpu)` in a process for each of `args.gpus`, for about `args.seconds`.
+
+    `args.join`: beside another call on these results, whose claims stand.
+    """
     import torch
 
+    if not args.join:
+        args.results.with_suffix(".claims").unlink(missing_ok=True)
     args.begun = time.time()
     args.deadline = args.begun + args.seconds
     gpus = args.gpus or list(range(torch.cuda.device_count())) or [None]
@@ -104,32 +161,3 @@ def run_workers(work: Callable, args) -> None:
     for worker in workers:
         worker.join()
     print(f"{len(read(args.results))} runs in {args.results} after {time.time() - args.begun:.0f}s")
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-class Queue:
-    """Results and claims in two files, shared by the workers under one lock."""
-
-    def __init__(
-        self, results: Path, claims: Path, plan: Callable = next_run, key: Callable = _key
-    ):
-        self.results, self.claims, self.plan, self.key = results, claims, plan, key
-
-    def take(self, last: str | None) -> tuple | None:
-        with open(self.claims, "a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            claimed = {tuple(json.loads(line)) for line in file}
-            job = self.plan(read(self.results), claimed, last)
-            if job:
-                file.write(json.dumps(self.key(job)) + "\n")
-            return job
-
-    def put(self, row: dict) -> None:
-        with open(self.claims, "a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            with open(self.results, "a") as out:
-                out.write(json.dumps(row) + "\n")

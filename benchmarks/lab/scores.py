@@ -1,4 +1,4 @@
-"""What pesc_quality.py reports of a run beside its losses: routing and choice scores."""
+"""What is reported of a run beside its losses: routing, and accuracy on choices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsecraft.moe.routing import Routing
 
 def select(routing: Routing, index: Tensor) -> Routing:
     fields = (routing.weights_TK, routing.indices_TK, routing.logits_TE)
-    return Routing(*(f.indexselect(0, index) for f in fields))
+    return Routing(*(f.index_select(0, index) for f in fields))
 
 
 def add_counts(routing: Mapping[str, Routing], real_T: Tensor, part: str, top: dict, load: dict):

@@ -2,17 +2,16 @@
 
 Shapes: N packs, S = 512 tokens of a pack.
 
-    python benchmarks/packing.py --data ../shared/data --out packed.npz
+    python -m benchmarks.pesc.data --data ../shared/data --out packed.npz
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.lab.corpus import DOMAINS, LENGTH, TASKS, encoded_choices, options, save
 from sparsecraft.data.batches import collate
 from sparsecraft.data.encoding import IGNORED, encode, pad_id
 from sparsecraft.data.prepare import prepare
@@ -20,9 +19,6 @@ from sparsecraft.data.rows import load_choices
 from sparsecraft.dense import hub
 from sparsecraft.dense.loading import load_tokenizer
 
-LENGTH = 512
-DOMAINS = ("general", "math", "code")
-TASKS = ("sciq", "commonsense_qa", "cosmos_qa", "ag_news")
 CHOICE_ROWS = 300  # per task, evenly spaced over the file
 
 
@@ -46,11 +42,7 @@ def choice_rows(path: Path, tokenizer) -> tuple[list[dict], list[dict]]:
     rows = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), CHOICE_ROWS)).astype(int)]
     documents, questions = [], []
     for row in rows:
-        encoded = []
-        for choice in row["choices"]:
-            turns = [("user", row["prompt"]), ("assistant", choice)]
-            messages = [{"role": role, "content": text} for role, text in turns]
-            encoded.append(encode({"messages": messages}, tokenizer, LENGTH))
+        encoded = encoded_choices(row, lambda chat: encode(chat, tokenizer, LENGTH))
         if None in encoded:
             continue  # longer than a pack
         first = len(documents)
@@ -85,27 +77,22 @@ def pack_in_order(documents: list[dict]) -> tuple[list[dict], np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("packed.npz"))
+    parser = options("packed.npz")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     tokenizer = load_tokenizer(hub.resolve(args.model))
-    pad = pad_id(tokenizer)
+    packing = {"max_length": LENGTH, "packing": True, "seed": args.seed}
     out: dict[str, np.ndarray] = {}
     facts: dict[str, object] = {}
-    options = {"max_length": LENGTH, "packing": True, "seed": args.seed}
-
     folder = args.data / "instruct"
-    files = [folder / f"{domain}.train.jsonl.gz" for domain in DOMAINS]
-    packs, facts["train"] = prepare(files, tokenizer, **options)
-    parts = {"train": list(packs)}
-    for domain in DOMAINS:
-        packs, facts[domain] = prepare(folder / f"{domain}.valid.jsonl.gz", tokenizer, **options)
-        parts[domain] = list(packs)
-    packs, facts["gsm8k"] = prepare(folder / "gsm8k.test.jsonl.gz", tokenizer, **options)
-    parts["gsm8k"] = list(packs)
+    sources = {"train": [folder / f"{domain}.train.jsonl.gz" for domain in DOMAINS]}
+    sources |= {domain: folder / f"{domain}.valid.jsonl.gz" for domain in DOMAINS}
+    sources["gsm8k"] = folder / "gsm8k.test.jsonl.gz"
+    parts = {}
+    for name, source in sources.items():
+        packs, facts[name] = prepare(source, tokenizer, **packing)
+        parts[name] = list(packs)
+        print(name, facts[name])
     documents, questions = [], []
     for task in TASKS:
         new, asked = choice_rows(args.data / "choice" / f"{task}.jsonl.gz", tokenizer)
@@ -114,24 +101,10 @@ def main() -> None:
         documents, questions = documents + new, questions + asked
     parts["choice"], out["choice/owner"] = pack_in_order(documents)
     for name, packs in parts.items():
-        out |= {f"{name}/{key}": value for key, value in arrays(packs, pad).items()}
-    facts["choice"] = questions
-    out["facts"] = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(args.out, **out)
-    for name in parts:
-        print(
-            name,
-            facts.get(name) if name != "choice" else len(questions),
-            out[f"{name}/ids"].shape,
-            "real",
-            round(float(out[f"{name}/real"].mean()), 4),
-            "trained",
-            round(float(out[f"{name}/trained"].mean()), 4),
-        )
-    print(
-        "templates", {t: len({q["template"] for q in questions if q["task"] == t}) for t in TASKS}
-    )
+        out |= {f"{name}/{key}": v for key, v in arrays(packs, pad_id(tokenizer)).items()}
+    save(args.out, out, facts | {"choice": questions})
+    templates = {task: {q["template"] for q in questions if q["task"] == task} for task in TASKS}
+    print("templates", {task: len(found) for task, found in templates.items()})
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""The page of pesc_quality.py: tables from its results."""
+"""The page of this study: tables from its results."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from pathlib import Path
 
-from quality_queue import GROUPS, SCHEDULES, best_lr, cell_rows, read
-from report import insert, markdown
+from benchmarks.lab.queue import read
+from benchmarks.lab.tables import f, insert, markdown, mean_of, paired, run_rows
+from benchmarks.lab.through_train import section
+from benchmarks.pesc.arms import GROUPS, SCHEDULES, best_lr, cell_rows
 
-HERE = Path(__file__).parent
+PARTS = ("math", "code", "general", "gsm8k")
 TIE = 0.005
 
 
@@ -44,20 +45,6 @@ def summary(results: list[dict]) -> list[dict]:
     return cells
 
 
-def mean_of(rows: list[dict], *keys: str) -> float | None:
-    values = []
-    for row in rows:
-        for key in keys:
-            row = row.get(key) if isinstance(row, dict) else None
-        if row is not None:
-            values.append(row)
-    return statistics.mean(values) if values else None
-
-
-def _f(value: float | None, digits: int = 4) -> str | None:
-    return None if value is None else f"{value:.{digits}f}"
-
-
 def loss_table(cells: list[dict]) -> str:
     rows = []
     for c in cells:
@@ -73,8 +60,8 @@ def loss_table(cells: list[dict]) -> str:
                 "yes" if c["bracketed"] else "NO",
                 f"**{c['mc']:.4f}**",
                 " / ".join(f"{v:.4f}" for v in c["mc_by_seed"]),
-                *(_f(valid[k]) for k in ("math", "code", "general", "gsm8k")),
-                _f(mean_of(c["rows"], "train_loss_tail")),
+                *(f(valid[k]) for k in PARTS),
+                f(mean_of(c["rows"], "train_loss_tail")),
             ]
         )
     header = [
@@ -107,10 +94,10 @@ def cost_table(cells: list[dict]) -> str:
                 f"{r[0]['trainable'] / 1e6:.2f}",
                 f"{r[0]['active'] / 1e6:.1f}",
                 round(mean_of(r, "tokens_per_s") / 1e3, 1),
-                _f(mean_of(r, "train_s"), 1),
+                f(mean_of(r, "train_s"), 1),
                 r[0]["peak_gib"],
-                _f(mean_of(r, "routing", "entropy_mean"), 3),
-                _f(mean_of(r, "routing", "entropy_min"), 3),
+                f(mean_of(r, "routing", "entropy_mean"), 3),
+                f(mean_of(r, "routing", "entropy_min"), 3),
                 None
                 if before is None
                 else f"{before:.3f} -> {mean_of(r, 'routing', 'mi_bits'):.3f}",
@@ -154,31 +141,15 @@ def choice_table(cells: list[dict], base: dict | None) -> str:
 
 
 def all_runs(results: list[dict]) -> str:
+    names = ("method", "schedule", "lr", "seed")
+    found = [r for r in results if r["method"] != "untouched"]
+    found.sort(key=lambda r: (r["method"], r["schedule"], r["seed"], r["lr"]))
     rows = [
-        [
-            r["method"],
-            r["schedule"],
-            f"{r['lr']:g}",
-            r["seed"],
-            _f(r["mc"]),
-            *(_f(r["valid"][k]) for k in ("math", "code", "general", "gsm8k")),
-        ]
-        for r in sorted(results, key=lambda r: (r["method"], r["schedule"], r["seed"], r["lr"]))
-        if r["method"] != "untouched"
+        [*line[:4], f(r["mc"]), *line[4:]]
+        for r, line in zip(found, run_rows(found, names, PARTS), strict=True)
     ]
     header = ["method", "schedule", "LR", "seed", "M+C", "math", "code", "general", "gsm8k test"]
     return markdown(header, rows)
-
-
-def paired(a: dict, b: dict) -> tuple[float, dict[str, float], int]:
-    """Mean difference over the seeds that both have (a seed fixes the data order), and how many."""
-    one, two = ({r["seed"]: r for r in c["rows"]} for c in (a, b))
-    seeds = one.keys() & two.keys()
-    parts = {
-        k: statistics.mean(one[s]["valid"][k] - two[s]["valid"][k] for s in seeds)
-        for k in ("math", "code", "general", "gsm8k")
-    }
-    return statistics.mean(one[s]["mc"] - two[s]["mc"] for s in seeds), parts, len(seeds)
 
 
 def comparisons(cells: list[dict]) -> str:
@@ -201,13 +172,15 @@ def comparisons(cells: list[dict]) -> str:
             a, b = by.get((first, schedule)), by.get((second, schedule))
             if not (a and b):
                 continue
-            gap, parts, seeds = paired(a, b)
+            one, two = ({row["seed"]: row for row in cell["rows"]} for cell in (a, b))
+            gap, seeds = paired(one, two, "mc"), len(one.keys() & two.keys())
             verdict = "tie" if abs(gap) < TIE else (first if gap < 0 else second) + " is better"
             if not (a["bracketed"] and b["bracketed"]):
                 verdict = "none: a best is not bracketed"
             elif seeds < 2:
                 verdict += ", one seed"
-            cells_of = [f"{gap:+.4f}", *(f"{parts[k]:+.4f}" for k in parts)]
+            gaps = [paired(one, two, "valid", part) for part in PARTS]
+            cells_of = [f"{value:+.4f}" for value in (gap, *gaps)]
             rows.append([f"{first} vs {second}", what, schedule, *cells_of, verdict])
     header = [
         "comparison",
@@ -246,10 +219,8 @@ def table(args) -> None:
             all_runs(results),
         ]
     )
-    page = args.page or HERE / "pesc_quality.md"
-    insert(page, text)
-    out = page.with_suffix(".json")
-    out.write_text(
-        json.dumps([{k: v for k, v in c.items() if k != "rows"} for c in cells], indent=1) + "\n"
-    )
-    print(page.read_text())
+    insert(args.page, text)
+    section(args.page)
+    out = [{k: v for k, v in c.items() if k != "rows"} for c in cells]
+    args.page.with_name("cells.json").write_text(json.dumps(out, indent=1) + "\n")
+    print(args.page.read_text())
