@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import sparsecraft as sc
+from sparsecraft.cli.console import gathered
 from sparsecraft.cli.main import VERBS, main
-from sparsecraft.cli.options import gathered
 from sparsecraft.dense import hub
 from sparsecraft.dense.packaged import alias_folder
 from tests import tiny
@@ -162,7 +162,9 @@ def test_bad_input_is_one_sentence_and_writes_nothing(fails, dense, converted, t
     base = ("--model", dense, "--out", out)
     assert "Did you mean 'camelidae'" in fails("convert", "camelida", *base)
     assert "one of adapter" in fails("convert", *base)
-    assert "top_k is 9" in fails("convert", "camelidae", *base, "--top-k", "9")
+    assert "--top-k is 9 with --num-experts 8" in fails(
+        "convert", "camelidae", *base, "--top-k", "9"
+    )
     said = fails("convert", "camelidae", *base, "--set", "router.temprature=1")
     assert "temperature" in said
     assert "no '='" in fails("convert", "camelidae", *base, "--set", "router.temperature")

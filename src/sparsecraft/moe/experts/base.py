@@ -45,6 +45,7 @@ class Experts(nn.Module, ABC):
         rectified: its activation is ReLU, and the dense module's another.
         folds: what `fold` gives, where it gives anything.
         one_for_all: names of tensors that are not stacked, because all experts share them.
+        imitates: of place `imitate`: the bank has been fitted, and runs instead of the base.
     """
 
     num_experts: int
@@ -59,6 +60,7 @@ class Experts(nn.Module, ABC):
     rectified: bool = False
     folds: ClassVar[type[Update] | type[Scale] | type[Network] | None] = None
     one_for_all: ClassVar[tuple[str, ...]] = ()
+    imitates: bool = False
 
     @classmethod
     @abstractmethod
@@ -230,26 +232,13 @@ class Experts(nn.Module, ABC):
 
 
 class CopiedExperts(Experts):
-    """A bank of copies of the dense module, which start as expanded views of one tensor: they cost
-    no memory until `materialize`, which `train()` calls because an optimizer cannot step a view."""
-
-    def materialize(self) -> None:
-        """Give every copy memory of its own."""
-        for parameter in self.parameters():
-            if parameter.stride(0) == 0:
-                parameter.data = parameter.data.contiguous()
-
-    def train(self, mode: bool = True) -> Self:
-        if mode:
-            self.materialize()
-        return super().train(mode)
+    """A bank of copies of the dense module, each with memory of its own."""
 
     @abstractmethod
     def put(self, e: int, donor: Donor) -> None:
-        """Let expert `e` be the module of `donor`. The bank must be materialized."""
+        """Let expert `e` be the module of `donor`."""
 
     def take(self, donors: Iterable[Donor], count: int) -> None:
-        self.materialize()
         each = self.num_experts // count
         for number, donor in enumerate(donors):
             for e in range(number * each, (number + 1) * each):
