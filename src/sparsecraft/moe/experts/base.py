@@ -40,12 +40,12 @@ class Experts(nn.Module, ABC):
         dense_tokens: up to this many tokens, `auto` computes all experts at once; small banks
             set it, because fewer launches are worth more there than fewer multiplications.
         whole: the bank takes whole sequences and all that the dense module is called with.
+        imitates: of place `imitate`: the bank has been fitted, and runs instead of the base.
         records: keep in each forward pass what losses read of the bank; see `noted`.
         of_dense: its parameters are the dense module's own, in another order, and no new ones.
         rectified: its activation is ReLU, and the dense module's another.
         folds: what `fold` gives, where it gives anything.
         one_for_all: names of tensors that are not stacked, because all experts share them.
-        imitates: of place `imitate`: the bank has been fitted, and runs instead of the base.
     """
 
     num_experts: int
@@ -56,11 +56,11 @@ class Experts(nn.Module, ABC):
     dense_tokens: int = 0
     whole: bool = False
     records: bool = False
+    imitates: bool = False
     of_dense: bool = False
     rectified: bool = False
     folds: ClassVar[type[Update] | type[Scale] | type[Network] | None] = None
     one_for_all: ClassVar[tuple[str, ...]] = ()
-    imitates: bool = False
 
     @classmethod
     @abstractmethod
