@@ -49,7 +49,6 @@ EXCEPTIONS = {
     # Until every scorer says it:
     ("conversion/extension/router_row.py", "hasattr(s, 'domains')"): "whether it is of domains",
     ("interop/targets/form.py", "hasattr(layer.router.scorer, 'weight_rows')"): "its matrix",
-    ("surgery/budget.py", "hasattr(layer.router.scorer, 'activation')"): "whether it has one",
     ("training/fit/fit.py", "hasattr(layer.router.scorer, 'rows')"): "whether neurons stand for it",
 }
 
