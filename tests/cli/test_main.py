@@ -149,6 +149,15 @@ def test_export(run, fails, dense, converted, tmp_path):
     assert "no exact form as mixtral" in said and not (tmp_path / "no").exists()
 
 
+def test_methods_as_a_table(run):
+    head, rule, *rows = run("methods", "--markdown").splitlines()
+    assert {line.count("|") for line in (head, rule, *rows)} == {7}
+    assert sorted(row.split("`")[1] for row in rows) == sorted(sc.recipes.__all__)
+    (bam,) = (row for row in rows if row.startswith("| `bam` |"))
+    assert "4 attentions in place of every attention; 4 networks in place of every FFN" in bam
+    assert bam.endswith("| linear, soft; linear, top-1 | no |")
+
+
 def test_methods_lists_every_recipe(run):
     text = run("methods")
     for name in sc.recipes.__all__:

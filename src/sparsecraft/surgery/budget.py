@@ -194,7 +194,7 @@ def rectify(model: nn.Module, undo: bool = False) -> None:
 def imitate(model: nn.Module) -> None:
     """Let the networks that imitate Linears, which have been fitted, run instead of them."""
     for layer in split_layers(model).values():
-        layer.experts.imitates = layer.place == "imitate"
+        layer.experts.imitates = layer.is_imitation
     model.sparsecraft.running.imitates = True
 
 
