@@ -14,12 +14,18 @@ class MethodsCommand(Command):
 
     light: ClassVar[bool] = True
 
+    markdown: bool = False
+    """Print a table in Markdown, as the README has it."""
+
 
 def run(command: MethodsCommand, say: Say) -> None:
     """Print each recipe with its defaults."""
     from sparsecraft import recipes
-    from sparsecraft.recipe.words import facts
+    from sparsecraft.recipe.words import facts, in_table
 
+    if command.markdown:
+        say(in_table({name: recipes.by_name(name) for name in recipes.__all__}))
+        return
     for name in recipes.__all__:
         recipe = recipes.by_name(name)()
         say(f"{name}: {recipe.title}")
