@@ -1,227 +1,183 @@
-"""The laws of the house that a machine can check (docs: CONTRIBUTING)."""
+"""One direction: which package may import which, no circle of files, no torch where there is none.
+
+Every import of ours counts, also inside functions; only those under TYPE_CHECKING do not.
+"""
 
 from __future__ import annotations
 
 import ast
-import inspect
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-import sparsecraft as sc
-
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "sparsecraft"
-README = (ROOT / "README.md").read_text()
-FILES = sorted(SOURCE.rglob("*.py"))
-MODULES = {str(p.relative_to(SOURCE).with_suffix("")).replace("/", "."): p for p in FILES}
 
-# Lower may not import higher. Modules of one rank may import each other.
-RANKS = (
-    ("errors", "__init__"),
-    ("recipe", "specs", "gating", "typed", "routing", "batch"),
-    ("donor", "sites", "hub", "packaged", "encoding", "rows", "corpus", "sentences"),
-    ("experts", "routers", "kernels", "init", "data", "losses"),
-    ("layer",),
-    ("cost", "budget", "certificate", "origin", "tensorfile", "sources", "merged_lora"),
-    ("planning",),
-    ("kept_lora", "gathering", "domains", "expansion", "reading"),
-    ("surgery",),
-    ("folder", "shards"),
-    ("checkpoint", "preflight"),
-)
-RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
-
-# Local imports that break a circle; each says so where it stands.
-BREAKERS = {
-    ("routing", "layer"),
-    ("surgery", "checkpoint"),
-    ("doors", "checkpoint"),
-    ("checkpoint", "peft"),
+# Package -> the packages of ours that it may import. The order of the lines is the order of the
+# floors, from the ground: a package only ever imports what stands above its own line here.
+MAY_IMPORT = {
+    "errors": "",
+    "recipe": "errors",
+    "kernels": "errors",
+    "recipes": "errors recipe",
+    "dense": "errors recipe",
+    "moe": "errors recipe kernels dense",
+    "data": "errors dense moe",
+    "surgery": "errors recipe dense moe",
+    "checkpoint": "errors recipe dense moe surgery",
+    "evaluation": "errors recipe dense moe data surgery checkpoint",
+    "serving": "errors dense moe data checkpoint",
+    "conversion": "errors recipe dense moe data surgery checkpoint evaluation",
+    "training": "errors recipe kernels dense moe data surgery checkpoint evaluation",
+    "interop": "errors recipe recipes dense moe surgery checkpoint evaluation",
+    "cli": (
+        "errors recipe recipes dense moe data surgery checkpoint evaluation serving conversion "
+        "training interop"
+    ),
+    "__init__": "interop",
+    "__main__": "cli",
 }
+FLOORS = {package: set(line.split()) for package, line in MAY_IMPORT.items()}
+MOST_PACKAGES, MOST_FLOORS = 15, 11
 
-MAX_LINES, MAX_FUNCTION = 400, 60
+
+def modules(source: Path) -> dict[str, Path]:
+    """Dotted name below `source` -> its file; a package by its own name."""
+    found = {}
+    for path in sorted(source.rglob("*.py")):
+        parts = path.relative_to(source).with_suffix("").parts
+        if len(parts) > 1 and parts[-1] == "__init__":
+            parts = parts[:-1]
+        found[".".join(parts)] = path
+    return found
+
+
+def imports(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of ours that a file imports, wherever in it."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    names = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively, which this check does not read"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    ours = {n.removeprefix("sparsecraft.") for n in names if n.startswith("sparsecraft.")}
+    found = set()
+    for name in ours:
+        while name and name not in known:  # a name in a module, not a module
+            name = name.rpartition(".")[0]
+        found.add(name or "__init__")
+    return found - {next((m for m, p in known.items() if p == path), "")}
 
 
 def package(module: str) -> str:
-    return module.split(".")[0]
+    return module.partition(".")[0]
 
 
-def imports(path: Path) -> set[tuple[str, bool]]:
-    """(sparsecraft module, at the top level) for everything that a file imports from us."""
-    tree = ast.parse(path.read_text())
-    top = {id(node) for node in tree.body}
-    found = set()
-    for node in ast.walk(tree):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "sparsecraft":
-                names = [alias.name for alias in node.names]
-            elif node.module.startswith("sparsecraft."):
-                names = [node.module.removeprefix("sparsecraft.")]
-        elif isinstance(node, ast.Import):
-            ours = [a.name for a in node.names if a.name.startswith("sparsecraft.")]
-            names = [name.removeprefix("sparsecraft.") for name in ours]
-        found |= {(package(name), id(node) in top) for name in names}
-    return {(n, t) for n, t in found if (SOURCE / f"{n}.py").exists() or (SOURCE / n).is_dir()}
+def arrows(source: Path) -> dict[str, set[str]]:
+    known = modules(source)
+    return {name: imports(path, known) for name, path in known.items()}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down(module):
-    """recipe <- donor <- experts, routers <- layer <- cost <- surgery <- checkpoint <- the rest."""
-    name = package(module)
-    rank = RANK.get(name, len(RANKS))
-    if name in ("doors", "recipes"):
-        return
-    for other, _ in imports(MODULES[module]):
-        if (name, other) not in BREAKERS and other != name:
-            assert RANK.get(other, len(RANKS)) <= rank or other == "doors", f"{module} -> {other}"
-
-
-def test_only_the_command_line_and_the_package_import_the_recipes():
-    for module, path in MODULES.items():
-        if package(module) not in (
-            "recipes",
-            "cli",
-            "__init__",
-            "demo",
-            "peft",
-            "converting",
-            "importing",
-        ):
-            assert "recipes" not in {name for name, _ in imports(path)}, module
-
-
-def test_the_import_check_sees_a_violation(tmp_path):
-    file = tmp_path / "bad.py"
-    file.write_text(
-        "from sparsecraft.checkpoint.save import load\ndef f():\n    import sparsecraft.dense.hub\n"
+def wrong_arrows(graph: dict[str, set[str]]) -> list[str]:
+    """Imports that the table does not allow."""
+    return sorted(
+        f"{module} -> {other}"
+        for module, others in graph.items()
+        for other in others
+        if package(other) not in FLOORS.get(package(module), set()) | {package(module)}
     )
-    assert imports(file) == {("checkpoint", True), ("hub", False)}
 
 
-def test_recipes_import_only_recipe_errors_and_each_other():
-    for module, path in MODULES.items():
-        if package(module) == "recipes":
-            assert {name for name, _ in imports(path)} <= {"recipe", "recipes", "errors"}, module
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of files each of which imports all the others, over any number of steps."""
+    reach: dict[str, set[str]] = {}
+    for start in graph:
+        seen, todo = set(), list(graph[start])
+        while todo:
+            if (module := todo.pop()) not in seen:
+                seen.add(module)
+                todo.extend(graph.get(module, ()))
+        reach[start] = seen
+    return [
+        sorted({start} | {m for m in reach[start] if start in reach.get(m, ())})
+        for start in graph
+        if start in reach[start]
+    ]
 
 
-def test_files_and_functions_stay_short():
-    offenders = []
-    for module, path in MODULES.items():
-        text = path.read_text()
-        lines = len(text.splitlines())
-        if lines > MAX_LINES:
-            offenders.append(f"{module}: {lines} lines")
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                length = node.end_lineno - node.lineno + 1
-                if length > MAX_FUNCTION:
-                    offenders.append(f"{module}.{node.name}: {length} lines")
-    assert not offenders, "\n".join(offenders)
+GRAPH = arrows(SOURCE)
 
 
-def test_no_room_for_leftovers():
-    words = {"util", "utils", "helper", "helpers", "common", "misc"}
-    assert not [m for m in MODULES if words & set(m.replace("_", ".").split("."))]
-    assert len(MODULES) > 20
+def test_every_import_is_in_the_table():
+    assert not (wrong := wrong_arrows(GRAPH)), "\n".join(wrong)
 
 
-def test_every_module_and_public_class_says_what_it_is():
-    missing = []
-    for module, path in MODULES.items():
-        tree = ast.parse(path.read_text())
-        if not ast.get_docstring(tree):
-            missing.append(module)
-        for node in tree.body:
-            public = isinstance(node, ast.ClassDef) and not node.name.startswith("_")
-            if public and not ast.get_docstring(node):
-                missing.append(f"{module}.{node.name}")
-    assert not missing, missing
+def test_no_files_import_each_other_in_a_circle():
+    assert not (found := circles(GRAPH)), found
 
 
-def test_library_modules_print_nothing():
-    """Standard output belongs to the command line."""
-    offenders = []
-    for module, path in MODULES.items():
-        if package(module) in ("cli", "demo", "__main__"):
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            is_print = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
-            if is_print and not any(k.arg == "file" for k in node.keywords):
-                offenders.append(f"{module}:{node.lineno}")
-    assert not offenders, offenders
+def test_the_table_has_one_direction_and_no_pair_that_nothing_uses():
+    order = list(MAY_IMPORT)
+    used = defaultdict(set)
+    for module, others in GRAPH.items():
+        used[package(module)] |= {package(other) for other in others} - {package(module)}
+    for name, allowed in FLOORS.items():
+        assert all(order.index(other) < order.index(name) for other in allowed), name
+        assert allowed == used[name], f"{name}: {sorted(allowed - used[name])} is never imported"
 
 
-@pytest.mark.parametrize("name", sc.__all__)
-def test_public_names_resolve_and_are_documented(name):
-    value = getattr(sc, name)
-    assert inspect.getdoc(value), f"sparsecraft.{name} has no docstring"
-    assert name in dir(sc)
-    if not inspect.ismodule(value):
-        assert not (SOURCE / f"{name}.py").exists(), "a module shares the name of a public function"
-
-
-def test_at_most_thirty_public_names():
-    assert 10 < len(sc.__all__) <= 30 and len(set(sc.__all__)) == len(sc.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'convrt'"):
-        _ = sc.convrt
-
-
-@pytest.mark.parametrize("name", sc.recipes.__all__)
-def test_every_recipe_has_a_function_a_page_and_a_case(name):
-    from tests.cases import RECIPES
-
-    function = getattr(sc.recipes, name)
-    recipe = function()
-    assert recipe.name == name and recipe.paper and recipe.title and recipe.stages
-    assert any(case.make().name == name for case in RECIPES.values()), "no row in tests/cases.py"
-    for parameter in inspect.signature(function).parameters:
-        assert f"{parameter}:" in function.__doc__, f"{name}({parameter}) is not documented"
-    assert "Command: sparsecraft" in inspect.getmodule(function).__doc__
-    assert (ROOT / "docs" / "methods" / f"{name}.md").is_file()
-
-
-def test_the_readme_shows_the_tree():
-    readme = (ROOT / "README.md").read_text()
-    top = {package(m) for m in MODULES} - {"__init__", "__main__"}
-    missing = sorted(n for n in top if f"{n}.py" not in readme and f"{n}/" not in readme)
-    assert not missing, f"README.md does not mention {', '.join(missing)}"
-
-
-def test_the_methods_table_of_the_readme_agrees_with_the_recipes():
-    from sparsecraft.recipe.words import facts
-
-    rows = {
-        cells[0].split("`")[1]: cells
-        for line in README.splitlines()
-        if line.startswith("| [`")
-        for cells in [[cell.strip() for cell in line.strip("|").split("|")]]
+def test_there_are_few_packages_and_floors_and_nothing_beside_them():
+    entries = {p.name for p in SOURCE.iterdir()} - {"__pycache__"}
+    files = {"__init__.py", "__main__.py", "py.typed", "errors.py"}
+    packages = entries - files
+    assert files <= entries and packages == {
+        name for name in MAY_IMPORT if not name.startswith("__") and name != "errors"
     }
-    assert set(rows) == set(sc.recipes.__all__)
-    for name, (_, _, placement, experts, router, exact) in rows.items():
-        recipe = sc.recipes.__dict__[name]()
-        for edit in recipe.edits:
-            assert {"replace": "replaces"}.get(edit.place, edit.place) in placement
-        assert str(recipe.edits[0].experts.num_experts) in experts
-        routed = recipe.edits[0].router
-        if routed:
-            assert (f"top-{routed.top_k}" if routed.top_k else routed.select) in router
-        else:
-            assert router == "none"
-        claim = facts(recipe)["exact_at_start"]
-        assert exact.startswith(claim if name != "upcycling" else "if renormalized")
+    assert len(packages) <= MOST_PACKAGES
+    height: dict[str, int] = {}
+    for name, allowed in FLOORS.items():  # those below come first
+        height[name] = 1 + max((height[other] for other in allowed), default=0)
+    assert max(height[name] for name in packages) <= MOST_FLOORS
 
 
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
-    from tests import tiny
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("from sparsecraft.surgery.install import apply\n", "moe.bad -> surgery.install"),
+        ("def f():\n    from sparsecraft.cli import main\n", "moe.bad -> cli.main"),
+        ("def f():\n    import sparsecraft.checkpoint.save as s\n", "moe.bad -> checkpoint.save"),
+        ("import sparsecraft.data\n", "moe.bad -> data"),
+        ("from sparsecraft import convert\n", "moe.bad -> __init__"),
+    ],
+)
+def test_a_wrong_import_is_seen_at_the_top_and_inside_a_function(tmp_path, text, wrong):
+    planted = tmp_path / "bad.py"
+    planted.write_text("from sparsecraft.recipe.edits import Edit\n" + text)
+    graph = {**GRAPH, "moe.bad": imports(planted, modules(SOURCE))}
+    assert wrong_arrows(graph) == [wrong]
 
-    block = README.split("```python\n")[1].split("```")[0]
-    base = tiny.save_dense(tmp_path / "dense")
-    for name in ("math", "code"):
-        tiny.write_rows(tmp_path / f"{name}.jsonl", tiny.chat_rows())
-    monkeypatch.chdir(tmp_path)
-    block = block.replace('"smollm2"', repr(base)).replace("steps=100", "steps=1, max_length=64")
-    names: dict = {}
-    exec(block, names)
-    assert names["model"].sparsecraft.recipe.recipe.name == "camelidae"
+
+def test_a_planted_circle_is_seen():
+    graph = {**GRAPH, "recipe.numbers": {"recipe.recipe"}}
+    assert any("recipe.numbers" in group for group in circles(graph))
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})[0] == ["a", "b", "c"]
+
+
+def test_imports_that_only_type_checkers_see_do_not_count(tmp_path):
+    file = tmp_path / "fine.py"
+    file.write_text(
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from sparsecraft.cli.main import main\n"
+    )
+    assert imports(file, modules(SOURCE)) == set()

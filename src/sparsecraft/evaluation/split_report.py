@@ -10,15 +10,16 @@ from sparsecraft.moe.cost import active_share, split_flops
 from sparsecraft.moe.experts.split import is_relu
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routers.gate import Gate
+from sparsecraft.moe.routers.running import Running
 from sparsecraft.recipe.stages import Stage
-from sparsecraft.surgery.budget import Running, split_layers
+from sparsecraft.surgery.budget import split_layers
 
 
 def split_lines(model: nn.Module) -> list[str]:
     """Lines about the split networks of a converted model; none without them."""
     found = split_layers(model).values()
-    layers = [layer for layer in found if layer.place == "replace"]
-    imitations = [layer for layer in found if layer.place == "imitate"]
+    layers = [layer for layer in found if not layer.is_imitation]
+    imitations = [layer for layer in found if layer.is_imitation]
     if not layers:
         return []
     record = model.sparsecraft

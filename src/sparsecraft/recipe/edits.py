@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparsecraft.errors import RecipeError
-from sparsecraft.recipe.experts import PLACES, ExpertsSpec
+from sparsecraft.recipe.experts import ExpertsSpec
 from sparsecraft.recipe.numbers import check_whole
 from sparsecraft.recipe.routers import RouterSpec, check_selection, check_split
 from sparsecraft.recipe.typed import read
@@ -75,7 +75,7 @@ class Edit:
             raise RecipeError(f"router.init_std is {router.init_std}; it must not be negative.")
         check_split(router)
         check_selection(router, experts.num_experts)
-        if router.splits != (experts.kind == "split"):
+        if router.splits != experts.parts:
             raise RecipeError(
                 f"router.weighting is {router.weighting!r} with {experts.kind} experts; split "
                 "experts are summed as they are (one, scaled, straight_through, score, gain), "
@@ -94,6 +94,28 @@ class Edit:
                 f"decides={router.decides!r}; slots are for experts beside a module, by token."
             )
 
+    # What a place means, for those who ask; what a layer computes there, `sparsecraft.moe.places`.
+
+    @property
+    def replaces(self) -> bool:
+        """The dense module goes away."""
+        return self.place == "replace"
+
+    @property
+    def adds(self) -> bool:
+        """The experts add to what the dense module gives."""
+        return self.place == "beside"
+
+    @property
+    def changes_input(self) -> bool:
+        """The experts change what the dense module reads."""
+        return self.place == "before"
+
+    @property
+    def opens(self) -> bool:
+        """The experts work between the dense module's own parts."""
+        return self.place == "inside"
+
 
 def _check_place(edit: Edit) -> None:
     """Refuse experts where they make no sense.
@@ -107,13 +129,12 @@ def _check_place(edit: Edit) -> None:
             f"router.gates_base is True with place={edit.place!r} at site {edit.site!r}; only a "
             "feed-forward network that experts stand beside can be gated."
         )
-    places = PLACES.get(experts.kind, ("replace", "beside", "after", "before"))
-    if edit.place not in places:
+    if edit.place not in experts.places:
         raise RecipeError(
             f"{experts.kind} experts cannot stand {edit.place} a module; they stand "
-            f"{' or '.join(places)} it."
+            f"{' or '.join(experts.places)} it."
         )
-    if (edit.site == "attention") != (experts.kind == "attention"):
+    if (edit.site == "attention") != ("attention" in experts.places[edit.place]):
         raise RecipeError(
             f"{experts.kind} experts cannot stand at site {edit.site!r}; attention experts "
             "replace an attention, and nothing else does."
@@ -128,5 +149,5 @@ def _check_place(edit: Edit) -> None:
             f"modality={edit.modality!r} with place={edit.place!r}: only experts beside a "
             "module can leave tokens out."
         )
-    if experts.kind == "attention" and (router is None or router.decides != "token"):
+    if edit.site == "attention" and (router is None or router.decides != "token"):
         raise RecipeError("Attention experts need a router that decides by token.")

@@ -1,18 +1,97 @@
-"""What a bank of experts is made of, as pure data. Torch-free."""
+"""What a bank of experts is made of, as pure data, and what each kind may stand at. Torch-free.
+
+A kind says by class attributes what others need to know of it, so that nobody asks for its name.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from abc import ABC
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from types import MappingProxyType
+from typing import ClassVar, Literal
 
 from sparsecraft.errors import RecipeError
 from sparsecraft.recipe.numbers import check_adapter, check_deviation, check_whole, is_number
 
+Donor = Literal["ffn", "attention", "linear", "activation"]
+"""What a dense module is read as; see `sparsecraft.dense.donors`."""
+
+ANYTHING: tuple[Donor, ...] = ("ffn", "linear", "activation")
+
+
+def stands(**places: tuple[Donor, ...]) -> Mapping[str, tuple[Donor, ...]]:
+    """Place -> the dense modules that a kind may stand at there; see `ExpertsSpec.places`."""
+    return MappingProxyType(places)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FFNSpec:
+class ExpertsSpec(ABC):
+    """What every kind of experts says of itself.
+
+    A further kind is a frozen dataclass below this one, with a `kind` of its own, and one line:
+    `sparsecraft.moe.experts.build.register(its spec, its bank)`.
+
+    Attributes:
+        places: where it may stand, and for each place the dense modules that it may stand at.
+        parts: its experts are the parts of one network, whose plain sum is the dense function.
+        comes_from: what sources can fill it: dense models by their `network`, adapters by their
+            `lora`; None where its experts come from the converted model alone.
+        dense_weights: it holds dense weights of its own, so that it is no adapter on a base.
+        standard: its experts are full feed-forward networks of the dense one's form, which the
+            mixtures of standard architectures have.
+        joins: the recipe that one of these experts is, where several with constant weights are one
+            wider expert; see `joined`.
+    """
+
+    kind: str
+    num_experts: int
+
+    places: ClassVar[Mapping[str, tuple[Donor, ...]]] = stands(
+        replace=ANYTHING, beside=ANYTHING, after=ANYTHING, before=ANYTHING
+    )
+    parts: ClassVar[bool] = False
+    comes_from: ClassVar[Literal["network", "lora"] | None] = None
+    dense_weights: ClassVar[bool] = False
+    standard: ClassVar[bool] = False
+    joins: ClassVar[str | None] = None
+
+    @property
+    def networks(self) -> int:
+        """How many networks the experts are, or are shards of."""
+        return self.num_experts
+
+    @property
+    def blends(self) -> bool:
+        """Whether each expert takes a shard of every source."""
+        return False
+
+    @property
+    def shards(self) -> bool:
+        """Whether experts are shards of networks, so that no whole network is one of them."""
+        return False
+
+    @property
+    def needs_memory(self) -> str | None:
+        """What of it cannot be made tensor by tensor, in words; None if all of it can, because
+        experts are copies, or drawn at random and so small that a layer's fit into memory."""
+        return f"{self.kind} experts"
+
+    def joined(self, count: int) -> ExpertsSpec:
+        """The one expert that `count` of these with constant weights are; of kinds that join."""
+        raise RecipeError(f"{self.kind} experts with constant weights are no one expert.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FFNSpec(ExpertsSpec):
     """Full feed-forward experts made from the dense one, or shards of it."""
+
+    places = stands(replace=("ffn",), beside=("ffn",), after=("ffn",), before=("ffn",))
+    comes_from = "network"
+    dense_weights = True
+    standard = True
 
     kind: Literal["ffn"] = "ffn"
     num_experts: int = 8
@@ -55,10 +134,31 @@ class FFNSpec:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; it must lie in [0, 1].")
         check_deviation(self.noise_std, "noise_std")
 
+    @property
+    def networks(self) -> int:
+        return self.num_experts // self.granularity
+
+    @property
+    def blends(self) -> bool:
+        return self.blend
+
+    @property
+    def shards(self) -> bool:
+        return self.granularity > 1 or self.blend
+
+    @property
+    def needs_memory(self) -> str | None:
+        plain = self == FFNSpec(num_experts=self.num_experts)
+        return None if plain else f"{self.kind} experts that are no plain copies"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionSpec:
+class AttentionSpec(ExpertsSpec):
     """Whole attentions as experts, with their own queries and outputs."""
+
+    places = stands(replace=("attention",))
+    comes_from = "network"
+    dense_weights = True
 
     kind: Literal["attention"] = "attention"
     num_experts: int = 4
@@ -68,8 +168,11 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AdapterSpec:
+class AdapterSpec(ExpertsSpec):
     """Bottleneck adapters, x + scale * up(activation(down(x))), `up` zero at the start."""
+
+    needs_memory = None
+    joins = "adapter"
 
     kind: Literal["adapter"] = "adapter"
     num_experts: int = 8
@@ -83,10 +186,17 @@ class AdapterSpec:
     def __post_init__(self) -> None:
         check_adapter("dim", self.dim, self.dropout, scale=self.scale)
 
+    def joined(self, count: int) -> AdapterSpec:
+        return dataclasses.replace(self, num_experts=1, dim=self.dim * count)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LoRASpec:
+class LoRASpec(ExpertsSpec):
     """Low-rank updates, (alpha / rank) * B A x, B zero at the start."""
+
+    places = stands(beside=("ffn", "linear"))
+    comes_from = "lora"
+    needs_memory = None
 
     kind: Literal["lora"] = "lora"
     num_experts: int = 1
@@ -107,8 +217,11 @@ class LoRASpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VectorSpec:
+class VectorSpec(ExpertsSpec):
     """Vectors that scale features one by one, as (IA)3's; ones at the start."""
+
+    places = stands(after=ANYTHING, before=ANYTHING)
+    needs_memory = None
 
     kind: Literal["vector"] = "vector"
     num_experts: int = 10
@@ -121,8 +234,11 @@ class VectorSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FFNLoRASpec:
+class FFNLoRASpec(ExpertsSpec):
     """Feed-forward experts that share the dense weights and differ by LoRAs on each Linear."""
+
+    places = stands(inside=("ffn",))
+    needs_memory = None
 
     kind: Literal["ffn_lora"] = "ffn_lora"
     num_experts: int = 8
@@ -136,8 +252,12 @@ class FFNLoRASpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SplitSpec:
+class SplitSpec(ExpertsSpec):
     """The dense feed-forward network itself, its neurons dealt out to experts of equal size."""
+
+    places = stands(replace=("ffn",), imitate=("linear",))
+    parts = True
+    dense_weights = True
 
     kind: Literal["split"] = "split"
     num_experts: int = 32
@@ -168,16 +288,28 @@ class SplitSpec:
             raise RecipeError(f"flops_factor is {self.flops_factor!r}; it must be positive.")
 
 
-ExpertsSpec = (
-    FFNSpec | AttentionSpec | AdapterSpec | LoRASpec | VectorSpec | FFNLoRASpec | SplitSpec
-)
+def kind_of(spec: type[ExpertsSpec]) -> str:
+    """The word of a kind of experts, which its class has as the default of `kind`."""
+    return next(field.default for field in dataclasses.fields(spec) if field.name == "kind")
 
 
-# Where a kind of experts makes sense, unless anywhere.
-PLACES = {
-    "attention": ("replace",),
-    "lora": ("beside",),
-    "vector": ("after", "before"),
-    "ffn_lora": ("inside",),
-    "split": ("replace", "imitate"),
-}
+KINDS: dict[str, type[ExpertsSpec]] = {
+    kind_of(spec): spec
+    for spec in (
+        FFNSpec, AttentionSpec, AdapterSpec, LoRASpec, VectorSpec, FFNLoRASpec, SplitSpec,
+    )
+}  # fmt: skip
+
+
+def add_kind(spec: type[ExpertsSpec]) -> type[ExpertsSpec]:
+    """Let recipes name a further kind of experts.
+
+    Raises:
+        RecipeError: another class has its `kind` already.
+    """
+    kind = kind_of(spec)
+    if KINDS.setdefault(kind, spec) is not spec:
+        raise RecipeError(
+            f"kind {kind!r} of {spec.__name__} is that of {KINDS[kind].__name__}; give it another."
+        )
+    return spec

@@ -8,11 +8,15 @@ import typing
 from typing import Any, Literal
 
 from sparsecraft.errors import RecipeError, did_you_mean
+from sparsecraft.recipe.experts import KINDS, ExpertsSpec
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if is_union else (hint,)
+    options = typing.get_args(hint) if is_union else (hint,)
+    if ExpertsSpec in options:  # any of the kinds that are registered
+        return (*(o for o in options if o is not ExpertsSpec), *KINDS.values())
+    return options
 
 
 def parse(hint: Any, text: str) -> Any:

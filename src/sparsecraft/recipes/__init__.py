@@ -1,4 +1,8 @@
-"""Every published method as a function that returns a Recipe. Torch-free."""
+"""Every published method as a function that returns a Recipe; one file per paper.
+
+A recipe is said in the words of `sparsecraft.recipe`. It knows no tensor and no model, holds no
+control flow over them, and imports no torch.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,6 @@ def begin_stage(model: nn.Module, stage: Stage) -> None:
         return
     if stage.activation == "relu":
         rectify(model)
-        model.sparsecraft.running.rectified = True
     if stage.fit is not None:
         _check_rectified(model, stage)
         return  # it looks at the whole networks itself
@@ -53,7 +52,8 @@ def _check_rectified(model: nn.Module, stage: Stage) -> None:
     names = [other.name for other in record.recipe.stages]
     earlier = record.recipe.stages[: names.index(stage.name)]
     missing = [other.name for other in earlier if other.activation == "relu"]
-    banks = [layer.experts for layer in split_layers(model).values() if layer.place == "replace"]
+    layers = split_layers(model).values()
+    banks = [layer.experts for layer in layers if not layer.is_imitation]
     if missing and stage.fit.what == "routers" and not all(is_relu(b.activation) for b in banks):
         raise SparsecraftError(
             f"Stage {stage.name!r} fits routers for networks with ReLU, and stage {missing[0]!r}, "
@@ -69,7 +69,6 @@ def end_stage(model: nn.Module, stage: Stage) -> None:
     record = model.sparsecraft
     if stage.fit is not None and stage.fit.what == "imitations":
         imitate(model)
-        record.running.imitates = True
     names = [other.name for other in record.recipe.stages]
     # What came after it was made from what it has changed.
     before = names[: names.index(stage.name)]
@@ -91,7 +90,7 @@ def staged(model: nn.Module, stage: Stage) -> Iterator[None]:
     except BaseException:
         if running.rectified and not rectified:
             rectify(model, undo=True)
-        running.rectified, running.budget = rectified, budget
+        running.budget = budget
         for gate, *state in before:
             gate.runs, gate.k, gate.share, gate.threshold = state
         model.train(training)

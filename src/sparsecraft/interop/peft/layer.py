@@ -41,7 +41,7 @@ class ExpertsTunerLayer(nn.Module, BaseTunerLayer):
         for name in () if self.disable_adapters else self.active_adapters:
             if name in self.sparsecraft_moe:
                 layer = self.sparsecraft_moe[name]
-                if layer.place == "inside" and top is not self.base_layer:
+                if layer.opens_base and top is not self.base_layer:
                     raise SparsecraftError(
                         f"Adapter {name!r} works inside the dense network at {self.site.path!r} "
                         "and cannot stand on another adapter; make it the first active one."
@@ -69,8 +69,10 @@ class ExpertsTunerLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
         # PEFT's own looks for the base's one weight, which a feed-forward network has not.
-        if adapter_name in self.sparsecraft_moe:
-            device = device or next(self.base_layer.parameters()).device
+        # An activation has none either: its adapter stays where PEFT has read it.
+        if device is None:
+            device = next((p.device for p in self.base_layer.parameters()), None)
+        if adapter_name in self.sparsecraft_moe and device is not None:
             self.sparsecraft_moe[adapter_name].to(device)
 
 

@@ -6,12 +6,15 @@ Shapes: F neurons of an expert, n of them chosen, D width.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sparsecraft.moe.experts.ffn import FFNExperts
 from sparsecraft.recipe.experts import FFNSpec
+
+if TYPE_CHECKING:
+    from sparsecraft.moe.experts.ffn import FFNExperts
 
 
 @torch.no_grad()
@@ -23,7 +26,6 @@ def diversify(bank: FFNExperts, spec: FFNSpec) -> None:
     """
     if not (spec.permute or spec.redraw or spec.noise_std):
         return
-    bank.materialize()
     for e in range(bank.num_experts):
         matrices = bank.neurons(e)
         count, device = len(matrices[0][0]), matrices[0][0].device

@@ -100,12 +100,17 @@ class AnalyticScorer(nn.Module):
     def __init__(self, spec: RouterSpec, bank: SplitExperts):
         super().__init__()
         self.shared, self.normalize = spec.shared, spec.normalize
-        self.activation = bank.activation
+        self._bank = (bank,)  # in a tuple, so that it is no part of the router
         R, D = bank.num_experts - spec.shared, bank.in_features
         rows = bank.down.new_zeros(R, bank.parts, D)
         self.rows = nn.Parameter(rows)
         self.bias = None if bank.first_bias is None else nn.Parameter(rows.new_zeros(R, bank.parts))
         self.begin(bank)
+
+    @property
+    def activation(self) -> nn.Module:
+        """The network's, whatever is put into it."""
+        return self._bank[0].activation
 
     @torch.no_grad()
     def begin(self, bank: SplitExperts, representatives_R: Tensor | None = None) -> None:
@@ -117,7 +122,6 @@ class AnalyticScorer(nn.Module):
         """
         if self.rows.is_meta:
             return
-        self.activation = bank.activation
         m = bank.neurons_per_expert
         rows_EGmD = bank.first.unflatten(1, (-1, m))
         if representatives_R is None:
