@@ -44,6 +44,7 @@ class ExpertsSpec(ABC):
             mixtures of standard architectures have.
         joins: the recipe that one of these experts is, where several with constant weights are one
             wider expert; see `joined`.
+        words: what one of them is called in tables, and several.
     """
 
     kind: str
@@ -57,6 +58,7 @@ class ExpertsSpec(ABC):
     dense_weights: ClassVar[bool] = False
     standard: ClassVar[bool] = False
     joins: ClassVar[str | None] = None
+    words: ClassVar[tuple[str, str]] = ("expert", "experts")
 
     @property
     def networks(self) -> int:
@@ -92,6 +94,7 @@ class FFNSpec(ExpertsSpec):
     comes_from = "network"
     dense_weights = True
     standard = True
+    words = ("network", "networks")
 
     kind: Literal["ffn"] = "ffn"
     num_experts: int = 8
@@ -159,6 +162,7 @@ class AttentionSpec(ExpertsSpec):
     places = stands(replace=("attention",))
     comes_from = "network"
     dense_weights = True
+    words = ("attention", "attentions")
 
     kind: Literal["attention"] = "attention"
     num_experts: int = 4
@@ -173,6 +177,7 @@ class AdapterSpec(ExpertsSpec):
 
     needs_memory = None
     joins = "adapter"
+    words = ("adapter", "adapters")
 
     kind: Literal["adapter"] = "adapter"
     num_experts: int = 8
@@ -197,6 +202,7 @@ class LoRASpec(ExpertsSpec):
     places = stands(beside=("ffn", "linear"))
     comes_from = "lora"
     needs_memory = None
+    words = ("LoRA", "LoRAs")
 
     kind: Literal["lora"] = "lora"
     num_experts: int = 1
@@ -222,6 +228,7 @@ class VectorSpec(ExpertsSpec):
 
     places = stands(after=ANYTHING, before=ANYTHING)
     needs_memory = None
+    words = ("vector", "vectors")
 
     kind: Literal["vector"] = "vector"
     num_experts: int = 10
@@ -239,6 +246,7 @@ class FFNLoRASpec(ExpertsSpec):
 
     places = stands(inside=("ffn",))
     needs_memory = None
+    words = ("network by LoRA", "networks by LoRA")
 
     kind: Literal["ffn_lora"] = "ffn_lora"
     num_experts: int = 8
@@ -258,6 +266,7 @@ class SplitSpec(ExpertsSpec):
     places = stands(replace=("ffn",), imitate=("linear",))
     parts = True
     dense_weights = True
+    words = ("group of neurons", "groups of neurons")
 
     kind: Literal["split"] = "split"
     num_experts: int = 32
