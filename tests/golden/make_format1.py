@@ -2,7 +2,11 @@
 
 It ran with that commit's code, and need not run with any later one:
 
+    git worktree add OLD 1d32273 && cp -r tests/golden OLD/tests/ && cd OLD
     PYTHONPATH=src:tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python tests/golden/make_format1.py
+
+A second run gives the same bytes but for seconds in three report.json, and the process and the
+base's times in the stream's progress.json.
 
 Today's code writes a base's absolute path. `settle` replaces it by one relative to format1
 (base/llama) and renews the digests of recipe.json that cover it; nothing else is edited.
@@ -14,6 +18,7 @@ import json
 import logging
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import peft
@@ -147,7 +152,8 @@ ODD = {
     "ffn_width": of_experts("FFNSpec(num_experts=4, width=24)"),
     "ffn_blend": of_experts("FFNSpec(num_experts=4, blend=True)"),
     "ffn_granular": of_experts("FFNSpec(num_experts=4, granularity=2, scaling='paper', scale=2.0)"),
-    "ffn_redrawn": of_experts("FFNSpec(num_experts=4, redraw=0.5, redraw_apart=True, permute=True)"),
+    "ffn_redrawn": of_experts("FFNSpec(num_experts=4, redraw=0.5, redraw_apart=True, "
+                              "permute=True)"),
     "ffn_noise": of_experts("FFNSpec(num_experts=4, noise_std=0.1, noise_share=0.5)"),
     "attention_shared": of_experts("AttentionSpec(num_experts=4, kv='shared')",
                                    ", site='attention'"),
@@ -351,14 +357,14 @@ def settle(folder: Path) -> None:
 INDEX: dict[str, str | None] = {}
 
 
-def keep(name: str, model, base: str | None = None) -> None:
+def keep(name: str, model, base: str | None = None, **saving) -> None:
     """Save a model, on its base if one is named, and what it says."""
     folder = OUT / "checkpoints" / name
-    sc.save(model, folder, standalone=base is None)
+    sc.save(model, folder, standalone=base is None, **saving)
     found = json.loads((folder / "recipe.json").read_text())["base"]
     assert (found is None) == (base is None), name
     settle(folder)
-    expect(name, model)
+    expect(name, model if model.dtype == torch.float32 else sc.load(folder, dtype="float32"))
     INDEX[name] = base
 
 
@@ -384,6 +390,8 @@ def make_checkpoints(work: Path) -> None:
     keep("mixlora", converted("llama", R.mixlora(4, 2, rank=2)), "llama")
     keep("upcycling", converted("llama", R.upcycling(3, 2)))
     keep("upcycling_on_base", converted("llama", R.upcycling(2, 1, renormalize=False)), "llama")
+    keep("upcycling_sharded_bfloat16", converted("llama", R.upcycling(3, 2)).bfloat16(),
+         shard_size=9000)  # fmt: skip
     keep("drop_upcycling", converted("llama", R.drop_upcycling(3, 2, variant="released")))
     keep("virtual_groups", converted("llama", R.virtual_groups(2, granularity=2, top_k=2)))
     keep("btx_sample", converted("llama", R.btx(2, routing="sample"), sources=sources()))
@@ -439,7 +447,7 @@ def make_splits(work: Path) -> None:
         keep(name, model)
 
 
-# --------------------------------------------------------------------------------------- PEFT folders
+# ------------------------------------------------------------------------------------- PEFT folders
 
 
 def make_peft() -> None:
@@ -477,11 +485,11 @@ class Killed(BaseException):
     pass
 
 
-def make_training() -> None:
-    """A run of 12 steps with a state every 5, killed after step 8; then what it comes to."""
-    folder, out = OUT / "training", OUT / "training" / "out"
+def make_training(kind: str, recipe: sc.Recipe) -> None:
+    """A run with a state every 5 steps, killed after step 8; then what it comes to."""
+    folder, out = OUT / kind, OUT / kind / "out"
     start = dense("chat")
-    sc.convert(start, sc.recipes.camelidae(4, 2, adapter_dim=4, lora_rank=2), certify=False)
+    sc.convert(start, recipe, certify=False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(OUT / "base" / "chat")
     sc.save(start, folder / "start", standalone=True, tokenizer=tokenizer)
     settle(folder / "start")
@@ -492,10 +500,8 @@ def make_training() -> None:
             raise Killed
 
     trainers.ProgressBar.on_step_end = kill
-    try:
+    with suppress(Killed):
         sc.train(folder / "start", rows, out, **TRAINING)
-    except Killed:
-        pass
     trainers.ProgressBar.on_step_end = kept
     settle(folder)
     write(folder / "options.json", TRAINING)
@@ -508,7 +514,7 @@ def make_training() -> None:
         for (name, a), b in zip(model.state_dict().items(), whole.state_dict().values(),
                                 strict=True):  # fmt: skip
             assert torch.equal(a, b), name
-        expect("training", model)
+        expect(kind, model)
 
 
 def make_stream() -> None:
@@ -528,10 +534,8 @@ def make_stream() -> None:
         return found
 
     tensorfile.write_each = kill
-    try:
+    with suppress(Killed):
         streaming.convert_files(base, recipe, folder / "out", **STREAM)
-    except Killed:
-        pass
     tensorfile.write_each = original
     write(folder / "options.json", STREAM)
     write(folder / "recipe.json", to_json(recipe))
@@ -552,7 +556,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         make_checkpoints(Path(work))
     make_peft()
-    make_training()
+    make_training("training", sc.recipes.camelidae(4, 2, adapter_dim=4, lora_rank=2))
+    make_training("training_dealt", sc.recipes.upit(2, 1))
     make_stream()
 
 

@@ -52,6 +52,10 @@ def base_of(name: str | None) -> str | None:
     return name and str(FORMAT1 / "base" / name)
 
 
+def loaded(name: str, **options) -> torch.nn.Module:
+    return sc.load(FORMAT1 / "checkpoints" / name, base=base_of(CHECKPOINTS[name]), **options)
+
+
 # ------------------------------------------------------------------------------------------ recipes
 
 
@@ -83,8 +87,11 @@ def test_a_converted_model_has_the_same_tensors(name):
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_checkpoint_gives_its_logits(name):
-    model = sc.load(FORMAT1 / "checkpoints" / name, base=base_of(CHECKPOINTS[name]))
-    assert_says(model, name)
+    model = loaded(name)
+    half = name.endswith("bfloat16")
+    assert model.dtype == (torch.bfloat16 if half else torch.float32)
+    # Products of halves round as the machine does; those of floats differ by less than 1e-5.
+    assert_says(loaded(name, dtype="float32") if half else model, name)
 
 
 @pytest.mark.parametrize("name", ON_BASE)
@@ -95,9 +102,8 @@ def test_a_checkpoint_finds_the_base_that_it_names(name, monkeypatch):
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_checkpoint_is_saved_and_read_again(name, tmp_path):
-    model = sc.load(FORMAT1 / "checkpoints" / name, base=base_of(CHECKPOINTS[name]))
-    sc.save(model, tmp_path / "again")
-    assert_says(sc.load(tmp_path / "again"), name)
+    sc.save(loaded(name), tmp_path / "again")
+    assert_says(sc.load(tmp_path / "again", dtype="float32"), name)
 
 
 def test_budgets_and_calibrations_are_those_that_were_saved():
@@ -108,8 +114,7 @@ def test_budgets_and_calibrations_are_those_that_were_saved():
         "d2dmoe_trained": (0.5, [(0.25, 0.75), (0.5, 0.625), (1.0, 0.0)]),
     }
     for name, wanted in known.items():
-        model = sc.load(FORMAT1 / "checkpoints" / name, base=base_of(CHECKPOINTS[name]))
-        running = model.sparsecraft.running
+        running = loaded(name).sparsecraft.running
         assert (running.budget, running.calibration) == wanted
 
 
@@ -133,14 +138,15 @@ def test_an_adapter_is_read_as_a_converted_model(name, monkeypatch):
 # -------------------------------------------------------------------------------------- interrupted
 
 
-def test_an_interrupted_training_goes_on(tmp_path):
-    folder = shutil.copytree(FORMAT1 / "training", tmp_path / "training")
+@pytest.mark.parametrize("kind", ["training", "training_dealt"])
+def test_an_interrupted_training_goes_on(tmp_path, kind):
+    folder = shutil.copytree(FORMAT1 / kind, tmp_path / kind)
     options = json.loads((folder / "options.json").read_text())
     rows = str(FORMAT1 / "rows.jsonl")
     report = sc.train(folder / "start", rows, folder / "out", resume=True, **options)
     assert report.steps == options["steps"]
     assert not (folder / "out.training").exists()
-    assert_says(sc.load(folder / "out"), "training")
+    assert_says(sc.load(folder / "out"), kind)
 
 
 def test_an_interrupted_stream_goes_on(tmp_path):
