@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsecraft.kernels.lora import mix_lora
+from sparsecraft.kernels.lora import LoRAs, mix_lora
 from sparsecraft.kernels.projections import float32_product
 from sparsecraft.kernels.vectors import mix_vectors, mix_vectors_torch, usable
 from sparsecraft.moe.experts.adapter import AdapterExperts
@@ -144,12 +144,15 @@ def test_mixed_lora_equals_its_float64_form(T, E, R, shared):
         leaf(T, 256, dtype=torch.bfloat16), soft_weights(T, E),
         leaf(1 if shared else E, R, 256), leaf(E, 600, R), leaf(T, 600, dtype=torch.bfloat16),
     ]  # fmt: skip
-    wanted = outputs(lambda *t: mix_lora(*t[:4], 0.5, t[4]), leaves, torch.float64)
+    wanted = outputs(lambda *t: mix_lora(*t[:2], LoRAs(*t[2:4], 0.5), t[4]), leaves, torch.float64)
     for in_place in (False, True):
-        found = outputs(lambda *t: mix_lora(*t[:4], 0.5, t[4] * 1, 0.0, in_place), leaves)  # noqa: B023
+        found = outputs(
+            lambda *t: mix_lora(*t[:2], LoRAs(*t[2:4], 0.5), t[4] * 1, in_place),  # noqa: B023
+            leaves,
+        )
         assert_near(found, wanted, [1e-2] * 6)
         with torch.no_grad():
-            y = mix_lora(*leaves[:4], 0.5, leaves[4] * 1, in_place=in_place)
+            y = mix_lora(*leaves[:2], LoRAs(*leaves[2:4], 0.5), leaves[4] * 1, in_place)
         assert_near([y], wanted[:1], [1e-2])
 
 
@@ -184,7 +187,7 @@ def mixture_functions():
     lora = [x, w, leaf(E, 4, 256), leaf(E, 600, 4), leaf(T, 600, dtype=torch.bfloat16)]
     return {
         "vectors": (lambda *t: mix_vectors(*t, True), [x, w, leaf(E, 256, at=1.0)]),
-        "lora": (lambda *t: mix_lora(*t[:4], 0.5, t[4] * 1, in_place=True), lora),
+        "lora": (lambda *t: mix_lora(*t[:2], LoRAs(*t[2:4], 0.5), t[4] * 1, True), lora),
         "product": (float32_product, [x, leaf(E, 256)]),
     }
 

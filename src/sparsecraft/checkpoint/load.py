@@ -62,13 +62,10 @@ def load(
     if origin is None:
         model = _from_config(folder, config, device_map, kwargs)
     else:
+        kwargs |= {"config": config, "dtype": getattr(torch, manifest["base"]["dtype"])}
+        quantize = recipe.base_quantization
         model = hub.load_dense(
-            str(origin.folder),
-            dtype=getattr(torch, manifest["base"]["dtype"]),
-            device_map=device_map,
-            quantize=recipe.base_quantization,
-            config=config,
-            **kwargs,
+            str(origin.folder), device_map=device_map, quantize=quantize, **kwargs
         )
     digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
     record = apply(model, recipe, plan(model, recipe), on_meta=True)
@@ -83,11 +80,15 @@ def load(
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if dtype is not None:
-        # Not model.to(dtype): that would round the rotary frequencies, which are not saved.
-        for tensor in unique_tensors(model).values():
-            tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+        _cast(model, dtype)
     writes_ours(model)
     return model.eval()
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Not model.to(dtype): that would round the rotary frequencies, which are not saved."""
+    for tensor in unique_tensors(model).values():
+        tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
 
 
 def _checked_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from sparsecraft.moe.names import dense_tensors, unique_tensors
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.install import apply
 from sparsecraft.surgery.plan import PlannedEdit, plan
-from sparsecraft.surgery.record import Conversion, is_converted
+from sparsecraft.surgery.record import Conversion, conversion_of, is_converted
 from sparsecraft.surgery.revert import take_out
 
 
@@ -58,6 +58,29 @@ class Report:
     sources: tuple[str, ...] = ()
     domains: tuple[str, ...] = ()
     children: tuple[Child, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        certificate: Certificate | None,
+        sources: Sequence[Source],
+        domains: tuple[str, ...],
+        children: tuple[Child, ...],
+    ) -> Report:
+        """The report of a model that has just been converted."""
+        record = conversion_of(model)
+        return cls(
+            recipe=record.recipe.name,
+            variant=record.recipe.variant,
+            exact_at_start=record.recipe.exact_at_start,
+            certificate=certificate,
+            layers={item.site.path: item.edit.experts.kind for item in record.plan},
+            cost=cost.count(model),
+            sources=tuple(source.name for source in sources),
+            domains=domains,
+            children=children,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -111,17 +134,7 @@ def convert(
         certificate = compare(before, outputs(model, probing)) if certify else None
         if not given:  # a claim is about copies of one model
             check_claim(recipe, certificate)
-    report = Report(
-        recipe=recipe.name,
-        variant=recipe.variant,
-        exact_at_start=recipe.exact_at_start,
-        certificate=certificate,
-        layers={item.site.path: item.edit.experts.kind for item in edits},
-        cost=cost.count(model),
-        sources=tuple(source.name for source in given),
-        domains=starts.names,
-        children=children,
-    )
+    report = Report.of(model, certificate, given, starts.names, children)
     record.report = {"conversion": report.to_dict()}
     writes_ours(model)
     return report

@@ -65,15 +65,12 @@ def prepare(
     source that keeps no row.
     """
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
-    if task not in TASKS:
-        raise DataError(f"No task {task!r}.{did_you_mean(task, TASKS)}")
-    if overlong not in ("drop", "truncate"):
-        raise DataError(f'overlong is {overlong!r}; it is "drop" or "truncate".')
     if not sources or max_length < 2 or (packing and task != "causal"):
         raise DataError(
             f"{len(sources)} sources, max_length {max_length}, packing {packing}, task {task!r}: "
             "needed are a source, max_length of at least 2, and task causal for packing."
         )
+    _check_words(task, overlong)
     counts: Counter[str] = Counter(dict.fromkeys(("rows", TOO_LONG, TRUNCATED, NO_TARGET), 0))
     parts = []
     for source in sources:
@@ -96,6 +93,13 @@ def prepare(
         counts["packs"] = len(mixed)
     log.info("data: %s", ", ".join(f"{value} {key}" for key, value in counts.items() if value))
     return mixed, dict(counts)
+
+
+def _check_words(task: str, overlong: str) -> None:
+    if task not in TASKS:
+        raise DataError(f"No task {task!r}.{did_you_mean(task, TASKS)}")
+    if overlong not in ("drop", "truncate"):
+        raise DataError(f'overlong is {overlong!r}; it is "drop" or "truncate".')
 
 
 def count_tokens(rows: datasets.Dataset, labelled: bool = True) -> dict[str, int]:

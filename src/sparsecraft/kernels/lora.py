@@ -7,6 +7,8 @@ of weights, ordered (token, head), each for one of `heads` equal slices of H fea
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,34 +17,44 @@ from sparsecraft.kernels.device import compute_dtype, is_few, needs_grad
 from sparsecraft.kernels.product import add_lora, fits_add_lora, product, rows
 
 
+class LoRAs(NamedTuple):
+    """scale * B_e A_e dropout(x), for E experts.
+
+    Attributes:
+        a_ERI: (1, R, I) where the experts share one A.
+        dropout: of the input, with one mask for all experts.
+    """
+
+    a_ERI: Tensor
+    b_EOR: Tensor
+    scale: float = 1.0
+    dropout: float = 0.0
+
+
 def mix_lora(
     x_TI: Tensor,
     weights_TE: Tensor | None,
-    a_ERI: Tensor,
-    b_EOR: Tensor,
-    scale: float,
+    loras: LoRAs,
     onto: Tensor | None = None,
-    input_dropout: float = 0.0,
     in_place: bool = False,
     z_TN: Tensor | None = None,
 ) -> Tensor:
     """onto + scale * sum_e w_e B_e A_e dropout(x) as one low-rank update of rank E*R (MoLORA).
 
-    The weights scale the bottleneck, where they commute with B. All experts share one dropout
-    mask.
+    The weights scale the bottleneck, where they commute with B.
 
     Args:
         weights_TE: None for a single expert with weight one.
-        a_ERI: (1, R, I) where the experts share one A.
         onto: (T, O); None for the update alone.
         in_place: `onto` is nobody else's, and the result may take its memory.
         z_TN: all A's rows times x, where they are known; N = E*R, or R with a shared A.
     """
+    a_ERI, b_EOR, scale, dropout = loras
     x_TI = x_TI.to(compute_dtype(x_TI))
-    if z_TN is None and input_dropout:
-        x_TI = F.dropout(x_TI, input_dropout)
-    if _is_few(x_TI, z_TN, weights_TE, a_ERI, b_EOR, onto):
-        return _mix_lora_few(x_TI, z_TN, weights_TE, a_ERI, b_EOR, scale, onto, in_place)
+    if z_TN is None and dropout:
+        x_TI = F.dropout(x_TI, dropout)
+    if _is_few(x_TI, z_TN, weights_TE, loras, onto):
+        return _mix_lora_few(x_TI, z_TN, weights_TE, loras, onto, in_place)
     if z_TN is None:
         z_TN = F.linear(x_TI, a_ERI.flatten(0, 1).to(x_TI.dtype))
     # The compiler decides about memory itself.
@@ -76,16 +88,17 @@ def _stacked(b_EOR: Tensor, dtype: torch.dtype) -> Tensor:
     return b_EOR.to(dtype).permute(1, 0, 2).flatten(1)
 
 
-def _is_few(x_TI: Tensor, z_TN, weights_TE, a_ERI: Tensor, b_EOR: Tensor, onto) -> bool:
-    if not is_few(x_TI) or not fits_add_lora(b_EOR):
+def _is_few(x_TI: Tensor, z_TN, weights_TE, loras: LoRAs, onto) -> bool:
+    if not is_few(x_TI) or not fits_add_lora(loras.b_EOR):
         return False
-    if needs_grad(x_TI, z_TN, weights_TE, a_ERI, b_EOR, onto):
+    if needs_grad(x_TI, z_TN, weights_TE, loras.a_ERI, loras.b_EOR, onto):
         return False
     return onto is None or onto.dtype == x_TI.dtype
 
 
-def _mix_lora_few(x_TI, z_TN, weights_TE, a_ERI, b_EOR, scale, onto, in_place):
+def _mix_lora_few(x_TI, z_TN, weights_TE, loras: LoRAs, onto, in_place: bool) -> Tensor:
     """Two launches; the parameters are read as they are, and the bottleneck stays in float32."""
+    a_ERI, b_EOR, scale, _ = loras
     if z_TN is None:
         z_TN, _ = rows(x_TI, a_ERI.flatten(0, 1))
     if onto is None:

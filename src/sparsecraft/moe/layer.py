@@ -98,7 +98,7 @@ class MoELayer(nn.Module):
         """The experts' mixture on x."""
         if self.experts.whole:
             return self.experts(x, routing, *args, **kwargs)
-        self.experts.records = self.tracing and self.training
+        self.experts.records = self.tracing and self.training and self.runs_whole
         mixed_TO = self.experts(flat(x), routing, **kwargs)
         if self.tracing and self.routing is routing:
             self.routing = self.experts.noted(routing)

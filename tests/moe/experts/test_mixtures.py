@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparsecraft.kernels.lora import mix_lora
+from sparsecraft.kernels.lora import LoRAs, mix_lora
 from sparsecraft.kernels.vectors import INTERPRETED, mix_vectors, mix_vectors_torch
 
 I, O, R = 24, 36, 4
@@ -137,11 +137,11 @@ def test_mixed_lora_equals_the_sum_over_experts(T, E, shared, place):
     leaves = [x, w, a, b] if place == "alone" else [x, w, a, b, base]
     y = None if place == "alone" else F.linear(x, base)
     wanted = lora_loop(x, w, a, b, 0.5, 0.0 if y is None else y)
-    found = mix_lora(x, w, a, b, 0.5, None if y is None else F.linear(x, base), 0.0, True)
+    found = mix_lora(x, w, LoRAs(a, b, 0.5), None if y is None else F.linear(x, base), True)
     assert_near(grads(found, leaves), grads(wanted, leaves), 1e-5)
     with torch.no_grad():  # for a few tokens, another kernel
         y = None if place == "alone" else F.linear(x, base)
-        again = mix_lora(x, w, a, b, 0.5, y, in_place=place == "in place")
+        again = mix_lora(x, w, LoRAs(a, b, 0.5), y, in_place=place == "in place")
     assert_near([again], [wanted], 1e-5)
 
 
@@ -149,17 +149,19 @@ def test_a_single_lora_needs_no_weights():
     x, _, a, b = lora_case(9, 1, False)
     leaves = [x, a, b]
     wanted = grads(lora_loop(x, None, a, b, 2.0), leaves)
-    assert_near(grads(mix_lora(x, None, a, b, 2.0), leaves), wanted, 1e-5)
+    assert_near(grads(mix_lora(x, None, LoRAs(a, b, 2.0)), leaves), wanted, 1e-5)
     with torch.no_grad():
-        assert_near([mix_lora(x, None, a, b, 2.0)], wanted[:1], 1e-5)
+        assert_near([mix_lora(x, None, LoRAs(a, b, 2.0))], wanted[:1], 1e-5)
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_mixed_lora_passes_gradcheck(shared):
     case = lora_case(4, 3, shared, torch.float64)
     onto = leaf(4, O, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda *t: mix_lora(*t[:4], 0.5, t[4]), (*case, onto))
-    in_place = lambda *t: mix_lora(*t[:4], 0.5, t[4] * 2, in_place=True)  # noqa: E731
+    assert torch.autograd.gradcheck(
+        lambda *t: mix_lora(*t[:2], LoRAs(*t[2:4], 0.5), t[4]), (*case, onto)
+    )
+    in_place = lambda *t: mix_lora(*t[:2], LoRAs(*t[2:4], 0.5), t[4] * 2, True)  # noqa: E731
     assert torch.autograd.gradcheck(in_place, (*case, onto))
 
 
@@ -167,7 +169,7 @@ def test_in_place_takes_the_memory_even_of_a_flattened_batch():
     x, w, a, b = lora_case(40, 3, False)
     base = leaf(O, I)
     y = F.linear(x.view(4, 10, I), base)
-    mixed = mix_lora(x, w, a, b, 0.5, y.reshape(-1, O), in_place=True)
+    mixed = mix_lora(x, w, LoRAs(a, b, 0.5), y.reshape(-1, O), in_place=True)
     assert mixed.data_ptr() == y.data_ptr()
     assert "AddInPlace" in mixed.grad_fn.name()  # and not a copy of slices
     wanted = lora_loop(x, w, a, b, 0.5, F.linear(x, base))
@@ -177,7 +179,7 @@ def test_in_place_takes_the_memory_even_of_a_flattened_batch():
 def test_in_place_on_a_tensor_that_its_own_gradient_needs_is_an_error():
     x, w, a, b = lora_case(40, 3, False)
     y = leaf(40, O).exp()
-    mixed = mix_lora(x, w, a, b, 0.5, y, in_place=True)
+    mixed = mix_lora(x, w, LoRAs(a, b, 0.5), y, in_place=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         mixed.sum().backward()
 
@@ -187,13 +189,13 @@ def test_bf16_tokens_with_float32_parameters():
     x16 = x.detach().bfloat16().requires_grad_()
     onto = leaf(40, O, dtype=torch.bfloat16)
     leaves = [x16, w, a, b, onto]
-    found = grads(mix_lora(x16, w, a, b, 0.5, onto), leaves)
+    found = grads(mix_lora(x16, w, LoRAs(a, b, 0.5), onto), leaves)
     assert found[0].dtype == torch.bfloat16
     assert [g.dtype for g in found[1:]] == [t.dtype for t in leaves]
     wanted = grads(lora_loop(x16.float(), w, a, b, 0.5, onto.float()), leaves)
     assert_near(found, wanted, 2e-2)
     with torch.no_grad():
-        few = mix_lora(x16[:3], w[:3], a, b, 0.5, onto[:3])
+        few = mix_lora(x16[:3], w[:3], LoRAs(a, b, 0.5), onto[:3])
     assert few.dtype == torch.bfloat16
     assert_near([few], [wanted[0][:3]], 1e-2)
 
@@ -201,7 +203,7 @@ def test_bf16_tokens_with_float32_parameters():
 def test_the_experts_share_one_dropout_mask():
     x = torch.ones(1, I)
     a, b = torch.eye(I).expand(3, I, I), torch.eye(I).expand(3, I, I)
-    y = mix_lora(x, torch.ones(1, 3), a, b, 1.0, input_dropout=0.5)
+    y = mix_lora(x, torch.ones(1, 3), LoRAs(a, b, 1.0, 0.5))
     assert set(y.unique().tolist()) == {0.0, 6.0}
 
 
@@ -210,5 +212,5 @@ def test_mixed_lora_compiles_whole():
     onto = leaf(40, O)
     leaves = [x, w, a, b, onto]
     compiled = torch.compile(mix_lora, backend="aot_eager", fullgraph=True)
-    found = grads(compiled(x, w, a, b, 0.5, onto * 1.0, in_place=True), leaves)
+    found = grads(compiled(x, w, LoRAs(a, b, 0.5), onto * 1.0, in_place=True), leaves)
     assert_near(found, grads(lora_loop(x, w, a, b, 0.5, onto), leaves), 1e-5)

@@ -170,14 +170,18 @@ def sweep(
             seen.append(_row(model, setting, held, batch_sizes, score, select))
         for size in batch_sizes:
             _time(model, settings, seen, held, size, context, rounds)
-    name = _score_name(seen[0])
-    for row in seen:
-        loss = row["loss"]
-        row["loss_change"] = None if loss is None else loss / seen[0]["loss"] - 1
+    _compare_losses(seen)
     said = (f"{split}. {AGAINST}", _machine(model), *notes)
-    result = Sweep(tuple(seen), said, name, tuple(batch_sizes))
+    result = Sweep(tuple(seen), said, _score_name(seen[0]), tuple(batch_sizes))
     _write(model, result, Path(out), context, rounds)
     return result
+
+
+def _compare_losses(rows: list[dict[str, Any]]) -> None:
+    """Add each row's relative change of the loss against the first row's."""
+    for row in rows:
+        loss = row["loss"]
+        row["loss_change"] = None if loss is None else loss / rows[0]["loss"] - 1
 
 
 @dataclass(frozen=True, slots=True)

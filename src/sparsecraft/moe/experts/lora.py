@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsecraft.kernels.lora import mix_lora
+from sparsecraft.kernels.lora import LoRAs, mix_lora
 from sparsecraft.kernels.two_layer import TwoLayer
 from sparsecraft.moe.experts.base import Experts
 from sparsecraft.moe.routing import Routing
@@ -78,7 +78,6 @@ class LoRAExperts(Experts):
             z_TN: all A's rows times x_TI, where they are known.
             in_place: y_TO belongs to nobody else, and may be written to.
         """
-        return mix_lora(
-            x_TI, weights_TE, self.lora_A, self.lora_B, self.scale, onto=y_TO, in_place=in_place,
-            input_dropout=self.dropout if self.training else 0.0, z_TN=z_TN,
-        )  # fmt: skip
+        dropout = self.dropout if self.training else 0.0
+        loras = LoRAs(self.lora_A, self.lora_B, self.scale, dropout)
+        return mix_lora(x_TI, weights_TE, loras, onto=y_TO, in_place=in_place, z_TN=z_TN)
