@@ -7,7 +7,18 @@ Command: sparsecraft convert drop_upcycling --model smollm2 --out runs/drop --ra
 
 from __future__ import annotations
 
-from sparsecraft.recipe import Edit, FFNSpec, Recipe, RouterSpec, Stage, check_variant
+from sparsecraft.recipe import (
+    Edit,
+    FFNSpec,
+    Linear,
+    Normal,
+    Recipe,
+    RouterSpec,
+    Stage,
+    TopK,
+    Uniform,
+    check_variant,
+)
 
 
 def drop_upcycling(
@@ -52,7 +63,8 @@ def drop_upcycling(
                     num_experts=num_experts, redraw=ratio, redraw_apart=released, permute=released
                 ),
                 router=RouterSpec(
-                    top_k=top_k, init="uniform" if released else "normal", init_std=router_std
+                    scorer=Linear(start=(Uniform if released else Normal)(router_std)),
+                    select=TopK(top_k),
                 ),
             ),
         ),
