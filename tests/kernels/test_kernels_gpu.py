@@ -251,8 +251,8 @@ def test_a_joint_layer_is_as_near_to_float64_as_its_parts(kind, T, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     with torch.no_grad():
         assert relative(layer(x), wanted[0]) < 1e-2
-    monkeypatch.setattr("sparsecraft.moe.layer.joins", lambda *_: False)
-    monkeypatch.setattr("sparsecraft.moe.layer.scales_in_chunks", lambda *_: False)
+    monkeypatch.setattr("sparsecraft.moe.fusions.joins", lambda *_: False)
+    monkeypatch.setattr("sparsecraft.moe.fusions.scales_in_chunks", lambda *_: False)
     apart = layer_outputs(layer, x)
     for ours, theirs, want in zip(found, apart, wanted, strict=True):
         assert relative(ours, want) < 1.5 * relative(theirs, want) + 1e-3

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.activations import ReLUSquaredActivation
 
 import sparsecraft as sc
 from sparsecraft.dense.donors import FFN, Linear, view
@@ -290,7 +291,7 @@ def test_the_errors_of_each_scaling(setting, wanted):
 
 def test_factors_give_the_scale_for_the_activations_that_they_name():
     x = torch.randn(200, dtype=torch.float64)
-    square = sc.experts.ffn.ReLUSquaredActivation()
+    square = ReLUSquaredActivation()
     for scale in (2.0, 3.0, 8.0, 64.0):
         for gated, act in [
             (True, nn.SiLU()),

@@ -34,7 +34,7 @@ def test_dense_models_and_checkpoints_answer_alike(dense, tmp_path):
         for path in (folder, tmp_path / "converted")
     ]
     assert answers[0] == answers[1]
-    assert load_any(str(tmp_path / "converted"))[0].sparsecraft.recipe.recipe
+    assert load_any(str(tmp_path / "converted"))[0].sparsecraft.recipe
 
 
 @pytest.mark.parametrize("left", [(), ("tokenizer_config.json",)])

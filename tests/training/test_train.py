@@ -450,7 +450,7 @@ def test_a_run_whose_save_failed_is_resumed_from_its_end(tmp_path, rows, monkeyp
     whole = converted()
     sc.train(whole, rows, tmp_path / "whole", tokenizer=tiny.tokenizer(), **FAST)
     with monkeypatch.context() as patch, pytest.raises(CheckpointError):
-        patch.setattr("sparsecraft.checkpoint.card.write_companions", no_space)
+        patch.setattr("sparsecraft.checkpoint.save.write_companions", no_space)
         sc.train(converted(), rows, tmp_path / "out", tokenizer=tiny.tokenizer(), **FAST)
     model = converted()
     report = sc.train(

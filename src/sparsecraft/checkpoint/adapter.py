@@ -58,7 +58,7 @@ class AdapterType:
         for name, found in self.values(recipe).items():
             if given.get(name) not in (None, found):
                 raise RecipeError(
-                    f"{name} is {given[name]!r} and the recipe beside it has {found!r}; make a new "
+                    f"{name} is {given[name]!r} and its recipe has {found!r}; make a new "
                     "configuration instead of changing one of them."
                 )
 

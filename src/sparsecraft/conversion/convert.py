@@ -121,13 +121,13 @@ def convert(
     _check_arguments(model, recipe)
     edits = plan(model, recipe)
     given = opened(model, recipe, edits, sources, unrelated=unrelated)
-    givers, children = expand(recipe, edits, given, unique_tensors(model).__getitem__, seed)
+    networks, children = expand(recipe, edits, given, unique_tensors(model).__getitem__, seed)
     probing = probes(model, data, tokenizer, seed) if certify else []
     starts = find_starts(model, recipe, edits, domains, data, tokenizer=tokenizer, seed=seed)
     before = outputs(model, probing)
     digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
     with _dense_on_failure(model):
-        record = _made(model, recipe, edits, given, givers, seed)
+        record = _made(model, recipe, edits, given, networks, seed)
         record.digests = digests
         starts.put(record.layers)
         remember_origin(model, record)
@@ -145,7 +145,7 @@ def _made(
     recipe: Recipe,
     edits: list[PlannedEdit],
     given: Sequence[Source],
-    givers: Sequence[Source],
+    networks: Sequence[Source],
     seed: int,
 ) -> Conversion:
     """The edits, with what their experts start from, by random numbers of this seed alone."""
@@ -153,7 +153,7 @@ def _made(
     with torch.random.fork_rng(devices=list(cuda)):
         torch.manual_seed(seed)
         record = apply(model, recipe, edits)
-        gather(model, recipe, edits, record.layers, given, givers)
+        gather(model, recipe, edits, record.layers, given, networks)
     return record
 
 

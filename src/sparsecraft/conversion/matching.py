@@ -117,7 +117,7 @@ def match(
 
 def _check_target(target: Recipe) -> None:
     """Refuse a target whose trainable parameters are the dense model's own."""
-    if any(edit.experts.kind == "split" for edit in target.edits):
+    if any(edit.experts.parts for edit in target.edits):
         raise RecipeError(
             f"Recipe {target.name!r} splits dense networks: it trains the dense weights themselves "
             "and routers that leave some of them out, so that no number of new parameters is "

@@ -41,10 +41,8 @@ from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.evaluation import layerwise
 from sparsecraft.evaluation.certificate import Certificate
 from sparsecraft.moe import cost
-from sparsecraft.moe.experts.ffn import FFNExperts, bank_tensors
-from sparsecraft.moe.experts.lora import LoRAExperts
+from sparsecraft.moe.experts.base import Experts
 from sparsecraft.moe.names import dense_name, dense_tensors, unique_tensors
-from sparsecraft.recipe.experts import FFNSpec
 from sparsecraft.recipe.formats import VERSION, to_json
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.build import build_parts
@@ -52,10 +50,6 @@ from sparsecraft.surgery.install import apply
 from sparsecraft.surgery.plan import PlannedEdit, plan
 
 Say = Callable[[str], None]
-
-
-# Kinds whose experts are copies, or so small that one layer's fit into memory.
-KINDS = ("ffn", "adapter", "lora", "ffn_lora", "vector")
 
 
 def convert_files(
@@ -125,11 +119,8 @@ def _check_recipe(recipe: Recipe) -> None:
                 f"Recipe {recipe.name!r} starts its routers by {edit.router.init!r}, which needs "
                 "the model to run; convert in memory (sc.convert, or without --stream)."
             )
-        spec = edit.experts
-        whole = spec.kind == "ffn" and spec != FFNSpec(num_experts=spec.num_experts)
-        if spec.kind not in KINDS or whole or recipe.base_quantization:
-            what = f"{spec.kind} experts" + (" that are no plain copies" if whole else "")
-            what = "a quantized base" if recipe.base_quantization else what
+        what = "a quantized base" if recipe.base_quantization else edit.experts.needs_memory
+        if what:
             raise RecipeError(
                 f"Recipe {recipe.name!r} has {what}, which tensor by tensor cannot be made; "
                 "convert in memory (sc.convert, or without --stream)."
@@ -181,7 +172,7 @@ class _Stream:
         self.given = [str(source) for source in given]
         self.edits = plan(model, recipe)
         self.sources = opened(model, recipe, self.edits, self.given, unrelated=unrelated)
-        self.givers, self.children = expand(recipe, self.edits, self.sources, self._base, seed)
+        self.networks, self.children = expand(recipe, self.edits, self.sources, self._base, seed)
         self.own = set(donor_tensors(self.edits)) if self.sources else set()
         self.drawn = _Drawn(model, self.edits, seed, self.sources)
         self.dense_names = list(unique_tensors(model))
@@ -227,9 +218,10 @@ class _Stream:
         paths = {module: path for path, module in self.model.named_modules()}
         makers = {}
         for number, (item, layer) in enumerate(zip(self.edits, self.record.layers, strict=True)):
+            copied = layer.experts.copied(item.donor) is not None
             for name in unique_tensors(layer):
                 part, _, leaf = name.partition(".")
-                if part == "experts" and isinstance(layer.experts, FFNExperts):
+                if part == "experts" and copied:
                     make = partial(self._bank, item, layer.experts, leaf)
                 elif part in ("experts", "router"):
                     make = partial(self.drawn.tensor, number, name)
@@ -238,15 +230,15 @@ class _Stream:
                 makers[f"{paths[layer]}.{name}"] = make
         return makers
 
-    def _bank(self, item: PlannedEdit, bank: FFNExperts, leaf: str) -> Iterator[Tensor]:
+    def _bank(self, item: PlannedEdit, bank: Experts, leaf: str) -> Iterator[Tensor]:
         """The experts of one bank, one after the other."""
-        readers = [giver.tensor for giver in self.givers] or [self._base]
+        readers = [network.tensor for network in self.networks] or [self._base]
         last, tensor = None, None
         for e in range(bank.num_experts):
             chosen = e * len(readers) // bank.num_experts
             if chosen != last:
                 last, donor = chosen, item.donor.of(readers[chosen])
-                tensor = bank_tensors(donor)[leaf].detach().to(getattr(bank, leaf).dtype)
+                tensor = bank.copied(donor)[leaf].detach().to(getattr(bank, leaf).dtype)
             yield tensor
 
     def memory(self, certify: bool) -> int:
@@ -257,8 +249,8 @@ class _Stream:
         counts = [1 if certify else item.edit.experts.num_experts for item in self.edits]
         made = max(n // count for n, count in zip(layers, counts, strict=True))
         if self.children:  # in float32, beside one tensor of each of its ancestors
-            expert = 4 * max(layers) // len(self.givers) // self.dtype.itemsize
-            made = max(made, expert * (1 + len(self.givers) // 4))
+            expert = 4 * max(layers) // len(self.networks) // self.dtype.itemsize
+            made = max(made, expert * (1 + len(self.networks) // 4))
         return 2 * max(*tensors, made)
 
     def task(self, **options: Any) -> dict[str, Any]:
@@ -329,7 +321,7 @@ class _Drawn:
     def _build(self, number: int) -> dict[str, Tensor]:
         item = self.edits[number]
         parts = build_parts(self.model, item, number=number, device="cpu")
-        if self.sources and isinstance(parts[0], LoRAExperts):
+        if self.sources and item.edit.experts.comes_from == "lora":
             fill(parts[0], item, self.sources)
         return {
             f"{name}.{leaf}": tensor

@@ -102,7 +102,7 @@ class _Comparison:
     def _compared(self, layer: MoELayer, item: Any) -> Callable:
         forward = layer.forward
         paths = item.site.members if item.site.spans_siblings else (item.site.path,)
-        replaced = item.edit.place == "replace"
+        replaced = item.edit.replaces
         base = nn.Sequential(*(self.record.dense[p] for p in paths)) if replaced else layer.base
 
         def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -17,8 +17,8 @@ from sparsecraft.surgery.budget import Running, split_layers
 def split_lines(model: nn.Module) -> list[str]:
     """Lines about the split networks of a converted model; none without them."""
     found = split_layers(model).values()
-    layers = [layer for layer in found if layer.place == "replace"]
-    imitations = [layer for layer in found if layer.place == "imitate"]
+    layers = [layer for layer in found if not layer.is_imitation]
+    imitations = [layer for layer in found if layer.is_imitation]
     if not layers:
         return []
     record = model.sparsecraft

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from sparsecraft.moe.experts.split import SplitExperts
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import dense_name
 from sparsecraft.moe.routers.domain import DomainScorer
+from sparsecraft.moe.routers.gate import Gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Cost:
 
     Attributes:
         total: all parameters.
-        new: those that the dense model does not have, in its order or, dealt out, in another.
+        new: those that the dense model does not have, in its order or, split, in another.
         trainable: those that require gradients.
         active: those that one token meets; K of E experts per routed layer, and all of experts
             that are mixed before they meet it (LoRAs, vectors), whatever their weights.
@@ -40,48 +40,40 @@ class Cost:
 def count(model: nn.Module) -> Cost:
     """Count the parameters of a dense or converted model."""
     parameters = dict(model.named_parameters())
-    idle = sum(_idle(module) for module in model.modules() if isinstance(module, MoELayer))
-    repeated = sum(_repeated(module) for module in model.modules() if isinstance(module, MoELayer))
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    idle, repeated = sum(map(_idle, layers)), sum(map(_repeated, layers))
     total = sum(_numel(p) for p in parameters.values())
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = model.get_input_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
     looked_up = 0 if embedding is None or tied else sum(p.numel() for p in embedding.parameters())
     return Cost(
         total=total,
         new=sum(_numel(p) for name, p in parameters.items() if dense_name(model, name) is None)
-        - sum(_dealt_out(module) for module in model.modules() if isinstance(module, MoELayer)),
+        - sum(_size(layer.experts) for layer in layers if layer.experts.of_dense),
         trainable=sum(_numel(p) for p in parameters.values() if p.requires_grad),
         active=total - idle,
         flops_per_token=2 * (total - idle - looked_up + repeated - _precomputed(model)),
     )
 
 
-def _dealt_out(layer: MoELayer) -> int:
-    """Parameters of a split network, which are the dense one's."""
-    if layer.place != "replace" or not isinstance(layer.experts, SplitExperts):
-        return 0
-    return sum(p.numel() for p in layer.experts.parameters())
-
-
 def _idle(layer: MoELayer) -> int:
-    """Expert parameters of one layer that a token leaves untouched."""
-    if isinstance(layer.experts, SplitExperts):
-        return _idle_parts(layer)
-    if layer.router is None or layer.router.spec.top_k is None or layer.experts.merges:
-        return 0
-    bank = sum(p.numel() for p in layer.experts.parameters())
-    return bank * (layer.experts.num_experts - layer.router.spec.top_k) // layer.experts.num_experts
+    """Parameters of one layer that a token leaves untouched: of its experts, of a router that is
+    not asked, and of a base that its imitation runs instead of."""
+    bank, router, base = layer.experts, layer.router, layer.base
+    idle = _size(bank) - (bank.active(slots_of(layer)) if layer.runs_experts else 0)
+    if router is not None and not layer.asks_router:
+        idle += _size(router)
+    if base is not None and not layer.runs_base:
+        idle += sum(_numel(p) for p in base.parameters())
+    return idle
 
 
-def _idle_parts(layer: MoELayer) -> int:
-    """Of a split network: experts that do not run, and of a Linear and its imitation the other."""
-    router = 0 if layer.router is None else sum(p.numel() for p in layer.router.parameters())
-    if layer.place == "imitate" and not layer.imitates:
-        return router + sum(p.numel() for p in layer.experts.parameters())
-    asked = layer.router is not None and layer.router.runs != "every"
-    router = 0 if asked else router
-    base = 0 if layer.base is None else sum(_numel(p) for p in layer.base.parameters())
-    return router + base + round((1 - active_share(layer)) * layer.experts.products)
+def slots_of(layer: MoELayer) -> float:
+    """How many experts of the layer a token meets, on the average."""
+    count, router = layer.experts.num_experts, layer.router
+    if isinstance(router, Gate):
+        return active_share(layer) * count
+    return count if router is None or router.spec.top_k is None else router.spec.top_k
 
 
 def active_share(layer: MoELayer) -> float:
@@ -104,14 +96,12 @@ def split_flops(layer: MoELayer, share: float | None = None) -> int:
 
 
 def _repeated(layer: MoELayer) -> int:
-    """What a token meets beyond the parameters: LoRAs inside a network, in every further slot, and
-    a similarity router's centers, which are no parameters."""
-    if isinstance(layer.experts, SplitExperts) and layer.router and layer.router.runs == "sparse":
-        return sum(b.numel() for b in layer.router.buffers())
-    if layer.place != "inside" or layer.router is None:
-        return 0
-    slots = layer.router.spec.top_k or layer.experts.num_experts
-    return (slots - 1) * sum(p.numel() for p in layer.experts.parameters())
+    """What a token meets beyond the parameters, once each: experts that it meets again in every
+    slot, and a similarity router's centers, which are no parameters."""
+    router = layer.router
+    gated = isinstance(router, Gate) and router.runs == "sparse"
+    centers = sum(b.numel() for b in router.buffers()) if gated else 0
+    return centers + layer.experts.repeated(slots_of(layer))
 
 
 def _precomputed(model: nn.Module) -> int:
@@ -121,6 +111,10 @@ def _precomputed(model: nn.Module) -> int:
         sum(p.numel() for p in scorer.parameters()) - len(scorer.domains) * scorer.width
         for scorer in scorers
     )
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _numel(parameter: nn.Parameter) -> int:

@@ -1,12 +1,15 @@
 """Faster ways through a layer, where router, experts and dense module share products.
 
-Each equals the place's own function in `sparsecraft.moe.places`, forward and backward. Only here
-does anything ask which kinds of parts stand together.
+Each is a free function that equals its place's own in `sparsecraft.moe.places`, forward and
+backward, and is tested so. Only here does anything ask which kinds of parts stand together.
+
+Shapes: T tokens, I input features, O output features, E experts, N rows of all A of LoRAs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -17,38 +20,44 @@ from sparsecraft.moe.experts.vector import VectorExperts
 from sparsecraft.moe.places import flat
 from sparsecraft.moe.routers.router import Router
 
+if TYPE_CHECKING:
+    from sparsecraft.moe.layer import MoELayer
 
-def faster(layer, x: Tensor) -> Callable | None:
-    """What the layer can do instead of its place's own function on x; None if nothing."""
+
+def faster(layer: MoELayer) -> Callable | None:
+    """What the layer does instead of its place's own function; None if nothing.
+
+    It runs at every call of every layer: one match, no tensor, nothing that stops a compiler.
+    """
+    if layer.experts.dispatch == "loop":
+        return None
     match layer.place, layer.experts:
-        case "beside", LoRAExperts() if not layer.mixes_slots and merges(layer):
+        case "beside", LoRAExperts() if merges(layer):
             return lora_beside
         case "after", VectorExperts() if isinstance(layer.base, nn.Linear):
             return vector_after
-        case (("replace" | "imitate"), SplitExperts()) if sparse(layer):
+        case (("replace" | "imitate"), SplitExperts()) if unrecorded(layer):
             return parts_in_use
     return None
 
 
-def merges(layer) -> bool:
+def merges(layer: MoELayer) -> bool:
     """Whether LoRAs are added as one update, onto the dense module's output."""
     single = layer.router is None and layer.modality is None
-    return single or layer.experts.runs_merged
+    return single or (layer.experts.runs_merged and not layer.mixes_slots)
 
 
-def sparse(layer) -> bool:
-    """Whether only the parts in use run, and nobody asks which they were."""
-    runs = layer.place == "replace" or layer.imitates
-    return runs and layer.router is not None and not (layer.runs_whole or layer.tracing)
+def unrecorded(layer: MoELayer) -> bool:
+    """Whether the parts in use run by themselves, and nobody asks which they were."""
+    return layer.asks_router and not layer.tracing
 
 
-def lora_beside(layer, x: Tensor, *args, **kwargs) -> Tensor:
-    """The rows of all A and the router's scores in one product, the update in one more."""
+def lora_beside(layer: MoELayer, x: Tensor, *args, **kwargs) -> Tensor:
+    """`places.beside` with the rows of all A and the router's scores in one product, and the update
+    in one more, onto what the dense module gave."""
     bank, base = layer.experts, layer.base
     x, z_TN, scores_TE = _read_together(layer, x, _rows(bank))
-    y = base(x, *args, **kwargs)
-    if layer.router is not None and layer.router.spec.gates_base:
-        y = y * layer.router.gate_base(x)
+    y = layer.run_base(x, *args, **kwargs)
     # Nobody else holds what a plain Linear has just computed: the update can be added to it.
     own = not layer.rows and is_plain(base, nn.Linear)
 
@@ -61,22 +70,23 @@ def lora_beside(layer, x: Tensor, *args, **kwargs) -> Tensor:
     return layer.on_rows(y, add)
 
 
-def vector_after(layer, x: Tensor, *args, **kwargs) -> Tensor:
-    """The router's scores beside the Linear's own product, or both and the vectors as one."""
-    bank = layer.experts
+def vector_after(layer: MoELayer, x: Tensor, *args, **kwargs) -> Tensor:
+    """`places.after` with the router's scores beside the Linear's own product, or the Linear and
+    the vectors as one."""
     x, _, scores_TE = _read_together(layer, x, None)
     if _scales(layer, x):
         routing = layer.route(x, None, scores_TE)
-        weights_SE = routing.weights_TE()
         return ScaledLinear.apply(
-            x, layer.base.weight, layer.base.bias, weights_SE, bank.vectors, routing.sums_to_one
-        )
+            x, layer.base.weight, layer.base.bias, routing.weights_TE(), layer.experts.vectors,
+            routing.sums_to_one,
+        )  # fmt: skip
     y = layer.base(x, *args, **kwargs)
     return layer.on_rows(y, lambda part: layer.mix(part, layer.route(x, part, scores_TE)))
 
 
-def parts_in_use(layer, x: Tensor, *args, **kwargs) -> Tensor:
-    """The parts of a split network that the router weighs, without a record of the decision."""
+def parts_in_use(layer: MoELayer, x: Tensor, *args, **kwargs) -> Tensor:
+    """`places.replace` of a split network: the parts that the router weighs, without a record of
+    the decision."""
     y_TO = layer.experts.routed(flat(x), layer.router.weigh)
     return y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
 
@@ -89,7 +99,7 @@ def _rows(bank: LoRAExperts) -> Tensor | None:
 
 
 def _read_together(
-    layer, x: Tensor, rows_NI: Tensor | None
+    layer: MoELayer, x: Tensor, rows_NI: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x for the base, and what experts and router read of it, where one product gives both."""
     plain = type(layer.router) is Router
@@ -99,7 +109,7 @@ def _read_together(
     return project(x, rows_NI, scores_EI, own_gradient=is_plain(layer.base, nn.Linear))
 
 
-def _scales(layer, x: Tensor) -> bool:
+def _scales(layer: MoELayer, x: Tensor) -> bool:
     """Whether the base and the vectors after it run as one."""
     bank, router = layer.experts, layer.router
     whole = not (layer.rows or layer.modality) and type(router) is Router

@@ -24,10 +24,16 @@ from sparsecraft.recipe.edits import Place
 class MoELayer(nn.Module):
     """Stands where a dense module F stood, with its call signature.
 
-    What it computes, by its place, stands in `sparsecraft.moe.places`.
+    The forward pass:
 
-    The base runs once per token, whatever the number of experts. Without a router the bank's
-    only expert sees every token.
+    1. `fusions.faster` names a faster way for the parts that stand here together, or
+       `places.PLACES` the function of the layer's place, which calls the steps below in its order.
+    2. `base`, the dense module, runs once per token, whatever the number of experts.
+    3. `route` asks `router` (a `Router`, or the `Gate` of a split network) which experts each token
+       goes to, and with which weights: a `Routing`. Without a router the only expert gets all.
+    4. `mix` lets `experts` (a bank, `Experts`) run them by the `dispatch` that is fastest, and sums
+       their outputs by these weights; with slots, `mix_slots` does.
+    5. `on_rows` puts the sum where the experts act, some of the output features or all.
 
     Attributes:
         rows: (start, length) of the output features that the layer acts on; None for all.
@@ -35,7 +41,9 @@ class MoELayer(nn.Module):
         batch: what the batch says of its tokens, where router or modality ask for it.
         causal: whether tokens must not see later ones, which `slots` have to respect.
         reads: whose tokens arrive here.
-        imitates: of place `imitate`: the experts have been fitted, and run instead of the base.
+        imitates: of an imitation: the experts have been fitted, and run instead of the base.
+        tracing: keep the routing of each forward pass, for losses and for `trace`.
+        routing: the latest that was kept.
     """
 
     def __init__(
@@ -65,10 +73,19 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor | None = None, *args, **kwargs) -> Tensor | tuple:
         if x is None:  # transformers calls an attention by keywords
             x = kwargs.pop("hidden_states")
-        fused = faster(self, x)
-        return (fused or PLACES[self.place])(self, x, *args, **kwargs)
+        way = faster(self) or PLACES[self.place]
+        return way(self, x, *args, **kwargs)
 
-    def route(self, x: Tensor, y: Tensor | None = None, scores_TE: Tensor | None = None):
+    def run_base(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """What the dense module makes of x, gated by the router where it does that."""
+        y = self.base(x, *args, **kwargs)
+        if self.router is not None and self.router.spec.gates_base:
+            y = y * self.router.gate_base(x)
+        return y
+
+    def route(
+        self, x: Tensor, y: Tensor | None = None, scores_TE: Tensor | None = None
+    ) -> Routing | None:
         """The routing of every token; None where the only expert takes all of them.
 
         Args:
@@ -110,6 +127,29 @@ class MoELayer(nn.Module):
         return getattr(self.router, "runs", None) == "every"
 
     @property
+    def is_imitation(self) -> bool:
+        """Whether the experts are fitted to the base, and run instead of it once `imitates`."""
+        return self.place == "imitate"
+
+    @property
+    def opens_base(self) -> bool:
+        """Whether the experts work between the base's own parts."""
+        return self.place == "inside"
+
+    @property
+    def runs_base(self) -> bool:
+        return self.base is not None and not self.imitates
+
+    @property
+    def runs_experts(self) -> bool:
+        return self.imitates or not self.is_imitation
+
+    @property
+    def asks_router(self) -> bool:
+        """Whether tokens differ in what runs: the experts do, and not all of them unasked."""
+        return self.router is not None and self.runs_experts and not self.runs_whole
+
+    @property
     def mixes_slots(self) -> bool:
         return self.router is not None and self.router.spec.select == "slots"
 
@@ -130,8 +170,8 @@ class MoELayer(nn.Module):
 
     def _mask(self, name: str, x: Tensor) -> Tensor | None:
         """A mask of the batch for tokens x, (B, S) bool; None where it does not tell of them."""
-        told = self.batch is not None and self.reads == "input"
-        return self.batch.tokens(name, x) if told else None
+        known = self.batch is not None and self.reads == "input"
+        return self.batch.tokens(name, x) if known else None
 
     def mix_slots(self, x: Tensor) -> Tensor:
         """Soft MoE's dispatch and combine over the tokens of each sequence that may be mixed."""

@@ -23,7 +23,8 @@ Donor = Literal["ffn", "attention", "linear", "activation"]
 ANYTHING: tuple[Donor, ...] = ("ffn", "linear", "activation")
 
 
-def _places(**places: tuple[Donor, ...]) -> Mapping[str, tuple[Donor, ...]]:
+def stands(**places: tuple[Donor, ...]) -> Mapping[str, tuple[Donor, ...]]:
+    """Place -> the dense modules that a kind may stand at there; see `ExpertsSpec.places`."""
     return MappingProxyType(places)
 
 
@@ -50,7 +51,7 @@ class ExpertsSpec(ABC):
     kind: str
     num_experts: int
 
-    places: ClassVar[Mapping[str, tuple[Donor, ...]]] = _places(
+    places: ClassVar[Mapping[str, tuple[Donor, ...]]] = stands(
         replace=ANYTHING, beside=ANYTHING, after=ANYTHING, before=ANYTHING
     )
     parts: ClassVar[bool] = False
@@ -89,7 +90,7 @@ class ExpertsSpec(ABC):
 class FFNSpec(ExpertsSpec):
     """Full feed-forward experts made from the dense one, or shards of it."""
 
-    places = _places(replace=("ffn",), beside=("ffn",), after=("ffn",), before=("ffn",))
+    places = stands(replace=("ffn",), beside=("ffn",), after=("ffn",), before=("ffn",))
     comes_from = "network"
     dense_weights = True
     standard = True
@@ -157,7 +158,7 @@ class FFNSpec(ExpertsSpec):
 class AttentionSpec(ExpertsSpec):
     """Whole attentions as experts, with their own queries and outputs."""
 
-    places = _places(replace=("attention",))
+    places = stands(replace=("attention",))
     comes_from = "network"
     dense_weights = True
 
@@ -195,7 +196,7 @@ class AdapterSpec(ExpertsSpec):
 class LoRASpec(ExpertsSpec):
     """Low-rank updates, (alpha / rank) * B A x, B zero at the start."""
 
-    places = _places(beside=("ffn", "linear"))
+    places = stands(beside=("ffn", "linear"))
     comes_from = "lora"
     needs_memory = None
 
@@ -221,7 +222,7 @@ class LoRASpec(ExpertsSpec):
 class VectorSpec(ExpertsSpec):
     """Vectors that scale features one by one, as (IA)3's; ones at the start."""
 
-    places = _places(after=ANYTHING, before=ANYTHING)
+    places = stands(after=ANYTHING, before=ANYTHING)
     needs_memory = None
 
     kind: Literal["vector"] = "vector"
@@ -238,7 +239,7 @@ class VectorSpec(ExpertsSpec):
 class FFNLoRASpec(ExpertsSpec):
     """Feed-forward experts that share the dense weights and differ by LoRAs on each Linear."""
 
-    places = _places(inside=("ffn",))
+    places = stands(inside=("ffn",))
     needs_memory = None
 
     kind: Literal["ffn_lora"] = "ffn_lora"
@@ -256,7 +257,7 @@ class FFNLoRASpec(ExpertsSpec):
 class SplitSpec(ExpertsSpec):
     """The dense feed-forward network itself, its neurons dealt out to experts of equal size."""
 
-    places = _places(replace=("ffn",), imitate=("linear",))
+    places = stands(replace=("ffn",), imitate=("linear",))
     parts = True
     dense_weights = True
 

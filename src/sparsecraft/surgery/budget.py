@@ -223,7 +223,7 @@ def rectify(model: nn.Module, undo: bool = False) -> None:
 
 def imitate(model: nn.Module) -> None:
     for layer in split_layers(model).values():
-        layer.imitates = layer.place == "imitate"
+        layer.imitates = layer.is_imitation
 
 
 def unmade(recipe: Recipe, running: Running) -> list[str]:

@@ -12,7 +12,6 @@ from sparsecraft.dense.tokens import is_causal, reads
 from sparsecraft.errors import SurgeryError
 from sparsecraft.moe.experts.base import Experts
 from sparsecraft.moe.experts.build import build_experts
-from sparsecraft.moe.experts.split import SplitExperts
 from sparsecraft.moe.init.banks import partition_of_weights
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routers.build import build_router
@@ -55,7 +54,7 @@ def build_parts(
     dtype = reference.dtype if reference.is_floating_point() else model.dtype
     experts = build_experts(edit.experts, donor, site, edit.place, device=device, dtype=dtype)
     router = None
-    if isinstance(experts, SplitExperts):
+    if edit.experts.parts:
         if not experts.down.is_meta:
             experts.arrange(partition_of_weights(experts, number))
         router = edit.router and Gate(edit.router, experts)

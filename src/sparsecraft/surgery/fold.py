@@ -1,16 +1,16 @@
-"""What a layer becomes once its routing is constant: new dense weights, or one dense adapter.
+"""What a layer becomes once its routing is constant: new dense weights.
 
 With constant weights w_E a mixture of updates is one update and a mixture of vectors is one vector,
 and both commute with the Linear they stand on:
 
     LoRA      W + s sum_e w_e B_e A_e        (Hu et al. 2022, section 4.1)
     vectors   diag(l) W or W diag(l), with l = sum_e w_e L_e        (Liu et al. 2022)
-    adapters  x + s sum_e w_e U_e act(D_e x) = x + s [w_1 U_1 ... w_E U_E] act([D_1; ...; D_E] x)
 
-The parts of a split network are its neurons: with all of them on they go back where they were.
+Of whole networks one takes the dense one's place; the parts of a split network are its neurons, and
+with all of them on they go back where they were. Which of these it is, the experts say themselves
+(`Experts.fold`); where it goes, their place and their site say.
 
-Shapes: E experts, I input features, O output features, R rank, D width, H adapter width, F hidden
-width of the network.
+Shapes: E experts, I input features, O output features, D width, F hidden width of the network.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sparsecraft.dense.donors import FFN, Linear
+from sparsecraft.dense.donors import FFN, Activation
 from sparsecraft.dense.forms import join
 from sparsecraft.errors import MergeError
 from sparsecraft.moe.experts.base import Experts
-from sparsecraft.moe.experts.split import SplitExperts
-from sparsecraft.recipe.experts import AdapterSpec, AttentionSpec, FFNLoRASpec, FFNSpec, LoRASpec
+from sparsecraft.moe.experts.folded import Network, Scale, Update
 from sparsecraft.surgery.build import reference_tensor
 from sparsecraft.surgery.plan import PlannedEdit
-from sparsecraft.surgery.rectify import activation_of, is_rectified
+from sparsecraft.surgery.rectify import activation_of
 
 Rows = tuple[int, int] | None
 
@@ -77,30 +76,15 @@ class Ledger:
             setattr(owner, name, value)
 
 
-def has_dense_form(item: PlannedEdit, single: bool) -> str | None:
+def why_no_fold(item: PlannedEdit, bank: Experts, single: bool) -> str | None:
     """Why the layer of `item` is no change of dense weights under constant routing, if it is not.
 
     Args:
+        bank: the layer's experts.
         single: the routing gives one expert weight one, or the bank is averaged to one.
     """
-    spec, place, at = item.edit.experts, item.edit.place, item.site.kind
-    if isinstance(spec, AdapterSpec):
-        return "an adapter has an activation inside, and no dense Linear computes that"
-    if isinstance(spec, LoRASpec) and (not isinstance(item.donor, Linear) or item.site.chain):
-        return "a LoRA beside a network with an activation has no Linear to be added to"
-    if isinstance(spec, AttentionSpec):
-        return "a sum of several attentions is none with as many heads"
-    if isinstance(spec, (FFNSpec, FFNLoRASpec)) and not single:
-        return (
-            "a sum of several feed-forward networks is none of the same width; use how='average', "
-            "or fixed weights that name one expert"
-        )
-    if isinstance(spec, FFNSpec) and spec.granularity > 1:
-        return "its experts are shards of networks, and no one of them has the dense one's width"
-    if isinstance(spec, FFNSpec) and place != "replace":
-        return f"feed-forward experts {place} the dense network cannot take its place"
-    if place == "before" and at == "activation":
-        return "a vector before the activation does not commute with it"
+    if reason := bank.why_no_fold(item.edit, item.site, single):
+        return reason
     if not reference_tensor(item.donor).is_floating_point():
         return (
             "its dense weights are quantized and cannot take the update; load the checkpoint with "
@@ -109,105 +93,64 @@ def has_dense_form(item: PlannedEdit, single: bool) -> str | None:
     return None
 
 
-def written(item: PlannedEdit) -> list[str]:
-    """Paths of the dense modules that folding the layer of `item` changes."""
-    site, form = item.site, item.site.form
-    match item.edit.experts.kind:
-        case "split" if item.edit.place == "imitate":
-            return []
-        case "ffn" | "ffn_lora" | "split":
-            return [join(site.owner, part) for part in (form.gate, form.up, form.down) if part]
-        case "vector":
-            return [path for path, _, _ in _scaled(item)]
-    return [site.path]
+def written(item: PlannedEdit, bank: Experts) -> list[str]:
+    """Paths of the dense modules that folding the experts of `item` changes."""
+    if bank.folds is Scale:
+        return [path for path, _, _ in _scaled(item)]
+    if isinstance(item.donor, FFN):
+        form = item.site.form
+        return [join(item.site.owner, part) for part in (form.gate, form.up, form.down) if part]
+    return [item.site.path]
 
 
-def scales_the_next(item: PlannedEdit) -> bool:
+def scales_the_next(item: PlannedEdit, bank: Experts) -> bool:
     """Whether folding goes into the columns of the module behind, whatever else is added to it."""
-    at = item.site.kind == "activation" or (item.site.chain and item.site.kind == "intermediate")
-    return item.edit.experts.kind == "vector" and item.edit.place == "after" and bool(at)
+    return bank.folds is Scale and _before_down(item)
 
 
-def averaged(bank: Experts) -> dict[str, Tensor]:
-    """The bank's parameters with the mean of its experts as the only one (AdaMix, Wang 2022)."""
-    return {name: p.detach().double().mean(0, keepdim=True) for name, p in parameters(bank).items()}
-
-
-def parameters(bank: Experts) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in bank.named_parameters()}
+def _before_down(item: PlannedEdit) -> bool:
+    """Whether what the layer gives is what the down projection of a network reads."""
+    spans = item.site.chain and not isinstance(item.donor, FFN)
+    return not item.edit.changes_input and (isinstance(item.donor, Activation) or bool(spans))
 
 
 def fold(
-    model: nn.Module,
-    item: PlannedEdit,
-    bank: Experts,
-    tensors: dict[str, Tensor],
-    weights_E: Tensor,
-    ledger: Ledger,
+    model: nn.Module, item: PlannedEdit, bank: Experts, weights_E: Tensor, ledger: Ledger
 ) -> None:
     """Write what the layer of `item` does into the weights of the dense `model`.
 
     Args:
-        bank: the layer's experts, for their settings.
-        tensors: their parameters, or the averaged ones; E may be smaller than the bank's then.
+        bank: the layer's experts, or the one that they average to.
         weights_E: of the constant routing, float64.
     """
     site = item.site
-    match item.edit.experts.kind:
-        case "lora":
-            delta_OI = _update(tensors, "", bank.scale, weights_E)
-            _change(ledger, model, site.path, site.rows, lambda w_OI: w_OI + delta_OI)
-        case "vector":
-            l_O = torch.einsum("e,eo->o", weights_E, tensors["vectors"].double())
+    match bank.fold(weights_E):
+        case Update(deltas):
+            for part, delta_OI in deltas.items():
+                path = join(site.owner, getattr(site.form, part)) if part else site.path
+                rows = None if part else site.rows
+                _change(ledger, model, path, rows, lambda w_OI, delta_OI=delta_OI: w_OI + delta_OI)
+        case Scale(l_O):
             for path, rows, columns in _scaled(item):
                 if columns:
                     _change(ledger, model, path, None, lambda w_OI: w_OI * l_O)
                 else:
                     _change(ledger, model, path, rows, lambda w_OI: w_OI * l_O[:, None])
                     _change_bias(ledger, model, path, rows, l_O)
-        case "ffn_lora":
-            e = int(weights_E.argmax())
-            for part in ("gate", "up", "down"):
-                own = getattr(bank, part, None)
-                if own is not None:
-                    delta_OI = _update(tensors, f"{part}.", own.scale, weights_E[e, None], e)
-                    path = join(site.owner, getattr(site.form, part))
-                    _change(ledger, model, path, None, lambda w_OI, d=delta_OI: w_OI + d)
-        case "ffn":
-            _replace_network(model, item, tensors, int(weights_E.argmax()), ledger)
-        case "split" if item.edit.place == "replace":
-            _join_parts(model, item, bank, ledger)
-
-
-def one_adapter(tensors: dict[str, Tensor], weights_E: Tensor) -> dict[str, Tensor]:
-    """E adapters of width H with constant weights -> the parameters of one of width E*H."""
-    down_EHD, up_EDH = tensors["down"], tensors["up"]
-    up_EDH = up_EDH.double() * weights_E[:, None, None]
-    return {"down": down_EHD.flatten(0, 1)[None], "up": up_EDH.permute(1, 0, 2).flatten(1)[None]}
-
-
-def _update(
-    tensors: dict[str, Tensor], prefix: str, scale: float, weights_E: Tensor, first: int = 0
-) -> Tensor:
-    """scale * sum_e w_e B_e A_e for the experts from `first` on, (O, I), float64."""
-    a_ERI, b_EOR = tensors[f"{prefix}lora_A"], tensors[f"{prefix}lora_B"]
-    total = 0
-    for e, weight in enumerate(weights_E.tolist(), first):
-        total = total + scale * weight * (b_EOR[e].double() @ a_ERI[e % len(a_ERI)].double())
-    return total
+        case Network() as network:
+            _replace_network(model, item, network, ledger)
 
 
 def _scaled(item: PlannedEdit) -> list[tuple[str, Rows, bool]]:
     """(path, rows, whether columns) of the Linears that the vector of `item` scales."""
     site, form = item.site, item.site.form
-    if item.edit.place == "before":
-        parts = [form.gate, form.up] if site.kind == "ffn" else []
+    network = isinstance(item.donor, FFN)
+    if item.edit.changes_input:
+        parts = [form.gate, form.up] if network else []
         paths = [join(site.owner, part) for part in parts if part] or [site.path]
         return [(path, None, True) for path in paths]
-    if scales_the_next(item):
-        return [(join(site.owner, form.down), None, True)]
-    if site.kind == "ffn":
-        return [(join(site.owner, form.down), None, False)]
+    if _before_down(item) or network:
+        return [(join(site.owner, form.down), None, not network)]
     return [(site.path, site.rows, False)]
 
 
@@ -233,39 +176,23 @@ def _change_bias(ledger: Ledger, model: nn.Module, path: str, rows: Rows, l_O: T
     ledger.write(bias, b_O)
 
 
-def _replace_network(
-    model: nn.Module, item: PlannedEdit, tensors: dict[str, Tensor], e: int, ledger: Ledger
-) -> None:
-    """Let expert `e`, a whole feed-forward network, be the dense one."""
-    first = "gate_up" if item.donor.gated else "up"
-    own = {
-        ours: tensors[name][e] if name in tensors else None
-        for ours, name in (
-            ("first", first), ("first_bias", f"{first}_bias"), ("down", "down"),
-            ("down_bias", "down_bias"),
-        )
-    }  # fmt: skip
-    _write_network(model, item.donor, own, ledger)
-
-
-def _join_parts(model: nn.Module, item: PlannedEdit, bank: SplitExperts, ledger: Ledger) -> None:
-    """Put the neurons of a split network back in their order, with the activation they have now."""
-    _write_network(model, item.donor, bank.dense(), ledger)
-    if is_rectified(item, bank):
+def _replace_network(model: nn.Module, item: PlannedEdit, network: Network, ledger: Ledger) -> None:
+    """Let a network be the dense one, with the activation that it has now."""
+    _write_network(model, item.donor, network, ledger)
+    if network.rectified:
         owner, _, name = activation_of(item).rpartition(".")
         ledger.set(model.get_submodule(owner), name, nn.ReLU())
 
 
-def _write_network(
-    model: nn.Module, donor: FFN, tensors: dict[str, Tensor | None], ledger: Ledger
-) -> None:
-    """Write a network's `first` (G F, D) and `down` (D, F), and their biases."""
+def _write_network(model: nn.Module, donor: FFN, network: Network, ledger: Ledger) -> None:
     first = [donor.gate, donor.up] if donor.gate else [donor.up]
-    for name, linears in (("first", first), ("down", [donor.down])):
+    for linears, weight, bias in (
+        (first, network.first, network.first_bias),
+        ([donor.down], network.down, network.down_bias),
+    ):
         modules = [model.get_submodule(linear.path) for linear in linears]
-        for module, w_OI in zip(modules, tensors[name].chunk(len(modules)), strict=True):
+        for module, w_OI in zip(modules, weight.chunk(len(modules)), strict=True):
             ledger.write(module.weight, w_OI.t() if isinstance(module, Conv1D) else w_OI)
-        bias = tensors[f"{name}_bias"]
         if bias is not None:
             for module, b_O in zip(modules, bias.chunk(len(modules)), strict=True):
                 ledger.write(module.bias, b_O)

@@ -62,7 +62,7 @@ def _install(
     site = item.site
     training = model.get_submodule(site.path).training
     base = FFNSpan(model, site) if site.spans_siblings else model.get_submodule(site.path)
-    if item.edit.place != "replace":
+    if not item.edit.replaces:
         layer.base = base
     layer.train(training)
     if site.spans_siblings:

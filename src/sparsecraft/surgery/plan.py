@@ -57,7 +57,7 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
             if outer.site.contains(inner.site):
                 _check_nesting(outer, inner)
     for item in planned:
-        if item.site.rows and item.edit.place == "before":
+        if item.site.rows and item.edit.changes_input:
             raise SurgeryError(
                 f"{item.site.path!r} is one projection for several, and experts before it would "
                 f"change what all of them read, not the {item.site.kind} alone; use place='after'."
@@ -73,12 +73,12 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
 def _check_nesting(outer: PlannedEdit, inner: PlannedEdit) -> None:
     """Refuse an edit inside a module that goes away, or whose parts another edit needs apart."""
     at = f"The edit at {inner.site.path!r} ({inner.edit.experts.kind} experts) lies inside"
-    if outer.edit.place == "replace":
+    if outer.edit.replaces:
         raise SurgeryError(
             f"{at} {outer.site.path!r}, which another edit replaces by "
             f"{outer.edit.experts.kind} experts."
         )
-    if outer.edit.place == "inside" and inner.site.chain:
+    if outer.edit.opens and inner.site.chain:
         raise SurgeryError(
             f"{at} {outer.site.path!r}, whose first Linear and activation the "
             f"{outer.edit.experts.kind} experts need apart; use site='activation'."

@@ -16,8 +16,6 @@ import torch
 from torch import nn
 
 from sparsecraft.dense.forms import join
-from sparsecraft.moe.experts.base import Experts
-from sparsecraft.moe.experts.split import SplitExperts, is_relu
 from sparsecraft.surgery.plan import PlannedEdit
 
 # What families call their activation; T5 says it twice.
@@ -56,16 +54,6 @@ class Setting:
             gated = getattr(inner, T5_FORM, "").startswith("gated-")
             values[T5_FORM] = "gated-relu" if gated else "relu"
         return values
-
-
-def is_rectified(item: PlannedEdit, bank: Experts) -> bool:
-    """Whether a split network has ReLU and the dense one another activation."""
-    return (
-        isinstance(bank, SplitExperts)
-        and item.edit.place == "replace"
-        and is_relu(bank.activation)
-        and not is_relu(item.donor.activation)
-    )
 
 
 def activation_of(item: PlannedEdit) -> str:

@@ -36,7 +36,7 @@ def revert(model: nn.Module) -> nn.Module:
 
 def replaced_tensors(record: Conversion) -> dict[str, Tensor]:
     """Dense name -> tensor of the modules that experts took the place of."""
-    replaced = [path for i in record.plan if i.edit.place == "replace" for path in i.site.members]
+    replaced = [path for i in record.plan if i.edit.replaces for path in i.site.members]
     modules = {path: record.dense[path] for path in replaced if path in record.dense}
     return {
         f"{path}.{name}": tensor
@@ -83,7 +83,7 @@ def _follow(model: nn.Module, record: Conversion) -> None:
     shared = dense_tensors(model)
     now = {d: shared[name].dtype for name, (d, _) in record.digests.items() if name in shared}
     for item, layer in zip(record.plan, record.layers, strict=True):
-        if item.edit.place != "replace":
+        if not item.edit.replaces:
             continue
         device = next(layer.experts.parameters()).device
         for module in (record.dense[path] for path in item.site.members if path in record.dense):

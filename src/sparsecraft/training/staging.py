@@ -53,7 +53,8 @@ def _check_rectified(model: nn.Module, stage: Stage) -> None:
     names = [other.name for other in record.recipe.stages]
     earlier = record.recipe.stages[: names.index(stage.name)]
     missing = [other.name for other in earlier if other.activation == "relu"]
-    banks = [layer.experts for layer in split_layers(model).values() if layer.place == "replace"]
+    layers = split_layers(model).values()
+    banks = [layer.experts for layer in layers if not layer.is_imitation]
     if missing and stage.fit.what == "routers" and not all(is_relu(b.activation) for b in banks):
         raise SparsecraftError(
             f"Stage {stage.name!r} fits routers for networks with ReLU, and stage {missing[0]!r}, "

@@ -37,7 +37,6 @@ from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.split_report import summary
 from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.init.graph import check_metis
-from sparsecraft.recipe.experts import SplitSpec
 from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.record import Conversion, conversion_of
 from sparsecraft.surgery.trainable import set_trainable
@@ -166,7 +165,7 @@ def _check_stages(model: nn.Module, stages: list[Stage]) -> None:
             )
     check_deal(model, stages, task_of(model))
     edits = conversion_of(model).recipe.edits
-    splits = [e.experts for e in edits if isinstance(e.experts, SplitSpec)]
+    splits = [e.experts for e in edits if e.experts.parts]
     fits = any(stage.fit for stage in stages)
     if fits and any(spec.partition.startswith("coactivation") for spec in splits):
         check_metis()

@@ -232,4 +232,4 @@ def _counts(model: torch.nn.Module, layer: str) -> bool:
 
 def _group(model: torch.nn.Module, layer: str) -> str:
     """Which layers a loss is averaged over: those that imitate attention's Linears apart."""
-    return "imitate" if model.get_submodule(layer).place == "imitate" else ""
+    return "imitate" if model.get_submodule(layer).is_imitation else ""

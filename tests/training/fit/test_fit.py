@@ -124,9 +124,8 @@ def test_inputs_that_memory_does_not_hold_go_to_a_file(tmp_path, monkeypatch, ca
     memory = captured(model, 100, batches(), tmp_path)
     wanted = fit(model)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            fitting.psutil, "virtual_memory", lambda: SimpleNamespace(available=0, total=0)
-        )
+        full = SimpleNamespace(available=0, total=0)
+        patch.setattr("sparsecraft.training.fit.capture.psutil.virtual_memory", lambda: full)
         disk = captured(other, 100, batches(), tmp_path)
         assert len(list(tmp_path.iterdir())) == len(disk)
         found = fit(other)
@@ -614,7 +613,7 @@ def test_a_run_of_two_stages_is_resumed_exactly(tmp_path, rows, monkeypatch, whe
         if when == "sparsify":
             patch.setattr(ProgressBar, "on_step_end", interrupt)
         else:
-            patch.setattr(fitting, "fit", broken)
+            patch.setattr(training, "fit", broken)
         train(llama(d2dmoe(sparsity_coef=0.01)), rows, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
     resumed = llama(d2dmoe(sparsity_coef=0.01))

@@ -18,13 +18,12 @@ def count_experts(recipe: Recipe) -> int:
     """How many experts each layer has; refuse what is not made of whole networks."""
     for edit in recipe.edits:
         spec, router = edit.experts, edit.router
-        if spec.kind not in ("ffn", "attention") or router is None:
+        if spec.comes_from != "network" or router is None:
             raise RecipeError(
                 f"Recipe {recipe.name!r} has {spec.kind} experts; whole networks (upcycling, btx, "
                 "bam, nexus, ...) can come and go."
             )
-        shards = spec.kind == "ffn" and (spec.granularity > 1 or spec.blend)
-        if shards or router.init_repeat > 1:
+        if spec.shards or router.init_repeat > 1:
             raise RecipeError(
                 f"The experts of recipe {recipe.name!r} are shards of networks, or share rows of "
                 "their routers; a whole network is none of them."

@@ -35,8 +35,6 @@ from sparsecraft.conversion.sources.source import Source, finite, open_source
 from sparsecraft.dense.digests import combine, digest
 from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import SurgeryError
-from sparsecraft.moe.experts.attention import AttentionExperts
-from sparsecraft.moe.experts.ffn import FFNExperts
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import dense_tensors
 from sparsecraft.moe.routers.build import build_router
@@ -160,11 +158,9 @@ def _opened(model: nn.Module, record: Conversion, expert: Any, unrelated: bool) 
     folder = record.folder or (origin and origin.folder)
     check_sources(model, [source], tensors, unrelated=unrelated, tokenizer=folder)
     for item, layer in zip(record.plan, record.layers, strict=True):
-        bank = layer.experts
-        if isinstance(bank, FFNExperts) and bank.down.shape[-1] != item.donor.hidden_width:
+        if reason := layer.experts.misfit(item.donor):
             raise SurgeryError(
-                f"The experts at {item.site.path!r} have {bank.down.shape[-1]} neurons and the "
-                f"dense network {item.donor.hidden_width}; no dense model fits among them."
+                f"The experts at {item.site.path!r} {reason}; no dense model fits among them."
             )
     return source
 
@@ -194,9 +190,8 @@ def _others(model: nn.Module, record: Conversion) -> Iterable[tuple[str, Tensor]
         if name not in own and tensor.is_floating_point():
             yield name, tensor.detach()
     for item, layer in zip(record.plan, record.layers, strict=True):
-        if isinstance(layer.experts, AttentionExperts):
-            for name, parameter in layer.experts.shared_parts().items():
-                yield f"{item.donor.path}.{name}", parameter.detach()
+        for name, parameter in layer.experts.shared_parts().items():
+            yield f"{item.donor.path}.{name}", parameter.detach()
 
 
 def _join(

@@ -57,10 +57,7 @@ from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.fold import (
     Ledger,
-    averaged,
     fold,
-    one_adapter,
-    parameters,
     scales_the_next,
 )
 from sparsecraft.surgery.install import apply
@@ -272,19 +269,19 @@ def _rebuild(
     left = {}
     # A LoRA on the next module reads what the vector has scaled: it goes in first, or its columns
     # would not be scaled with the others.
-    for step in sorted(steps, key=lambda step: scales_the_next(step.item)):
+    for step in sorted(steps, key=lambda s: scales_the_next(s.item, s.layer.experts)):
         bank = step.layer.experts
         weights_E = one if step.weights_E is None else step.weights_E
         weights_E = weights_E.to(next(bank.parameters()).device)
         if step.action == "keep":
             left[step.item.claim] = (step.layer, None)
             continue
-        average = how == "average" and bank.num_experts > 1
-        tensors = averaged(bank) if average else parameters(bank)
+        if how == "average" and bank.num_experts > 1:
+            bank = bank.averaged()
         if step.action == "join":
-            left[step.item.claim] = (step.layer, one_adapter(tensors, weights_E))
-        else:
-            fold(model, step.item, bank, tensors, weights_E, ledger)
+            left[step.item.claim] = (step.layer, bank.joined(weights_E))
+        elif step.layer.runs_experts:  # else what runs is the dense module still
+            fold(model, step.item, bank, weights_E, ledger)
     setting = None
     if changed := to_rectify(steps):
         setting, _ = setting_of(model, [step.item for step in changed])
@@ -304,12 +301,10 @@ def _recipe_left(recipe: Recipe, steps: list[Step], how: How) -> Recipe:
         if actions[edit] == "keep":
             edits.append(edit)
         elif actions[edit] == "join":
-            spec = edit.experts
-            width = spec.dim * (spec.num_experts if how == "fixed" else 1)
-            single = replace(spec, num_experts=1, dim=width)
+            single = edit.experts.joined(edit.experts.num_experts if how == "fixed" else 1)
             edits.append(replace(edit, experts=single, router=None))
     recipe = replace(recipe, edits=tuple(edits))
-    if not any(edit.experts.kind == "split" for edit in edits):
+    if not any(edit.experts.parts for edit in edits):
         stages = [s for s in recipe.stages if s.fit is None] or [Stage(losses={})]
         stages = tuple(replace(s, runs="sparse", activation=None) for s in stages)
         recipe = replace(recipe, stages=stages)
@@ -320,9 +315,11 @@ def _recipe_left(recipe: Recipe, steps: list[Step], how: How) -> Recipe:
         for s in recipe.stages
     )
     recipe = replace(recipe, stages=stages)
-    if all(edit.experts.kind == "adapter" for edit in edits) and recipe.name != "adapter":
-        title = f"One adapter after every FFN, merged from {recipe.name}"
-        recipe = replace(recipe, name="adapter", variant=how, title=title)
+    names = {edit.experts.joins for edit in edits}
+    name = names.pop() if len(names) == 1 else None
+    if name not in (None, recipe.name):
+        title = f"One {name} after every FFN, merged from {recipe.name}"
+        recipe = replace(recipe, name=name, variant=how, title=title)
     return recipe
 
 

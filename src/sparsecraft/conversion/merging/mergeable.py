@@ -12,11 +12,10 @@ from sparsecraft.conversion.merging.frozen import SUM_TOLERANCE, given_weights, 
 from sparsecraft.errors import MergeError
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.recipe.edits import Edit
-from sparsecraft.recipe.experts import AdapterSpec
-from sparsecraft.surgery.fold import has_dense_form, written
+from sparsecraft.surgery.fold import why_no_fold, written
 from sparsecraft.surgery.plan import PlannedEdit
 from sparsecraft.surgery.record import conversion_of
-from sparsecraft.surgery.rectify import is_rectified, setting_of
+from sparsecraft.surgery.rectify import setting_of
 
 How = Literal["exact", "fixed", "average"]
 
@@ -63,10 +62,10 @@ def plan_steps(
     for item, layer in zip(record.plan, record.layers, strict=True):
         name = names[layer]
         weights_E = fixed.get(name)
-        if item.edit.experts.kind == "split":
-            decision = _decide_split(layer, how)
+        if item.edit.experts.parts:
+            decision = _decide_parts(layer, how)
         else:
-            decision = _decide(item.edit, item, how, weights_E)
+            decision = _decide(item, layer, how, weights_E)
         steps.append(Step(name, item, layer, weights_E, *decision))
     return steps
 
@@ -76,10 +75,10 @@ def _freezes(edit: Edit) -> bool:
     return mixes and edit.modality is None
 
 
-def _decide_split(layer: MoELayer, how: How) -> tuple[str, str | None]:
+def _decide_parts(layer: MoELayer, how: How) -> tuple[str, str | None]:
     """A split network is the dense one again where all of its experts run with weight one."""
-    if layer.place == "imitate":
-        if not layer.imitates:
+    if layer.is_imitation:
+        if not layer.runs_experts:
             return "fold", None  # what runs is the dense module still
         return "keep", "it is a network that imitates a Linear, and no dense Linear computes that"
     if how != "exact":
@@ -96,9 +95,9 @@ def _decide_split(layer: MoELayer, how: How) -> tuple[str, str | None]:
 
 
 def _decide(
-    edit: Edit, item: PlannedEdit, how: How, weights_E: Tensor | None
+    item: PlannedEdit, layer: MoELayer, how: How, weights_E: Tensor | None
 ) -> tuple[str, str | None]:
-    E = edit.experts.num_experts
+    edit, E = item.edit, item.edit.experts.num_experts
     if edit.modality:
         return "keep", f"it acts on {edit.modality} tokens alone, and dense weights act on all"
     if edit.router and edit.router.select == "slots" and how != "average":
@@ -109,14 +108,14 @@ def _decide(
             "them, or how='average'"
         )
     total = 1.0 if weights_E is None else weights_E.sum().item()
-    if isinstance(edit.experts, AdapterSpec) and how != "exact":
+    if edit.experts.joins and how != "exact":
         if E == 1 and edit.router is None:
-            return "keep", None  # it is one adapter already
+            return "keep", None  # it is one expert already
         if abs(total - 1) > SUM_TOLERANCE:
             return "keep", f"its weights sum to {total:.6f}, which would scale what it passes on"
         return "join", None
     single = weights_E is None or (weights_E.max() == total == 1)
-    reason = has_dense_form(item, single)
+    reason = why_no_fold(item, layer.experts, single)
     return ("keep", reason) if reason else ("fold", None)
 
 
@@ -153,7 +152,7 @@ def to_rectify(steps: Iterable[Step]) -> list[Step]:
     return [
         step
         for step in steps
-        if step.action == "fold" and is_rectified(step.item, step.layer.experts)
+        if step.action == "fold" and step.layer.runs_experts and step.layer.experts.rectified
     ]
 
 
@@ -181,8 +180,9 @@ def _check_apart(kept: Step, folded: Step) -> None:
     """Refuse to change weights under a layer that reads or scales what they give."""
     if kept.item.site.contains(folded.item.site):
         return
-    both_add = folded.item.edit.experts.kind == "lora" and kept.item.edit.place == "beside"
-    shared = set(kept.item.site.members) & set(written(folded.item))
+    both_add = folded.item.edit.adds and kept.item.edit.adds
+    changed = written(folded.item, folded.layer.experts) if folded.layer.runs_experts else ()
+    shared = set(kept.item.site.members) & set(changed)
     if shared and not both_add:
         raise MergeError(
             f"{folded.name!r} would change the weights of {sorted(shared)[0]!r}, on which "

@@ -18,7 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from sparsecraft.conversion.sources.gather import donor_tensors, networks_of
+from sparsecraft.conversion.sources.gather import donor_tensors
 from sparsecraft.conversion.sources.source import Source
 from sparsecraft.errors import RecipeError
 from sparsecraft.recipe.recipe import ExpansionSpec, Recipe
@@ -95,7 +95,7 @@ def expand(
 
 
 def _wanted(recipe: Recipe, given: int) -> int:
-    counts = {networks_of(edit.experts) for edit in recipe.edits}
+    counts = {edit.experts.networks for edit in recipe.edits}
     wanted = max(counts)
     if len(counts) > 1:
         raise RecipeError(

@@ -30,7 +30,7 @@ log = logging.getLogger("sparsecraft")
 
 def keeps_loras(recipe: Recipe) -> bool:
     """Whether sources of this recipe are LoRAs that stay apart."""
-    return recipe.expansion is None and all(e.experts.kind == "lora" for e in recipe.edits)
+    return recipe.expansion is None and all(e.experts.comes_from == "lora" for e in recipe.edits)
 
 
 def largest_rank(folders: Sequence[str | Path]) -> int | None:
@@ -88,25 +88,17 @@ def open_loras(
 
 @torch.no_grad()
 def fill(bank: LoRAExperts, item: PlannedEdit, sources: Sequence[Source]) -> None:
-    """Make the experts of a bank the updates of the adapters, expert e that of e N // E of N.
-
-    The bank has one scale and one rank. What an adapter's scale differs by goes into B; a smaller
-    rank, or no update at all, leaves zeros in B beside the A that the recipe drew, which can learn.
-    """
+    """Make the experts of a bank the updates of the adapters, expert e that of e N // E of N."""
     donor = item.donor
     for e in range(bank.num_experts):
         lora = sources[e * len(sources) // bank.num_experts].lora
-        bank.lora_B[e].zero_()
-        pair = lora.pair(donor.path)
-        if pair is None:
-            continue
-        down_RI, up_OR = pair
-        if donor.rows:
-            up_OR = up_OR.narrow(0, *donor.rows)
-        rank = len(down_RI)
-        factor = lora.scale(donor.path, rank) / bank.scale
-        bank.lora_A[e, :rank] = down_RI.to(bank.lora_A)
-        bank.lora_B[e, :, :rank] = (up_OR.float() * factor).to(bank.lora_B)
+        pair, scale = lora.pair(donor.path), 1.0
+        if pair is not None:
+            down_RI, up_OR = pair
+            if donor.rows:
+                up_OR = up_OR.narrow(0, *donor.rows)
+            pair, scale = (down_RI, up_OR), lora.scale(donor.path, len(down_RI))
+        bank.put(e, pair, scale)
 
 
 def _check_recipe(recipe: Recipe, count: int) -> None:

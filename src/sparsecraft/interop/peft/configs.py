@@ -186,13 +186,13 @@ def _holder(recipe: Recipe) -> type[SparsecraftConfig]:
 def why_no_adapter(recipe: Recipe) -> str | None:
     """Why a recipe cannot be a PEFT adapter; None if it can."""
     for edit in recipe.edits:
-        if edit.experts.kind == "split":
-            what = "imitates" if edit.place == "imitate" else "deals out the neurons of"
+        if edit.experts.parts:
+            what = "splits" if edit.replaces else "imitates"
             return (
                 f"it {what} the {edit.site} of a dense model, and an adapter only adds to a base "
                 "that stays."
             )
-        if edit.place == "replace" or edit.experts.kind == "ffn":
+        if edit.replaces or edit.experts.dense_weights:
             return (
                 f"its {edit.experts.kind!r} experts ({edit.place} the {edit.site}) have "
                 "dense weights of their own, and an adapter only adds to a base that stays."

@@ -41,7 +41,7 @@ class ExpertsTunerLayer(nn.Module, BaseTunerLayer):
         for name in () if self.disable_adapters else self.active_adapters:
             if name in self.sparsecraft_moe:
                 layer = self.sparsecraft_moe[name]
-                if layer.place == "inside" and top is not self.base_layer:
+                if layer.opens_base and top is not self.base_layer:
                     raise SparsecraftError(
                         f"Adapter {name!r} works inside the dense network at {self.site.path!r} "
                         "and cannot stand on another adapter; make it the first active one."

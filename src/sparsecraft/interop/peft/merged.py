@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from sparsecraft.checkpoint.adapter_names import Standing, standings
 from sparsecraft.errors import MergeError, did_you_mean
 from sparsecraft.interop.peft.configs import SparsecraftConfig
 from sparsecraft.interop.peft.layer import ExpertsTunerLayer
-from sparsecraft.surgery.fold import Ledger, fold, has_dense_form, parameters, scales_the_next
+from sparsecraft.moe.experts.base import Experts
+from sparsecraft.surgery.fold import Ledger, fold, scales_the_next, why_no_fold
 from sparsecraft.surgery.plan import PlannedEdit, plan
 
 
@@ -40,9 +42,11 @@ def fold_adapters(
             hint = did_you_mean(name, list(configs))
             raise MergeError(f"There is no adapter {name!r} to merge." + hint)
         items = plan(model, configs[name].checked_recipe())
-        _check(name, items)
-        for place, item in zip(standings([item.site for item in items]), items, strict=True):
-            planned[name, place] = item
+        found = dict(zip(standings([item.site for item in items]), items, strict=True))
+        planned |= {(name, place): item for place, item in found.items()}
+        own = [layer for layer in layers if name in layer.sparsecraft_moe]
+        banks = {layer.standing: layer.sparsecraft_moe[name].experts for layer in own}
+        _check(name, [(item, banks[place]) for place, item in found.items()])
     parts = [
         (planned[name, layer.standing], layer.sparsecraft_moe[name].experts)
         for layer in layers
@@ -53,10 +57,9 @@ def fold_adapters(
     ledger.guard(model)
     try:
         # What scales a Linear's input goes in last: what else is added to it reads that input too.
-        for item, bank in sorted(parts, key=lambda part: scales_the_next(part[0])):
-            tensors = parameters(bank)
-            one = next(iter(tensors.values())).new_ones(1).double()
-            fold(model, item, bank, tensors, one, ledger)
+        for item, bank in sorted(parts, key=lambda part: scales_the_next(*part)):
+            one = next(bank.parameters()).new_ones(1, dtype=torch.float64)
+            fold(model, item, bank, one, ledger)
         if not all(parameter.isfinite().all() for parameter in ledger.old):
             raise MergeError(
                 f"Merging {names} gives weights that are not finite; nothing was merged. Load the "
@@ -67,23 +70,23 @@ def fold_adapters(
         raise
 
 
-def _check(name: str, items: list[PlannedEdit]) -> None:
-    reasons = [_why_not(item) for item in items]
-    refused = [(item, *why) for item, why in zip(items, reasons, strict=True) if why]
+def _check(name: str, parts: list[tuple[PlannedEdit, Experts]]) -> None:
+    reasons = [_why_not(item, bank) for item, bank in parts]
+    refused = [(item, *why) for (item, _), why in zip(parts, reasons, strict=True) if why]
     if not refused:
         return
-    (item, reason, hows), others = refused[0], len(items) - len(refused)
+    (item, reason, hows), others = refused[0], len(parts) - len(refused)
     if others:
         hows = [*hows, f"how='exact', partial=True merges the other {others} layers"]
     ways = f", or save it and call sc.merge(sc.load(folder), how=...): {'; '.join(hows)}"
     raise MergeError(
-        f"merge_and_unload cannot merge {len(refused)} of the {len(items)} layers of adapter "
+        f"merge_and_unload cannot merge {len(refused)} of the {len(parts)} layers of adapter "
         f"{name!r}. {item.site.path!r} ({item.edit.experts.kind} experts): {reason}. Keep the "
         f"adapter{ways if hows else ''}."
     )
 
 
-def _why_not(item: PlannedEdit) -> tuple[str, list[str]] | None:
+def _why_not(item: PlannedEdit, bank: Experts) -> tuple[str, list[str]] | None:
     """Why a part of an adapter is no change of dense weights, and what `sc.merge` makes of it."""
     edit = item.edit
     if edit.modality:
@@ -96,7 +99,8 @@ def _why_not(item: PlannedEdit) -> tuple[str, list[str]] | None:
     if edit.router:
         number = edit.experts.num_experts
         reason = f"its router weighs {number} experts, and how depends on the token"
-        single = " that name one expert" if edit.experts.kind == "ffn_lora" else ""
+        sums, one = (bank.why_no_fold(edit, item.site, single) for single in (False, True))
+        single = " that name one expert" if sums and not one else ""
         return reason, [f"how='fixed' freezes the routing to given weights{single}", average]
-    reason = has_dense_form(item, single=True)
+    reason = why_no_fold(item, bank, single=True)
     return (reason, []) if reason else None

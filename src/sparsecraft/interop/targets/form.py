@@ -8,10 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from sparsecraft.moe.experts.ffn import FFNExperts
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.recipe.edits import Edit
-from sparsecraft.recipe.experts import FFNSpec
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.recipe.routers import RouterSpec
 from sparsecraft.surgery.record import conversion_of
@@ -110,7 +108,7 @@ def form_of(model: nn.Module) -> Form | str:
     edits = record.recipe.edits
     if reason := next(filter(None, map(_why_not_standard, edits)), None):
         return reason
-    if any((e.experts, e.place, e.router) != _parts(edits[0]) for e in edits):
+    if any(_parts(edit) != _parts(edits[0]) for edit in edits):
         return "its layers differ from each other, and those of a standard architecture are alike."
     if isinstance(reason := attention_of(model.config), str):
         return reason
@@ -126,7 +124,7 @@ def form_of(model: nn.Module) -> Form | str:
 
 def _form(layer: MoELayer, edit: Edit, config: Any) -> Form | str:
     bank, router = layer.experts, edit.router
-    if not isinstance(bank, FFNExperts) or not bank.gated:
+    if not bank.gated:
         return "its networks have no gate, and those of a standard architecture do."
     if bank.gate_up_bias is not None or bank.down_bias is not None:
         return "the model has mlp_bias=True, and no standard architecture has biases there."
@@ -140,7 +138,7 @@ def _form(layer: MoELayer, edit: Edit, config: Any) -> Form | str:
         top_k=top_k,
         width=bank.down.shape[-1],
         normalized=normalized,
-        shared=config.intermediate_size if edit.place == "beside" else 0,
+        shared=config.intermediate_size if edit.adds else 0,
         gated=router.gates_base,
         temperature=router.temperature,
     )
@@ -152,7 +150,7 @@ def _parts(edit: Edit) -> tuple:
 
 def _why_not_standard(edit: Edit) -> str | None:
     """Why no linear top-k mixture of feed-forward networks is this edit."""
-    if not isinstance(edit.experts, FFNSpec) or edit.place not in ("replace", "beside"):
+    if not (edit.experts.standard and (edit.replaces or edit.adds)):
         return (
             f"its {edit.experts.kind!r} experts stand {edit.place} a dense module, and a standard "
             "architecture has nothing but full feed-forward experts, instead of the dense network "
@@ -171,5 +169,5 @@ def _why_not_standard(edit: Edit) -> str | None:
 
 
 def splits(recipe: Recipe) -> bool:
-    """Whether the recipe deals out the neurons of dense networks."""
-    return any(edit.experts.kind == "split" for edit in recipe.edits)
+    """Whether the experts of a recipe are parts of dense networks."""
+    return any(edit.experts.parts for edit in recipe.edits)

@@ -6,15 +6,19 @@ Shapes: n tokens, E experts, D features, H bottleneck width.
 from __future__ import annotations
 
 import math
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from sparsecraft.dense.donors import Donor
+from sparsecraft.dense.sites import Site
 from sparsecraft.errors import RecipeError, did_you_mean
 from sparsecraft.kernels.two_layer import TwoLayer
 from sparsecraft.moe.experts.base import Experts
+from sparsecraft.recipe.edits import Edit, Place
 from sparsecraft.recipe.experts import AdapterSpec
 
 
@@ -47,6 +51,19 @@ class AdapterExperts(Experts):
         for down_HD in self.down:  # one at a time: the fan-in is D, not E * D
             nn.init.kaiming_uniform_(down_HD, a=math.sqrt(5))
 
+    @classmethod
+    def build(
+        cls,
+        spec: AdapterSpec,
+        donor: Donor,
+        site: Site,
+        place: Place,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Self:
+        return cls(spec, donor.out_features, device=device, dtype=dtype)
+
     def expert(self, e: int, x: Tensor) -> Tensor:
         hidden = F.linear(F.dropout(x, self.dropout, self.training), self.down[e].to(x.dtype))
         return x + self.scale * F.linear(self.activation(hidden), self.up[e].to(x.dtype))
@@ -60,3 +77,13 @@ class AdapterExperts(Experts):
             input_dropout=self.dropout if self.training else 0.0,
             residual=True,
         )
+
+    def why_no_fold(self, edit: Edit, site: Site, single: bool) -> str:
+        return "an adapter has an activation inside, and no dense Linear computes that"
+
+    def joined(self, weights_E: Tensor) -> dict[str, Tensor]:
+        """One adapter of width E H: x + s [w_1 U_1 ... w_E U_E] act([D_1; ...; D_E] x)."""
+        down_EHD, up_EDH = self.down.detach(), self.up.detach()
+        up_EDH = up_EDH.double() * weights_E[:, None, None]
+        up_1DN = up_EDH.permute(1, 0, 2).flatten(1)[None]
+        return {"down": down_EHD.flatten(0, 1)[None], "up": up_1DN}

@@ -13,16 +13,20 @@ width of a head, O output features.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsecraft.dense.donors import Attention
+from sparsecraft.dense.sites import Site
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.moe.experts.base import CopiedExperts
 from sparsecraft.moe.experts.stacked import copies, with_one_more, without
 from sparsecraft.moe.routing import Routing
+from sparsecraft.recipe.edits import Edit, Place
 from sparsecraft.recipe.experts import AttentionSpec
 
 
@@ -60,6 +64,19 @@ class AttentionExperts(CopiedExperts):
         }
         for name, part in parts.items():
             self.attention.add_module(name, part)
+
+    @classmethod
+    def build(
+        cls,
+        spec: AttentionSpec,
+        donor: Attention,
+        site: Site,
+        place: Place,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Self:
+        return cls(spec, donor)
 
     def forward(self, x_BSD: Tensor, routing: Routing, *args, **kwargs) -> tuple:
         """What the dense attention returns, mixed by the routing's weights."""
@@ -99,6 +116,19 @@ class AttentionExperts(CopiedExperts):
         for _, part in self._own():
             part.remove(e)
         self._recount(self.num_experts - 1)
+
+    def why_no_fold(self, edit: Edit, site: Site, single: bool) -> str:
+        return "a sum of several attentions is none with as many heads"
+
+    def _remade(self, change: Callable[[Tensor], Tensor]) -> Self:
+        bank = super()._remade(change)
+        bank.attention = copy.deepcopy(self.attention)
+        for _, part in bank._own():
+            for name, parameter in [*part.named_parameters()]:
+                setattr(part, name, bank._changed(name, parameter, change))
+        bank.num_experts = self.num_experts  # which the grouping of heads is counted from
+        bank._recount(1)
+        return bank
 
     def _recount(self, num_experts: int) -> None:
         if self.kv == "shared":

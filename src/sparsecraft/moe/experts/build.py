@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sparsecraft.dense.donors import FFN, Donor, Linear
+from sparsecraft.dense.donors import FFN, Activation, Attention, Donor, Linear
 from sparsecraft.dense.sites import Site
 from sparsecraft.errors import RecipeError
 from sparsecraft.moe.experts.adapter import AdapterExperts
@@ -13,7 +13,7 @@ from sparsecraft.moe.experts.base import Experts
 from sparsecraft.moe.experts.ffn import FFNExperts
 from sparsecraft.moe.experts.ffn_lora import FFNLoRAExperts
 from sparsecraft.moe.experts.lora import LoRAExperts
-from sparsecraft.moe.experts.split import SplitExperts, imitation
+from sparsecraft.moe.experts.split import SplitExperts
 from sparsecraft.moe.experts.vector import VectorExperts
 from sparsecraft.recipe.edits import Place
 from sparsecraft.recipe.experts import (
@@ -25,7 +25,31 @@ from sparsecraft.recipe.experts import (
     LoRASpec,
     SplitSpec,
     VectorSpec,
+    add_kind,
 )
+
+BANKS: dict[type[ExpertsSpec], type[Experts]] = {
+    FFNSpec: FFNExperts,
+    AttentionSpec: AttentionExperts,
+    AdapterSpec: AdapterExperts,
+    LoRASpec: LoRAExperts,
+    VectorSpec: VectorExperts,
+    FFNLoRASpec: FFNLoRAExperts,
+    SplitSpec: SplitExperts,
+}
+
+
+# What a recipe calls the dense modules that experts stand at.
+DONORS = {"ffn": FFN, "attention": Attention, "linear": Linear, "activation": Activation}
+
+
+def register(spec: type[ExpertsSpec], bank: type[Experts]) -> None:
+    """Let recipes name a further kind of experts, and models have it.
+
+    Raises:
+        RecipeError: another class has its `kind` already.
+    """
+    BANKS[add_kind(spec)] = bank
 
 
 def build_experts(
@@ -40,34 +64,18 @@ def build_experts(
     """The bank that `spec` describes, for the place where `donor` stands.
 
     Raises:
-        RecipeError: the kind needs another donor, such as full experts at a Linear.
+        RecipeError: the kind needs another donor, such as full experts at a Linear; or nothing says
+            what its bank is.
     """
-    where = {"device": device, "dtype": dtype}
-    if isinstance(spec, SplitSpec):
-        wanted = Linear if place == "imitate" else FFN
-    else:
-        wanted = {FFNSpec: FFN, FFNLoRASpec: FFN, LoRASpec: (FFN, Linear)}.get(type(spec))
-    if wanted and not isinstance(donor, wanted):
-        advice = "site='ffn'" if wanted is FFN else "site='linear'"
+    if type(spec) not in BANKS:
+        raise RecipeError(
+            f"{type(spec).__name__} ({spec.kind!r} experts) has no bank; name it by "
+            "sparsecraft.moe.experts.build.register(spec, bank)."
+        )
+    wanted = spec.places[place]
+    if not isinstance(donor, tuple(DONORS[word] for word in wanted)):
         raise RecipeError(
             f"{spec.kind!r} experts cannot stand at {donor.path!r}, the {site.kind} of a network; "
-            f"use {advice}."
+            f"use site={wanted[-1]!r}."
         )
-    match spec:
-        case FFNSpec():
-            return FFNExperts(spec, donor, device=device)
-        case AttentionSpec():
-            return AttentionExperts(spec, donor)
-        case SplitSpec() if place == "imitate":
-            return SplitExperts(spec, imitation(spec, donor, **where), device=device)
-        case SplitSpec():
-            return SplitExperts(spec, donor, device=device)
-        case FFNLoRASpec():
-            return FFNLoRAExperts(spec, donor, site, **where)
-        case AdapterSpec():
-            return AdapterExperts(spec, donor.out_features, **where)
-        case LoRASpec():
-            return LoRAExperts(spec, donor.in_features, donor.out_features, **where)
-        case VectorSpec():
-            width = donor.in_features if place == "before" else donor.out_features
-            return VectorExperts(spec, width, **where)
+    return BANKS[type(spec)].build(spec, donor, site, place, device=device, dtype=dtype)

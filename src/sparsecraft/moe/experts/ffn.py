@@ -7,8 +7,9 @@ gate rows first, as transformers v5 does.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,20 @@ from torch.nn import functional as F
 from transformers.activations import ReLUSquaredActivation
 
 from sparsecraft.dense.donors import FFN
+from sparsecraft.dense.sites import Site
 from sparsecraft.errors import RecipeError
 from sparsecraft.kernels.two_layer import TwoLayer
 from sparsecraft.moe.experts.base import CopiedExperts
+from sparsecraft.moe.experts.folded import Network
 from sparsecraft.moe.experts.stacked import copies, with_one_more, without
+from sparsecraft.moe.init.neurons import diversify
+from sparsecraft.recipe.edits import Edit, Place
 from sparsecraft.recipe.experts import FFNSpec
+
+SUM_OF_NETWORKS = (
+    "a sum of several feed-forward networks is none of the same width; use how='average', "
+    "or fixed weights that name one expert"
+)
 
 
 class FFNExperts(CopiedExperts):
@@ -35,6 +45,8 @@ class FFNExperts(CopiedExperts):
         RecipeError: the donor's neurons cannot be cut into shards alike, or experts of another
             width come without a checkpoint.
     """
+
+    folds = Network
 
     def __init__(self, spec: FFNSpec, donor: FFN, *, device: torch.device | str | None = None):
         super().__init__()
@@ -59,6 +71,19 @@ class FFNExperts(CopiedExperts):
             tensors = [network[name] for network in networks]
             bank = None if tensors[0] is None else _in_turn(tensors, self.num_experts)
             self.register_parameter(name, bank)
+
+    @classmethod
+    def build(
+        cls,
+        spec: FFNSpec,
+        donor: FFN,
+        site: Site,
+        place: Place,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Self:
+        return cls(spec, donor, device=device)
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         first, first_bias = self._first()
@@ -87,6 +112,27 @@ class FFNExperts(CopiedExperts):
             if tensor is not None:
                 getattr(self, name)[e].copy_(tensor)
 
+    def take(self, donors: Iterable[FFN], count: int) -> None:
+        if not self.spec.blend:
+            super().take(donors, count)
+            return
+        self.materialize()
+        donors = list(donors)
+        for e in range(self.num_experts):
+            self.put(e, *donors)
+
+    def copied(self, donor: FFN) -> Mapping[str, Tensor | None]:
+        return _tensors(donor, None, donor.gated, None)
+
+    def diversify(self) -> None:
+        diversify(self, self.spec)
+
+    def misfit(self, donor: FFN) -> str | None:
+        width = self.down.shape[-1]
+        if width == donor.hidden_width:
+            return None
+        return f"have {width} neurons and the dense network {donor.hidden_width}"
+
     @torch.no_grad()
     def append(self, donor: FFN) -> None:
         network = self._network(self.num_experts, [donor])
@@ -100,6 +146,28 @@ class FFNExperts(CopiedExperts):
         for name, parameter in [*self.named_parameters()]:
             setattr(self, name, without(parameter, e))
         self._recount(self.num_experts - 1)
+
+    def why_no_fold(self, edit: Edit, site: Site, single: bool) -> str | None:
+        if not single:
+            return SUM_OF_NETWORKS
+        if self.spec.granularity > 1:
+            return (
+                "its experts are shards of networks, and no one of them has the dense one's width"
+            )
+        if edit.place != "replace":
+            return f"feed-forward experts {edit.place} the dense network cannot take its place"
+        return None
+
+    def fold(self, weights_E: Tensor) -> Network:
+        e, (first, first_bias) = int(weights_E.argmax()), self._first()
+        rows = first, first_bias, self.down, self.down_bias
+        return Network(*(None if stacked is None else stacked.detach()[e] for stacked in rows))
+
+    def _remade(self, change: Callable[[Tensor], Tensor]) -> Self:
+        bank = super()._remade(change)
+        bank.parts, width = 1, self.down.shape[-1] if self.parts > 1 else self.spec.width
+        bank.spec = replace(self.spec, num_experts=1, granularity=1, blend=False, width=width)
+        return bank
 
     def _recount(self, num_experts: int) -> None:
         self.num_experts = num_experts
@@ -186,11 +254,6 @@ def _tensors(
         name: t if t is None else t.detach().to("meta" if t.is_meta else device)
         for name, t in found.items()
     }
-
-
-def bank_tensors(donor: FFN) -> dict[str, Tensor | None]:
-    """A bank's name of each tensor of a whole network."""
-    return _tensors(donor, None, donor.gated, None)
 
 
 def _side_by_side(shards: list[dict[str, Tensor | None]], gated: bool) -> dict[str, Tensor | None]:

@@ -1,9 +1,18 @@
 """Feed-forward experts that share the dense weights and differ by LoRAs (MixLoRA, Li et al. 2024).
 
+    x (T, D) ─┬─ W_gate ─┬─ + ── act ─┐                   each slot k of a token has its own sums,
+              │   L_gate ┘            * ── h_k (F) ──     activation and LoRAs L of its expert; the
+              └─ W_up ───┬─ + ────────┘                   products with W are one for all of them:
+                  L_up ──┘
+
+    y (T, D) = W_down (sum_k w_k h_k) + sum_k w_k L_down,k h_k
+
 Shapes: T tokens, K slots per token, N = T K, E experts, D width, F hidden width.
 """
 
 from __future__ import annotations
+
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +22,11 @@ from sparsecraft.dense.donors import FFN
 from sparsecraft.dense.forms import FFNForm
 from sparsecraft.dense.sites import Site
 from sparsecraft.moe.experts.base import Experts
+from sparsecraft.moe.experts.ffn import SUM_OF_NETWORKS
+from sparsecraft.moe.experts.folded import Update
 from sparsecraft.moe.experts.lora import LoRAExperts
 from sparsecraft.moe.routing import Routing
+from sparsecraft.recipe.edits import Edit, Place
 from sparsecraft.recipe.experts import FFNLoRASpec, LoRASpec
 
 
@@ -26,6 +38,7 @@ class FFNLoRAExperts(Experts):
     sum_k w_k W_down h_k = W_down sum_k w_k h_k.
     """
 
+    folds = Update
     merges = True  # each slot's LoRA is taken out of all of them by a gate
 
     def __init__(self, spec: FFNLoRASpec, donor: FFN, site: Site, *, device=None, dtype=None):
@@ -40,7 +53,20 @@ class FFNLoRAExperts(Experts):
             linear = getattr(donor, name)
             if linear is not None:
                 shape = (linear.in_features, linear.out_features)
-                setattr(self, name, LoRAExperts(lora, *shape, device=device, dtype=dtype))
+                self.add_module(name, LoRAExperts(lora, *shape, device=device, dtype=dtype))
+
+    @classmethod
+    def build(
+        cls,
+        spec: FFNLoRASpec,
+        donor: FFN,
+        site: Site,
+        place: Place,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Self:
+        return cls(spec, donor, site, device=device, dtype=dtype)
 
     def expert(self, e: int, x: Tensor, base: nn.Module) -> Tensor:
         hidden = self._hidden(
@@ -90,8 +116,20 @@ class FFNLoRAExperts(Experts):
             weights_TE[:, e, None] * self.expert(e, x_TI, base) for e in range(self.num_experts)
         )
 
+    def repeated(self, slots: float) -> int:
+        """Every further slot has its own update: only the dense products are made once."""
+        return int(slots - 1) * sum(p.numel() for p in self.parameters())
+
+    def why_no_fold(self, edit: Edit, site: Site, single: bool) -> str | None:
+        return None if single else SUM_OF_NETWORKS
+
+    def fold(self, weights_E: Tensor) -> Update:
+        e = int(weights_E.argmax())
+        banks = self.named_children()
+        return Update({name: bank.delta(weights_E[e, None], e) for name, bank in banks})
+
     def _first(self) -> list[tuple[str, LoRAExperts]]:
-        return [(name, getattr(self, name)) for name in ("gate", "up") if hasattr(self, name)]
+        return [(name, bank) for name, bank in self.named_children() if name != "down"]
 
     def _hidden(self, base: nn.Module, first: Tensor, up: Tensor | None = None) -> Tensor:
         activation = self._part(base, "activation")

@@ -1,4 +1,12 @@
-"""Experts that are LoRAs beside a Linear.
+"""Experts that are LoRAs beside a Linear (LoRA, Hu et al. 2022; MoLORA, Zadouri et al. 2023).
+
+    expert e      x (T, I) ── A_e (r, I) ── z_e (T, r) ── B_e (O, r) ── alpha / r ── (T, O)
+
+    a mixture     x ─┬─ A_1 ── z_1 ── w_1 ─┐
+    is one LoRA      ├─ A_2 ── z_2 ── w_2 ─┼─ [B_1 B_2 ... B_E] ── alpha / r ── y (T, O)
+    of rank E r      └─ A_E ── z_E ── w_E ─┘
+
+A shared A is made once, and z with it (HydraLoRA, Tian et al. 2024).
 
 Shapes: T tokens, E experts, I input features, O output features, r rank.
 """
@@ -6,15 +14,20 @@ Shapes: T tokens, E experts, I input features, O output features, r rank.
 from __future__ import annotations
 
 import math
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsecraft.dense.donors import FFN, Linear
+from sparsecraft.dense.sites import Site
 from sparsecraft.kernels.lora import LoRAs, mix_lora
 from sparsecraft.kernels.two_layer import TwoLayer
 from sparsecraft.moe.experts.base import Experts
+from sparsecraft.moe.experts.folded import Update
 from sparsecraft.moe.routing import Routing
+from sparsecraft.recipe.edits import Edit, Place
 from sparsecraft.recipe.experts import LoRASpec
 
 
@@ -26,6 +39,7 @@ class LoRAExperts(Experts):
     """
 
     merges = True
+    folds = Update
 
     def __init__(
         self, spec: LoRASpec, in_features: int, out_features: int, *, device=None, dtype=None
@@ -45,6 +59,19 @@ class LoRAExperts(Experts):
                 nn.init.normal_(a_RI, std=spec.init_std)
             else:
                 nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5))
+
+    @classmethod
+    def build(
+        cls,
+        spec: LoRASpec,
+        donor: FFN | Linear,
+        site: Site,
+        place: Place,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Self:
+        return cls(spec, donor.in_features, donor.out_features, device=device, dtype=dtype)
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         a_RI = self.lora_A[e % len(self.lora_A)].to(x.dtype)
@@ -81,3 +108,37 @@ class LoRAExperts(Experts):
         dropout = self.dropout if self.training else 0.0
         loras = LoRAs(self.lora_A, self.lora_B, self.scale, dropout)
         return mix_lora(x_TI, weights_TE, loras, onto=y_TO, in_place=in_place, z_TN=z_TN)
+
+    @torch.no_grad()
+    def put(self, e: int, pair: tuple[Tensor, Tensor] | None, scale: float) -> None:
+        """Let expert `e` be a LoRA of this rank or less, scale * B A.
+
+        What its scale differs by from the bank's goes into B; a smaller rank, or no LoRA at all,
+        leaves zeros in B beside the A that was drawn, which can learn.
+
+        Args:
+            pair: A (r, I) and B (O, r); None for an update of zero.
+        """
+        self.lora_B[e].zero_()
+        if pair is None:
+            return
+        down_RI, up_OR = pair
+        rank = len(down_RI)
+        self.lora_A[e, :rank] = down_RI.to(self.lora_A)
+        self.lora_B[e, :, :rank] = (up_OR.float() * (scale / self.scale)).to(self.lora_B)
+
+    def why_no_fold(self, edit: Edit, site: Site, single: bool) -> str | None:
+        if site.kind == "ffn" or site.chain:
+            return "a LoRA beside a network with an activation has no Linear to be added to"
+        return None
+
+    def fold(self, weights_E: Tensor) -> Update:
+        return Update({"": self.delta(weights_E)})
+
+    def delta(self, weights_E: Tensor, first: int = 0) -> Tensor:
+        """(alpha / r) sum_e w_e B_e A_e of the experts from `first` on, (O, I), float64."""
+        a_ERI, b_EOR, total_OI = self.lora_A.detach(), self.lora_B.detach(), 0
+        for e, weight in enumerate(weights_E.tolist(), first):
+            delta_OI = b_EOR[e].double() @ a_ERI[e % len(a_ERI)].double()
+            total_OI = total_OI + self.scale * weight * delta_OI
+        return total_OI

@@ -1,4 +1,12 @@
-"""A dense feed-forward network dealt out to experts: the same neurons, in another order.
+"""A dense feed-forward network split into experts: the same neurons, in another order.
+
+    dense    first (G F, D)    ┌ gate ┐ F     down (D, F)
+                               └ up   ┘ F
+
+    split    first (E, G m, D)    ┌ gate_1 ┐ m    ┌ gate_2 ┐      down (E, m, D), neuron-major
+                                  └ up_1   ┘ m    └ up_2   ┘ ...
+
+    y = sum_e w_e (act(gate_e x) * up_e x) down_e + b,    w_e = 1 for every e: the dense network
 
 Any partition keeps the function: F(x) = sum_e E_e(x) + b, with b the bias of the down projection,
 added once (MoEfication, Zhang et al. 2022; D2DMoE, Szatkowski et al. 2024). Weights are stored
@@ -12,12 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsecraft.dense.donors import FFN, Linear
+from sparsecraft.dense.sites import Site
 from sparsecraft.errors import RecipeError, SparsecraftError
 from sparsecraft.kernels import split
 from sparsecraft.kernels.device import needs_grad, usable
@@ -25,7 +35,9 @@ from sparsecraft.kernels.selection import Active
 from sparsecraft.kernels.split import SplitNet
 from sparsecraft.moe.experts.base import Experts
 from sparsecraft.moe.experts.dispatch import loop
+from sparsecraft.moe.experts.folded import Network
 from sparsecraft.moe.routing import Routing
+from sparsecraft.recipe.edits import Edit, Place
 from sparsecraft.recipe.experts import SplitSpec
 
 
@@ -41,6 +53,10 @@ class SplitExperts(Experts):
         records: keep the input of the activation of each forward pass, for losses that read it.
         pre_TF: that input (of the gate where there is one), neurons in the bank's order.
     """
+
+    of_dense = True
+    folds = Network
+    one_for_all = ("down_bias",)
 
     def __init__(self, spec: SplitSpec, donor: FFN, *, device: torch.device | str | None = None):
         super().__init__()
@@ -75,6 +91,23 @@ class SplitExperts(Experts):
         mean = self.down.new_zeros(E, m) if self.compensates else None
         self.register_buffer("mean", mean)
         self._kept: tuple[list, Tensor] | None = None
+
+    @classmethod
+    def build(
+        cls,
+        spec: SplitSpec,
+        donor: FFN | Linear,
+        site: Site,
+        place: Place,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Self:
+        if place != "imitate":
+            return cls(spec, donor, device=device)
+        bank = cls(spec, imitation(spec, donor, device=device, dtype=dtype), device=device)
+        bank.of_dense = False
+        return bank
 
     @property
     def in_features(self) -> int:
@@ -151,6 +184,10 @@ class SplitExperts(Experts):
                         "gather or grouped."
                     )
         return F.dropout(y_TD, self.output_dropout, self.training)
+
+    def active(self, slots: float) -> int:
+        idle = round((1 - slots / self.num_experts) * self.products)
+        return sum(p.numel() for p in self.parameters()) - idle
 
     def noted(self, routing: Routing) -> Routing:
         pre_TF, self.pre_TF = self.pre_TF, None
@@ -295,6 +332,22 @@ class SplitExperts(Experts):
             "down": self.down.flatten(0, 1)[place_F].t(),
             "down_bias": self.down_bias,
         }
+
+    def why_no_fold(self, edit: Edit, site: Site, single: bool) -> None:
+        return None
+
+    def fold(self, weights_E: Tensor) -> Network:
+        """The dense network again: all parts with weight one, whatever the weights."""
+        return Network(**self.dense(), rectified=self.rectified)
+
+    def _remade(self, change: Callable[[Tensor], Tensor]) -> Self:
+        bank = super()._remade(change)
+        bank.spec, bank._kept = replace(self.spec, num_experts=1), None
+        return bank
+
+    @property
+    def rectified(self) -> bool:
+        return is_relu(self.activation) and not is_relu(self._own_activation[0])
 
     def rectify(self, undo: bool = False) -> None:
         """Let ReLU be the activation, or the dense network's own again."""

@@ -1,19 +1,23 @@
-"""Parameter-efficient experts: bottleneck adapters, low-rank updates and scaling vectors.
+"""Experts that are vectors, and scale features.
 
-Shapes: T tokens, K slots per token, E experts, D width, H bottleneck width, I input features,
-O output features, R rank, V features of one head.
+Shapes: T tokens, E experts, O features, V features of one head.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from sparsecraft.dense.donors import Donor
+from sparsecraft.dense.sites import Site
 from sparsecraft.kernels.vectors import mix_vectors
 from sparsecraft.moe.experts.base import Experts
+from sparsecraft.moe.experts.folded import Scale
 from sparsecraft.moe.routing import Routing
+from sparsecraft.recipe.edits import Edit, Place
 from sparsecraft.recipe.experts import VectorSpec
 
 
@@ -26,6 +30,7 @@ class VectorExperts(Experts):
 
     residual = True  # l x = x + (l - 1) x
     merges = True
+    folds = Scale
 
     def __init__(self, spec: VectorSpec, width: int, *, device=None, dtype=None):
         super().__init__()
@@ -34,6 +39,20 @@ class VectorExperts(Experts):
         if spec.init_std:
             ones += spec.init_std * torch.randn_like(ones)
         self.vectors = nn.Parameter(ones)
+
+    @classmethod
+    def build(
+        cls,
+        spec: VectorSpec,
+        donor: Donor,
+        site: Site,
+        place: Place,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Self:
+        width = donor.in_features if place == "before" else donor.out_features
+        return cls(spec, width, device=device, dtype=dtype)
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         return x * self.vectors[e].to(x.dtype)
@@ -63,3 +82,11 @@ class VectorExperts(Experts):
 
     def merged(self, x_TO: Tensor, routing: Routing) -> Tensor:
         return mix_vectors(x_TO, routing.weights_TE(), self.vectors, routing.sums_to_one)
+
+    def why_no_fold(self, edit: Edit, site: Site, single: bool) -> str | None:
+        if edit.place == "before" and site.kind == "activation":
+            return "a vector before the activation does not commute with it"
+        return None
+
+    def fold(self, weights_E: Tensor) -> Scale:
+        return Scale(torch.einsum("e,eo->o", weights_E, self.vectors.detach().double()))

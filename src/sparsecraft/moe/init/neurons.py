@@ -6,12 +6,15 @@ Shapes: F neurons of an expert, n of them chosen, D width.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sparsecraft.moe.experts.ffn import FFNExperts
 from sparsecraft.recipe.experts import FFNSpec
+
+if TYPE_CHECKING:
+    from sparsecraft.moe.experts.ffn import FFNExperts
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ def fit(
     layers = {
         name: layer
         for name, layer in split_layers(model).items()
-        if not imitating or layer.place == "imitate"
+        if layer.is_imitation or not imitating
     }
     if not layers:
         raise SparsecraftError(
