@@ -63,7 +63,7 @@ def load(
         model = _from_config(folder, config, device_map, kwargs)
     else:
         kwargs |= {"config": config, "dtype": getattr(torch, manifest["base"]["dtype"])}
-        quantize = recipe.base_quantization
+        quantize = recipe.quantization
         model = hub.load_dense(
             str(origin.folder), device_map=device_map, quantize=quantize, **kwargs
         )
@@ -73,6 +73,7 @@ def load(
         digests = {n: (getattr(torch, d), h) for n, (d, h) in manifest["dense"].items()}
     else:
         record.origin, record.revision = origin.name, origin.revision
+    record.written = manifest["recipe"]
     record.digests, record.base_card = digests, manifest.get("base_card")
     record.folder, record.report = folder.absolute(), read_json(folder / "report.json")
     read_tensors(model, folder / WEIGHTS, manifest["tensors"], complete=origin is None)

@@ -175,7 +175,7 @@ def run(recipe: Any, options: ConvertOptions, say: Say) -> None:
         options.model,
         dtype=dtype,
         device_map=options.device,
-        quantize=recipe.base_quantization,
+        quantize=recipe.quantization,
     )
     tokenizer = load_tokenizer(folder) if options.data or starts else None
     report = convert(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from sparsecraft.errors import RecipeError
@@ -40,6 +40,8 @@ class AnyRouterSpec(ABC):
         by_sequence: one decision is for all tokens of a sequence, or of a sentence.
         sentences: what embeds the sentences that it decides for; None if it decides for none.
         can_be_directed: a batch may say which expert each token goes to.
+        starts_from: what `convert` must be given for its start; see `Start.reads`.
+        of_domains: the rows of its experts are made from embeddings of their domains.
         gates_base: the dense module is multiplied by a gate of its own.
     """
 
@@ -57,6 +59,8 @@ class AnyRouterSpec(ABC):
     sentences: Sentence | None = None
     can_be_directed: bool = False
     gates_base: bool = False
+    starts_from: Literal["domains", "data"] | None = None
+    of_domains: bool = False
 
     @abstractmethod
     def check(self, num_experts: int) -> None:
@@ -91,9 +95,9 @@ class RouterSpec(AnyRouterSpec):
         check_types(self)
         if not 0 < self.temperature < math.inf:
             raise RecipeError(f"router.temperature is {self.temperature}; it must be positive.")
-        if self.scorer.reads and not self.by_token and not self.scorer.of_domains:
+        if self.starts_from and not self.by_token:
             raise RecipeError(
-                f"router.scorer starts from {self.scorer.reads} with decides="
+                f"router.scorer starts from {self.starts_from} with decides="
                 f"{self.decides.kind!r} and reads={self.reads!r}; it is for routers by token that "
                 "read the layer's input."
             )
@@ -101,6 +105,11 @@ class RouterSpec(AnyRouterSpec):
             raise RecipeError(
                 "router.scorer.encoder is 'self' with decides='sentence'; the model itself embeds "
                 "no sentences, so that their embeddings would be another encoder's."
+            )
+        if (self.reads == "experts") != self.scorer.reads_experts:
+            raise RecipeError(
+                f"router.reads is {self.reads!r} with a {self.scorer.kind} scorer, which reads "
+                f"{'what experts give' if self.scorer.reads_experts else 'tokens alone'}."
             )
         plain = isinstance(self.decides, Token) and not self.select.mixes_tokens
         if self.reads == "experts" and not plain:
@@ -139,8 +148,24 @@ class RouterSpec(AnyRouterSpec):
         return self.decides if isinstance(self.decides, Sentence) else None
 
     @property
+    def starts_from(self) -> Literal["domains", "data"] | None:
+        return self.scorer.reads
+
+    @property
+    def of_domains(self) -> bool:
+        return self.scorer.of_domains
+
+    @property
     def can_be_directed(self) -> bool:
         return isinstance(self.decides, Token) and not self.mixes_tokens
+
+    def in_layer(self, number: int) -> RouterSpec:
+        """What it is in the layer of this number, from 0."""
+        return replace(self, select=self.select.in_layer(number))
+
+    def with_extended(self, count: int) -> RouterSpec:
+        """The same, of which so many experts, the last ones, were added one at a time."""
+        return replace(self, scorer=self.scorer.with_extended(count))
 
     def check(self, num_experts: int) -> None:
         _check_k(self.select.slots, num_experts)

@@ -7,7 +7,7 @@ below its base, and one line: `sparsecraft.moe.routers.build.register(it, what c
 from __future__ import annotations
 
 from abc import ABC
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from sparsecraft.errors import RecipeError
@@ -99,11 +99,13 @@ class ScorerSpec(ABC):
 
     Attributes:
         of_domains: the rows of its experts are made from embeddings of their domains.
+        reads_experts: it reads what every expert gives for a token.
     """
 
     __slots__ = ()
     kind: str
     of_domains: ClassVar[bool] = False
+    reads_experts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -117,6 +119,10 @@ class ScorerSpec(ABC):
     def shares_rows(self) -> bool:
         """Whether several experts start with one row."""
         return False
+
+    def with_extended(self, count: int) -> ScorerSpec:
+        """The same, of which so many experts, the last ones, were added one at a time."""
+        return self
 
     def check(self, num_experts: int) -> None:  # noqa: B027, most take any number
         """Refuse a number of experts that it cannot have.
@@ -148,6 +154,9 @@ class Linear(ScorerSpec):
     @property
     def shares_rows(self) -> bool:
         return self.repeat > 1
+
+    def with_extended(self, count: int) -> Linear:
+        return replace(self, extended=count)
 
     def check(self, num_experts: int) -> None:
         if not 0 <= self.extended < num_experts:

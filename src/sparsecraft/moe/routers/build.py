@@ -23,7 +23,8 @@ from sparsecraft.recipe import scorers, selections
 from sparsecraft.recipe.kinds import add_kind
 from sparsecraft.recipe.routers import RouterSpec
 
-# Called with (its options, width, number of experts, device=, dtype=).
+# Called with (its options, width, number of experts, device=, dtype=), and outputs= where it reads
+# what experts give.
 SCORERS: dict[type[scorers.ScorerSpec], Callable[..., Scorer]] = {
     scorers.Linear: LinearScorer,
     scorers.Domain: DomainScorer,
@@ -69,12 +70,16 @@ def register(option: type, made: Callable) -> None:
 
 
 def build_router(
-    spec: RouterSpec, width: int, num_experts: int, *, device=None, dtype=None
+    spec: RouterSpec, width: int, num_experts: int, *, device=None, dtype=None, **read: int
 ) -> Router:
     """The router that `spec` describes, for tokens of `width` features; of whole experts, that is:
-    the parts of a split network have a `Gate`."""
+    the parts of a split network have a `Gate`.
+
+    Args:
+        read: `outputs`, O, where the scorer reads what experts give.
+    """
     where = {"device": device, "dtype": dtype}
-    scorer = SCORERS[type(spec.scorer)](spec.scorer, width, num_experts, **where)
+    scorer = SCORERS[type(spec.scorer)](spec.scorer, width, num_experts, **read, **where)
     select = SELECTORS[type(spec.select)](spec.select)
     gate = _base_gate(width, device, dtype) if spec.gates_base else None
     return Router(scorer, spec, select, gate)

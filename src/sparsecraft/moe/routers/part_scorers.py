@@ -213,9 +213,10 @@ def centers_ED(bank: SplitExperts) -> Tensor:
     return F.normalize(rows_EmD, dim=-1).mean(1)
 
 
-def _matrix(
-    rows: int, columns: int, bank: SplitExperts, start: Start = KaimingUniform()
-) -> nn.Parameter:
+KAIMING = KaimingUniform()
+
+
+def _matrix(rows: int, columns: int, bank: SplitExperts, start: Start = KAIMING) -> nn.Parameter:
     down = bank.down
     matrix = torch.empty(rows, columns, device=down.device, dtype=down.dtype)
     return nn.Parameter(draw(start, matrix))
