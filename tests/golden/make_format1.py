@@ -21,18 +21,18 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+import cases
 import peft
+import tiny
 import torch
 import transformers
-from safetensors.torch import save_file
-
-import cases
-import sparsecraft as sc
-import tiny
 from recipe_names import namespace
-from sparsecraft import streaming, tensorfile, trainers
+from safetensors.torch import save_file
 from sparsecraft.budget import split_layers
 from sparsecraft.folder import json_digest
+
+import sparsecraft as sc
+from sparsecraft import streaming, tensorfile, trainers
 from sparsecraft.recipe import to_json
 
 OUT = Path(__file__).resolve().parent / "format1"

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import sparsecraft as sc
 from cases import RECIPES
+
+import sparsecraft as sc
 from sparsecraft import recipe as specs
 
 SPECS = (

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import RECIPES, dense
 from peft import PeftModel
+from recipe_names import namespace
 from safetensors.torch import load_file
+from sparsecraft.streaming import convert_files
 
 import sparsecraft as sc
-from cases import RECIPES, dense
-from recipe_names import namespace
 
 # Internal names; all of them stand here.
 from sparsecraft.recipe import from_json
-from sparsecraft.streaming import convert_files
 
 FORMAT1 = Path(__file__).resolve().parent / "format1"
 TOLERANCE = 1e-5

@@ -44,6 +44,8 @@ class KaimingUniform(Start):
 
 @dataclass(frozen=True, slots=True)
 class Zeros(Start):
+    """All zero: every expert scores the same."""
+
     kind: Literal["zeros"] = field(default="zeros", kw_only=True)
 
 
@@ -60,6 +62,8 @@ class Spread(Start):
 
 @dataclass(frozen=True, slots=True)
 class Normal(Spread):
+    """Drawn from a normal distribution around zero."""
+
     kind: Literal["normal"] = field(default="normal", kw_only=True)
     std: float = 0.02
 

@@ -84,6 +84,11 @@ class Stage:
                 raise RecipeError(f"losses.{name} is {coefficient}; it must be a number from 0.")
 
     @property
+    def deals(self) -> bool:
+        """Whether rows are dealt out to the experts first."""
+        return self.deal is not None
+
+    @property
     def makes_routers(self) -> bool:
         """Whether routers of split networks are made by it, and run no sooner."""
         return self.runs == "soft"
@@ -123,6 +128,16 @@ class Fit:
         if not (is_number(self.learning_rate) and 0 < self.learning_rate < math.inf):
             raise RecipeError(f"learning_rate is {self.learning_rate!r}; it must be positive.")
         check_types(self)
+
+    @property
+    def deals(self) -> bool:
+        """Whether rows are dealt out to the experts first."""
+        return False
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Losses on routings, of which a regression has none."""
+        return {}
 
     @property
     def trains(self) -> tuple[str, ...]:

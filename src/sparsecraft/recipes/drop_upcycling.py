@@ -48,6 +48,7 @@ def drop_upcycling(
     """
     check_variant(variant, ("paper", "released"))
     released = variant == "released"
+    start = Uniform(router_std) if released else Normal(router_std)
     return Recipe(
         name="drop_upcycling",
         title="Copies of every FFN, a part of their neurons drawn anew",
@@ -62,10 +63,7 @@ def drop_upcycling(
                 experts=FFNSpec(
                     num_experts=num_experts, redraw=ratio, redraw_apart=released, permute=released
                 ),
-                router=RouterSpec(
-                    scorer=Linear(start=(Uniform if released else Normal)(router_std)),
-                    select=TopK(top_k),
-                ),
+                router=RouterSpec(scorer=Linear(start=start), select=TopK(top_k)),
             ),
         ),
         stages=(

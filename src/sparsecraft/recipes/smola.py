@@ -54,11 +54,7 @@ def smola(
         dropout=dropout,
         init="normal",
     )
-    if mixing not in ("token", "slots"):
-        raise RecipeError(f"mixing is {mixing!r}; it must be 'token' or 'slots'.")
-    router = RouterSpec(
-        scorer=Linear(start=Normal()), select=Soft() if mixing == "token" else Slots()
-    )
+    router = RouterSpec(scorer=Linear(start=Normal()), select=_select(mixing))
     return Recipe(
         name="smola",
         title="Soft mixture of low-rank experts, by modality if wanted",
@@ -85,3 +81,9 @@ def smola(
             ),
         ),
     )
+
+
+def _select(mixing: str) -> Soft | Slots:
+    if mixing not in ("token", "slots"):
+        raise RecipeError(f"mixing is {mixing!r}; it must be 'token' or 'slots'.")
+    return Soft() if mixing == "token" else Slots()

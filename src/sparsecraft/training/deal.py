@@ -46,7 +46,7 @@ def check_deal(model: nn.Module, stages: Sequence[Stage | Fit], task: str) -> No
             expert.
     """
     for stage in stages:
-        if isinstance(stage, Fit) or stage.deal is None:
+        if not stage.deals:
             continue
         if task != "causal":
             raise SparsecraftError(

@@ -137,8 +137,7 @@ def train(
     for number, stage in stages:
         folder = states / f"{number}-{stage.name}"
         settings = fill(model, stage, asked)
-        whole = isinstance(stage, Stage) and stage.deal is not None
-        dataset, counts = _dataset(model, data, reads, settings, prompts, whole)
+        dataset, counts = _dataset(model, data, reads, settings, prompts, stage.deals)
         with staged(model, stage):
             if isinstance(stage, Fit):
                 report = _fit(model, stage, settings, dataset, reads, counts, out)
