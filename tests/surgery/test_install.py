@@ -37,6 +37,7 @@ from sparsecraft.surgery.record import conversion_of
 from sparsecraft.surgery.trainable import matches, set_trainable
 from tests.cases import (
     FAMILIES,
+    LAYERS,
     LLAMA_LIKE,
     RECIPES,
     D,
@@ -398,24 +399,16 @@ def storage(model: nn.Module) -> int:
     return sum(sizes.values())
 
 
-def test_upcycled_copies_cost_no_memory_until_they_train():
+def test_upcycled_copies_cost_their_memory_and_no_more():
     model, inputs = dense("llama"), batch("llama")
     before = storage(model)
     sc.convert(model, RECIPES["upcycling"].make())
     layer = model.model.layers[0].mlp
     routers = sum(p.numel() * 4 for n, p in model.named_parameters() if ".router." in n)
-    assert storage(model) <= before + routers
+    copies = LAYERS * (E - 1) * (3 * D * F + 2 * F + D) * 4
+    assert storage(model) == before + copies + routers  # the dense networks are out of sight
     start = logits(model, inputs)
-    assert (
-        layer.experts.down.data_ptr() == conversion_of(model).plan[0].donor.down_weight().data_ptr()
-    )
-    model.eval()
-    assert layer.experts.down.stride(0) == 0, "evaluation needs no copies"
-    model.train()
-    copies = 2 * (E - 1) * (3 * D * F + 2 * F + D) * 4
-    assert storage(model) >= before + copies
-    assert all(p.is_contiguous() for p in layer.experts.parameters())
-    assert (logits(model.eval(), inputs) - start).abs().max() <= 1e-5
+    assert torch.equal(logits(model.train().eval(), inputs), start)
     with torch.no_grad():
         layer.experts.down[0] += 1
     assert not torch.equal(layer.experts.down[0], layer.experts.down[1])

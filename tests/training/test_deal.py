@@ -726,11 +726,11 @@ def test_from_the_checkpoints_of_a_run_to_a_trained_mixture(tmp_path, rows, lora
 
 
 def test_the_number_of_experts_on_the_command_line():
-    from sparsecraft.cli.convert import parse
+    from sparsecraft.cli.convert import ConvertCommand
 
     def parsed(function, *argv: str):
-        shared = ["--model", "BASE", "--out", "OUT", "--sources", "A", "B", *argv]
-        return parse(function, shared)[0]["num_experts"]
+        words = [function.__name__, "--model", "BASE", "--out", "OUT", "--sources", "A", "B", *argv]
+        return ConvertCommand.read("convert", words).arguments["num_experts"]
 
     assert parsed(sc.recipes.upit) == 8 and parsed(sc.recipes.upit, "--num-experts", "8") == 8
     assert parsed(sc.recipes.upit, "--no-expand") == 2

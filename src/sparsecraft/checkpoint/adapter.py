@@ -16,21 +16,18 @@ from torch import Tensor, nn
 
 from sparsecraft.checkpoint import tensorfile
 from sparsecraft.checkpoint.adapter_names import HELD, WRAPPED, check_complete, standing_paths
-from sparsecraft.checkpoint.base import find_base
+from sparsecraft.checkpoint.base import convert_base, find_base
 from sparsecraft.checkpoint.folder import EXPORT_RECORD
 from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.checkpoint.tensors import ADAPTER
 from sparsecraft.dense import hub
-from sparsecraft.dense.digests import digest
 from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import CheckpointError, RecipeError
-from sparsecraft.moe.names import dense_tensors
+from sparsecraft.moe.names import unique_tensors
 from sparsecraft.recipe.formats import from_json, to_json
 from sparsecraft.recipe.overrides import override as override_recipe
 from sparsecraft.recipe.recipe import Recipe
-from sparsecraft.surgery.install import apply
-from sparsecraft.surgery.plan import plan
 from sparsecraft.surgery.record import conversion_of
 
 WEIGHTS = "adapter_model.safetensors"
@@ -154,12 +151,9 @@ def load_adapter(
         quantize=recipe.quantization,
         **kwargs,
     )
-    digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
-    record = apply(model, recipe, plan(model, recipe), on_meta=True)
-    record.digests = digests
+    record = convert_base(model, recipe, origin)
     if (folder / EXPORT_RECORD).is_file():  # PEFT's own folders hold no tokenizer
         record.folder = folder.absolute()
-    record.origin, record.revision = origin.name, origin.revision
     record.base_card = (origin.name, hub.license_of(origin.folder))
     _read_tensors(model, folder / WEIGHTS, dtype)
     writes_ours(model)
@@ -209,8 +203,8 @@ def named_tensors(model: nn.Module) -> dict[str, tuple[nn.Module, str, torch.dev
     paths = standing_paths([item.site for item in record.plan])
     found = {}
     for path, layer, device in zip(paths, record.layers, record.devices, strict=True):
-        for part in ("experts", "router"):
-            for name in getattr(getattr(layer, part), "state_dict", dict)():
+        for part, held in (("experts", layer.experts), ("router", layer.router)):
+            for name in unique_tensors(held) if held is not None else ():
                 parent, _, leaf = f"{part}.{name}".rpartition(".")
                 module = layer.get_submodule(parent)
                 found[f"{WRAPPED}{path}.{HELD}.{part}.{name}"] = (module, leaf, device)

@@ -10,11 +10,29 @@ import torch
 from torch import nn
 
 from sparsecraft.dense import hub
+from sparsecraft.dense.digests import digest
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.packaged import is_alias
 from sparsecraft.errors import CheckpointError, HubError
 from sparsecraft.moe.names import dense_tensors
-from sparsecraft.surgery.record import conversion_of
+from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.surgery.install import apply
+from sparsecraft.surgery.plan import plan
+from sparsecraft.surgery.record import Conversion, conversion_of
+
+
+def convert_base(model: nn.Module, recipe: Recipe, origin: Origin | None) -> Conversion:
+    """Put the layers of a checkpoint on its dense model, their tensors still without memory.
+
+    Args:
+        origin: where the dense model came from; None for one that only the checkpoint holds.
+    """
+    digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
+    record = apply(model, recipe, plan(model, recipe), on_meta=True)
+    record.digests = digests
+    if origin is not None:
+        record.origin, record.revision = origin.name, origin.revision
+    return record
 
 
 def usable_base(model: nn.Module, out: Path, standalone: bool) -> Origin | None:

@@ -10,22 +10,19 @@ from torch import nn
 from transformers import GenerationConfig
 
 from sparsecraft.checkpoint.adapter import load_adapter
-from sparsecraft.checkpoint.base import find_base
+from sparsecraft.checkpoint.base import convert_base, find_base
 from sparsecraft.checkpoint.folder import MANIFEST
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json
 from sparsecraft.checkpoint.manifest import base_config, read_manifest
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.checkpoint.tensors import ADAPTER, WEIGHTS, read_tensors
 from sparsecraft.dense import hub
-from sparsecraft.dense.digests import digest
 from sparsecraft.dense.loading import load_tokenizer, model_class
 from sparsecraft.errors import CheckpointError
-from sparsecraft.moe.names import dense_tensors, unique_tensors
+from sparsecraft.moe.names import unique_tensors
 from sparsecraft.recipe.formats import from_json
 from sparsecraft.recipe.overrides import override as override_recipe
 from sparsecraft.surgery.budget import restore
-from sparsecraft.surgery.install import apply
-from sparsecraft.surgery.plan import plan
 from sparsecraft.surgery.record import conversion_of
 
 
@@ -54,7 +51,8 @@ def load(
     if (folder / ADAPTER).is_file() and not (folder / MANIFEST).is_file():
         return load_adapter(folder, base, dtype, device_map, override, **kwargs)
     manifest = read_manifest(folder)
-    recipe = override_recipe(from_json(manifest["recipe"]), override or {})
+    saved = from_json(manifest["recipe"])
+    recipe = override_recipe(saved, override or {})
     origin = find_base(folder, manifest["base"], base)
     # Not the base folder's: the model may have been loaded with other settings.
     config = base_config(_checked_config(folder, manifest))
@@ -67,17 +65,14 @@ def load(
         model = hub.load_dense(
             str(origin.folder), device_map=device_map, quantize=quantize, **kwargs
         )
-    digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
-    record = apply(model, recipe, plan(model, recipe), on_meta=True)
+    record = convert_base(model, recipe, origin)
     if origin is None:
-        digests = {n: (getattr(torch, d), h) for n, (d, h) in manifest["dense"].items()}
-    else:
-        record.origin, record.revision = origin.name, origin.revision
-    record.written = manifest["recipe"]
-    record.digests, record.base_card = digests, manifest.get("base_card")
+        saved_digests = manifest["dense"].items()
+        record.digests = {name: (getattr(torch, d), h) for name, (d, h) in saved_digests}
+    record.written, record.base_card = manifest["recipe"], manifest.get("base_card")
     record.folder, record.report = folder.absolute(), read_json(folder / "report.json")
     read_tensors(model, folder / WEIGHTS, manifest["tensors"], complete=origin is None)
-    restore(model, manifest.get("running"), changed=recipe != from_json(manifest["recipe"]))
+    restore(model, manifest.get("running"), changed=recipe != saved)
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if dtype is not None:

@@ -1,7 +1,7 @@
 """Write a safetensors file a piece at a time, read it back, and compare.
 
-The safetensors library wants all tensors in memory at once; copies that are views of one tensor
-would then take E times their size. The format itself is an 8-byte length, a JSON header, and
+The safetensors library wants all tensors in memory at once, and a conversion from file to file has
+only one of them at a time. The format itself is an 8-byte length, a JSON header, and
 the tensors' bytes.
 """
 
@@ -89,7 +89,7 @@ def write_each(path: Path, tensors: Mapping[str, Writable]) -> dict[str, str]:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name, tensor in tensors.items():
             state, before = started(tensor.dtype, tensor.shape), file.tell()
-            for piece in _pieces(tensor):
+            for piece in tensor.make() if isinstance(tensor, Lazy) else (tensor,):
                 feed(state, piece)
                 file.write(tensor_bytes(piece))
             digests[name] = state.hexdigest()
@@ -104,13 +104,6 @@ def write_each(path: Path, tensors: Mapping[str, Writable]) -> dict[str, str]:
         if found != digests[name]:
             raise CheckpointError(f"{path} reads back differently at {name!r}; is the disk sound?")
     return digests
-
-
-def _pieces(tensor: Writable) -> Iterable[Tensor]:
-    if isinstance(tensor, Lazy):
-        return tensor.make()
-    # Copies that are views of one tensor, one at a time: together they are E times its size.
-    return tensor if tensor.ndim > 1 and tensor.stride(0) == 0 else (tensor,)
 
 
 def read_digests(path: Path) -> dict[str, str]:

@@ -1,18 +1,86 @@
-"""What the commands say, and how they read their options."""
+"""How the commands read their options, and what they say.
+
+No tyro until a verb's options are read, no transformers until one runs.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from typing import Any, ClassVar, Self
 
-import tyro
+Say = Callable[[str], None]
 
-from sparsecraft.cli.options import gathered
+# Options of several values.
+MULTIPLE = (
+    "--set",
+    "--data",
+    "--old-data",
+    "--sources",
+    "--domains",
+    "--prompts",
+    "--weights",
+    "--choice",
+    "--tasks",
+    "--trackers",
+    "--stages",
+)
 
 
-def parse(target: Callable, verb: str, argv: list[str]) -> Any:
-    return tyro.cli(target, prog=f"sparsecraft {verb}", args=gathered(argv))
+class Command:
+    """The options of one verb: a frozen dataclass whose docstrings are what `--help` prints.
+
+    The function `run(command, say)` of the same file does what they ask.
+    """
+
+    light: ClassVar[bool] = False
+    """Runs without torch and transformers, so that there is no library to quieten."""
+
+    @classmethod
+    def read(cls, verb: str, argv: list[str]) -> Self:
+        """The command that the words after a verb ask for.
+
+        Raises:
+            SystemExit: with 0 after `--help`, with 2 after options that are wrong or missing.
+        """
+        return parse(cls, verb, argv)
+
+    def option_names(self) -> tuple[str, ...]:
+        """The names of its options, as Python spells them."""
+        return tuple(field.name for field in fields(self))
+
+
+def parse(target: type, name: str, argv: list[str]) -> Any:
+    """The dataclass `target`, filled from words; `name` is what comes after `sparsecraft`."""
+    import tyro
+
+    return tyro.cli(target, prog=f"sparsecraft {name}", args=gathered(argv))
+
+
+def gathered(argv: list[str]) -> list[str]:
+    """`--set a=1 --set b=2` as `--set a=1 b=2`: of a repeated option only the last would count.
+
+    Everything but the options that take several values stays as it is.
+    """
+    groups: list[list[str]] = [[]]
+    several: dict[str, list[str]] = {}
+    target = groups[0]
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name in MULTIPLE:
+            if name not in several:
+                several[name] = [name]
+                groups.append(several[name])
+            target = several[name]
+            target.extend([value] if equals else [])
+        else:
+            if word.startswith("--"):
+                target = []
+                groups.append(target)
+            target.append(word)
+    return [word for group in groups for word in group]
 
 
 def quiet() -> None:
@@ -25,5 +93,28 @@ def quiet() -> None:
 
 
 def say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, one speaks
+    """Print a line, from the first of torchrun's processes only."""
+    if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
+
+
+def in_flags(text: str, names: Iterable[str]) -> str:
+    """An error's sentence about arguments of Python, about flags instead.
+
+    `top_k is 9 with num_experts=8` becomes `--top-k is 9 with --num-experts 8`; where a sentence
+    names both, as `unrelated=True (--unrelated)`, the flag is left. What stands in quotes, in a
+    path or in a field such as `router.top_k` stays, and so does a name without an underscore that
+    may be a word of the sentence.
+    """
+    text = re.sub(
+        r"(?:\w+=\S+ or )?\w+=\S+ \((--[^)]*)\)", lambda m: m[1].replace(", ", " or "), text
+    )
+    text = re.sub(r"(--[a-z-]+) \(\w+=\w+\)", r"\1", text)
+    for name in names:
+        flag = f"--{name.replace('_', '-')}"
+        alone = r"(?<![\w.'\"`/=-])" + name + r"(?![\w.'\"`/-]*[\w'\"`/-])"
+        text = re.sub(alone + "=False", f"--no-{flag[2:]}", text)
+        text = re.sub(alone + r"=(?:True|\.\.\.)", flag, text)
+        text = re.sub(alone + r"=(?=[\w'\"])", f"{flag} ", text)
+        text = re.sub(alone if "_" in name else f"^{name}(?= is | has )", flag, text)
+    return text

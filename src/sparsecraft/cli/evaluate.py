@@ -1,61 +1,66 @@
-"""The command `eval`."""
+"""`sparsecraft eval`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from tyro.conf import Positional
-
-from sparsecraft.cli.budget import Budget, set_for
-from sparsecraft.cli.console import quiet, say
-from sparsecraft.cli.options import Paths
+from sparsecraft.cli.console import Command, Say
+from sparsecraft.cli.options import Budget, Folder, Paths, set_for
 from sparsecraft.errors import DataError
 
 
-def evaluate(
-    folder: Positional[str],
-    data: Paths = (),
-    choice: Paths = (),
-    tasks: Paths = (),
-    json: Path | None = None,
-    limit: int | None = None,
-    max_length: int | None = None,
-    budget: Budget | None = None,
-) -> None:
-    """Held-out loss, rank classification and lm-eval tasks of a checkpoint or a dense model.
+@dataclass(frozen=True, kw_only=True)
+class EvaluateCommand(Command):
+    """Held-out loss, rank classification and lm-eval tasks of a checkpoint or a dense model."""
 
-    Args:
-        folder: checkpoint, or the name of a dense model.
-        data: files to take the held-out loss on, each by itself.
-        choice: files of rows prompt, choices, answer, template.
-        tasks: names of lm-eval tasks.
-        json: write all results to this file.
-        limit: rows of each file at most.
-        max_length: longer rows are dropped and counted.
-        budget: share of experts of a split model to run, or `recipe`; otherwise as saved.
-    """
-    import json as json_module
+    folder: Folder
+    """Checkpoint, or the name of a dense model."""
+    data: Paths = ()
+    """Files to take the held-out loss on, each by itself."""
+    choice: Paths = ()
+    """Files of rows prompt, choices, answer, template."""
+    tasks: Paths = ()
+    """Names of lm-eval tasks."""
+    json: Path | None = None
+    """Write all results to this file."""
+    limit: int | None = None
+    """Rows of each file at most."""
+    max_length: int | None = None
+    """Longer rows are dropped and counted."""
+    budget: Budget | None = None
+    """Share of experts of a split model to run, or `recipe`; otherwise as saved."""
+
+
+def run(command: EvaluateCommand, say: Say) -> None:
+    """Load, measure, print tables, and write the file that `--json` names."""
+    import json
 
     from rich.console import Console
 
     from sparsecraft.checkpoint.load import load_any
-    from sparsecraft.evaluation.held_out import evaluate as evaluate_model
+    from sparsecraft.evaluation.held_out import evaluate
     from sparsecraft.evaluation.report import result_tables
 
-    quiet()
-    if json and not (json.absolute().parent.is_dir() and not json.is_dir()):
-        raise DataError(f"--json {json} cannot be written; name a file in an existing folder.")
-    if not (data or choice or tasks):
+    out = command.json
+    if out and not (out.absolute().parent.is_dir() and not out.is_dir()):
+        raise DataError(f"--json {out} cannot be written; name a file in an existing folder.")
+    if not (command.data or command.choice or command.tasks):
         raise DataError("There is nothing to evaluate on; pass --data, --choice or --tasks.")
-    model, tokenizer = load_any(folder)
-    set_for(model, budget)
-    results = evaluate_model(
-        model, data or None, choices=choice, tasks=tasks, tokenizer=tokenizer,
-        max_length=max_length, limit=limit,
-    )  # fmt: skip
+    model, tokenizer = load_any(command.folder)
+    set_for(model, command.budget)
+    results = evaluate(
+        model,
+        command.data or None,
+        choices=command.choice,
+        tasks=command.tasks,
+        tokenizer=tokenizer,
+        max_length=command.max_length,
+        limit=command.limit,
+    )
     for table in result_tables(results):
         Console().print(table)
     for key, value in results.get("routing", {}).items():
         say(f"{key}: {value:.3f}")
-    if json:
-        json.write_text(json_module.dumps(results, indent=2, default=str, allow_nan=False) + "\n")
+    if out:
+        out.write_text(json.dumps(results, indent=2, default=str, allow_nan=False) + "\n")

@@ -1,33 +1,29 @@
-"""The commands `extend` and `remove`. Torch-free until they run."""
+"""`sparsecraft extend`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tyro.conf import Positional
-
+from sparsecraft.cli.console import Command, Say
+from sparsecraft.cli.options import Folder, Paths
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.training.options import TrainOptions
-
-Paths = tuple[str, ...]
-
 
 # Of the training after an extension.
 STEPS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtendCommand(TrainOptions):
+class ExtendCommand(Command, TrainOptions):
     """Add a dense model as one more expert of every layer, and train shortly on new and old data.
 
     It trains the recipe's last stage, unless --stages says otherwise; both kinds of data give equal
     parts of the rows, unless --weights does.
     """
 
-    folder: Positional[str]
+    folder: Folder
     """Checkpoint of a converted model whose experts are whole networks."""
     expert: str
     """Dense model of one ancestor with the base: folder, hub id, or folder of a PEFT LoRA."""
@@ -44,8 +40,7 @@ class ExtendCommand(TrainOptions):
     unrelated: bool = False
     """Take a model without a common ancestor, too."""
     base: str | None = None
-    """The dense model that embedded the domains (encoder `self`), where the checkpoint holds all
-    tensors itself."""
+    """The base that embedded the domains (encoder `self`), if the checkpoint holds all tensors."""
     train: bool = True
     """Train after the expert was added: 100 steps, unless --steps or --epochs says otherwise."""
     resume: bool = False
@@ -54,13 +49,14 @@ class ExtendCommand(TrainOptions):
     """Replace an existing folder once the new one is complete."""
 
 
-def run_extend(command: ExtendCommand, say: Callable[[str], None]) -> None:
+def run(command: ExtendCommand, say: Say) -> None:
+    """Load, add the expert, train if asked, save."""
     from sparsecraft.checkpoint.folder import check_free
     from sparsecraft.checkpoint.load import load_any
     from sparsecraft.checkpoint.save import save
     from sparsecraft.conversion.domains.domain import Domain
     from sparsecraft.conversion.extension.extend import extend
-    from sparsecraft.training.train import train as train_model
+    from sparsecraft.training.train import train
 
     check_free(command.out, command.overwrite)
     if command.train and not command.old_data:
@@ -89,7 +85,7 @@ def run_extend(command: ExtendCommand, say: Callable[[str], None]) -> None:
     if not command.train:
         save(model, command.out, overwrite=command.overwrite)
         return say(f"Saved and read back: {command.out}")
-    report = train_model(
+    report = train(
         model,
         (*command.data, *command.old_data),
         command.out,
@@ -114,11 +110,11 @@ def _check_untrained(command: ExtendCommand) -> None:
     """Refuse options of a training that is not wanted; the seed is of `--rows reset`, too."""
     plain = TrainOptions()
     options = command.of_training()
-    told = [name for name in options if options[name] != getattr(plain, name) and name != "seed"]
-    told += ["resume"] if command.resume else []
-    if not command.train and told:
+    asked = [name for name in options if options[name] != getattr(plain, name) and name != "seed"]
+    asked += ["resume"] if command.resume else []
+    if not command.train and asked:
         raise SparsecraftError(
-            f"--{told[0].replace('_', '-')} is for training, and --no-train asks for none; leave "
+            f"--{asked[0].replace('_', '-')} is for training, and --no-train asks for none; leave "
             "one of them out."
         )
 
@@ -126,32 +122,3 @@ def _check_untrained(command: ExtendCommand) -> None:
 def _equal_parts(*kinds: Paths) -> tuple[float, ...]:
     """Sampling rates that give each kind of files as many rows."""
     return tuple(1 / len(files) for files in kinds for _ in files)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RemoveCommand:
-    """Take one expert out of every layer."""
-
-    folder: Positional[str]
-    """Checkpoint of a converted model whose experts are whole networks."""
-    expert: int
-    """Its number, from 0, in the order of the sources and of what was added."""
-    out: Path
-    """Checkpoint folder to write."""
-    overwrite: bool = False
-    """Replace an existing folder once the new one is complete."""
-
-
-def run_remove(command: RemoveCommand, say: Callable[[str], None]) -> None:
-    from sparsecraft.checkpoint.folder import check_free
-    from sparsecraft.checkpoint.load import load
-    from sparsecraft.checkpoint.save import save
-    from sparsecraft.conversion.extension.remove import remove
-    from sparsecraft.evaluation.report import edit_lines
-
-    check_free(command.out, command.overwrite)
-    model = load(command.folder)
-    remove(model, command.expert)
-    save(model, command.out, overwrite=command.overwrite)
-    say("\n".join([f"Expert {command.expert} was removed.", *edit_lines(model.sparsecraft.recipe)]))
-    say(f"Saved and read back: {command.out}")

@@ -1,31 +1,23 @@
-"""The commands `inspect` and `methods`."""
+"""`sparsecraft inspect`."""
 
 from __future__ import annotations
 
-from tyro.conf import Positional
+from dataclasses import dataclass
 
-from sparsecraft.cli.console import quiet, say
-
-
-def methods() -> None:
-    """Show every recipe: paper, placement, experts, router, and whether it starts exactly."""
-    from sparsecraft import recipes
-    from sparsecraft.recipe.words import facts
-
-    for name in recipes.__all__:
-        recipe = recipes.by_name(name)()
-        say(f"{name}: {recipe.title}")
-        for fact, value in facts(recipe).items():
-            say(f"  {fact:<16}{value}")
+from sparsecraft.cli.console import Command, Say
+from sparsecraft.cli.options import Folder
 
 
-def show(folder: Positional[str]) -> None:
-    """What a checkpoint is: parameters, exactness, base, training, routing.
+@dataclass(frozen=True, kw_only=True)
+class InspectCommand(Command):
+    """What a checkpoint is: parameters, exactness, base, training, routing."""
 
-    Args:
-        folder: checkpoint of a converted model.
-    """
+    folder: Folder
+    """Checkpoint of a converted model."""
+
+
+def run(command: InspectCommand, say: Say) -> None:
+    """Print the checkpoint's report."""
     from sparsecraft.evaluation.report import describe
 
-    quiet()
-    say("\n".join(describe(folder)))
+    say("\n".join(describe(command.folder)))

@@ -1,23 +1,21 @@
-"""The command `train`."""
+"""`sparsecraft train`."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from tyro.conf import Positional
-
-from sparsecraft.cli.options import Paths
+from sparsecraft.cli.console import Command, Say
+from sparsecraft.cli.options import Folder, Paths
 from sparsecraft.training.options import TrainOptions
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainCommand(TrainOptions):
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand(Command, TrainOptions):
     """Train a converted model on chat, text or classification rows."""
 
-    folder: Positional[str]
+    folder: Folder
     """Checkpoint of a converted model."""
     data: Paths
     """Files, folders or hub datasets."""
@@ -31,21 +29,17 @@ class TrainCommand(TrainOptions):
     """Cast the frozen parameters; those that train are float32."""
 
 
-def train(command: TrainCommand, say: Callable[[str], None]) -> None:
-    """Train and save the model that a command names."""
-    import torch
-
+def run(command: TrainCommand, say: Say) -> None:
+    """Load, train stage after stage, save, report."""
     from sparsecraft.checkpoint.folder import check_free
     from sparsecraft.checkpoint.load import load
-    from sparsecraft.training.train import train as train_model
+    from sparsecraft.training.train import train
 
     check_free(command.out, command.overwrite)
     model = load(command.folder)
     if command.dtype != "saved":
-        for parameter in model.parameters():
-            if not parameter.requires_grad and parameter.is_floating_point():
-                parameter.data = parameter.data.to(getattr(torch, command.dtype))
-    report = train_model(
+        _cast_frozen(model, command.dtype)
+    report = train(
         model,
         command.data,
         command.out,
@@ -54,3 +48,11 @@ def train(command: TrainCommand, say: Callable[[str], None]) -> None:
         **command.of_training(),
     )
     say(f"{report}\nSaved and read back: {command.out}")
+
+
+def _cast_frozen(model: Any, dtype: str) -> None:
+    import torch
+
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(getattr(torch, dtype))

@@ -10,8 +10,9 @@ from sparsecraft.moe.cost import active_share, split_flops
 from sparsecraft.moe.experts.split import is_relu
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routers.gate import Gate
+from sparsecraft.moe.routers.running import Running
 from sparsecraft.recipe.stages import Fit, Stage
-from sparsecraft.surgery.budget import Running, split_layers
+from sparsecraft.surgery.budget import split_layers
 
 
 def split_lines(model: nn.Module) -> list[str]:

@@ -101,7 +101,7 @@ def _build(config: Any, recipe: Recipe, tensors: Part, dtype: torch.dtype) -> nn
     """The converted model of a dense configuration, a recipe and all tensors."""
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     record = apply(model, recipe, plan(model, recipe), on_meta=True)
-    found = model.load_state_dict(tensors, strict=False, assign=True)
+    found = model.load_state_dict(_own(tensors), strict=False, assign=True)
     model.tie_weights()
     missing = sorted(set(found.missing_keys) - set(model.all_tied_weights_keys))
     if wrong := missing or sorted(found.unexpected_keys):
@@ -109,6 +109,14 @@ def _build(config: Any, recipe: Recipe, tensors: Part, dtype: torch.dtype) -> nn
         raise CheckpointError(f"The mixture {word} {len(wrong)} tensors: {', '.join(wrong[:3])}.")
     record.digests = {}  # there is no dense model to give back
     return model
+
+
+def _own(tensors: Part) -> Part:
+    """The tensors, each with memory of its own: a part of a larger one is copied."""
+    return {
+        name: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t
+        for name, t in tensors.items()
+    }
 
 
 def imported(form: Form, title: str) -> Recipe:

@@ -41,7 +41,6 @@ class MoELayer(nn.Module):
         batch: what the batch says of its tokens, where router or modality ask for it.
         causal: whether tokens must not see later ones, which `slots` have to respect.
         reads: whose tokens arrive here.
-        imitates: of an imitation: the experts have been fitted, and run instead of the base.
         tracing: keep the routing of each forward pass, for losses and for `trace`.
         routing: the latest that was kept.
     """
@@ -66,7 +65,6 @@ class MoELayer(nn.Module):
         self.causal = True
         self.reads: Reads = "input"
         self.batch: Batch | None = None
-        self.imitates = False
         self.tracing = False
         self.routing: Routing | None = None
 
@@ -133,6 +131,11 @@ class MoELayer(nn.Module):
         if self.tracing and self.routing is routing:
             self.routing = self.experts.noted(routing)
         return mixed_TO.reshape(*x.shape[:-1], mixed_TO.shape[-1])
+
+    @property
+    def imitates(self) -> bool:
+        """Of place `imitate`: whether the experts have been fitted, and run instead of the base."""
+        return self.experts.imitates
 
     @property
     def runs_whole(self) -> bool:

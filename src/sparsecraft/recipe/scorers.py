@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from sparsecraft.errors import RecipeError
 from sparsecraft.recipe.kinds import add_kind, family
@@ -204,14 +204,21 @@ class PartScorerSpec(ABC):
 
     Attributes:
         not_negative: its scores are never negative.
+        reads_target: it computes the gate's target itself.
     """
 
     __slots__ = ()
     kind: str
     not_negative: ClassVar[bool] = False
+    reads_target: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_types(self)
+
+    @property
+    def rule(self) -> dict[str, Any]:
+        """What of it says how tensors become scores."""
+        return {"kind": self.kind}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,6 +284,10 @@ class Analytic(PartScorerSpec):
     normalize: bool = False
     """Tokens and rows are divided by their length."""
 
+    @property
+    def rule(self) -> dict[str, Any]:
+        return {"kind": self.kind, "normalize": self.normalize}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Oracle(PartScorerSpec):
@@ -284,6 +295,7 @@ class Oracle(PartScorerSpec):
 
     kind: Literal["oracle"] = "oracle"
     not_negative = True
+    reads_target = True
 
 
 for option in (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import typing
+from collections.abc import Callable, Iterable, Mapping
 
+from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.recipe.routers import GateSpec, RouterSpec
 from sparsecraft.recipe.selections import Token, TopK
@@ -35,6 +37,84 @@ def facts(recipe: Recipe) -> dict[str, str]:
         "router": _once(router_words(e.router) for e in edits if e.router) or "none",
         "exact_at_start": "yes" if recipe.exact_at_start else "no",
     }
+
+
+# One and several of a kind of experts, in the order of the table; others go by the kind's own word.
+EXPERTS = {
+    "ffn": ("network", "networks"),
+    "attention": ("attention", "attentions"),
+    "adapter": ("adapter", "adapters"),
+    "lora": ("LoRA", "LoRAs"),
+    "ffn_lora": ("network by LoRA", "networks by LoRA"),
+    "vector": ("vector", "vectors"),
+    "split": ("group of neurons", "groups of neurons"),
+}
+SITES = {
+    "ffn": "every FFN",
+    "attention": "every attention",
+    "linear": "every Linear",
+    "attention_linear": "every Linear of attention",
+    "ffn_linear": "every Linear of the FFN",
+    "query": "queries",
+    "key": "keys",
+    "value": "values",
+    "output": "outputs of attention",
+    "gate": "gates",
+    "down": "down projections",
+    "intermediate": "FFN activations",
+    "activation": "activation functions",
+}
+PLACES = {"replace": "in place of", "imitate": "that imitate"}
+HEAD = ("recipe", "what it is", "paper", "experts", "router", "exact at the start")
+
+
+def experts_words(edits: Iterable[Edit]) -> str:
+    """What stands where: `8 adapters after every FFN; 1 LoRA beside every Linear`."""
+    sites: dict[tuple, list[str]] = {}
+    for edit in edits:
+        kind = edit.experts.kind
+        one, several = EXPERTS.get(kind, (kind, f"{kind} experts"))
+        count = edit.experts.num_experts
+        key = (count, one if count == 1 else several, edit.place, edit.modality)
+        sites.setdefault(key, []).append(SITES[edit.site])
+    said = []
+    for (count, experts, place, modality), names in sites.items():
+        where = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+        of = f" for {modality}" if modality else ""
+        said.append(f"{count} {experts} {PLACES.get(place, place)} {where}{of}")
+    return "; ".join(said)
+
+
+def in_table(recipes: Mapping[str, Callable[..., Recipe]], pages: str | None = None) -> str:
+    """A table in Markdown of recipes as they are without options, those without a router last.
+
+    Args:
+        recipes: name -> function.
+        pages: folder of pages that the names link to; None links nothing.
+    """
+    kinds = list(EXPERTS)
+
+    def order(item: tuple[str, Recipe]) -> tuple:
+        first = item[1].edits[0]
+        kind = first.experts.kind
+        return first.router is None, kinds.index(kind) if kind in kinds else len(kinds), item[0]
+
+    rows = [HEAD, ("---",) * len(HEAD)]
+    for name, recipe in sorted(((n, make()) for n, make in recipes.items()), key=order):
+        variants = typing.get_args(typing.get_type_hints(recipes[name]).get("variant"))
+        also = f"; variants {', '.join(f'`{v}`' for v in variants)}" if variants else ""
+        routers = dict.fromkeys(router_words(e.router) for e in recipe.edits if e.router)
+        rows.append(
+            (
+                f"`{name}`" if pages is None else f"[`{name}`]({pages}{name}.md)",
+                recipe.title,
+                recipe.paper + also,
+                experts_words(recipe.edits),
+                "; ".join(routers) or "none",
+                "yes" if recipe.exact_at_start else "no",
+            )
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _once(words: Iterable[str]) -> str:

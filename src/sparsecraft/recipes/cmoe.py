@@ -5,6 +5,8 @@ Command: sparsecraft convert cmoe --model smollm2 --out runs/cmoe --num-experts 
 
 from __future__ import annotations
 
+from typing import Literal
+
 from sparsecraft.recipe import (
     Analytic,
     Edit,
@@ -32,7 +34,7 @@ def cmoe(
     top_k: int = 3,
     *,
     shared: int = 3,
-    variant: str = "paper",
+    variant: Literal["paper", "released", "finetuned"] = "paper",
     markers: int = 10,
     compensate: bool | None = False,
     paths: str = "*",

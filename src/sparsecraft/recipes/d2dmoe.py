@@ -35,7 +35,7 @@ def d2dmoe(
     num_experts: int = 128,
     threshold: float = 0.1,
     *,
-    variant: str = "paper",
+    variant: Literal["paper", "bert", "released"] = "paper",
     sparsity: Sparsity | None = None,
     sparsity_coef: float | None = None,
     router_dim: int | None = None,

@@ -24,7 +24,7 @@ def gmoefication(
     num_experts: int = 64,
     top_k: int | None = None,
     *,
-    variant: str = "paper",
+    variant: Literal["paper", "squared", "output_norm"] = "paper",
     partition: Literal["kmeans", "coactivation", "random"] = "kmeans",
     router: Literal["mlp", "similarity", "oracle"] = "mlp",
     paths: str = "*",

@@ -32,7 +32,7 @@ def moefication(
     num_experts: int = 64,
     top_k: int | None = None,
     *,
-    variant: str = "paper",
+    variant: Literal["paper", "released"] = "paper",
     partition: Literal["kmeans", "coactivation", "random"] = "kmeans",
     router: Literal["mlp", "similarity", "oracle"] = "mlp",
     relu: bool = True,

@@ -7,7 +7,6 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -16,28 +15,10 @@ from torch import nn
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routers.gate import Gate, Runs
+from sparsecraft.moe.routers.running import Running
 from sparsecraft.recipe.recipe import Recipe
 
 log = logging.getLogger("sparsecraft")
-
-
-@dataclass(slots=True)
-class Running:
-    """What a model with split networks runs; a checkpoint's manifest holds it.
-
-    Attributes:
-        stages: names of the stages that have been through.
-        budget: share of experts that run; 1.0 is the dense function, None the recipe's own rule.
-        calibration: (share, threshold) as measured, by ascending share.
-        rectified: ReLU has been put into the networks.
-        imitates: the networks that imitate Linears have been fitted, and run instead of them.
-    """
-
-    stages: list[str] = field(default_factory=list)
-    budget: float | None = 1.0
-    calibration: list[tuple[float, float]] = field(default_factory=list)
-    rectified: bool = False
-    imitates: bool = False
 
 
 def split_layers(model: nn.Module) -> dict[str, MoELayer]:
@@ -175,14 +156,7 @@ def state_of(model: nn.Module) -> dict[str, Any] | None:
     """What a checkpoint has to tell of how the model runs; None without split networks."""
     if not split_layers(model):
         return None
-    running = model.sparsecraft.running
-    return {
-        "stages": running.stages,
-        "budget": running.budget,
-        "calibration": [list(point) for point in running.calibration],
-        "rectified": running.rectified,
-        "imitates": running.imitates,
-    }
+    return model.sparsecraft.running.to_dict()
 
 
 def restore(model: nn.Module, state: dict[str, Any] | None, changed: bool = False) -> None:
@@ -194,15 +168,12 @@ def restore(model: nn.Module, state: dict[str, Any] | None, changed: bool = Fals
     if state is None:
         return
     running: Running = model.sparsecraft.running
-    running.stages = list(state["stages"])
-    running.calibration = [(share, threshold) for share, threshold in state["calibration"]]
-    running.rectified = state.get("rectified", False)
-    running.imitates = state.get("imitates", False)
+    running.read(state)
     if running.rectified:
         rectify(model)
     if running.imitates:
         imitate(model)
-    budget = state["budget"]
+    budget = running.budget
     if changed and (running.calibration or budget != 1.0):
         running.calibration, budget = [], 1.0 if budget == 1.0 else None
         in_force = "every expert runs" if budget else "the changed recipe's rule is in force"
@@ -217,12 +188,14 @@ def rectify(model: nn.Module, undo: bool = False) -> None:
     """ReLUfication: let ReLU be the activation of every split network, or no longer."""
     for layer in split_layers(model).values():
         layer.experts.rectify(undo)
-        layer.router.scorer.follow(layer.experts)
+    model.sparsecraft.running.rectified = not undo
 
 
 def imitate(model: nn.Module) -> None:
+    """Let the networks that imitate Linears, which have been fitted, run instead of them."""
     for layer in split_layers(model).values():
-        layer.imitates = layer.is_imitation
+        layer.experts.imitates = layer.is_imitation
+    model.sparsecraft.running.imitates = True
 
 
 def unmade(recipe: Recipe, running: Running) -> list[str]:

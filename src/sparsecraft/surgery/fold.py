@@ -62,7 +62,9 @@ class Ledger:
                 "all of them; untie them first."
             )
         self.old.setdefault(parameter, parameter.data)
-        parameter.data = value.to(parameter.dtype).contiguous()
+        # Memory of its own: a part of a bank would keep the whole bank, and share it.
+        data = torch.empty_like(value, dtype=parameter.dtype, memory_format=torch.contiguous_format)
+        parameter.data = data.copy_(value)
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Change an attribute of a module, or of a configuration."""

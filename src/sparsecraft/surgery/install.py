@@ -9,7 +9,7 @@ from sparsecraft.errors import RecipeError
 from sparsecraft.moe.context import Batch, asks_for_batch, attach
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.recipe.recipe import Recipe
-from sparsecraft.surgery.budget import run
+from sparsecraft.surgery.budget import run, split_layers
 from sparsecraft.surgery.build import build_layer, reference_tensor
 from sparsecraft.surgery.plan import PlannedEdit
 from sparsecraft.surgery.record import Conversion
@@ -37,6 +37,8 @@ def apply(
     for item, layer in zip(edits, record.layers, strict=True):
         _install(model, item, layer, record.dense)
     run(model, "every")  # until a stage has made their routers
+    for layer in split_layers(model).values():
+        layer.router.running = record.running
     if any(asks_for_batch(item.edit) for item in edits):
         batch = Batch()
         record.hooks = attach(model, batch)

@@ -11,8 +11,8 @@ from torch import nn
 
 from sparsecraft.errors import SurgeryError
 from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.routers.running import Running
 from sparsecraft.recipe.recipe import Recipe
-from sparsecraft.surgery.budget import Running
 from sparsecraft.surgery.plan import PlannedEdit
 
 

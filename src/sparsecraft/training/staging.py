@@ -35,7 +35,6 @@ def begin_stage(model: nn.Module, stage: Stage | Fit) -> None:
         return  # it looks at the whole networks itself
     if stage.activation == "relu":
         rectify(model)
-        model.sparsecraft.running.rectified = True
     if stage.runs == "sparse":
         if untrained(model):
             missing = " ".join(unmade(model.sparsecraft.recipe, model.sparsecraft.running))
@@ -70,7 +69,6 @@ def end_stage(model: nn.Module, stage: Stage | Fit) -> None:
     record = model.sparsecraft
     if isinstance(stage, Fit) and stage.what == "imitations":
         imitate(model)
-        record.running.imitates = True
     names = [other.name for other in record.recipe.stages]
     # What came after it was made from what it has changed.
     before = names[: names.index(stage.name)]
@@ -92,7 +90,7 @@ def staged(model: nn.Module, stage: Stage | Fit) -> Iterator[None]:
     except BaseException:
         if running.rectified and not rectified:
             rectify(model, undo=True)
-        running.rectified, running.budget = rectified, budget
+        running.budget = budget
         for gate, *state in before:
             gate.runs, gate.k, gate.share, gate.threshold = state
         model.train(training)

@@ -15,6 +15,7 @@ from sparsecraft.conversion.domains import domain as reading
 from sparsecraft.conversion.domains.domain import Domain
 from sparsecraft.conversion.domains.router_starts import embed_domains
 from sparsecraft.data.sentences import embed
+from sparsecraft.dense.packaged import alias_folder
 from sparsecraft.errors import DataError, RecipeError, SparsecraftError
 from sparsecraft.evaluation.report import describe
 from sparsecraft.moe.init.centers import Centers
@@ -27,6 +28,7 @@ SUBJECTS = {
     "cats": ["a cat sleeps in the sun", "kittens chase a red ball", "the dog barks", "milk"],
 }
 TEXTS = list(SUBJECTS.values())
+WIDTH = 16  # of the tiny sentence encoder
 
 
 def files(folder) -> list[str]:
@@ -34,6 +36,15 @@ def files(folder) -> list[str]:
         tiny.write_rows(folder / f"{name}.jsonl", [{"text": text} for text in texts])
         for name, texts in SUBJECTS.items()
     ]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> str:
+    return tiny.save_encoder(tmp_path_factory.mktemp("encoder"), WIDTH)
+
+
+def nexus(experts: int, encoder: str) -> sc.Recipe:
+    return sc.recipes.nexus(experts, encoder=encoder, embedding_dim=WIDTH)
 
 
 def base(folder):
@@ -55,24 +66,36 @@ def batches(seed: int, sizes=((3, 9), (2, 5)), low: int = 3, high: int = VOCAB) 
 # ----------------------------------------------------------------------------- sentence embeddings
 
 
-def test_each_expert_gets_the_mean_embedding_of_its_domain_in_order(tmp_path):
-    wanted_EM = torch.stack([embed(texts).mean(0) for texts in TEXTS])
+def test_each_expert_gets_the_mean_embedding_of_its_domain_in_order(tmp_path, encoder):
+    wanted_EM = torch.stack([embed(texts, encoder).mean(0) for texts in TEXTS])
     model = base(tmp_path)
-    report = sc.convert(model, sc.recipes.nexus(3), domains=files(tmp_path))
+    report = sc.convert(model, nexus(3, encoder), domains=files(tmp_path))
     for layer in layers(model):
         torch.testing.assert_close(layer.router.scorer.domains, wanted_EM)
         rows_ED = layer.router.scorer.rows()[:3]
         assert rows_ED.square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-5)
     assert [name.rsplit("/")[-1] for name in report.domains] == [f"{n}.jsonl" for n in SUBJECTS]
     turned = base(tmp_path)
-    sc.convert(turned, sc.recipes.nexus(3), domains=TEXTS[::-1])
+    sc.convert(turned, nexus(3, encoder), domains=TEXTS[::-1])
     torch.testing.assert_close(layers(turned)[0].router.scorer.domains, wanted_EM.flip(0))
     assert turned.sparsecraft.report["conversion"]["domains"] == ("4 texts", "2 texts", "3 texts")
 
 
-def test_domains_are_saved_and_named(tmp_path):
+@pytest.mark.minilm
+def test_the_packaged_encoder_is_what_nexus_reads_by_default(tmp_path):
+    if not alias_folder("minilm").exists():
+        pytest.skip("minilm is absent: run `make model`, which fetches it")
     model = base(tmp_path)
-    sc.convert(model, sc.recipes.nexus(3), domains=files(tmp_path))
+    sc.convert(model, sc.recipes.nexus(3), domains=TEXTS)
+    found_EM = layers(model)[0].router.scorer.domains
+    torch.testing.assert_close(found_EM, torch.stack([embed(texts).mean(0) for texts in TEXTS]))
+    cat, kitten, sum_ = embed(["A cat sleeps.", "The kitten naps.", "Add three and four."])
+    assert cat @ kitten > 0.5 > 0.2 > cat @ sum_
+
+
+def test_domains_are_saved_and_named(tmp_path, encoder):
+    model = base(tmp_path)
+    sc.convert(model, nexus(3, encoder), domains=files(tmp_path))
     sc.save(model, tmp_path / "out")
     loaded = sc.load(tmp_path / "out")
     for ours, theirs in zip(layers(model), layers(loaded), strict=True):
@@ -259,10 +282,10 @@ def test_kmeans_reads_data_where_there_are_no_domains():
 # ----------------------------------------------------------------------------------------- refusals
 
 
-def test_what_does_not_fit_is_refused_and_the_model_stays_dense(tmp_path):
+def test_what_does_not_fit_is_refused_and_the_model_stays_dense(tmp_path, encoder):
     def refused(match, domains, recipe=None, error=RecipeError, **options):
         model = dense("llama")
-        recipe = sc.recipes.nexus(3) if recipe is None else recipe
+        recipe = nexus(3, encoder) if recipe is None else recipe
         with pytest.raises(error, match=match):
             sc.convert(model, recipe, domains=domains, **options)
         assert not hasattr(model, "sparsecraft")
@@ -276,7 +299,7 @@ def test_what_does_not_fit_is_refused_and_the_model_stays_dense(tmp_path):
     refused("init='hidden' .* give domains=", torch.randn(3, 384), hidden)
     refused("init='kmeans' .* data=", (), kmeans)
     refused(
-        r"are \(3, 8\) and the router takes \(3, 384\)", torch.randn(3, 8), None, SparsecraftError
+        r"are \(3, 8\) and the router takes \(3, 16\)", torch.randn(3, 8), None, SparsecraftError
     )
     refused(
         "Domains 0 .2 texts. and 2 .2 texts. are the same",
@@ -300,29 +323,31 @@ def test_what_does_not_fit_is_refused_and_the_model_stays_dense(tmp_path):
     )
 
 
-def test_the_command_takes_sources_and_domains(tmp_path, capsys):
+def test_the_command_takes_sources_and_domains(tmp_path, capsys, encoder):
     folders = [tiny.save_dense(tmp_path / name) for name in ("base", "math", "code")]
     paths = files(tmp_path)
     argv = ["convert", "nexus", "--model", folders[0], "--sources", *folders[1:]]
+    argv += ["--encoder", encoder, "--embedding-dim", str(WIDTH)]
     argv += ["--domains", *paths[:2], "--out", str(tmp_path / "out")]
     assert main(argv) == 0, capsys.readouterr().err
     assert "Routers start from " in capsys.readouterr().out
     model = sc.load(tmp_path / "out")
-    wanted_EM = torch.stack([embed(texts).mean(0) for texts in TEXTS[:2]])
+    wanted_EM = torch.stack([embed(texts, encoder).mean(0) for texts in TEXTS[:2]])
     torch.testing.assert_close(layers(model)[0].router.scorer.domains, wanted_EM)
     argv[argv.index("--domains") + 1 : argv.index("--out")] = paths
     assert main([*argv, "--overwrite"]) == 1
     assert "3 domains are given for 2 experts" in capsys.readouterr().err
 
 
-def test_the_command_takes_prompts(tmp_path, capsys):
+def test_the_command_takes_prompts(tmp_path, capsys, encoder):
     folders = [tiny.save_dense(tmp_path / name) for name in ("base", "math", "code")]
     prompts = ["say red two| say blue one", "=|write | read=it"]
     texts = [["say red two", "say blue one"], ["=", "write", "read=it"]]
     hidden = ["--set", "router.init=hidden"]
     sources = ["--sources", *folders[1:]]
+    sentences = ["--encoder", encoder, "--embedding-dim", str(WIDTH)]
     given = {
-        "nexus": (["nexus", *sources], sc.recipes.nexus(2), folders[1:]),
+        "nexus": (["nexus", *sources, *sentences], nexus(2, encoder), folders[1:]),
         "btx": (["btx", *sources, *hidden], sc.recipes.btx(2), folders[1:]),
         "upcycling": (["upcycling", *hidden], sc.recipes.upcycling(num_experts=2), ()),
     }

@@ -517,7 +517,7 @@ def test_weighting_scaled_is_the_softmax_of_the_kept_times_e_over_k():
     routing, kept, weights_TE = weights_of(gate, x_TD)
     for t, chosen in enumerate(kept):
         assert chosen == splitting.largest(routing.logits_TE[t], 2)
-        theirs = splitting.scaled(routing.logits_TE[t], chosen, 2)
+        theirs = splitting.scaled(routing.logits_TE[t].detach(), chosen, 2)
         assert near(weights_TE[t], [theirs.get(e, 0.0) for e in range(6)], 1e-12)
         assert weights_TE[t].sum().item() == pytest.approx(3.0)
 
@@ -1174,7 +1174,7 @@ def test_a_stage_that_needs_routers_is_refused_before_they_are_made():
 def test_losses_of_imitations_are_averaged_apart_and_added():
     model = attended("relu_l1").train()
     for layer in model.sparsecraft.layers:
-        layer.imitates = layer.place == "imitate"
+        layer.experts.imitates = layer.place == "imitate"
     with sc.trace(model) as routing:
         model(**batch("llama"))
     groups = {name: model.get_submodule(name).place for name in routing}

@@ -337,8 +337,9 @@ def _install(
             layer.experts, layer.router = old.experts, old.router
         for name, value in (tensors or {}).items():
             like = getattr(old.experts, name)
-            setattr(layer.experts, name, nn.Parameter(value.to(like.device, like.dtype)))
-        layer.experts.dispatch, layer.imitates = old.experts.dispatch, old.imitates
+            value = value.to(like.device, like.dtype, copy=True)
+            setattr(layer.experts, name, nn.Parameter(value))
+        layer.experts.dispatch = old.experts.dispatch
         layer.train(old.training)
     set_trainable(model, recipe.stages[0].trains)
     writes_ours(model)

@@ -69,8 +69,10 @@ class ExpertsTunerLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
         # PEFT's own looks for the base's one weight, which a feed-forward network has not.
-        if adapter_name in self.sparsecraft_moe:
-            device = device or next(self.base_layer.parameters()).device
+        # An activation has none either: its adapter stays where PEFT has read it.
+        if device is None:
+            device = next((p.device for p in self.base_layer.parameters()), None)
+        if adapter_name in self.sparsecraft_moe and device is not None:
             self.sparsecraft_moe[adapter_name].to(device)
 
 

@@ -1,7 +1,7 @@
 """What engines do otherwise than transformers with a standard MoE.
 
 llama.cpp was run (benchmarks/llama_cpp_export.py). vLLM's granitemoe, granitemoeshared and
-qwen2_moe were read, in the versions that docs/export.md names.
+qwen2_moe were read, in the versions that docs/guides/export.md names.
 """
 
 from __future__ import annotations

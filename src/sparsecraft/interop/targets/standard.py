@@ -146,7 +146,7 @@ class Standard(ABC):
             if form.gated:
                 tensors[f"{path}.base_gate.weight"] = router.base_gate.weight.detach()
         packed = _layerwise(tensors, lambda part: self._pack(part, form, attention))
-        # Experts that are still views of one tensor must become real for the writer.
+        # The writer takes rows in their order only.
         return {name: tensor.to(dtype).contiguous() for name, tensor in packed.items()}
 
     def from_target(self, tensors: Part, form: Form, attention: Attention) -> Part:

@@ -49,6 +49,9 @@ class AttentionExperts(CopiedExperts):
         self.kv, self.form = spec.kv, form
         dense = donor.module
         self.attention = copy.copy(dense)
+        # All but its projections is copied: the dense module must not train with the experts.
+        self.attention._parameters = copy.deepcopy(dense._parameters)
+        self.attention._buffers = copy.deepcopy(dense._buffers)
         self.attention._modules = copy.deepcopy(
             {name: m for name, m in dense._modules.items() if name not in form.parts()}
         )
@@ -96,7 +99,7 @@ class AttentionExperts(CopiedExperts):
     @torch.no_grad()
     def put(self, e: int, donor: Attention) -> None:
         """Let expert `e` be the attention of `donor`: queries and outputs, and keys and values of
-        its own. The bank must be materialized."""
+        its own."""
         for name, part in self._own():
             part.put(e, donor.module.get_submodule(name))
 

@@ -40,6 +40,7 @@ class Experts(nn.Module, ABC):
         dense_tokens: up to this many tokens, `auto` computes all experts at once; small banks
             set it, because fewer launches are worth more there than fewer multiplications.
         whole: the bank takes whole sequences and all that the dense module is called with.
+        imitates: of place `imitate`: the bank has been fitted, and runs instead of the base.
         records: keep in each forward pass what losses read of the bank; see `noted`.
         of_dense: its parameters are the dense module's own, in another order, and no new ones.
         rectified: its activation is ReLU, and the dense module's another.
@@ -55,6 +56,7 @@ class Experts(nn.Module, ABC):
     dense_tokens: int = 0
     whole: bool = False
     records: bool = False
+    imitates: bool = False
     of_dense: bool = False
     rectified: bool = False
     folds: ClassVar[type[Update] | type[Scale] | type[Network] | None] = None
@@ -230,26 +232,13 @@ class Experts(nn.Module, ABC):
 
 
 class CopiedExperts(Experts):
-    """A bank of copies of the dense module, which start as expanded views of one tensor: they cost
-    no memory until `materialize`, which `train()` calls because an optimizer cannot step a view."""
-
-    def materialize(self) -> None:
-        """Give every copy memory of its own."""
-        for parameter in self.parameters():
-            if parameter.stride(0) == 0:
-                parameter.data = parameter.data.contiguous()
-
-    def train(self, mode: bool = True) -> Self:
-        if mode:
-            self.materialize()
-        return super().train(mode)
+    """A bank of copies of the dense module, each with memory of its own."""
 
     @abstractmethod
     def put(self, e: int, donor: Donor) -> None:
-        """Let expert `e` be the module of `donor`. The bank must be materialized."""
+        """Let expert `e` be the module of `donor`."""
 
     def take(self, donors: Iterable[Donor], count: int) -> None:
-        self.materialize()
         each = self.num_experts // count
         for number, donor in enumerate(donors):
             for e in range(number * each, (number + 1) * each):

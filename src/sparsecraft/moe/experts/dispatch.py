@@ -87,14 +87,7 @@ def why_not_grouped(bank: Experts, x_TI: Tensor) -> str | None:
     net = bank.two_layer(next(bank.parameters()).dtype)
     if net is None:
         return f"{type(bank).__name__} has no two-layer form"
-    if are_views(bank):
-        return "the experts are views of one tensor, which grouped_mm does not take"
     return grouped_kernel.why_not_grouped(net, x_TI)
-
-
-def are_views(bank: Experts) -> bool:
-    """Whether the experts are still copies that share one tensor's memory."""
-    return bank.num_experts > 1 and any(p.stride(0) == 0 for p in bank.parameters())
 
 
 def choose_path(bank: Experts, x_TI: Tensor, routing: Routing) -> str:
@@ -127,8 +120,7 @@ def choose_path(bank: Experts, x_TI: Tensor, routing: Routing) -> str:
     reason = why_not_grouped(bank, x_TI)
     if reason is None:
         return "grouped"
-    if not are_views(bank):  # for untrained copies the loop is the plan, not news
-        _say_once(f"Experts run in a loop, one at a time: {reason}.")
+    _say_once(f"Experts run in a loop, one at a time: {reason}.")
     return "loop"
 
 

@@ -36,8 +36,6 @@ SUM_OF_NETWORKS = (
 class FFNExperts(CopiedExperts):
     """E feed-forward networks of the donor's own form (gated or not, with or without biases).
 
-    Shards have memory of their own from the start.
-
     Args:
         device: `meta` for a bank whose values a checkpoint brings.
 
@@ -107,7 +105,7 @@ class FFNExperts(CopiedExperts):
     @torch.no_grad()
     def put(self, e: int, *donors: FFN) -> None:
         """Let expert `e` be the network of the donor, or its shard of it; where `spec.blend` says
-        so, its shard of each donor, side by side. The bank must be materialized."""
+        so, its shard of each donor, side by side."""
         for name, tensor in self._network(e, donors).items():
             if tensor is not None:
                 getattr(self, name)[e].copy_(tensor)
@@ -116,7 +114,6 @@ class FFNExperts(CopiedExperts):
         if not self.spec.blend:
             super().take(donors, count)
             return
-        self.materialize()
         donors = list(donors)
         for e in range(self.num_experts):
             self.put(e, *donors)

@@ -36,6 +36,7 @@ from sparsecraft.kernels.split import SplitNet
 from sparsecraft.moe.experts.base import Experts
 from sparsecraft.moe.experts.dispatch import loop
 from sparsecraft.moe.experts.folded import Network
+from sparsecraft.moe.extra_state import is_bool, pack, unpack
 from sparsecraft.moe.routing import Routing
 from sparsecraft.recipe.edits import Edit, Place
 from sparsecraft.recipe.experts import SplitSpec
@@ -76,7 +77,7 @@ class SplitExperts(Experts):
         self.compensates = (
             not is_relu(donor.activation) if spec.compensate is None else spec.compensate
         )
-        self.records = False
+        self.records, self.imitates = False, False
         self.pre_TF: Tensor | None = None
         meta = device is not None and torch.device(device).type == "meta"
         parts, m = 2 if donor.gated else 1, width // E
@@ -352,6 +353,22 @@ class SplitExperts(Experts):
     def rectify(self, undo: bool = False) -> None:
         """Let ReLU be the activation, or the dense network's own again."""
         self.activation = self._own_activation[0] if undo else nn.ReLU()
+
+    def get_extra_state(self) -> Tensor:
+        """Whether ReLU was put in and whether the bank imitates, for `state_dict`."""
+        rectified = self.activation is not self._own_activation[0]
+        return pack({"rectified": rectified, "imitates": self.imitates})
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over what another bank runs.
+
+        Raises:
+            SparsecraftError: the state is no such bank's.
+        """
+        checks = {"rectified": is_bool, "imitates": is_bool}
+        found = unpack(state, "split network", checks)
+        self.rectify(undo=not found["rectified"])
+        self.imitates = found["imitates"]
 
 
 def _in_order(weights_TE: Tensor) -> Routing:

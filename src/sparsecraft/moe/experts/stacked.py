@@ -19,7 +19,9 @@ def without(bank: Tensor, e: int) -> nn.Parameter:
 
 
 def copies(tensor: Tensor, count: int) -> nn.Parameter:
-    """`count` views of one tensor, or a copy if one: writes to a single view would go through."""
-    # In one layout from the start: a GEMM on GPT-2's transposed weights rounds differently.
-    tensor = tensor.detach().contiguous()
-    return nn.Parameter(tensor.clone()[None] if count == 1 else tensor.expand(count, *tensor.shape))
+    """`count` copies of one tensor, each with memory of its own.
+
+    They are contiguous, whatever the tensor is: a GEMM on GPT-2's transposed weights rounds
+    differently.
+    """
+    return nn.Parameter(tensor.detach().repeat(count, *[1] * tensor.ndim))

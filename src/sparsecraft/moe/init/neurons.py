@@ -26,7 +26,6 @@ def diversify(bank: FFNExperts, spec: FFNSpec) -> None:
     """
     if not (spec.permute or spec.redraw or spec.noise_std):
         return
-    bank.materialize()
     for e in range(bank.num_experts):
         matrices = bank.neurons(e)
         count, device = len(matrices[0][0]), matrices[0][0].device

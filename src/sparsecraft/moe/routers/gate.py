@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from sparsecraft.kernels.selection import Active, select
 from sparsecraft.moe.context import Batch
 from sparsecraft.moe.experts.split import SplitExperts
+from sparsecraft.moe.extra_state import is_number, pack, unpack
 from sparsecraft.moe.routers.part_scorers import PART_SCORERS
+from sparsecraft.moe.routers.running import Running, is_running
 from sparsecraft.moe.routing import Routing
 from sparsecraft.recipe.routers import GateSpec
 
@@ -27,6 +29,7 @@ class Gate(nn.Module):
         k: experts that are selected, for top-k.
         share: mean share of experts that run, where it is known; for counting costs.
         gain: of `weighting="gain"`, (R,).
+        running: what the model runs, which all of its gates share.
     """
 
     def __init__(self, spec: GateSpec, bank: SplitExperts):
@@ -34,6 +37,7 @@ class Gate(nn.Module):
         self.spec = spec
         self.num_experts = bank.num_experts
         self.runs: Runs = "sparse"
+        self.running = Running()
         self.k = spec.k
         self.share = None if self.k is None else (spec.shared + self.k) / bank.num_experts
         # Not a buffer: a model that is cast to bf16 must keep it.
@@ -108,8 +112,41 @@ class Gate(nn.Module):
     def at_step(self, step: int) -> None:
         """Note how many steps of training there were; its rules do not depend on that."""
 
+    def get_extra_state(self) -> Tensor:
+        """The rule and how it is set, for `state_dict`."""
+        settings = {"runs": self.runs, "k": self.k, "share": self.share}
+        settings |= {"threshold": self.threshold, "running": self.running.to_dict()}
+        return pack({"rule": _rule(self.spec), **settings})
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over how another gate with this rule is set.
+
+        Raises:
+            SparsecraftError: the state is another rule's, or none.
+        """
+        most, ruled_by_k = self.num_experts - self.spec.shared, self.k is not None
+        checks = {
+            "rule": lambda rule: rule == _rule(self.spec),
+            "runs": lambda runs: runs in get_args(Runs),
+            "k": lambda k: type(k) is int and 1 <= k <= most if ruled_by_k else k is None,
+            "share": lambda share: share is None or (is_number(share) and 0 <= share <= 1),
+            "threshold": is_number,
+            "running": is_running,
+        }
+        found = unpack(state, f"gate of {self.num_experts} experts", checks)
+        self.runs, self.k, self.share = found["runs"], found["k"], found["share"]
+        self.threshold = found["threshold"]
+        self.running.read(found["running"])
+
     def extra_repr(self) -> str:
         return f"select={self.spec.select.kind}, weighting={self.spec.weighting}, runs={self.runs}"
+
+
+def _rule(spec: GateSpec) -> dict[str, Any]:
+    """What of the recipe says how scores become weights."""
+    rule = {"scorer": spec.scorer.rule, "select": spec.select.kind, "shared": spec.shared}
+    rule |= {"weighting": spec.weighting, "squash": spec.squash}
+    return rule | ({"target": spec.target} if spec.scorer.reads_target else {})
 
 
 def squashed(logits: Tensor, how: str) -> Tensor:

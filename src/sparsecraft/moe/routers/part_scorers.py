@@ -110,13 +110,18 @@ class AnalyticScorer(PartScorer):
     def __init__(self, spec: Analytic, bank: SplitExperts, router: GateSpec):
         super().__init__()
         self.shared, self.normalize = router.shared, spec.normalize
-        self.activation = bank.activation
+        self._bank = (bank,)  # in a tuple, so that it is no part of the router
         R, D = bank.num_experts - router.shared, bank.in_features
         self.width = D
         rows = bank.down.new_zeros(R, bank.parts, D)
         self.rows = nn.Parameter(rows)
         self.bias = None if bank.first_bias is None else nn.Parameter(rows.new_zeros(R, bank.parts))
         self.begin(bank)
+
+    @property
+    def activation(self) -> nn.Module:
+        """The network's, whatever is put into it."""
+        return self._bank[0].activation
 
     @torch.no_grad()
     def begin(self, bank: SplitExperts, representatives_R: Tensor | None = None) -> None:
@@ -128,7 +133,6 @@ class AnalyticScorer(PartScorer):
         """
         if self.rows.is_meta:
             return
-        self.activation = bank.activation
         m = bank.neurons_per_expert
         rows_EGmD = bank.first.unflatten(1, (-1, m))
         if representatives_R is None:
@@ -141,9 +145,6 @@ class AnalyticScorer(PartScorer):
         self.rows.copy_(F.normalize(rows_RGD, dim=-1) if self.normalize else rows_RGD)
         if self.bias is not None:
             self.bias.copy_(bank.first_bias.unflatten(1, (-1, m))[experts_R, :, at])
-
-    def follow(self, bank: SplitExperts) -> None:
-        self.activation = bank.activation
 
     def forward(self, x_TD: Tensor) -> Tensor:
         x_TD = F.normalize(_wide(x_TD), dim=-1) if self.normalize else _wide(x_TD)

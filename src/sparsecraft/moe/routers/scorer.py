@@ -78,9 +78,6 @@ class PartScorer(Scorer):
             representatives_R: place of one neuron in each routed expert, where the partition knows.
         """
 
-    def follow(self, bank: nn.Module) -> None:
-        """Take over the bank's activation, which has changed."""
-
 
 def _numel(*named: Iterable[tuple[str, Tensor]]) -> int:
     """Numbers in all tensors but biases, which multiply nothing."""

@@ -85,14 +85,14 @@ def _whole(model: nn.Module, teachers: bool) -> Iterator[None]:
     model.eval()
     run(model, "every")
     for layer in layers:
-        layer.imitates = layer.imitates and not teachers
+        layer.experts.imitates = layer.imitates and not teachers
     try:
         with torch.no_grad():
             yield
     finally:
         model.train(training)
         for layer, runs, imitates in before:
-            layer.router.runs, layer.imitates = runs, imitates
+            layer.router.runs, layer.experts.imitates = runs, imitates
 
 
 def _inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:

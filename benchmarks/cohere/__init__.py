@@ -1,0 +1,1 @@
+"""MoV, MoLORA, SMoLA and their dense baselines on P3: does routing beat the matched LoRA?"""

@@ -1,0 +1,1 @@
+"""Time and memory of conversions and exports, and of partitions of neurons."""

@@ -1,0 +1,1 @@
+"""Dense networks split into experts: loss against the share of neurons that run."""
