@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import sparsecraft as sc
 from sparsecraft.recipe.overrides import override
 from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.recipe.scorers import Oracle, Similarity
 from sparsecraft.recipe.selections import Share, TopK
 
 r = sc.recipes
@@ -97,9 +98,9 @@ class Variant:
 
 OWN = Variant()
 BY_COUNT = {"select": TopK(1), "squash": "none"}
-SIMILARITY = Variant({"scorer": "similarity", **BY_COUNT}, shares=FEW)
-ORACLE = Variant({"scorer": "oracle", **BY_COUNT})
-RANDOM_ORACLE = Variant({"scorer": "oracle", **BY_COUNT}, random=True, shares=FEW)
+SIMILARITY = Variant({"scorer": Similarity(), **BY_COUNT}, shares=FEW)
+ORACLE = Variant({"scorer": Oracle(), **BY_COUNT})
+RANDOM_ORACLE = Variant({"scorer": Oracle(), **BY_COUNT}, random=True, shares=FEW)
 CONTROLS = {"oracle": ORACLE, "random_oracle": RANDOM_ORACLE, "similarity": SIMILARITY}
 BY_NORM = {
     "d2dmoe": OWN,
