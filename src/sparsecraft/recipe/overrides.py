@@ -76,6 +76,7 @@ def _only(recipe: Recipe, fields: dict[str, Any], path: str, found: list[str]) -
     """
     if not found:
         names = {field.rpartition(".")[2] for field in fields} | WORDS.keys()
+        names = {name for name in names if not name.isdigit()}
         raise RecipeError(
             f"Recipe {recipe.name!r} has no field {path!r}."
             + did_you_mean(path.rpartition(".")[2], names)

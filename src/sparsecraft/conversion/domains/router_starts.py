@@ -131,7 +131,7 @@ def check_given(recipe: Recipe, domains: Sequence | Tensor, data: Any) -> None:
         raise RecipeError(
             f"{count} domains are given (--domains, --prompts) and no router of recipe "
             f"{recipe.name!r} reads them; let its routers start from them by "
-            "scorer.start='hidden' (--set router.start=hidden), or use `nexus`."
+            "the start 'hidden' (--set router.start=hidden), or use `nexus`."
         )
     for edit in (*by_domain, *hidden):
         if count and count != edit.experts.num_experts:
