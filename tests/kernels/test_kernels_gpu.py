@@ -23,6 +23,7 @@ from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routers.build import build_router
 from sparsecraft.recipe.experts import AdapterSpec, LoRASpec, VectorSpec
 from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.selections import Soft, TopK
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,7 +36,7 @@ def parts(tokens: int, dtype=torch.bfloat16):
     options = {"device": "cuda", "dtype": dtype}
     bank = AdapterExperts(AdapterSpec(num_experts=8, dim=64, dropout=0.0), 256, **options).eval()
     torch.nn.init.normal_(bank.up, std=0.05)
-    router = build_router(RouterSpec(top_k=2), 256, 8, **options)
+    router = build_router(RouterSpec(select=TopK(2)), 256, 8, **options)
     x = torch.randn(tokens, 256, **options)
     return bank, router, x
 
@@ -223,7 +224,7 @@ def test_mixtures_run_in_a_cuda_graph(name, T):
 # ------------------------------------------------------------------ the layer
 def layer_of(kind: str, width: int = 256, hidden: int = 600) -> MoELayer:
     base = nn.Linear(width, hidden, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
-    router = build_router(RouterSpec(select="soft", top_k=None), width, 10, device="cuda")
+    router = build_router(RouterSpec(select=Soft()), width, 10, device="cuda")
     if kind == "vectors":
         bank = VectorExperts(VectorSpec(num_experts=10, init_std=0.3), hidden, device="cuda")
         return MoELayer("after", bank, router, base)

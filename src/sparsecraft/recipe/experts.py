@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from sparsecraft.errors import RecipeError
+from sparsecraft.recipe.kinds import add_kind, family
 from sparsecraft.recipe.numbers import check_adapter, check_deviation, check_whole, is_number
 
 DonorWord = Literal["ffn", "attention", "linear", "activation"]
@@ -27,6 +28,7 @@ def stands(**places: tuple[DonorWord, ...]) -> Mapping[str, tuple[DonorWord, ...
     return MappingProxyType(places)
 
 
+@family
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertsSpec(ABC):
     """What every kind of experts says of itself.
@@ -297,28 +299,5 @@ class SplitSpec(ExpertsSpec):
             raise RecipeError(f"flops_factor is {self.flops_factor!r}; it must be positive.")
 
 
-def kind_of(spec: type[ExpertsSpec]) -> str:
-    """The word of a kind of experts, which its class has as the default of `kind`."""
-    return next(field.default for field in dataclasses.fields(spec) if field.name == "kind")
-
-
-KINDS: dict[str, type[ExpertsSpec]] = {
-    kind_of(spec): spec
-    for spec in (
-        FFNSpec, AttentionSpec, AdapterSpec, LoRASpec, VectorSpec, FFNLoRASpec, SplitSpec,
-    )
-}  # fmt: skip
-
-
-def add_kind(spec: type[ExpertsSpec]) -> type[ExpertsSpec]:
-    """Let recipes name a further kind of experts.
-
-    Raises:
-        RecipeError: another class has its `kind` already.
-    """
-    kind = kind_of(spec)
-    if KINDS.setdefault(kind, spec) is not spec:
-        raise RecipeError(
-            f"kind {kind!r} of {spec.__name__} is that of {KINDS[kind].__name__}; give it another."
-        )
-    return spec
+for option in (FFNSpec, AttentionSpec, AdapterSpec, LoRASpec, VectorSpec, FFNLoRASpec, SplitSpec):
+    add_kind(option)

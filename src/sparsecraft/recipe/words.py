@@ -7,20 +7,24 @@ from collections.abc import Callable, Iterable, Mapping
 
 from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.recipe import Recipe
-from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.routers import GateSpec, RouterSpec
+from sparsecraft.recipe.selections import Token, TopK
 
 
-def router_words(router: RouterSpec) -> str:
+def router_words(router: RouterSpec | GateSpec) -> str:
     """A router in a few words, for tables."""
-    scorer = router.scorer if router.decides == "token" else f"{router.scorer} by {router.decides}"
-    if router.threshold is not None:
-        return f"{scorer}, {router.select} {router.threshold:g}"
-    if router.select != "top_k":
-        return f"{scorer}, {router.select}"
-    if router.splits:
+    select = router.select
+    scorer = router.scorer.kind
+    if isinstance(router, GateSpec):
+        if router.k is None:
+            return f"{scorer}, {select.kind} {router.threshold:g}"
         shared = f" beside {router.shared} shared" if router.shared else ""
-        return f"{scorer}, top-{router.top_k}{shared}"
-    return f"{scorer}, top-{router.top_k}{' renormalized' if router.renormalize else ''}"
+        return f"{scorer}, top-{router.k}{shared}"
+    if router.decides != Token():
+        scorer = f"{scorer} by {router.decides.kind}"
+    if not isinstance(select, TopK):
+        return f"{scorer}, {select.kind}"
+    return f"{scorer}, top-{select.k}{' renormalized' if select.renormalize else ''}"
 
 
 def facts(recipe: Recipe) -> dict[str, str]:
