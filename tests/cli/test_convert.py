@@ -53,7 +53,7 @@ def test_recipe_parameters_are_flags_and_deeper_fields_are_set(run, dense, tmp_p
     )  # fmt: skip
     recipe = sc.load(tmp_path / "out").sparsecraft.recipe
     router = recipe.edits[0].router
-    assert (router.top_k, router.temperature, recipe.variant) == (3, 0.5, "released")
+    assert (router.select.k, router.temperature, recipe.variant) == (3, 0.5, "released")
 
 
 def test_a_repeated_option_adds_to_the_first(run, dense, tmp_path):
