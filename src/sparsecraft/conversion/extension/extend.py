@@ -222,7 +222,8 @@ def _take_row(layer: MoELayer, row: Tensor | None) -> None:
         return
     old = router.scorer
     like = next(old.parameters())
-    where = {"device": like.device, "dtype": like.dtype}
+    outputs = layer.experts.out_features
+    where = {"outputs": outputs, "device": like.device, "dtype": like.dtype}
     new = build_router(router.spec.with_extended(0), old.width, count, **where).scorer
     router.scorer = new.train(old.training).requires_grad_(like.requires_grad)
 
