@@ -32,13 +32,14 @@ from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routers.build import build_router
 from sparsecraft.recipe.experts import LoRASpec, VectorSpec
 from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.selections import Soft
 
 HERE = Path(__file__).parent
 INPUTS = 4  # inputs in rotation
 DECODE_TOKENS = 16  # up to here also without gradients in a CUDA graph, and in bf16
 # Calls in one CUDA graph, as the layers of a model stand in one: replays have a cost of their own.
 GRAPH_CALLS = 20
-SOFT = RouterSpec(select="soft", top_k=None)
+SOFT = RouterSpec(select=Soft())
 
 
 # ------------------------------------------------------------------ the layers

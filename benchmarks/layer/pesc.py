@@ -32,6 +32,7 @@ from sparsecraft.moe.routers.build import build_router
 from sparsecraft.moe.routing import Routing
 from sparsecraft.recipe.experts import AdapterSpec
 from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.selections import TopK
 
 HERE = Path(__file__).parent
 TOKENS = (1, 16, 2048, 8192)
@@ -59,7 +60,7 @@ def pesc_layer(args, base: nn.Module, num_experts: int, dim: int, top_k: int) ->
     bank = AdapterExperts(spec, args.width, dtype=torch.bfloat16, **at)
     nn.init.normal_(bank.up, std=0.02)
     routed = num_experts > 1
-    spec = RouterSpec(top_k=top_k)
+    spec = RouterSpec(select=TopK(top_k))
     router = build_router(spec, args.width, num_experts, **at) if routed else None  # float32
     return MoELayer("after", bank, router, base)
 
@@ -72,7 +73,7 @@ class ReleasedStyle(nn.Module):
 
     def __init__(self, layer: MoELayer):
         super().__init__()
-        self.base, self.K = layer.base, layer.router.spec.top_k
+        self.base, self.K = layer.base, layer.router.spec.slots
         self.gate = nn.Parameter(layer.router.scorer.weight.detach().to(torch.bfloat16))
         self.down = nn.ParameterList(d.detach().clone() for d in layer.experts.down)
         self.up = nn.ParameterList(u.detach().clone() for u in layer.experts.up)

@@ -175,7 +175,7 @@ class Worker(worker.Worker):
         recipe = make(sc.recipes)
         if joined:
             recipe = _of(recipe, len(domains))
-        by_domain = any(e.router.scorer == "domain" for e in recipe.edits)
+        by_domain = any(e.router.of_domains for e in recipe.edits)
         model = copy.deepcopy(self.dense)
         sc.convert(
             model,

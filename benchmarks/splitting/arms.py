@@ -14,6 +14,8 @@ import sparsecraft as sc
 from benchmarks.lab.queue import bracket
 from sparsecraft.recipe.overrides import override
 from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.recipe.scorers import Oracle, Similarity
+from sparsecraft.recipe.selections import Share, TopK
 
 r = sc.recipes
 # Shares of the neurons, by which a curve is drawn. Controls are measured at fewer.
@@ -96,14 +98,14 @@ class Variant:
 
 
 OWN = Variant()
-BY_COUNT = {"select": "top_k", "threshold": None, "top_k": 1, "squash": "none"}
-SIMILARITY = Variant({"scorer": "similarity", **BY_COUNT}, shares=FEW)
-ORACLE = Variant({"scorer": "oracle", **BY_COUNT})
-RANDOM_ORACLE = Variant({"scorer": "oracle", **BY_COUNT}, random=True, shares=FEW)
+BY_COUNT = {"select": TopK(1), "squash": "none"}
+SIMILARITY = Variant({"scorer": Similarity(), **BY_COUNT}, shares=FEW)
+ORACLE = Variant({"scorer": Oracle(), **BY_COUNT})
+RANDOM_ORACLE = Variant({"scorer": Oracle(), **BY_COUNT}, random=True, shares=FEW)
 CONTROLS = {"oracle": ORACLE, "random_oracle": RANDOM_ORACLE, "similarity": SIMILARITY}
 BY_NORM = {
     "d2dmoe": OWN,
-    "dsti": Variant({"select": "share", "threshold": 0.9}),
+    "dsti": Variant({"select": Share(0.9)}),
     "top_k": Variant(BY_COUNT, shares=FEW),
     **CONTROLS,
 }

@@ -128,7 +128,7 @@ def calibrate(model, share_now: Callable[[], float]) -> list[tuple[float, float]
     """(share, threshold) by ascending share, as measured on text apart."""
     gates = [layer.router for layer in split_layers(model).values()]
     found: dict[float, float] = {}
-    for threshold in thresholds(gates[0].spec.select):
+    for threshold in thresholds(gates[0].spec.select.kind):
         for gate in gates:
             gate.runs, gate.threshold = "sparse", threshold
         found[share_now()] = float(threshold)
@@ -141,7 +141,7 @@ def curve(
     """Points of one curve, `score()` at every budget, the recipe's own rule first where it has a
     threshold; what a rule cannot reach is left out, and `missing` says why."""
     gate = next(iter(split_layers(model).values())).router
-    by_count = gate.spec.select == "top_k"
+    by_count = gate.spec.k is not None
     set_budget(model, None)
     points = [] if by_count else [{"budget": NATURAL} | score()]
     running = model.sparsecraft.running

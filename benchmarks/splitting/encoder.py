@@ -43,6 +43,8 @@ from benchmarks.splitting.curves import Meter, curve, masses, vary
 from benchmarks.splitting.run import SCHEDULE
 from sparsecraft.recipe.overrides import override
 from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.recipe.selections import Share
+from sparsecraft.recipe.stages import Fit, Stage
 from sparsecraft.surgery.budget import run, set_budget, split_layers
 from sparsecraft.surgery.trainable import set_trainable
 from sparsecraft.training.fit import fit as fitting
@@ -77,7 +79,7 @@ ENCODER = {
     ),
     "d2dmoe_soft": EncoderArm(
         ARMS["d2dmoe_soft"].recipe,
-        {"d2dmoe": OWN, "dsti": Variant({"select": "share", "threshold": 0.9}),
+        {"d2dmoe": OWN, "dsti": Variant({"select": Share(0.9)}),
          "top_k": Variant(BY_COUNT), **CONTROLS},
     ),
     "moefication_soft": EncoderArm(
@@ -235,7 +237,7 @@ def teach(model, stage, texts: EncoderTexts, judge: Judge, lr: float, steps: int
 
 def taught(start: nn.Module, arm: EncoderArm, texts, judge: Judge, args) -> tuple[nn.Module, dict]:
     """The model after its gradient stages, at the rate whose embeddings and losses end lowest."""
-    stages = [stage for stage in start.sparsecraft.recipe.stages if stage.fit is None]
+    stages = [stage for stage in start.sparsecraft.recipe.stages if isinstance(stage, Stage)]
     if not stages:
         return start, {}
     found, tried = {}, {}
@@ -281,7 +283,7 @@ def measure(args) -> None:
 def _arm(name: str, arm: EncoderArm, dense, texts: EncoderTexts, judge: Judge, args) -> dict:
     model, recipe = copy.deepcopy(dense), arm.recipe()
     # Partitions are made again from the weights as they are when routers are fitted.
-    fits = any(stage.fit for stage in recipe.stages)
+    fits = any(isinstance(stage, Fit) for stage in recipe.stages)
     changes = {"experts.partition": "contiguous"} if fits else {}
     sc.convert(model, override(recipe, changes), certify=False)
     model, facts = taught(model, arm, texts, judge, args)
@@ -289,8 +291,8 @@ def _arm(name: str, arm: EncoderArm, dense, texts: EncoderTexts, judge: Judge, a
     for layer in split_layers(model).values():
         layer.experts.spec = recipe.edits[0].experts
     report = {"tokens": 0}
-    for stage in (stage for stage in recipe.stages if stage.fit):
-        spec = dataclasses.replace(stage.fit, tokens=FIT_TOKENS)
+    for stage in (stage for stage in recipe.stages if isinstance(stage, Fit)):
+        spec = dataclasses.replace(stage, tokens=FIT_TOKENS)
         # In random order, as text would come: the last tokens are held out by the fit.
         train = texts.some(len(texts), 1, "train")
         shuffled = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]

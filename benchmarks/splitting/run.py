@@ -31,7 +31,7 @@ from sparsecraft.moe.init.balanced import balanced_kmeans
 from sparsecraft.moe.init.banks import first_rows
 from sparsecraft.recipe.overrides import override
 from sparsecraft.recipe.recipe import Recipe
-from sparsecraft.recipe.stages import Stage
+from sparsecraft.recipe.stages import Fit, Stage
 from sparsecraft.surgery.budget import split_layers
 from sparsecraft.surgery.trainable import set_trainable
 from sparsecraft.training.fit.fit import fit
@@ -74,11 +74,11 @@ class SplitTexts(Texts):
 
 def gradient_stages(recipe: Recipe | None) -> list[Stage | None]:
     """None stands for plain training of the dense model."""
-    return [None] if recipe is None else [s for s in recipe.stages if s.fit is None]
+    return [None] if recipe is None else [s for s in recipe.stages if isinstance(s, Stage)]
 
 
 def _first_fits(recipe: Recipe) -> Iterable[Stage]:
-    return itertools.takewhile(lambda stage: stage.fit is not None, recipe.stages)
+    return itertools.takewhile(lambda stage: isinstance(stage, Fit), recipe.stages)
 
 
 def session_of(
@@ -197,8 +197,8 @@ def pass_stages(model, texts: SplitTexts, stages: Iterable[Stage], seed: int) ->
     report: dict = {}
     for stage in stages:
         begin_stage(model, stage)
-        if stage.fit is not None:
-            spec = dataclasses.replace(stage.fit, tokens=texts.sizes.fit_tokens)
+        if isinstance(stage, Fit):
+            spec = dataclasses.replace(stage, tokens=texts.sizes.fit_tokens)
             start = time.perf_counter()
             report = fit(model, fit_batches(texts, "fit"), spec, masks=every, seed=seed)
             report["seconds"] = round(time.perf_counter() - start, 1)

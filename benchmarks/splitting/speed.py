@@ -184,7 +184,7 @@ def settings(model: nn.Module) -> list[float | None]:
     if not layers:
         return [1.0]
     found: list[float | None] = []
-    by_count = next(iter(layers.values())).router.spec.select == "top_k"
+    by_count = next(iter(layers.values())).router.spec.k is not None
     for share in (*([] if by_count else [None]), *BUDGETS):
         try:
             set_budget(model, share)

@@ -274,7 +274,7 @@ def choosy(model: torch.nn.Module) -> None:
     set_budget(model, None)
     with torch.no_grad():
         for layer in split_layers(model).values():
-            if layer.router.spec.select == "threshold":  # LTE starts nearly dense
+            if layer.router.spec.select.kind == "threshold":  # LTE starts nearly dense
                 layer.router.scorer.bias.fill_(0.05)
             if layer.experts.mean is not None:
                 noise = torch.randn(layer.experts.mean.shape, generator=generator)

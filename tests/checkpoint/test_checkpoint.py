@@ -413,7 +413,7 @@ def test_override_changes_what_an_edit_may_not(shelf):
         difference = logits(model, batch("llama")) - shelf.wanted("llama", "camelidae")
         assert difference.abs().max() > 1e-4
     model = sc.load(folder, override={"top_k": 1})
-    assert conversion_of(model).recipe.edits[0].router.top_k == 1
+    assert conversion_of(model).recipe.edits[0].router.select.k == 1
     refused(lambda: sc.load(folder, override={"topk": 1}), "'topk'", "top_k", error=RecipeError)
     bigger = {"edits.0.experts.num_experts": 5}
     refused(lambda: sc.load(folder, override=bigger), "shape [4,", "[5,")

@@ -24,6 +24,7 @@ from sparsecraft.conversion.stream import _skeleton, _Stream, convert_files
 from sparsecraft.errors import CertificateError, CheckpointError, RecipeError, SourceError
 from sparsecraft.evaluation import layerwise
 from sparsecraft.moe.names import unique_tensors
+from sparsecraft.recipe.recipe import Quantize
 from tests import tiny
 from tests.cases import FAMILIES, batch, dense, logits
 
@@ -125,7 +126,7 @@ def test_what_cannot_be_made_tensor_by_tensor_is_refused(tmp_path):
     folder, out = base(tmp_path), tmp_path / "out"
     with pytest.raises(RecipeError, match=r"'moefication' has split experts.*convert in memory"):
         convert_files(folder, sc.recipes.moefication(), out)
-    quantized = dataclasses.replace(sc.recipes.lora(2), base_quantization="nf4")
+    quantized = dataclasses.replace(sc.recipes.lora(2), backbone=Quantize())
     with pytest.raises(RecipeError, match="quantized base"):
         convert_files(folder, quantized, out)
     recipe = dataclasses.replace(UPCYCLING, others="median")
@@ -213,7 +214,7 @@ def test_a_killed_conversion_goes_on(tmp_path, capsys):
     times = {file: (left / file).stat().st_mtime_ns for file in finished}
 
     assert main(command(folder, out, "--no-certify")) == 1
-    assert "--resume (resume=True) to go on" in capsys.readouterr().err
+    assert "--resume to go on" in capsys.readouterr().err
     assert main(command(folder, out, "--no-certify", "--resume", "--seed", "1")) == 1
     assert "options.seed was 0 and is 1" in capsys.readouterr().err
     assert main(command(folder, out, "--no-certify", "--resume")) == 0

@@ -193,7 +193,7 @@ def test_training_sees_the_same_sentences_packed_and_unpacked(rows, encoder, tmp
     assert losses[True] == pytest.approx(losses[False], abs=1e-5)
     assert losses[True] == pytest.approx(held_out["loss"], abs=1e-5)
     trained = sc.load(tmp_path / "packing-True")
-    assert trained.sparsecraft.recipe.edits[0].router.encoder == encoder
+    assert trained.sparsecraft.recipe.edits[0].router.decides.encoder == encoder
     router = "model.layers.0.self_attn.k_proj.router.scorer.weight"
     assert not torch.equal(trained.get_parameter(router), converted(encoder).get_parameter(router))
 

@@ -23,6 +23,7 @@ from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routers.build import build_router
 from sparsecraft.recipe.experts import AdapterSpec, LoRASpec, VectorSpec
 from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.selections import Soft, TopK
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,7 +36,7 @@ def parts(tokens: int, dtype=torch.bfloat16):
     options = {"device": "cuda", "dtype": dtype}
     bank = AdapterExperts(AdapterSpec(num_experts=8, dim=64, dropout=0.0), 256, **options).eval()
     torch.nn.init.normal_(bank.up, std=0.05)
-    router = build_router(RouterSpec(top_k=2), 256, 8, **options)
+    router = build_router(RouterSpec(select=TopK(2)), 256, 8, **options)
     x = torch.randn(tokens, 256, **options)
     return bank, router, x
 
@@ -47,7 +48,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 def run(function, bank, router, x):
     x = x.clone().requires_grad_()
     bank.zero_grad(), router.zero_grad()
-    y = function(bank, x, router(x), True)
+    y = function(bank, x, router(x))
     y.to(torch.promote_types(y.dtype, torch.float32)).pow(2).mean().backward()
     return [y, x.grad, bank.down.grad, bank.up.grad, router.scorer.weight.grad]
 
@@ -69,10 +70,10 @@ def test_each_path_is_as_near_to_float64_as_the_loop(path, tokens):
 def test_grouped_does_not_wait_for_the_device():
     bank, router, x = parts(512)
     with torch.no_grad():
-        PATHS["grouped"](bank, x, router(x), True)  # compiles what it compiles
+        PATHS["grouped"](bank, x, router(x))  # compiles what it compiles
         torch.cuda.set_sync_debug_mode("error")
         try:
-            y = PATHS["grouped"](bank, x, router(x), True)
+            y = PATHS["grouped"](bank, x, router(x))
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert y.isfinite().all()
@@ -223,7 +224,7 @@ def test_mixtures_run_in_a_cuda_graph(name, T):
 # ------------------------------------------------------------------ the layer
 def layer_of(kind: str, width: int = 256, hidden: int = 600) -> MoELayer:
     base = nn.Linear(width, hidden, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
-    router = build_router(RouterSpec(select="soft", top_k=None), width, 10, device="cuda")
+    router = build_router(RouterSpec(select=Soft()), width, 10, device="cuda")
     if kind == "vectors":
         bank = VectorExperts(VectorSpec(num_experts=10, init_std=0.3), hidden, device="cuda")
         return MoELayer("after", bank, router, base)

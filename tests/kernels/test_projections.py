@@ -24,6 +24,7 @@ from sparsecraft.moe.routers.build import build_router
 from sparsecraft.moe.tracing import trace
 from sparsecraft.recipe.experts import LoRASpec, VectorSpec
 from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.selections import Soft
 from tests.moe.experts.test_mixtures import I, O, R, assert_near, grads, leaf, weights
 
 
@@ -170,7 +171,7 @@ def test_a_scaled_linear_equals_the_mixture_of_its_output(heads, monkeypatch):
 def layer_case(kind: str, **router):
     """A layer on a frozen bf16 Linear, its new parameters in float32."""
     base = nn.Linear(I, O, bias=kind == "vectors", dtype=torch.bfloat16).requires_grad_(False)
-    spec = RouterSpec(**{"select": "soft", "top_k": None, **router})
+    spec = RouterSpec(**{"select": Soft(), **router})
     if kind == "vectors":
         bank = VectorExperts(VectorSpec(num_experts=4, init_std=0.3), O)
         return MoELayer("after", bank, build_router(spec, I, 4), base)

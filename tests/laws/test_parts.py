@@ -46,11 +46,6 @@ EXCEPTIONS = {
     ("interop/layouts.py", "hasattr(transformers, named)"): "a class that a folder names",
     ("surgery/rectify.py", "hasattr(m, 'config')"): "classes of transformers differ",
     ("surgery/rectify.py", "hasattr(config, setting.name)"): "configurations differ",
-    # Until every scorer says it:
-    ("conversion/extension/router_row.py", "hasattr(s, 'domains')"): "whether it is of domains",
-    ("interop/targets/form.py", "hasattr(layer.router.scorer, 'weight_rows')"): "its matrix",
-    ("surgery/budget.py", "hasattr(layer.router.scorer, 'activation')"): "whether it has one",
-    ("training/fit/fit.py", "hasattr(layer.router.scorer, 'rows')"): "whether neurons stand for it",
 }
 
 

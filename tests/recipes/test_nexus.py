@@ -13,15 +13,17 @@ from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routers.build import build_router
 from sparsecraft.moe.routers.domain import DomainScorer
 from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.scorers import Domain, Linear, Normal
+from sparsecraft.recipe.selections import TopK
 from tests.cases import EMBEDDING, FAMILIES, batch, dense, layers, logits
 
 T, D, M = 40, 32, EMBEDDING
-SPEC = {"scorer": "domain", "sentence_dim": M, "init": "normal", "top_k": 1, "renormalize": False}
+ONE = TopK(1, renormalize=False)
 
 
 def scorer_of(num_experts: int = 3, dtype=torch.float32, **changes) -> DomainScorer:
     torch.manual_seed(0)
-    spec = RouterSpec(**(SPEC | changes))
+    spec = RouterSpec(scorer=Domain(**({"dim": M} | changes)), select=ONE)
     return build_router(spec, D, num_experts, dtype=dtype).eval().scorer
 
 
@@ -56,8 +58,8 @@ def test_logits_are_tokens_times_projected_domains(num_experts, dtype):
 
 def test_the_rows_start_as_large_as_those_of_a_linear_router():
     torch.manual_seed(0)
-    linear = build_router(RouterSpec(init="normal", init_std=0.05), D, 40).scorer
-    scorer = scorer_of(40, init_std=0.05)
+    linear = build_router(RouterSpec(scorer=Linear(start=Normal(0.05))), D, 40).scorer
+    scorer = scorer_of(40, std=0.05)
     rows_ED = scorer.rows()[:40]
     assert rows_ED.square().mean().sqrt().item() == pytest.approx(0.05, rel=1e-5)
     x_TD = torch.randn(4000, D)
@@ -233,12 +235,13 @@ def test_each_variant_and_its_cost():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"init": "zeros"}, "init is 'zeros' with scorer='domain'"),
-        ({"scorer": "linear", "encoder": "self"}, "only domains are embedded by the model itself"),
-        ({"encoder": "self", "decides": "sentence"}, "only domains are embedded"),
-        ({"sentence_dim": 0}, "sentence_dim is 0"),
-        ({"weighting": "one", "renormalize": True}, "domains are for whole experts"),
+        ({"init": "zeros"}, "has no field 'router.init'"),
+        ({"decides": '{"kind": "sentence", "encoder": "self"}'}, "only domains are embedded"),
+        ({"scorer.encoder": "self", "decides": "sentence"}, "is 'self' with decides='sentence'"),
+        ({"sentence_dim": 0}, "dim is 0"),
+        ({"weighting": "one"}, "has no field 'router.weighting'"),
         ({"scorer": "linear", "init": "hidden", "reads": "output"}, "read the layer's input"),
+        ({"dim": "wide"}, "dim is 'wide'"),
     ],
 )
 def test_what_a_router_of_domains_cannot_be_is_refused(changes, message):

@@ -22,9 +22,12 @@ from sparsecraft.moe.experts.dispatch import loop
 from sparsecraft.moe.experts.ffn import FFNExperts, factors
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routers.build import build_router
+from sparsecraft.recipe import scorers
 from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.experts import FFNSpec
 from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.scorers import Normal, Uniform
+from sparsecraft.recipe.selections import TopK
 from tests import cases, tiny
 from tests.cases import dense, logits
 
@@ -129,10 +132,11 @@ def test_biases_go_with_their_neurons(family):
 
 
 COPIES = sc.recipes.upcycling(num_experts=E)
+ROWS_OF_3 = RouterSpec(scorer=scorers.Linear(repeat=3))
 
 
 def test_routers_of_the_released_code_are_uniform():
-    spec = RouterSpec(init="uniform", init_std=0.02)
+    spec = RouterSpec(scorer=scorers.Linear(start=Uniform(0.02)))
     weight = build_router(spec, 4096, 8).scorer.weight
     edge = 0.02 * math.sqrt(3)
     assert weight.abs().max() <= edge and weight.abs().max() > 0.99 * edge
@@ -233,7 +237,7 @@ def test_expert_e_g_is_shard_g_of_copy_e(family):
 
 @pytest.mark.parametrize(("copies", "shards", "top_k"), [(8, 8, 8), (4, 2, 4), (8, 4, 16)])
 def test_every_token_takes_every_shard_as_often(copies, shards, top_k):
-    spec = RouterSpec(top_k=top_k, init="normal", init_repeat=shards)
+    spec = RouterSpec(select=TopK(top_k), scorer=scorers.Linear(start=Normal(), repeat=shards))
     torch.manual_seed(0)
     router = build_router(spec, 64, copies * shards)
     rows = router.scorer.weight.view(copies, shards, 64)
@@ -446,16 +450,16 @@ def test_equal_sources_are_cut_as_the_model_itself():
         (lambda: sc.recipes.drop_upcycling(variant="aligned"), "Unknown variant 'aligned'"),
         (lambda: sc.recipes.btx(2, splitting=2, blending=True), "choose one of them"),
         (
-            lambda: Edit(experts=FFNSpec(num_experts=4), router=RouterSpec(init_repeat=3)),
-            "init_repeat is 3 with num_experts=4",
+            lambda: Edit(experts=FFNSpec(num_experts=4), router=ROWS_OF_3),
+            "repeat is 3 with num_experts=4",
         ),
         (
-            lambda: Edit(experts=FFNSpec(), router=RouterSpec(select="sample")),
-            "'sample' with top_k=2: sample selection takes top_k=1",
+            lambda: sc.override(sc.recipes.btx(4, routing="sample"), {"top_k": 2}),
+            "has no field 'top_k'",
         ),
         (
             lambda: sc.override(sc.recipes.moefication(), {"router.init": "uniform"}),
-            "router.init='uniform'",
+            "has no field 'router.init'",
         ),
     ],
 )

@@ -19,7 +19,9 @@ from sparsecraft.kernels.selection import select
 from sparsecraft.moe import cost
 from sparsecraft.moe.experts.base import set_dispatch
 from sparsecraft.recipe.experts import SplitSpec
-from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.routers import GateSpec
+from sparsecraft.recipe.scorers import MLP, Analytic, LinearParts, Norm, PartScorerSpec, Similarity
+from sparsecraft.recipe.selections import Above, Relative, Rule, Share, TopK
 from sparsecraft.surgery.budget import (
     Running,
     set_budget,
@@ -94,7 +96,7 @@ def test_a_budget_of_one_is_the_dense_function_and_none_the_recipes_rule(name):
     set_budget(model, None)
     assert torch.equal(cases.logits(model, inputs), routed)
     spec = gates(model)[0].spec
-    assert gates(model)[0].k == spec.top_k
+    assert gates(model)[0].k == spec.k
     if spec.threshold is not None:
         assert gates(model)[0].threshold == pytest.approx(spec.threshold)
 
@@ -188,12 +190,10 @@ def test_unchanged_gives_budget_thresholds_and_calibration_back():
 # ----------------------------------------------------------------------------------------- counting
 
 
-def routed(scorer: str, rule: str = "top_k", **changes) -> sc.Recipe:
+def routed(scorer: PartScorerSpec, select: Rule = TopK(3), **changes) -> sc.Recipe:
     """A recipe with this scorer; its router is made by nothing."""
     recipe = sc.recipes.moefication(E, 3, relu=False)
-    own = {"weighting": "one", "top_k": 3 if rule == "top_k" else None, "select": rule}
-    own |= {"hidden": 5} if scorer in ("mlp", "norm") else {}
-    router = RouterSpec(scorer=scorer, **(own | changes))
+    router = GateSpec(scorer=scorer, select=select, weighting="one", **changes)
     (edit,) = recipe.edits
     experts = SplitSpec(num_experts=E, partition="contiguous")
     return dataclasses.replace(
@@ -202,13 +202,13 @@ def routed(scorer: str, rule: str = "top_k", **changes) -> sc.Recipe:
 
 
 SCORERS = {
-    "linear": lambda: routed("linear"),
-    "sigmoid": lambda: routed("linear", "threshold", bias=0.1, squash="sigmoid", threshold=0.5),
-    "similarity": lambda: routed("similarity"),
-    "mlp": lambda: routed("mlp"),
-    "norm": lambda: routed("norm", "relative", threshold=0.3),
-    "norm_share": lambda: routed("norm", "share", threshold=0.6),
-    "analytic": lambda: routed("analytic", shared=2, top_k=2),
+    "linear": lambda: routed(LinearParts()),
+    "sigmoid": lambda: routed(LinearParts(bias=0.1), Above(0.5), squash="sigmoid"),
+    "similarity": lambda: routed(Similarity()),
+    "mlp": lambda: routed(MLP(hidden=5)),
+    "norm": lambda: routed(Norm(hidden=5), Relative(0.3)),
+    "norm_share": lambda: routed(Norm(hidden=5), Share(0.6)),
+    "analytic": lambda: routed(Analytic(), TopK(2), shared=2),
 }
 
 

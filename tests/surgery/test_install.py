@@ -29,8 +29,9 @@ from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import dense_name
 from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.experts import AdapterSpec, FFNLoRASpec, FFNSpec, LoRASpec, VectorSpec
-from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.recipe.recipe import Quantize, Recipe
 from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.selections import TopK
 from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.record import conversion_of
 from sparsecraft.surgery.trainable import matches, set_trainable
@@ -49,7 +50,7 @@ from tests.cases import (
 )
 
 ADAPTERS = AdapterSpec(num_experts=E, dim=16)
-ROUTER = RouterSpec(top_k=2)
+ROUTER = RouterSpec(select=TopK(2))
 
 
 def recipe_of(*edits: Edit, **changes) -> Recipe:
@@ -138,7 +139,7 @@ def test_what_else_is_refused():
     refused(RecipeError, model, recipe_of(router, stages=(stage,)), "'nothing.*'", "no parameter")
     linear = Edit(site="linear", experts=FFNSpec(num_experts=E), router=ROUTER)
     refused(RecipeError, model, recipe_of(linear), "q_proj", "site='ffn'")
-    refused(RecipeError, model, recipe_of(router, base_quantization="nf4"), "'nf4'", "quantize=")
+    refused(RecipeError, model, recipe_of(router, backbone=Quantize()), "'nf4'", "quantize=")
 
 
 def test_a_donor_that_cannot_be_copied_leaves_the_model_whole():

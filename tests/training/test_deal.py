@@ -26,7 +26,7 @@ from sparsecraft.moe.names import dense_tensors
 from sparsecraft.moe.routing import Routing
 from sparsecraft.recipe.formats import from_json, to_json
 from sparsecraft.recipe.recipe import ExpansionSpec
-from sparsecraft.recipe.stages import BucketSpec, Stage
+from sparsecraft.recipe.stages import Deal, Stage
 from sparsecraft.surgery.plan import plan
 from sparsecraft.training import deal as dealing
 from sparsecraft.training import defaults as settings
@@ -297,8 +297,9 @@ def test_what_cannot_be_expanded_is_refused():
         lambda: sc.recipes.upit(sample=0.0): "sample is 0.0",
         lambda: sc.recipes.upit(alpha=0.0): "alpha is 0.0",
         lambda: sc.recipes.upit(parents="alike"): "parents is 'alike'",
-        lambda: BucketSpec(at_least=10, at_most=5): "at_least is 10 and at_most 5",
-        lambda: Stage(fit=sc.recipes.cmoe().stages[0].fit, buckets=BucketSpec()): "fit and buckets",
+        lambda: Deal(at_least=10, at_most=5): "at_least is 10 and at_most 5",
+        lambda: Stage(fit=sc.recipes.cmoe().stages[0]): r"no fit: say it by .* Fit\(...\)",
+        lambda: Stage(buckets=Deal()): r"no buckets: say it by deal=Deal\(...\)",
         lambda: Stage(epochs=0.0): "epochs is 0.0",
     }.items():
         with pytest.raises(RecipeError, match=said):
@@ -309,7 +310,7 @@ def test_the_recipe_is_the_papers():
     recipe = sc.recipes.upit()
     assert from_json(json.loads(json.dumps(to_json(recipe)))) == recipe
     router, train = recipe.stages
-    assert (router.name, router.epochs, router.buckets.sample) == ("router", 4, 0.01)
+    assert (router.name, router.epochs, router.deal.sample) == ("router", 4, 0.01)
     assert (
         router.losses == {"own_expert": 1.0} and sc.recipes.upit(alpha=1.0).stages[0].losses == {}
     )
@@ -461,8 +462,8 @@ def test_the_batch_says_of_every_token_which_expert_it_goes_to(rows, packed):
 
 def test_the_sample_has_a_floor_and_a_cap(rows):
     examples = dataset(rows)
-    assert len(sampled(examples, BucketSpec())) == 40
-    spec = BucketSpec(sample=0.1, at_least=1, at_most=30)
+    assert len(sampled(examples, Deal())) == 40
+    spec = Deal(sample=0.1, at_least=1, at_most=30)
     assert sampled(examples, spec)["input_ids"] == examples["input_ids"][:4]
     assert len(sampled(examples, dataclasses.replace(spec, at_least=7))) == 7
     assert len(sampled(examples, dataclasses.replace(spec, sample=1.0))) == 30
@@ -654,7 +655,7 @@ def test_stages_that_cannot_deal_rows_out_are_refused_before_any_work(tmp_path, 
     stage = sc.recipes.upit().stages[0]
     split = tiny.llama()
     sc.convert(split, dataclasses.replace(sc.recipes.gmoefication(4, 2), stages=(stage,)))
-    refused("cannot be dealt out to the SplitExperts.*weighting='one'", split)
+    refused("cannot be dealt out to the SplitExperts.*this one is: mlp, top-", split)
     mixed = sc.recipes.camelidae(4, 2, adapter_dim=8, lora_rank=0)
     edits = uneven_edits(mixed)
     uneven = tiny.llama()

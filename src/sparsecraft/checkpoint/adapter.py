@@ -66,7 +66,8 @@ class AdapterType:
 
 
 def _at(recipe: dict[str, Any], path: str) -> Any:
-    """The value at a dotted path of a recipe's JSON; 0 where PESC's recipe has no LoRA.
+    """The value at a dotted path of a recipe's JSON; 0 where PESC's recipe has no LoRA, None where
+    experts are mixed and not selected.
 
     Raises:
         RecipeError: the recipe was made by hand and keeps no such value.
@@ -76,6 +77,8 @@ def _at(recipe: dict[str, Any], path: str) -> Any:
     data: Any = recipe
     try:
         for key in path.split("."):
+            if key == "k" and data["kind"] == "soft":
+                return None
             data = data[int(key)] if isinstance(data, (list, tuple)) else data[key]
     except (KeyError, IndexError, TypeError):
         raise RecipeError(
@@ -91,7 +94,7 @@ ADAPTER_TYPES = {
         "camelidae",
         {
             "num_experts": ("num_experts", "edits.0.experts.num_experts"),
-            "top_k": ("top_k", "edits.0.router.top_k"),
+            "top_k": ("top_k", "edits.0.router.select.k"),
             "adapter_dim": ("adapter_dim", "edits.0.experts.dim"),
             "lora_r": ("lora_rank", "edits.1.experts.rank"),
             "lora_alpha": ("lora_alpha", "edits.1.experts.alpha"),
@@ -104,7 +107,7 @@ ADAPTER_TYPES = {
         "mov",
         {
             "num_experts": ("num_experts", "edits.0.experts.num_experts"),
-            "top_k": ("top_k", "edits.0.router.top_k"),
+            "top_k": ("top_k", "edits.0.router.select.k"),
             "variant": ("variant", "variant"),
             "paths": ("paths", "edits.0.paths"),
         },
@@ -115,7 +118,7 @@ ADAPTER_TYPES = {
             "num_experts": ("num_experts", "edits.0.experts.num_experts"),
             "r": ("rank", "edits.0.experts.rank"),
             "lora_alpha": ("alpha", "edits.0.experts.alpha"),
-            "top_k": ("top_k", "edits.0.router.top_k"),
+            "top_k": ("top_k", "edits.0.router.select.k"),
             "variant": ("variant", "variant"),
             "dropout": ("dropout", "edits.0.experts.dropout"),
             "paths": ("paths", "edits.0.paths"),
@@ -145,7 +148,7 @@ def load_adapter(
         str(origin.folder),
         dtype=dtype or saved_dtype,
         device_map=device_map,
-        quantize=recipe.base_quantization,
+        quantize=recipe.quantization,
         **kwargs,
     )
     record = convert_base(model, recipe, origin)

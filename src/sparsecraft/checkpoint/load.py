@@ -61,7 +61,7 @@ def load(
         model = _from_config(folder, config, device_map, kwargs)
     else:
         kwargs |= {"config": config, "dtype": getattr(torch, manifest["base"]["dtype"])}
-        quantize = recipe.base_quantization
+        quantize = recipe.quantization
         model = hub.load_dense(
             str(origin.folder), device_map=device_map, quantize=quantize, **kwargs
         )
@@ -69,7 +69,7 @@ def load(
     if origin is None:
         saved_digests = manifest["dense"].items()
         record.digests = {name: (getattr(torch, d), h) for name, (d, h) in saved_digests}
-    record.base_card = manifest.get("base_card")
+    record.written, record.base_card = manifest["recipe"], manifest.get("base_card")
     record.folder, record.report = folder.absolute(), read_json(folder / "report.json")
     read_tensors(model, folder / WEIGHTS, manifest["tensors"], complete=origin is None)
     restore(model, manifest.get("running"), changed=recipe != saved)

@@ -10,9 +10,9 @@ from torch import nn
 
 from sparsecraft.checkpoint.folder import MANIFEST
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json
-from sparsecraft.errors import CheckpointError
+from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.moe.names import dense_tensors
-from sparsecraft.recipe.formats import FORMAT_VERSION
+from sparsecraft.recipe.formats import check_format
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -25,12 +25,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder} is no sparsecraft checkpoint: it has no {MANIFEST}.")
     manifest = read_json(path)
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format_version {version!r} and this sparsecraft reads {FORMAT_VERSION}; "
-            "upgrade sparsecraft."
-        )
+    try:
+        check_format(manifest.get("format_version"), str(path))
+    except RecipeError as error:
+        raise CheckpointError(str(error)) from None
     claimed = manifest.pop("digest", None)
     if claimed != json_digest(manifest):
         raise CheckpointError(
@@ -49,7 +47,7 @@ def base_config(data: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     inner = dict(data["base_config"])
-    inner.pop("quantization_config", None)  # the recipe's base_quantization says it
+    inner.pop("quantization_config", None)  # the recipe's backbone says it
     return AutoConfig.for_model(inner.pop("model_type"), **inner)
 
 

@@ -16,6 +16,7 @@ from sparsecraft.checkpoint import tensorfile
 from sparsecraft.checkpoint.folder import check_free, swap
 from sparsecraft.checkpoint.jsonfile import read_json, write_json
 from sparsecraft.errors import CheckpointError, SparsecraftError
+from sparsecraft.recipe.formats import upgraded
 
 PROGRESS = "progress.json"
 
@@ -102,7 +103,10 @@ def _left(folder: Path, task: dict[str, Any], out: Path) -> dict[str, dict[str, 
         raise CheckpointError(
             f"Process {known['process'][0]} is converting to {out}; wait for it, or end it."
         )
-    for name, then, now in _differences(known["task"], task):
+    before = known["task"]
+    if isinstance(before.get("recipe"), dict):  # it may have been written in an older format
+        before = before | {"recipe": json.loads(json.dumps(upgraded(before["recipe"])))}
+    for name, then, now in _differences(before, task):
         raise CheckpointError(
             f"{folder} was left of another conversion: {name} was {then!r} and is {now!r}. Convert "
             "as before, or delete the folder and leave out --resume (resume=True)."

@@ -24,7 +24,7 @@ def new_or_changed(model: nn.Module, origin: Origin | None) -> dict[str, torch.T
     for name, tensor in unique_tensors(model).items():
         dense = dense_name(model, name)
         if dense is not None and origin is not None:
-            if conversion_of(model).recipe.base_quantization and not tensor.is_floating_point():
+            if conversion_of(model).recipe.quantization and not tensor.is_floating_point():
                 continue  # packed from the base, never trained
             original = origin.tensor(model, dense)
             if original is not None and digest(original.to(tensor.dtype)) == digest(tensor):

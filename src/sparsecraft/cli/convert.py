@@ -176,7 +176,7 @@ def _convert(recipe: Recipe, options: ConvertOptions, dtype: Any, say: Say) -> N
         options.model,
         dtype=dtype,
         device_map=options.device,
-        quantize=recipe.base_quantization,
+        quantize=recipe.quantization,
     )
     tokenizer = load_tokenizer(folder) if options.data or starts else None
     report = convert(

@@ -148,7 +148,7 @@ def trainable(recipe: Recipe, model: nn.Module | str | Path) -> int:
         SurgeryError, DonorError, RecipeError: the plan is impossible for this model.
     """
     bare = _without_weights(model)
-    recipe = replace(recipe, base_quantization=None)  # packed weights never train
+    recipe = replace(recipe, backbone=None)  # packed weights never train
     apply(bare, recipe, plan(bare, recipe), on_meta=True)
     return cost.count(bare).trainable
 

@@ -114,18 +114,18 @@ def convert_files(
 def _check_recipe(recipe: Recipe) -> None:
     """Refuse what is not made from copies and random numbers alone."""
     for edit in recipe.edits:
-        if edit.router and edit.router.init not in ("kaiming_uniform", "normal", "zeros"):
+        if edit.router and edit.router.starts_from:
             raise RecipeError(
-                f"Recipe {recipe.name!r} starts its routers by {edit.router.init!r}, which needs "
-                "the model to run; convert in memory (sc.convert, or without --stream)."
+                f"Recipe {recipe.name!r} starts its routers by {edit.router.scorer.start.kind!r}, "
+                "which needs the model to run; convert in memory (sc.convert, or without --stream)."
             )
-        what = "a quantized base" if recipe.base_quantization else edit.experts.needs_memory
+        what = "a quantized base" if recipe.quantization else edit.experts.needs_memory
         if what:
             raise RecipeError(
                 f"Recipe {recipe.name!r} has {what}, which tensor by tensor cannot be made; "
                 "convert in memory (sc.convert, or without --stream)."
             )
-        if edit.router and edit.router.scorer == "domain":
+        if edit.router and edit.router.of_domains:
             raise RecipeError(
                 f"The routers of recipe {recipe.name!r} start from domains or data, which the "
                 "whole model reads; convert in memory (sc.convert, or without --stream)."

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparsecraft.dense import hub
 from sparsecraft.dense.loading import load_tokenizer, task_of
 from sparsecraft.errors import DataError, SparsecraftError
-from sparsecraft.moe.context import sentence_router
+from sparsecraft.moe.context import sentences_of
 
 BATCH_SIZE = 64
 
@@ -148,8 +148,8 @@ class Prompts:
     @classmethod
     def of(cls, model: nn.Module) -> Prompts | None:
         """For what the routers of `model` read; None if none of them decides by sentence."""
-        spec = sentence_router(model)
-        return None if spec is None else cls(spec.encoder, spec.sentence_dim)
+        sentences = sentences_of(model)
+        return None if sentences is None else cls(sentences.encoder, sentences.dim)
 
     def mark(self, example: dict[str, Any], row: dict) -> dict[str, Any]:
         """The example of a canonical row, with the number of its prompt at every token.

@@ -97,7 +97,7 @@ def _domain_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     """What the routers started from, where their recipe can start from data."""
     if names := report.get("conversion", {}).get("domains"):
         return [f"The routers started from, one for each expert: {'; '.join(names)}."]
-    if any(e.router and e.router.scorer == "domain" for e in recipe.edits):
+    if any(e.router and e.router.of_domains for e in recipe.edits):
         return ["The routers started from random embeddings; no domains were given."]
     return []
 

@@ -11,7 +11,7 @@ from sparsecraft.moe.experts.split import is_relu
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routers.gate import Gate
 from sparsecraft.moe.routers.running import Running
-from sparsecraft.recipe.stages import Stage
+from sparsecraft.recipe.stages import Fit, Stage
 from sparsecraft.surgery.budget import split_layers
 
 
@@ -52,7 +52,7 @@ def _imitations(layers: list[MoELayer]) -> list[str]:
     return [f"  {len(layers)} networks that imitate Linears, {fitted} of them fitted and running"]
 
 
-def _stages(stages: tuple[Stage, ...], running: Running) -> str:
+def _stages(stages: tuple[Stage | Fit, ...], running: Running) -> str:
     return ", ".join(
         f"{stage.name} {'done' if stage.name in running.stages else 'to do'}" for stage in stages
     )
@@ -63,14 +63,14 @@ def _budget(layers: list[MoELayer], running: Running) -> str:
     if running.budget == 1:
         return "1.0, every expert runs, which is the dense function"
     words = "the recipe's own rule" if running.budget is None else f"{running.budget:g}"
-    if gate.spec.select == "top_k":
+    if gate.spec.k is not None:
         beside = f" beside {gate.spec.shared} shared" if gate.spec.shared else ""
         return f"{words}, {gate.k} of {gate.num_experts} experts{beside}"
-    return f"{words}, {gate.spec.select} at threshold {gate.threshold:.4g}"
+    return f"{words}, {gate.spec.select.kind} at threshold {gate.threshold:.4g}"
 
 
 def _calibration(gate: Gate, running: Running) -> str:
-    if gate.spec.select == "top_k":
+    if gate.spec.k is not None:
         return "not needed, top-k follows from the budget"
     if not running.calibration:
         return "none"

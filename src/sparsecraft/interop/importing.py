@@ -27,6 +27,8 @@ from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.experts import FFNSpec
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.scorers import Linear, Normal
+from sparsecraft.recipe.selections import TopK
 from sparsecraft.recipe.stages import Stage
 from sparsecraft.recipes.camelidae import camelidae
 from sparsecraft.surgery.install import apply
@@ -138,10 +140,9 @@ def imported(form: Form, title: str) -> Recipe:
                     num_experts=form.num_experts, width=form.width if other_width else None
                 ),
                 router=RouterSpec(
-                    top_k=form.top_k,
-                    renormalize=form.normalized,
+                    scorer=Linear(start=Normal()),
+                    select=TopK(form.top_k, renormalize=form.normalized),
                     gates_base=form.gated,
-                    init="normal",
                 ),
             ),
         ),

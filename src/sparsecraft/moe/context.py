@@ -18,7 +18,8 @@ from torch.nn.functional import pad
 
 from sparsecraft.errors import SparsecraftError, did_you_mean
 from sparsecraft.recipe.edits import Edit
-from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.routers import AnyRouterSpec
+from sparsecraft.recipe.selections import Sentence
 
 # What no transformers model takes itself, and what a layer may ask for.
 OURS = ("sentence_embeddings", "sentence_ids", "prefix_mask", "expert_ids")
@@ -232,24 +233,24 @@ def attach(model: nn.Module, batch: Batch) -> list:
     return handles
 
 
-def sentence_router(model: nn.Module) -> RouterSpec | None:
-    """The router of the model that decides by sentence (all such read one embedding), if any."""
+def sentences_of(model: nn.Module) -> Sentence | None:
+    """What embeds the sentences that routers of the model decide for (all read one embedding)."""
     specs = (getattr(module, "spec", None) for module in model.modules())
-    return next((s for s in specs if getattr(s, "decides", None) == "sentence"), None)
+    found = (spec.sentences for spec in specs if isinstance(spec, AnyRouterSpec))
+    return next((sentences for sentences in found if sentences is not None), None)
 
 
 def asks_for_batch(edit: Edit) -> bool:
     """Whether the layers of an edit need to know more than their tokens."""
-    if edit.router is None:
+    if edit.modality is not None or edit.router is None:
         return edit.modality is not None
-    by_sequence = edit.router.decides in ("sequence", "sentence")
-    return by_sequence or edit.router.select == "slots" or edit.modality is not None
+    return edit.router.by_sequence or edit.router.mixes_tokens
 
 
 def sentence_width(model: nn.Module) -> int | None:
     """Width of the sentence embeddings that the model's routers read; None if they read none."""
-    spec = sentence_router(model)
-    return None if spec is None else spec.sentence_dim
+    sentences = sentences_of(model)
+    return None if sentences is None else sentences.dim
 
 
 @contextmanager

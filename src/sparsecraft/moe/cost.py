@@ -9,7 +9,6 @@ from torch import nn
 
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import dense_name
-from sparsecraft.moe.routers.domain import DomainScorer
 from sparsecraft.moe.routers.gate import Gate
 
 
@@ -42,6 +41,7 @@ def count(model: nn.Module) -> Cost:
     parameters = dict(model.named_parameters())
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     idle, repeated = sum(map(_idle, layers)), sum(map(_repeated, layers))
+    precomputed = sum(layer.router.scorer.precomputed for layer in layers if layer.router)
     total = sum(_numel(p) for p in parameters.values())
     embedding = model.get_input_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
@@ -52,7 +52,7 @@ def count(model: nn.Module) -> Cost:
         - sum(_size(layer.experts) for layer in layers if layer.experts.of_dense),
         trainable=sum(_numel(p) for p in parameters.values() if p.requires_grad),
         active=total - idle,
-        flops_per_token=2 * (total - idle - looked_up + repeated - _precomputed(model)),
+        flops_per_token=2 * (total - idle - looked_up + repeated - precomputed),
     )
 
 
@@ -73,7 +73,7 @@ def slots_of(layer: MoELayer) -> float:
     count, router = layer.experts.num_experts, layer.router
     if isinstance(router, Gate):
         return active_share(layer) * count
-    return count if router is None or router.spec.top_k is None else router.spec.top_k
+    return count if router is None or router.spec.slots is None else router.spec.slots
 
 
 def active_share(layer: MoELayer) -> float:
@@ -102,15 +102,6 @@ def _repeated(layer: MoELayer) -> int:
     gated = isinstance(router, Gate) and router.runs == "sparse"
     centers = sum(b.numel() for b in router.buffers()) if gated else 0
     return centers + layer.experts.repeated(slots_of(layer))
-
-
-def _precomputed(model: nn.Module) -> int:
-    """Parameters that give the rows of routers once for all tokens, less those rows."""
-    scorers = [module for module in model.modules() if isinstance(module, DomainScorer)]
-    return sum(
-        sum(p.numel() for p in scorer.parameters()) - len(scorer.domains) * scorer.width
-        for scorer in scorers
-    )
 
 
 def _size(module: nn.Module) -> int:

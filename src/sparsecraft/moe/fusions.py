@@ -43,8 +43,11 @@ def faster(layer: MoELayer) -> Callable | None:
 
 def merges(layer: MoELayer) -> bool:
     """Whether LoRAs are added as one update, onto the dense module's output."""
-    single = layer.router is None and layer.modality is None
-    return single or (layer.experts.runs_merged and not layer.mixes_slots)
+    router = layer.router
+    if router is None and layer.modality is None:
+        return True
+    computed = router is not None and (router.spec.mixes_tokens or router.spec.reads == "experts")
+    return layer.experts.runs_merged and not computed
 
 
 def unrecorded(layer: MoELayer) -> bool:

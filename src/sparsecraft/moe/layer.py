@@ -17,7 +17,7 @@ from sparsecraft.moe.experts.slots import slots
 from sparsecraft.moe.fusions import faster
 from sparsecraft.moe.places import PLACES, flat
 from sparsecraft.moe.routers.router import Router
-from sparsecraft.moe.routing import Routing
+from sparsecraft.moe.routing import Routing, combined
 from sparsecraft.recipe.edits import Place
 
 
@@ -100,21 +100,34 @@ class MoELayer(nn.Module):
         elif self.runs_whole:
             routing = Routing.of_all(flat(x), self.experts.num_experts)
         else:
-            read = y if self.router.spec.reads == "output" else x
-            known = () if scores_TE is None else (scores_TE,)
-            routing = self.router(read, self.batch, *known)
+            routing = self._decide(x, y, scores_TE)
         if self.modality is not None:
             routing = routing.only(self._of_modality(x))
         if self.tracing and self.router is not None:
             self.routing = routing
         return routing
 
+    def _decide(self, x: Tensor, y: Tensor | None, scores_TE: Tensor | None) -> Routing:
+        """The router's decision on what it reads; see `route`."""
+        match self.router.spec.reads:
+            case "experts":
+                inputs = y if self.place == "after" else x
+                outputs_TEO = self.experts.each(flat(inputs))
+                return self.router(x, self.batch, outputs_TEO=outputs_TEO)
+            case "output":
+                x = y
+        known = () if scores_TE is None else (scores_TE,)
+        return self.router(x, self.batch, *known)
+
     def mix(self, x: Tensor, routing: Routing | None, *args, **kwargs) -> Tensor | tuple:
         """The experts' mixture on x."""
         if self.experts.whole:
             return self.experts(x, routing, *args, **kwargs)
         self.experts.records = self.tracing and self.training and self.runs_whole
-        mixed_TO = self.experts(flat(x), routing, **kwargs)
+        if routing is not None and routing.outputs_TEO is not None:
+            mixed_TO = combined(routing)
+        else:
+            mixed_TO = self.experts(flat(x), routing, **kwargs)
         if self.tracing and self.routing is routing:
             self.routing = self.experts.noted(routing)
         return mixed_TO.reshape(*x.shape[:-1], mixed_TO.shape[-1])
@@ -154,7 +167,7 @@ class MoELayer(nn.Module):
 
     @property
     def mixes_slots(self) -> bool:
-        return self.router is not None and self.router.spec.select == "slots"
+        return self.router is not None and self.router.spec.mixes_tokens
 
     def on_rows(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         """y with the output features that the layer acts on changed."""

@@ -23,6 +23,7 @@ class Routing:
         sums_to_one: the weights of every token are known to sum to one.
         every: all experts of every token run, with weight one.
         in_order: every token has all experts, expert e in slot e, as soft selection gives them.
+        outputs_TEO: what every expert gives for each token, where the router has read that.
         pre_TF: in training of a split network whose experts all run, the activation's input.
     """
 
@@ -32,6 +33,7 @@ class Routing:
     sums_to_one: bool = False
     in_order: bool = False
     every: bool = False
+    outputs_TEO: Tensor | None = None
     pre_TF: Tensor | None = None
 
     @property
@@ -87,3 +89,10 @@ def spread(mask_T: Tensor, rows: int) -> Tensor:
     """A mask of tokens for the rows of a routing: a router by head has several for each token."""
     mask_T = mask_T.reshape(-1)
     return mask_T.repeat_interleave(rows // len(mask_T))
+
+
+def combined(routing: Routing) -> Tensor:
+    """The mixture (T, O) of outputs that the router has read already, sum_e w_e E_e(x)."""
+    outputs_TEO = routing.outputs_TEO
+    weights_TE1 = routing.weights_TE()[..., None].to(outputs_TEO.dtype)
+    return (weights_TE1 * outputs_TEO).sum(1)

@@ -15,24 +15,44 @@ from sparsecraft.recipe.experts import (
     SplitSpec,
     VectorSpec,
 )
-from sparsecraft.recipe.recipe import ExpansionSpec, Recipe, check_variant
-from sparsecraft.recipe.routers import RouterSpec
-from sparsecraft.recipe.stages import BucketSpec, FitSpec, Stage
+from sparsecraft.recipe.recipe import ExpansionSpec, Quantize, Recipe, check_variant
+from sparsecraft.recipe.routers import GateSpec, RouterSpec
+from sparsecraft.recipe.scorers import (
+    MLP,
+    Analytic,
+    Domain,
+    Hidden,
+    KaimingUniform,
+    KMeans,
+    Linear,
+    LinearParts,
+    Norm,
+    Normal,
+    Oracle,
+    Similarity,
+    Uniform,
+    Zeros,
+)
+from sparsecraft.recipe.selections import (
+    Above,
+    Head,
+    Relative,
+    Sample,
+    Sentence,
+    Sequence,
+    Share,
+    Slots,
+    Soft,
+    Token,
+    TopK,
+)
+from sparsecraft.recipe.stages import Deal, Fit, Stage
 
 __all__ = [
-    "AdapterSpec",
-    "AttentionSpec",
-    "BucketSpec",
-    "Edit",
-    "ExpansionSpec",
-    "FFNLoRASpec",
-    "FFNSpec",
-    "FitSpec",
-    "LoRASpec",
-    "Recipe",
-    "RouterSpec",
-    "SplitSpec",
-    "Stage",
-    "VectorSpec",
+    "MLP", "Above", "AdapterSpec", "Analytic", "AttentionSpec", "Deal", "Domain", "Edit",
+    "ExpansionSpec", "FFNLoRASpec", "FFNSpec", "Fit", "GateSpec", "Head", "Hidden", "KMeans",
+    "KaimingUniform", "Linear", "LinearParts", "LoRASpec", "Norm", "Normal", "Oracle", "Quantize",
+    "Recipe", "Relative", "RouterSpec", "Sample", "Sentence", "Sequence", "Share", "Similarity",
+    "Slots", "Soft", "SplitSpec", "Stage", "Token", "TopK", "Uniform", "VectorSpec", "Zeros",
     "check_variant",
-]
+]  # fmt: skip

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import typing
 from dataclasses import dataclass
 from typing import Literal
 
 from sparsecraft.errors import RecipeError
 from sparsecraft.recipe.experts import ExpertsSpec
 from sparsecraft.recipe.numbers import check_whole
-from sparsecraft.recipe.routers import RouterSpec, check_selection, check_split
-from sparsecraft.recipe.typed import read
+from sparsecraft.recipe.routers import GateSpec, RouterSpec
+from sparsecraft.recipe.selections import Token
+from sparsecraft.recipe.typed import check_types
 
 Place = Literal["replace", "beside", "after", "before", "inside", "imitate"]
 
@@ -48,18 +46,14 @@ class Edit:
     """Glob over the sites' module paths, such as `model.layers.1?.mlp`."""
     place: Place = "replace"
     experts: ExpertsSpec
-    router: RouterSpec | None = None
+    router: RouterSpec | GateSpec | None = None
     modality: Literal["text", "visual"] | None = None
     """Act on the tokens of one modality only, as `mm_token_type_ids` tells them (0 is text)."""
 
     def __post_init__(self) -> None:
+        check_types(self)
+        check_types(self.experts)
         experts, router = self.experts, self.router
-        hints = typing.get_type_hints(Edit)
-        for name in ("site", "paths", "place", "modality"):
-            read(hints[name], getattr(self, name), name)
-        read(type(experts), dataclasses.asdict(experts), "experts")
-        if router is not None:
-            read(RouterSpec, dataclasses.asdict(router), "router")
         check_whole("num_experts", experts.num_experts)
         _check_place(self)
         if router is None:
@@ -69,30 +63,14 @@ class Edit:
                     "only a single expert can do without one."
                 )
             return
-        if not 0 < router.temperature < math.inf:
-            raise RecipeError(f"router.temperature is {router.temperature}; it must be positive.")
-        if not 0 <= router.init_std < math.inf:
-            raise RecipeError(f"router.init_std is {router.init_std}; it must not be negative.")
-        check_split(router)
-        check_selection(router, experts.num_experts)
         if router.splits != experts.parts:
             raise RecipeError(
-                f"router.weighting is {router.weighting!r} with {experts.kind} experts; split "
-                "experts are summed as they are (one, scaled, straight_through, score, gain), "
-                "all others mixed by the softmax."
+                f"{experts.kind} experts have a {router.kind}: the parts of a split network are "
+                "summed as they are, by a GateSpec, and all other experts mixed by the softmax of "
+                "a RouterSpec."
             )
-        if router.decides == "head" and (
-            self.site not in ("key", "value") or router.reads != "output"
-        ):
-            raise RecipeError(
-                f"router.decides is 'head' at site {self.site!r}, reading the {router.reads}; only "
-                "the outputs of a key or value projection have heads."
-            )
-        if router.select == "slots" and (self.place != "beside" or router.decides != "token"):
-            raise RecipeError(
-                f"router.select is 'slots' with place={self.place!r} and "
-                f"decides={router.decides!r}; slots are for experts beside a module, by token."
-            )
+        router.check(experts.num_experts)
+        _check_reads(self)
 
     # What a place means, for those who ask; what a layer computes there, `sparsecraft.moe.places`.
 
@@ -149,5 +127,29 @@ def _check_place(edit: Edit) -> None:
             f"modality={edit.modality!r} with place={edit.place!r}: only experts beside a "
             "module can leave tokens out."
         )
-    if edit.site == "attention" and (router is None or router.decides != "token"):
+    if edit.site == "attention" and (router is None or not router.can_be_directed):
         raise RecipeError("Attention experts need a router that decides by token.")
+
+
+def _check_reads(edit: Edit) -> None:
+    """Refuse a router that cannot read, where it stands, what it decides by.
+
+    Raises:
+        RecipeError: so it is.
+    """
+    router = edit.router
+    if router.by_head and (edit.site not in ("key", "value") or router.reads != "output"):
+        raise RecipeError(
+            f"router.decides is 'head' at site {edit.site!r}, reading the {router.reads}; only "
+            "the outputs of a key or value projection have heads."
+        )
+    if router.mixes_tokens and (edit.place != "beside" or router.decides != Token()):
+        raise RecipeError(
+            f"router.select is 'slots' with place={edit.place!r} and "
+            f"decides={router.decides.kind!r}; slots are for experts beside a module, by token."
+        )
+    if router.reads == "experts" and (edit.opens or edit.site == "attention"):
+        raise RecipeError(
+            f"router.reads is 'experts' with place={edit.place!r} at site {edit.site!r}; only "
+            "experts that give one output for each token on their own can be read."
+        )

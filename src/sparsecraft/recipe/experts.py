@@ -14,19 +14,21 @@ from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from sparsecraft.errors import RecipeError
+from sparsecraft.recipe.kinds import add_kind, family
 from sparsecraft.recipe.numbers import check_adapter, check_deviation, check_whole, is_number
 
-Donor = Literal["ffn", "attention", "linear", "activation"]
+DonorWord = Literal["ffn", "attention", "linear", "activation"]
 """What a dense module is read as; see `sparsecraft.dense.donors`."""
 
-ANYTHING: tuple[Donor, ...] = ("ffn", "linear", "activation")
+ANYTHING: tuple[DonorWord, ...] = ("ffn", "linear", "activation")
 
 
-def stands(**places: tuple[Donor, ...]) -> Mapping[str, tuple[Donor, ...]]:
+def stands(**places: tuple[DonorWord, ...]) -> Mapping[str, tuple[DonorWord, ...]]:
     """Place -> the dense modules that a kind may stand at there; see `ExpertsSpec.places`."""
     return MappingProxyType(places)
 
 
+@family
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertsSpec(ABC):
     """What every kind of experts says of itself.
@@ -44,12 +46,13 @@ class ExpertsSpec(ABC):
             mixtures of standard architectures have.
         joins: the recipe that one of these experts is, where several with constant weights are one
             wider expert; see `joined`.
+        words: what one of them is called in tables, and several.
     """
 
     kind: str
     num_experts: int
 
-    places: ClassVar[Mapping[str, tuple[Donor, ...]]] = stands(
+    places: ClassVar[Mapping[str, tuple[DonorWord, ...]]] = stands(
         replace=ANYTHING, beside=ANYTHING, after=ANYTHING, before=ANYTHING
     )
     parts: ClassVar[bool] = False
@@ -57,6 +60,7 @@ class ExpertsSpec(ABC):
     dense_weights: ClassVar[bool] = False
     standard: ClassVar[bool] = False
     joins: ClassVar[str | None] = None
+    words: ClassVar[tuple[str, str]] = ("expert", "experts")
 
     @property
     def networks(self) -> int:
@@ -92,6 +96,7 @@ class FFNSpec(ExpertsSpec):
     comes_from = "network"
     dense_weights = True
     standard = True
+    words = ("network", "networks")
 
     kind: Literal["ffn"] = "ffn"
     num_experts: int = 8
@@ -159,6 +164,7 @@ class AttentionSpec(ExpertsSpec):
     places = stands(replace=("attention",))
     comes_from = "network"
     dense_weights = True
+    words = ("attention", "attentions")
 
     kind: Literal["attention"] = "attention"
     num_experts: int = 4
@@ -173,6 +179,7 @@ class AdapterSpec(ExpertsSpec):
 
     needs_memory = None
     joins = "adapter"
+    words = ("adapter", "adapters")
 
     kind: Literal["adapter"] = "adapter"
     num_experts: int = 8
@@ -197,6 +204,7 @@ class LoRASpec(ExpertsSpec):
     places = stands(beside=("ffn", "linear"))
     comes_from = "lora"
     needs_memory = None
+    words = ("LoRA", "LoRAs")
 
     kind: Literal["lora"] = "lora"
     num_experts: int = 1
@@ -222,6 +230,7 @@ class VectorSpec(ExpertsSpec):
 
     places = stands(after=ANYTHING, before=ANYTHING)
     needs_memory = None
+    words = ("vector", "vectors")
 
     kind: Literal["vector"] = "vector"
     num_experts: int = 10
@@ -239,6 +248,7 @@ class FFNLoRASpec(ExpertsSpec):
 
     places = stands(inside=("ffn",))
     needs_memory = None
+    words = ("network by LoRA", "networks by LoRA")
 
     kind: Literal["ffn_lora"] = "ffn_lora"
     num_experts: int = 8
@@ -258,6 +268,7 @@ class SplitSpec(ExpertsSpec):
     places = stands(replace=("ffn",), imitate=("linear",))
     parts = True
     dense_weights = True
+    words = ("group of neurons", "groups of neurons")
 
     kind: Literal["split"] = "split"
     num_experts: int = 32
@@ -288,28 +299,5 @@ class SplitSpec(ExpertsSpec):
             raise RecipeError(f"flops_factor is {self.flops_factor!r}; it must be positive.")
 
 
-def kind_of(spec: type[ExpertsSpec]) -> str:
-    """The word of a kind of experts, which its class has as the default of `kind`."""
-    return next(field.default for field in dataclasses.fields(spec) if field.name == "kind")
-
-
-KINDS: dict[str, type[ExpertsSpec]] = {
-    kind_of(spec): spec
-    for spec in (
-        FFNSpec, AttentionSpec, AdapterSpec, LoRASpec, VectorSpec, FFNLoRASpec, SplitSpec,
-    )
-}  # fmt: skip
-
-
-def add_kind(spec: type[ExpertsSpec]) -> type[ExpertsSpec]:
-    """Let recipes name a further kind of experts.
-
-    Raises:
-        RecipeError: another class has its `kind` already.
-    """
-    kind = kind_of(spec)
-    if KINDS.setdefault(kind, spec) is not spec:
-        raise RecipeError(
-            f"kind {kind!r} of {spec.__name__} is that of {KINDS[kind].__name__}; give it another."
-        )
-    return spec
+for option in (FFNSpec, AttentionSpec, AdapterSpec, LoRASpec, VectorSpec, FFNLoRASpec, SplitSpec):
+    add_kind(option)

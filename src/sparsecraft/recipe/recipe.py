@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
+from abc import ABC
 from dataclasses import dataclass
 from typing import Literal
 
 from sparsecraft.errors import RecipeError, did_you_mean
 from sparsecraft.recipe.edits import Edit
+from sparsecraft.recipe.kinds import add_kind, family
 from sparsecraft.recipe.numbers import is_number
-from sparsecraft.recipe.stages import Stage
-from sparsecraft.recipe.typed import read
+from sparsecraft.recipe.stages import Fit, Stage
+from sparsecraft.recipe.typed import check_types
+
+
+@family
+class Backbone(ABC):
+    """What is done to the dense model's own weights before anything stands on them."""
+
+    __slots__ = ()
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Quantize(Backbone):
+    """They are packed into 4 bits each and stay as they are (QLoRA)."""
+
+    kind: Literal["nf4"] = "nf4"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+add_kind(Quantize)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +46,8 @@ class Recipe:
     variant: str = "paper"
     exact_at_start: bool
     """The claim that the converted model computes the dense model's function."""
-    base_quantization: Literal["nf4"] | None = None
+    backbone: Backbone | None = None
+    """What is done to the dense model's own weights before; None: nothing."""
     others: Literal["base", "mean"] = "base"
     """Where experts come from several dense models: what all other tensors are, those of the
     model that is converted, or the mean of the sources'. The network beside which experts stand
@@ -32,21 +55,25 @@ class Recipe:
     expansion: ExpansionSpec | None = None
     """How several dense models give more experts than they are; None: each gives as many."""
     edits: tuple[Edit, ...]
-    stages: tuple[Stage, ...]
+    stages: tuple[Stage | Fit, ...]
 
     def __post_init__(self) -> None:
         if not self.edits or not self.stages:
             missing = "stages" if self.edits else "edits"
             raise RecipeError(f"Recipe {self.name!r} has no {missing}; at least one is needed.")
-        if self.expansion is not None:
-            read(ExpansionSpec, dataclasses.asdict(self.expansion), "expansion")
-        routers = [edit.router for edit in self.edits if edit.router]
-        encoders = {(r.encoder, r.sentence_dim) for r in routers if r.decides == "sentence"}
+        check_types(self)
+        encoders = {e.router.sentences for e in self.edits if e.router} - {None}
         if len(encoders) > 1:
             raise RecipeError(
                 f"The routers of recipe {self.name!r} read sentences by several encoders, "
-                f"{sorted(encoders)}; give them all the same encoder and sentence_dim."
+                f"{sorted((s.encoder, s.dim) for s in encoders)}; give them all the same "
+                "decides=Sentence(encoder, dim)."
             )
+
+    @property
+    def quantization(self) -> str | None:
+        """How the weights of the dense model are packed: `nf4`, or None."""
+        return self.backbone.kind if isinstance(self.backbone, Quantize) else None
 
 
 def check_variant(variant: str, known: tuple[str, ...]) -> None:
@@ -67,5 +94,6 @@ class ExpansionSpec:
     """Share of each parent's changes that is dropped; what stays is divided by 1 - drop (DARE)."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not (is_number(self.drop) and 0 <= self.drop < 1):
             raise RecipeError(f"drop is {self.drop!r}; it must be at least 0 and less than 1.")

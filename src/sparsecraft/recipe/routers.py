@@ -1,253 +1,259 @@
-"""What a router is made of, as pure data, and which of its fields go together. Torch-free."""
+"""What a router is made of, as pure data. Torch-free.
+
+`RouterSpec` is of whole experts, `GateSpec` of the parts of one split network. What they are made
+of are small types of their own: `sparsecraft.recipe.scorers` and `sparsecraft.recipe.selections`.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 from sparsecraft.errors import RecipeError
-from sparsecraft.recipe.numbers import check_whole
+from sparsecraft.recipe.scorers import Linear, LinearParts, PartScorerSpec, ScorerSpec
+from sparsecraft.recipe.selections import (
+    Decides,
+    Head,
+    Rule,
+    Selection,
+    Sentence,
+    Sequence,
+    Token,
+    TopK,
+)
+from sparsecraft.recipe.typed import check_types
 
-# Rules that select by a threshold, and those among them whose scores must not be negative.
-BY_THRESHOLD = ("share", "relative", "threshold")
 
+class AnyRouterSpec(ABC):
+    """What may be asked of a router, of whole experts or of parts; the answers are those of parts.
 
-NOT_NEGATIVE = ("share", "relative")
+    Attributes:
+        reads: the layer's `input`, the `output` of its dense module, or what its `experts` give.
+        splits: it routes the parts of one split network, whose sum is the dense function.
+        sums_to_one: the weights of every token sum to one.
+        slots: experts that a token meets; None where that depends on the token, or is all of them.
+        mixes_tokens: experts work on means of several tokens.
+        by_token: a token's input is all that a decision depends on.
+        by_head: a decision is for a head of a token.
+        by_sequence: one decision is for all tokens of a sequence, or of a sentence.
+        sentences: what embeds the sentences that it decides for; None if it decides for none.
+        can_be_directed: a batch may say which expert each token goes to.
+        starts_from: what `convert` must be given for its start; see `Start.reads`.
+        of_domains: the rows of its experts are made from embeddings of their domains.
+        gates_base: the dense module is multiplied by a gate of its own.
+    """
 
+    __slots__ = ()
+    kind: str
+    balanced: bool
+    reads: str = "input"
+    splits: ClassVar[bool] = True
+    sums_to_one: bool = False
+    slots: int | None = None
+    mixes_tokens: bool = False
+    by_token: bool = True
+    by_head: bool = False
+    by_sequence: bool = False
+    sentences: Sentence | None = None
+    can_be_directed: bool = False
+    gates_base: bool = False
+    starts_from: Literal["domains", "data"] | None = None
+    of_domains: bool = False
 
-# Inits that read data.
-FROM_DATA = ("hidden", "kmeans")
+    @abstractmethod
+    def check(self, num_experts: int) -> None:
+        """Refuse a number of experts that it cannot choose among.
+
+        Raises:
+            RecipeError: so it is.
+        """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RouterSpec:
-    """A scorer of tokens and a selection rule. All of it is computed in float32."""
+class RouterSpec(AnyRouterSpec):
+    """A scorer of tokens and a selection of whole experts. All of it is computed in float32."""
 
-    scorer: Literal["linear", "domain", "similarity", "mlp", "norm", "analytic", "oracle"] = (
-        "linear"
-    )
-    """`domain` projects an embedding of each expert's domain to its row (Nexus); the others but
-    `linear` are of split networks; see `sparsecraft.moe.routers.part_scorers`."""
-    select: Literal["top_k", "sample", "soft", "slots", "share", "relative", "threshold"] = "top_k"
-    """`sample` draws one expert in training and takes the best at inference (BTX). `slots` is
-    Soft MoE's: every expert works on one weighted mean of the tokens of a sequence (of its prefix,
-    in a causal model), and tokens outside are mixed softly. `share` takes the best
-    experts until their scores sum to `threshold` of all, `relative` those that reach `threshold`
-    times the best, `threshold` those that exceed it."""
-    top_k: int | None = 2
-    """Experts per token, for `top_k`; 1 for `sample`."""
-    soft_first: bool = False
-    """The first layer is `soft`, whatever the others are (BTX's sampling)."""
-    threshold: float | None = None
-    """Of the rules by threshold."""
-    shared: int = 0
-    """So many experts, the first ones, run for every token, beside those that are selected."""
-    squash: Literal["none", "abs", "sigmoid", "softmax"] = "none"
-    """Logits -> the scores that the rules by threshold read, and `weighting="score"`."""
-    weighting: Literal["softmax", "one", "scaled", "straight_through", "score", "gain"] = "softmax"
-    """What a selected expert is multiplied by: the softmax; one; the softmax over the k kept times
-    E / k (LLaMA-MoE); one, with the gradient of that softmax (Faster MoEfication); its score; or
-    one plus its softmax times a learned gain that starts at zero (CMoE)."""
-    target: Literal[
-        "mass", "deviation", "squared_deviation", "output_norm", "intermediate_norm"
-    ] = "mass"
-    """What the scores of a split network's router predict of each expert: sum of |activation|; of
-    its distance to the mean (squared, or not); Euclidean norm of what the expert adds, or of its
-    activations."""
-    hidden: int | None = None
-    """Width inside the scorers `mlp` (None: as many as experts) and `norm` (None: 128)."""
-    bias: float | None = None
-    """Initial biases of the scorers `linear` and `norm`; None for none."""
-    normalize: bool = False
-    """Tokens and rows of the scorer `analytic` are divided by their length."""
-    renormalize: bool = True
-    """Whether the k kept weights are scaled to sum to one."""
+    kind: Literal["router"] = "router"
+    scorer: ScorerSpec = Linear()
+    select: Selection = TopK(2)
+    reads: Literal["input", "output", "experts"] = "input"
+    """The layer's input, the output of the dense module it stands on, or what every expert gives
+    for the token (all of them run)."""
+    decides: Decides = Token()
     temperature: float = 1.0
     """Divides the logits."""
     gates_base: bool = False
     """The dense network that experts stand beside is multiplied by the sigmoid of a learned row
     (Qwen2-MoE's shared expert)."""
-    reads: Literal["input", "output"] = "input"
-    """The layer's input, or the output of the dense module it stands on."""
-    decides: Literal["token", "head", "sequence", "sentence"] = "token"
-    """For each token; for each attention head of a token; for the mean of a sequence's tokens
-    (encoders only: it would show a decoder its future); or for a frozen sentence embedding."""
-    encoder: str = "minilm"
-    """The frozen sentence encoder of `decides="sentence"` and of the scorer `domain`: a hub id,
-    folder or packaged name; for domains also `self`, the mean last hidden state of the model."""
-    sentence_dim: int = 384
-    """Width of its embeddings; of `self` it is the width of what the router reads."""
-    init: Literal["kaiming_uniform", "normal", "uniform", "zeros", "hidden", "kmeans"] = (
-        "kaiming_uniform"
-    )
-    """`uniform`, of whole experts alone, has mean zero and standard deviation `init_std`. `hidden`:
-    the mean of what the router reads of each expert's domain; `kmeans`: centers of what it reads of
-    all data. Both are given to `convert`, and are centered over the experts."""
-    init_std: float = 0.02
-    """Standard deviation of all inits but `kaiming_uniform` and `zeros`; of the scorer `domain`,
-    of the rows that its projection gives."""
-    init_repeat: int = 1
-    """So many experts in a row start with one row of the scorer (virtual groups)."""
-    extended: int = 0
-    """So many experts, the last ones, were added one at a time (`sparsecraft extend`)."""
     balanced: bool = True
     """Whether the losses on routings count this router."""
+    splits = False
 
-    @property
-    def splits(self) -> bool:
-        """Whether it routes the parts of one split network, whose sum is the dense function."""
-        return self.weighting != "softmax"
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not 0 < self.temperature < math.inf:
+            raise RecipeError(f"router.temperature is {self.temperature}; it must be positive.")
+        if self.starts_from and not self.by_token:
+            raise RecipeError(
+                f"router.scorer starts from {self.starts_from} with decides="
+                f"{self.decides.kind!r} and reads={self.reads!r}; it is for routers by token that "
+                "read the layer's input."
+            )
+        if isinstance(self.decides, Sentence) and getattr(self.scorer, "encoder", "") == "self":
+            raise RecipeError(
+                "router.scorer.encoder is 'self' with decides='sentence'; the model itself embeds "
+                "no sentences, so that their embeddings would be another encoder's."
+            )
+        if (self.reads == "experts") != self.scorer.reads_experts:
+            raise RecipeError(
+                f"router.reads is {self.reads!r} with a {self.scorer.kind} scorer, which reads "
+                f"{'what experts give' if self.scorer.reads_experts else 'tokens alone'}."
+            )
+        plain = isinstance(self.decides, Token) and not self.select.mixes_tokens
+        if self.reads == "experts" and not plain:
+            raise RecipeError(
+                f"router.reads is 'experts' with decides={self.decides.kind!r} and "
+                f"select={self.select.kind!r}; what experts give is read by "
+                "token, and not by slots."
+            )
 
     @property
     def sums_to_one(self) -> bool:
-        soft = self.select == "soft" or (self.select == "top_k" and self.renormalize)
-        return soft and not self.splits
+        return self.select.sums_to_one
+
+    @property
+    def slots(self) -> int | None:
+        return None if self.reads == "experts" else self.select.slots
+
+    @property
+    def mixes_tokens(self) -> bool:
+        return self.select.mixes_tokens
+
+    @property
+    def by_token(self) -> bool:
+        return isinstance(self.decides, Token) and self.reads == "input"
+
+    @property
+    def by_head(self) -> bool:
+        return isinstance(self.decides, Head)
+
+    @property
+    def by_sequence(self) -> bool:
+        return isinstance(self.decides, (Sequence, Sentence))
+
+    @property
+    def sentences(self) -> Sentence | None:
+        return self.decides if isinstance(self.decides, Sentence) else None
+
+    @property
+    def starts_from(self) -> Literal["domains", "data"] | None:
+        return self.scorer.reads
+
+    @property
+    def of_domains(self) -> bool:
+        return self.scorer.of_domains
+
+    @property
+    def can_be_directed(self) -> bool:
+        return isinstance(self.decides, Token) and not self.mixes_tokens
+
+    def in_layer(self, number: int) -> RouterSpec:
+        """What it is in the layer of this number, from 0."""
+        return replace(self, select=self.select.in_layer(number))
+
+    def with_extended(self, count: int) -> RouterSpec:
+        """The same, of which so many experts, the last ones, were added one at a time."""
+        return replace(self, scorer=self.scorer.with_extended(count))
+
+    def check(self, num_experts: int) -> None:
+        _check_k(self.select.slots, num_experts)
+        self.scorer.check(num_experts)
 
 
-def check_selection(router: RouterSpec, num_experts: int) -> None:
-    """Refuse a rule without its number, or with another's.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateSpec(AnyRouterSpec):
+    """A scorer of the parts of one split network, a rule, and what a part is multiplied by. All of
+    it is computed in float32."""
 
-    Raises:
-        RecipeError: the number is missing, not needed, or out of its range.
-    """
-    select, top_k, threshold = router.select, router.top_k, router.threshold
-    wanted = 1 if select == "sample" else None
-    if (top_k is None) if select == "top_k" else (top_k != wanted):
-        raise RecipeError(
-            f"router.select is {select!r} with top_k={top_k}: {select} selection takes "
-            f"{'a number' if select == 'top_k' else f'top_k={wanted}'}."
-        )
-    if (select in BY_THRESHOLD) == (threshold is None):
-        raise RecipeError(
-            f"router.select is {select!r} with threshold={threshold}: {select} selection takes "
-            f"{'a number' if select in BY_THRESHOLD else 'threshold=None'}."
-        )
-    most = math.inf if select == "threshold" and router.squash in ("none", "abs") else 1
-    if threshold is not None and not 0 <= threshold <= most:
-        limits = "lie between 0 and 1" if most == 1 else "be a number from 0"
-        raise RecipeError(f"router.threshold is {threshold}; it must {limits}.")
-    if router.shared and not 0 < router.shared < num_experts:
-        raise RecipeError(
-            f"router.shared is {router.shared} with num_experts={num_experts}; one expert at least "
-            "must be left to select."
-        )
-    if top_k is not None and not 1 <= top_k <= num_experts - router.shared:
-        beside = f" and shared={router.shared}" if router.shared else ""
-        raise RecipeError(
-            f"top_k is {top_k} with num_experts={num_experts}{beside}; "
-            f"it must lie between 1 and {'num_experts' if not beside else 'what they leave'}."
-        )
-    if type(router.extended) is not int or not 0 <= router.extended < num_experts:
-        raise RecipeError(
-            f"router.extended is {router.extended!r} with num_experts={num_experts}; one expert at "
-            "least has been there from the start."
-        )
-    if num_experts % router.init_repeat:
-        raise RecipeError(
-            f"router.init_repeat is {router.init_repeat} with num_experts={num_experts}; it must "
-            "divide them."
-        )
-    signed = router.squash == "none" and router.scorer not in ("norm", "oracle")
-    if select in NOT_NEGATIVE and signed:
-        raise RecipeError(
-            f"router.select is {select!r} on the logits of a {router.scorer} scorer, which may be "
-            "negative; give squash='sigmoid', 'softmax' or 'abs', or scorer='norm'."
-        )
+    kind: Literal["gate"] = "gate"
+    scorer: PartScorerSpec = LinearParts()
+    select: Rule = TopK(2)
+    shared: int = 0
+    """So many experts, the first ones, run for every token, beside those that are selected."""
+    squash: Literal["none", "abs", "sigmoid", "softmax"] = "none"
+    """Logits -> the scores that the rules by threshold read, and `weighting="score"`."""
+    weighting: Literal["one", "scaled", "straight_through", "score", "gain"] = "one"
+    """What a selected expert is multiplied by: one; the softmax over the k kept times E / k
+    (LLaMA-MoE); one, with the gradient of that softmax (Faster MoEfication); its score; or one plus
+    its softmax times a learned gain that starts at zero (CMoE)."""
+    target: Literal[
+        "mass", "deviation", "squared_deviation", "output_norm", "intermediate_norm"
+    ] = "mass"
+    """What the scores predict of each expert: sum of |activation|; of its distance to the mean
+    (squared, or not); Euclidean norm of what the expert adds, or of its activations."""
+    balanced: bool = True
+    """Whether the losses on routings count this router."""
 
-
-def _check_scorer(router: RouterSpec) -> None:
-    """Refuse fields that the scorer does not know."""
-    scorer = router.scorer
-    if router.hidden is not None:
-        check_whole("router.hidden", router.hidden)
-    known = {
-        "hidden": router.hidden is None or scorer in ("mlp", "norm"),
-        "bias": router.bias is None or scorer in ("linear", "norm"),
-        "normalize": not router.normalize or scorer == "analytic",
-        "extended": not router.extended or (scorer == "linear" and not router.splits),
-    }
-    if wrong := [name for name, fits in known.items() if not fits]:
-        raise RecipeError(
-            f"router.{wrong[0]} is {getattr(router, wrong[0])!r}, which a {scorer} scorer does not "
-            "have."
-        )
-
-
-def _check_start(router: RouterSpec) -> None:
-    """Refuse starts that the scorer cannot have."""
-    check_whole("router.sentence_dim", router.sentence_dim)
-    domain, by_token = (
-        router.scorer == "domain",
-        (router.decides, router.reads) == ("token", "input"),
-    )
-    if domain and router.init != "normal":
-        raise RecipeError(
-            f"router.init is {router.init!r} with scorer='domain', whose projection starts "
-            "normal; set init='normal'."
-        )
-    if router.encoder == "self" and not (domain and router.decides != "sentence"):
-        raise RecipeError(
-            f"router.encoder is 'self' with scorer={router.scorer!r} and "
-            f"decides={router.decides!r}; only domains are embedded by the model itself."
-        )
-    if router.init in FROM_DATA and not by_token:
-        raise RecipeError(
-            f"router.init is {router.init!r} with decides={router.decides!r} and "
-            f"reads={router.reads!r}; it is for routers by token that read the layer's input."
-        )
-
-
-def check_split(router: RouterSpec) -> None:
-    """Refuse what only one of the two kinds of routers can do.
-
-    Raises:
-        RecipeError: a router of whole experts with fields of a split network's, or the reverse.
-    """
-    _check_scorer(router)
-    check_whole("router.init_repeat", router.init_repeat)
-    _check_start(router)
-    if router.splits:
-        if router.scorer == "domain" or router.init in FROM_DATA:
+    def __post_init__(self) -> None:
+        check_types(self)
+        if isinstance(self.select, TopK):
+            if not self.select.renormalize:
+                raise RecipeError(
+                    "select.renormalize is False for the parts of a split network, which are not "
+                    "mixed by a softmax; leave it out."
+                )
+        elif self.weighting in ("scaled", "straight_through"):
             raise RecipeError(
-                f"The router of a split network has scorer={router.scorer!r} and "
-                f"init={router.init!r}; domains are for whole experts, and its routers are fitted."
+                f"router.weighting is {self.weighting!r}, which counts on k experts; it needs "
+                f"select='top_k', and has {self.select.kind!r}."
             )
-        if router.init == "uniform" or router.init_repeat > 1 or router.soft_first:
+        bounded = self.squash in ("sigmoid", "softmax")
+        if self.threshold is not None and bounded and self.threshold > 1:
             raise RecipeError(
-                f"router.init={router.init!r}, init_repeat={router.init_repeat} or soft_first="
-                f"{router.soft_first} is for whole experts; a split network's has init='normal'."
+                f"select.threshold is {self.threshold} on scores by {self.squash}; it must lie "
+                "between 0 and 1."
             )
-        if router.temperature != 1:
+        if self.select.not_negative and self.squash == "none" and not self.scorer.not_negative:
             raise RecipeError(
-                f"router.temperature is {router.temperature} with weighting={router.weighting!r}; "
-                "it divides the logits of whole experts only."
+                f"router.select is {self.select.kind!r} on the logits of a {self.scorer.kind} "
+                "scorer, which may be negative; give squash='sigmoid', 'softmax' or 'abs', or "
+                "scorer='norm'."
             )
-        if router.select in ("soft", "slots", "sample"):
+
+    @property
+    def k(self) -> int | None:
+        """Experts that are selected, of top-k."""
+        return self.select.k if isinstance(self.select, TopK) else None
+
+    @property
+    def threshold(self) -> float | None:
+        """Of the rules by threshold."""
+        return None if isinstance(self.select, TopK) else self.select.threshold
+
+    @property
+    def least(self) -> int:
+        """Experts that run for every token, however the rule decides."""
+        return self.shared + self.select.at_least
+
+    @property
+    def slots(self) -> int | None:
+        return self.k
+
+    def check(self, num_experts: int) -> None:
+        if self.shared and not 0 < self.shared < num_experts:
             raise RecipeError(
-                f"router.select is {router.select!r} with weighting={router.weighting!r}; the "
-                "experts of a split network are selected by top_k, share, relative or threshold."
+                f"router.shared is {self.shared} with num_experts={num_experts}; one expert at "
+                "least must be left to select."
             )
-        if router.decides != "token" or router.reads != "input":
-            raise RecipeError(
-                "The router of a split network decides by token and reads the layer's input; "
-                f"it is told decides={router.decides!r}, reads={router.reads!r}."
-            )
-        if router.select != "top_k" and router.weighting in ("scaled", "straight_through"):
-            raise RecipeError(
-                f"router.weighting is {router.weighting!r}, which counts on k experts; it needs "
-                "select='top_k'."
-            )
-        return
-    own = {
-        "scorer": router.scorer not in ("linear", "domain"),
-        "select": router.select in BY_THRESHOLD,
-        "shared": router.shared != 0,
-        "squash": router.squash != "none",
-        "bias": router.bias is not None,
-    }
-    if wrong := [name for name, differs in own.items() if differs]:
+        _check_k(self.k, num_experts, self.shared)
+
+
+def _check_k(k: int | None, num_experts: int, shared: int = 0) -> None:
+    if k is not None and not 1 <= k <= num_experts - shared:
+        beside = f" and shared={shared}" if shared else ""
         raise RecipeError(
-            f"router.{wrong[0]} is {getattr(router, wrong[0])!r}, which is for split experts; "
-            "they are weighted by one, scaled, straight_through, score or gain."
+            f"select.k is {k} with num_experts={num_experts}{beside}; it must lie between 1 and "
+            f"{'what they leave' if beside else 'num_experts'}."
         )

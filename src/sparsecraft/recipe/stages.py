@@ -1,19 +1,24 @@
-"""Stage: one training phase, what moves under which losses, with the paper's hyperparameters."""
+"""Stages of training: what moves under which losses, with the paper's hyperparameters.
+
+`Stage` trains by gradient, `Fit` fits parts of split networks to captured inputs.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 from sparsecraft.errors import RecipeError
 from sparsecraft.recipe.numbers import check_whole, is_number
+from sparsecraft.recipe.typed import check_types
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
     """One training phase: what moves, under which losses, with the paper's hyperparameters."""
 
+    kind: Literal["train"] = "train"
     name: str = "train"
     trains: tuple[str, ...] = ("experts", "router")
     """`experts`, `router`, `others` (all but those two), `model` (all but the routers), `all`, or
@@ -27,9 +32,7 @@ class Stage:
     is the dense function; or every one, weighted by its score."""
     activation: Literal["relu"] | None = None
     """Put this activation into split networks when the stage begins."""
-    fit: FitSpec | None = None
-    """Fit the routers of split networks to captured inputs instead of training by gradient."""
-    buckets: BucketSpec | None = None
+    deal: Deal | None = None
     """Train on rows that are dealt out to the experts first (causal models)."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """Adafactor with steps relative to a parameter's size, as T5X has it: 3e-4 moves ones by 3e-4
@@ -51,11 +54,16 @@ class Stage:
     epochs: float | None = None
     """Passes over the stage's rows, unless steps or epochs are asked for; None is one."""
 
+    def __new__(cls, **fields: object) -> Self:
+        for old, new in (("fit", "a stage of its own, Fit(...)"), ("buckets", "deal=Deal(...)")):
+            if old in fields:
+                raise RecipeError(f"A Stage has no {old}: say it by {new} of sparsecraft.recipe.")
+        return object.__new__(cls)
+
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.trains:
             raise RecipeError("The stage trains nothing; name experts, router, all or globs.")
-        if self.fit is not None and self.buckets is not None:
-            raise RecipeError(f"Stage {self.name!r} has fit and buckets; choose one of them.")
         for name in ("batch_size", "max_length"):
             check_whole(name, getattr(self, name))
         if not 0 <= self.weight_decay < math.inf:
@@ -75,11 +83,23 @@ class Stage:
             if not 0 <= coefficient < math.inf:
                 raise RecipeError(f"losses.{name} is {coefficient}; it must be a number from 0.")
 
+    @property
+    def deals(self) -> bool:
+        """Whether rows are dealt out to the experts first."""
+        return self.deal is not None
+
+    @property
+    def makes_routers(self) -> bool:
+        """Whether routers of split networks are made by it, and run no sooner."""
+        return self.runs == "soft"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FitSpec:
-    """How parts of split networks are fitted to captured inputs, the rest left alone."""
+class Fit:
+    """Parts of split networks are fitted to captured inputs, the rest left alone."""
 
+    kind: Literal["fit"] = "fit"
+    name: str = "router"
     what: Literal["routers", "imitations"] = "routers"
     """The routers of split networks, or the networks that imitate a Linear, on its outputs."""
     sparsity: float = 0.0
@@ -95,18 +115,43 @@ class FitSpec:
     learning_rate: float = 1e-3
     holdout: float = 0.1
     """Share of the tokens, the last ones, on which the best epoch is chosen."""
+    batch_size: int = 128
+    """Sequences at a time at most, while inputs are captured."""
+    max_length: int = 2048
+    """Tokens per sequence."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "epochs", "batch_tokens"):
+        for name in ("tokens", "epochs", "batch_tokens", "batch_size", "max_length"):
             check_whole(name, getattr(self, name))
         if not (is_number(self.holdout) and 0 < self.holdout < 1):
             raise RecipeError(f"holdout is {self.holdout!r}; it must lie between 0 and 1.")
         if not (is_number(self.learning_rate) and 0 < self.learning_rate < math.inf):
             raise RecipeError(f"learning_rate is {self.learning_rate!r}; it must be positive.")
+        check_types(self)
+
+    @property
+    def deals(self) -> bool:
+        """Whether rows are dealt out to the experts first."""
+        return False
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Losses on routings, of which a regression has none."""
+        return {}
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        """The word of the parameters that move."""
+        return ("router",) if self.what == "routers" else ("experts",)
+
+    @property
+    def makes_routers(self) -> bool:
+        """Whether routers of split networks, or imitations, are made by it, and run no sooner."""
+        return True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BucketSpec:
+class Deal:
     """Rows of the training data dealt out to the experts, each to the one that it surprises least:
     all its tokens then go to that expert, with weight one (UpIT)."""
 
@@ -117,6 +162,7 @@ class BucketSpec:
     at_most: int = 5000
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("at_least", "at_most"):
             check_whole(name, getattr(self, name))
         if not (is_number(self.sample) and 0 < self.sample <= 1):

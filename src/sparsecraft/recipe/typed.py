@@ -1,27 +1,61 @@
-"""Plain data, or text, -> the dataclasses of a recipe, checked by their type hints."""
+"""Plain data, or text, -> the dataclasses of a recipe, checked by their type hints.
+
+A base of a family of options (see `sparsecraft.recipe.kinds`) stands for all of its kinds.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import types
 import typing
 from typing import Any, Literal
 
 from sparsecraft.errors import RecipeError, did_you_mean
-from sparsecraft.recipe.experts import KINDS, ExpertsSpec
+from sparsecraft.recipe.kinds import FAMILIES, words_of
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
+def options_of(hint: Any) -> tuple[Any, ...]:
+    """The types that a hint allows; for a family its kinds."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = typing.get_args(hint) if is_union else (hint,)
-    if ExpertsSpec in options:  # any of the kinds that are registered
-        return (*(o for o in options if o is not ExpertsSpec), *KINDS.values())
-    return options
+    return tuple(o for option in options for o in _kinds(option))
+
+
+def _kinds(option: Any) -> tuple[Any, ...]:
+    known = FAMILIES.get(option) if isinstance(option, type) else None
+    return (option,) if known is None else tuple(dict.fromkeys(known.values()))
+
+
+@functools.cache
+def hints_of(option: type) -> dict[str, Any]:
+    """Field -> type of a dataclass."""
+    hints = typing.get_type_hints(option)
+    return {field.name: hints[field.name] for field in dataclasses.fields(option)}
+
+
+def kinds_of(hint: Any) -> dict[str, type]:
+    """kind -> dataclass, of those that a hint allows; empty where none of them has a kind."""
+    tagged = [o for o in options_of(hint) if dataclasses.is_dataclass(o) and "kind" in hints_of(o)]
+    return {kind: option for option in tagged for kind in words_of(option)}
 
 
 def parse(hint: Any, text: str) -> Any:
-    """Text from a command line -> a plain value of the field's type, or the text itself."""
-    for option in _options(hint):
+    """Text from a command line -> a plain value of the field's type, or the text itself.
+
+    Options with a kind may be given by its word, or as JSON.
+
+    Raises:
+        RecipeError: text that begins as JSON and is none.
+    """
+    kinds = kinds_of(hint)
+    if kinds and text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise RecipeError(f"{text!r} is no JSON: {error}.") from None
+    for option in options_of(hint):
         if option is type(None) and text.lower() == "none":
             return None
         if option is bool and text.lower() in ("true", "false"):
@@ -36,18 +70,20 @@ def parse(hint: Any, text: str) -> Any:
         if typing.get_origin(option) is dict:
             pairs = (pair.partition("=") for pair in text.split(",") if pair)
             return {k: parse(typing.get_args(option)[1], v) for k, _, v in pairs}
-    return text
+    return {"kind": text} if kinds else text
 
 
 def read(hint: Any, value: Any, path: str) -> Any:
     """Check `value` against the type `hint`, building the dataclasses on the way."""
-    options = _options(hint)
+    options = options_of(hint)
     specs = [o for o in options if dataclasses.is_dataclass(o)]
-    if specs and (isinstance(value, dict) or dataclasses.is_dataclass(value)):
-        return value if dataclasses.is_dataclass(value) else read_spec(specs, value, path)
+    if type(value) in specs:
+        return value
+    if specs and isinstance(value, dict):
+        return read_spec(specs, value, path)
     for option in options:
         origin, args = typing.get_origin(option), typing.get_args(option)
-        if origin is Literal and value in args:
+        if origin is Literal and value in args and type(value) in map(type, args):
             return value
         if origin is tuple and isinstance(value, (list, tuple)):
             return tuple(read(args[0], v, f"{path}.{i}") for i, v in enumerate(value))
@@ -57,24 +93,24 @@ def read(hint: Any, value: Any, path: str) -> Any:
             return float(value)
         if isinstance(option, type) and origin is None and type(value) is option:
             return value
-    wanted = " or ".join(
-        " or ".join(map(repr, typing.get_args(o)))
-        if typing.get_origin(o) is Literal
-        else getattr(o, "__name__", str(o))
-        for o in options
-    )
-    raise RecipeError(f"{path} is {value!r}; it must be {wanted}.")
+    raise RecipeError(f"{path} is {value!r}; it must be {' or '.join(map(_name, options))}.")
+
+
+def _name(option: Any) -> str:
+    if typing.get_origin(option) is Literal:
+        return " or ".join(map(repr, typing.get_args(option)))
+    return "None" if option is type(None) else getattr(option, "__name__", str(option))
 
 
 def read_spec(specs: list[type], data: dict[str, Any], path: str) -> Any:
     if len(specs) > 1:
-        kinds = {typing.get_type_hints(s)["kind"].__args__[0]: s for s in specs}
+        kinds = {kind: spec for spec in specs for kind in words_of(spec)}
         if data.get("kind") not in kinds:
             raise RecipeError(
                 f"{path}.kind is {data.get('kind')!r}." + did_you_mean(str(data.get("kind")), kinds)
             )
         specs = [kinds[data["kind"]]]
-    hints = typing.get_type_hints(specs[0])
+    hints = hints_of(specs[0])
     for key in data:
         if key not in hints:
             raise RecipeError(f"{path} has no field {key!r}." + did_you_mean(key, hints))
@@ -83,3 +119,17 @@ def read_spec(specs: list[type], data: dict[str, Any], path: str) -> Any:
         return specs[0](**values)
     except TypeError as error:
         raise RecipeError(f"{path} is incomplete: {error}.") from None
+
+
+def check_types(option: Any) -> None:
+    """Refuse values of fields that are not of their types, where a dataclass is made by hand; a
+    whole number in a field for any becomes one.
+
+    Raises:
+        RecipeError: a value is of another type; it is named by its class and field.
+    """
+    for name, hint in hints_of(type(option)).items():
+        value = getattr(option, name)
+        found = read(hint, value, f"{type(option).__name__}.{name}")
+        if found is not value:
+            object.__setattr__(option, name, found)

@@ -7,20 +7,24 @@ from collections.abc import Callable, Iterable, Mapping
 
 from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.recipe import Recipe
-from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.routers import GateSpec, RouterSpec
+from sparsecraft.recipe.selections import Token, TopK
 
 
-def router_words(router: RouterSpec) -> str:
+def router_words(router: RouterSpec | GateSpec) -> str:
     """A router in a few words, for tables."""
-    scorer = router.scorer if router.decides == "token" else f"{router.scorer} by {router.decides}"
-    if router.threshold is not None:
-        return f"{scorer}, {router.select} {router.threshold:g}"
-    if router.select != "top_k":
-        return f"{scorer}, {router.select}"
-    if router.splits:
+    select = router.select
+    scorer = router.scorer.kind
+    if isinstance(router, GateSpec):
+        if router.k is None:
+            return f"{scorer}, {select.kind} {router.threshold:g}"
         shared = f" beside {router.shared} shared" if router.shared else ""
-        return f"{scorer}, top-{router.top_k}{shared}"
-    return f"{scorer}, top-{router.top_k}{' renormalized' if router.renormalize else ''}"
+        return f"{scorer}, top-{router.k}{shared}"
+    if router.decides != Token():
+        scorer = f"{scorer} by {router.decides.kind}"
+    if not isinstance(select, TopK):
+        return f"{scorer}, {select.kind}"
+    return f"{scorer}, top-{select.k}{' renormalized' if select.renormalize else ''}"
 
 
 def facts(recipe: Recipe) -> dict[str, str]:
@@ -35,16 +39,6 @@ def facts(recipe: Recipe) -> dict[str, str]:
     }
 
 
-# One and several of a kind of experts, in the order of the table; others go by the kind's own word.
-EXPERTS = {
-    "ffn": ("network", "networks"),
-    "attention": ("attention", "attentions"),
-    "adapter": ("adapter", "adapters"),
-    "lora": ("LoRA", "LoRAs"),
-    "ffn_lora": ("network by LoRA", "networks by LoRA"),
-    "vector": ("vector", "vectors"),
-    "split": ("group of neurons", "groups of neurons"),
-}
 SITES = {
     "ffn": "every FFN",
     "attention": "every attention",
@@ -68,8 +62,7 @@ def experts_words(edits: Iterable[Edit]) -> str:
     """What stands where: `8 adapters after every FFN; 1 LoRA beside every Linear`."""
     sites: dict[tuple, list[str]] = {}
     for edit in edits:
-        kind = edit.experts.kind
-        one, several = EXPERTS.get(kind, (kind, f"{kind} experts"))
+        one, several = edit.experts.words
         count = edit.experts.num_experts
         key = (count, one if count == 1 else several, edit.place, edit.modality)
         sites.setdefault(key, []).append(SITES[edit.site])
@@ -88,12 +81,12 @@ def in_table(recipes: Mapping[str, Callable[..., Recipe]], pages: str | None = N
         recipes: name -> function.
         pages: folder of pages that the names link to; None links nothing.
     """
-    kinds = list(EXPERTS)
 
     def order(item: tuple[str, Recipe]) -> tuple:
-        first = item[1].edits[0]
-        kind = first.experts.kind
-        return first.router is None, kinds.index(kind) if kind in kinds else len(kinds), item[0]
+        name, recipe = item
+        experts = recipe.edits[0].experts
+        routed = recipe.edits[0].router is not None
+        return not routed, experts.parts, not experts.dense_weights, experts.words, name
 
     rows = [HEAD, ("---",) * len(HEAD)]
     for name, recipe in sorted(((n, make()) for n, make in recipes.items()), key=order):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sparsecraft.recipe import AdapterSpec, Edit, Recipe, Stage
+from sparsecraft.recipe import AdapterSpec, Edit, Quantize, Recipe, Stage
 from sparsecraft.recipes.camelidae import lora_edits
 
 
@@ -39,7 +39,7 @@ def adapter(
         title="Dense baseline: one adapter after every FFN, LoRA on the backbone",
         paper="control of ours for Wu et al., EMNLP 2024",
         exact_at_start=True,
-        base_quantization=quantize,
+        backbone=quantize and Quantize(quantize),
         edits=(
             Edit(site="ffn", paths=paths, place="after", experts=experts),
             *lora_edits(lora_rank, lora_alpha, dropout),

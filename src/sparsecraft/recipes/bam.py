@@ -9,7 +9,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sparsecraft.recipe import AttentionSpec, Edit, FFNSpec, Recipe, RouterSpec, Stage
+from sparsecraft.recipe import (
+    AttentionSpec,
+    Edit,
+    FFNSpec,
+    Linear,
+    Normal,
+    Recipe,
+    RouterSpec,
+    Soft,
+    Stage,
+    TopK,
+)
 
 
 def bam(
@@ -35,6 +46,7 @@ def bam(
         learning_rate: peak of the cosine.
     """
     losses = {"switch": balance_coef, "z": z_coef}
+    scorer = Linear(start=Normal(router_std))
     return Recipe(
         name="bam",
         title="Attentions and feed-forward networks of several dense models",
@@ -46,14 +58,12 @@ def bam(
             Edit(
                 site="attention",
                 experts=AttentionSpec(num_experts=num_experts, kv=kv),
-                router=RouterSpec(
-                    select="soft", top_k=None, init="normal", init_std=router_std, balanced=False
-                ),
+                router=RouterSpec(scorer=scorer, select=Soft(), balanced=False),
             ),
             Edit(
                 site="ffn",
                 experts=FFNSpec(num_experts=num_experts),
-                router=RouterSpec(top_k=1, renormalize=False, init="normal", init_std=router_std),
+                router=RouterSpec(scorer=scorer, select=TopK(1, renormalize=False)),
             ),
         ),
         stages=(

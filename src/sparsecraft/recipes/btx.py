@@ -8,7 +8,18 @@ Command: sparsecraft convert btx --model BASE --sources BASE MATH CODE --out run
 from __future__ import annotations
 
 from sparsecraft.errors import RecipeError
-from sparsecraft.recipe import Edit, FFNSpec, Recipe, RouterSpec, Stage
+from sparsecraft.recipe import (
+    Edit,
+    FFNSpec,
+    Linear,
+    Normal,
+    Recipe,
+    RouterSpec,
+    Sample,
+    Soft,
+    Stage,
+    TopK,
+)
 
 ROUTINGS = ("top_2", "top_4", "soft", "switch", "sample")
 
@@ -41,7 +52,7 @@ def btx(
         paths: glob over the paths of the feed-forward networks.
     """
     count = num_experts * splitting
-    router = _router(routing, count)
+    select = _select(routing, count)
     if blending and splitting > 1:
         raise RecipeError(f"blending with splitting={splitting}; choose one of them.")
     return Recipe(
@@ -57,7 +68,7 @@ def btx(
                 paths=paths,
                 place="replace",
                 experts=FFNSpec(num_experts=count, granularity=splitting, blend=blending),
-                router=RouterSpec(init="normal", init_std=router_std, **router),
+                router=RouterSpec(scorer=Linear(start=Normal(router_std)), select=select),
             ),
         ),
         stages=(
@@ -75,13 +86,13 @@ def btx(
     )
 
 
-def _router(routing: str, count: int) -> dict:
+def _select(routing: str, count: int) -> TopK | Soft | Sample:
     if routing not in ROUTINGS:
         raise RecipeError(f"routing is {routing!r}; it must be {' or '.join(ROUTINGS)}.")
     return {
-        "top_2": {"top_k": min(2, count)},
-        "top_4": {"top_k": min(4, count)},
-        "soft": {"select": "soft", "top_k": None},
-        "switch": {"top_k": 1, "renormalize": False},
-        "sample": {"select": "sample", "top_k": 1, "soft_first": True},
+        "top_2": TopK(min(2, count)),
+        "top_4": TopK(min(4, count)),
+        "soft": Soft(),
+        "switch": TopK(1, renormalize=False),
+        "sample": Sample(first_soft=True),
     }[routing]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sparsecraft.recipe import Recipe, Stage
+from sparsecraft.recipe import Quantize, Recipe, Stage
 from sparsecraft.recipes.camelidae import PAPER, lora_edits
 
 
@@ -31,7 +31,7 @@ def camel(
         title="Dense baseline: LoRA on attention and FFN",
         paper=f"{PAPER}, the dense baseline",
         exact_at_start=True,
-        base_quantization=quantize,
+        backbone=quantize and Quantize(quantize),
         edits=lora_edits(lora_rank, lora_alpha, dropout),
         stages=(Stage(trains=("experts",), max_grad_norm=0.3),),
     )

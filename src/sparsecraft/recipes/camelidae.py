@@ -9,7 +9,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sparsecraft.recipe import AdapterSpec, Edit, LoRASpec, Recipe, RouterSpec, Stage, check_variant
+from sparsecraft.recipe import (
+    AdapterSpec,
+    Edit,
+    LoRASpec,
+    Quantize,
+    Recipe,
+    RouterSpec,
+    Stage,
+    TopK,
+    check_variant,
+)
 
 VARIANTS = ("paper", "released")
 
@@ -54,14 +64,14 @@ def camelidae(
     released = variant == "released"
     dim = (64 if released else 512) if adapter_dim is None else adapter_dim
     adapters = AdapterSpec(num_experts=num_experts, dim=dim, dropout=dropout, scale=adapter_scale)
-    router = RouterSpec(top_k=top_k, renormalize=True, reads="input")
+    router = RouterSpec(select=TopK(top_k), reads="input")
     return Recipe(
         name="camelidae",
         title="Adapters as experts after every FFN, LoRA on the backbone",
         paper=PAPER,
         variant=variant,
         exact_at_start=True,
-        base_quantization=quantize,
+        backbone=quantize and Quantize(quantize),
         edits=(
             Edit(site="ffn", paths=paths, place="after", experts=adapters, router=router),
             *lora_edits(lora_rank, lora_alpha, dropout),

@@ -8,13 +8,15 @@ from __future__ import annotations
 from typing import Literal
 
 from sparsecraft.recipe import (
+    Analytic,
     Edit,
-    FitSpec,
+    Fit,
+    GateSpec,
     LoRASpec,
     Recipe,
-    RouterSpec,
     SplitSpec,
     Stage,
+    TopK,
     check_variant,
 )
 
@@ -60,11 +62,10 @@ def cmoe(
         markers=markers,
         compensate=compensate,
     )
-    router = RouterSpec(
-        scorer="analytic",
-        top_k=top_k,
+    router = GateSpec(
+        scorer=Analytic(normalize=released),
+        select=TopK(top_k),
         shared=shared,
-        normalize=released,
         squash="abs" if released else "none",
         weighting="gain" if tuned else "one",
     )
@@ -83,15 +84,9 @@ def cmoe(
     )
 
 
-def _stages(tuned: bool) -> tuple[Stage, ...]:
+def _stages(tuned: bool) -> tuple[Stage | Fit, ...]:
     """8 samples of 2048 tokens; then, if tuned, 2048 samples at the paper's rates."""
-    build = Stage(
-        name="build",
-        trains=("router",),
-        fit=FitSpec(loss="none", tokens=16_384),
-        batch_size=8,
-        max_length=2048,
-    )
+    build = Fit(name="build", loss="none", tokens=16_384, batch_size=8, max_length=2048)
     tune = Stage(
         name="tune",
         trains=("router", "*.lora_*"),

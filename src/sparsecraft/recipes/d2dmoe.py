@@ -7,7 +7,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sparsecraft.recipe import Edit, FitSpec, Recipe, RouterSpec, SplitSpec, Stage, check_variant
+from sparsecraft.recipe import (
+    Edit,
+    Fit,
+    GateSpec,
+    Norm,
+    Recipe,
+    Relative,
+    SplitSpec,
+    Stage,
+    check_variant,
+)
 
 PAPER = "Exploiting Activation Sparsity with Dense to Dynamic-k Mixture-of-Experts Conversion"
 
@@ -54,13 +64,9 @@ def d2dmoe(
     check_variant(variant, VARIANTS)
     if router_dim is None:
         router_dim = num_experts if variant == "released" else 128
-    routing = RouterSpec(
-        scorer="norm",
-        hidden=router_dim,
-        bias=0.0 if variant == "released" else None,
-        select="relative",
-        top_k=None,
-        threshold=threshold,
+    routing = GateSpec(
+        scorer=Norm(hidden=router_dim, bias=0.0 if variant == "released" else None),
+        select=Relative(threshold),
         weighting="one",
         target="output_norm",
     )
@@ -84,7 +90,7 @@ def d2dmoe(
 
 
 def split_edit(
-    num_experts: int, router: RouterSpec, sparsity: str, compensate: bool | None, paths: str
+    num_experts: int, router: GateSpec, sparsity: str, compensate: bool | None, paths: str
 ) -> Edit:
     """Balanced k-means on the first matrix, the gate's where there is one."""
     if compensate is None and sparsity.startswith("relu"):
@@ -93,24 +99,26 @@ def split_edit(
     return Edit(site="ffn", paths=paths, place="replace", experts=experts, router=router)
 
 
-def attention_edits(num_experts: int, router: RouterSpec) -> tuple[Edit, ...]:
+def attention_edits(num_experts: int, router: GateSpec) -> tuple[Edit, ...]:
     if not num_experts:
         return ()
     experts = SplitSpec(num_experts=num_experts, partition="kmeans", compensate=False)
     return (Edit(site="attention_linear", place="imitate", experts=experts, router=router),)
 
 
-def distillation() -> Stage:
+def distillation() -> Fit:
     """Fit the networks that imitate projections: 3 epochs, dropout 0.05, Hoyer 1e-3 from zero."""
-    fit = FitSpec(
+    return Fit(
+        name="distill",
         what="imitations",
         epochs=3,
         batch_tokens=1024,
         learning_rate=1e-3,
         sparsity=1e-3,
         dropout=0.05,
+        batch_size=64,
+        max_length=512,
     )
-    return Stage(name="distill", trains=("experts",), fit=fit, batch_size=64, max_length=512)
 
 
 def sparsify_stages(variant: str, sparsity: str, coefficient: float | None) -> tuple[Stage, ...]:
@@ -140,8 +148,14 @@ def sparsify_stages(variant: str, sparsity: str, coefficient: float | None) -> t
     return (Stage(**common, learning_rate=2e-5, warmup_ratio=0.0, batch_size=64, max_length=512),)
 
 
-def norm_stage(variant: str) -> Stage:
+def norm_stage(variant: str) -> Fit:
     """Regression on norms: Adam at 1e-3. The paper says 10 epochs (BERT) or 1000 steps (Gemma)."""
-    fit = FitSpec(loss="mse", epochs=10, batch_tokens=1024, learning_rate=1e-3)
-    length = 1024 if variant == "paper" else 512
-    return Stage(name="router", trains=("router",), fit=fit, batch_size=64, max_length=length)
+    return Fit(
+        name="router",
+        loss="mse",
+        epochs=10,
+        batch_tokens=1024,
+        learning_rate=1e-3,
+        batch_size=64,
+        max_length=1024 if variant == "paper" else 512,
+    )

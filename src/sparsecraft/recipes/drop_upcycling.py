@@ -7,7 +7,18 @@ Command: sparsecraft convert drop_upcycling --model smollm2 --out runs/drop --ra
 
 from __future__ import annotations
 
-from sparsecraft.recipe import Edit, FFNSpec, Recipe, RouterSpec, Stage, check_variant
+from sparsecraft.recipe import (
+    Edit,
+    FFNSpec,
+    Linear,
+    Normal,
+    Recipe,
+    RouterSpec,
+    Stage,
+    TopK,
+    Uniform,
+    check_variant,
+)
 
 
 def drop_upcycling(
@@ -37,6 +48,7 @@ def drop_upcycling(
     """
     check_variant(variant, ("paper", "released"))
     released = variant == "released"
+    start = Uniform(router_std) if released else Normal(router_std)
     return Recipe(
         name="drop_upcycling",
         title="Copies of every FFN, a part of their neurons drawn anew",
@@ -51,9 +63,7 @@ def drop_upcycling(
                 experts=FFNSpec(
                     num_experts=num_experts, redraw=ratio, redraw_apart=released, permute=released
                 ),
-                router=RouterSpec(
-                    top_k=top_k, init="uniform" if released else "normal", init_std=router_std
-                ),
+                router=RouterSpec(scorer=Linear(start=start), select=TopK(top_k)),
             ),
         ),
         stages=(

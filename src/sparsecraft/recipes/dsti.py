@@ -5,7 +5,7 @@ Command: sparsecraft convert dsti --model smollm2 --out runs/dsti --num-experts 
 
 from __future__ import annotations
 
-from sparsecraft.recipe import Recipe, RouterSpec, check_variant
+from sparsecraft.recipe import GateSpec, Norm, Recipe, Share, check_variant
 from sparsecraft.recipes.d2dmoe import Sparsity, norm_stage, sparsify_stages, split_edit
 
 PAPER = "Exploiting Transformer Activation Sparsity with Dynamic Inference (arXiv:2310.04361v1)"
@@ -39,12 +39,9 @@ def dsti(
         paths: glob over the paths of the feed-forward networks.
     """
     check_variant(variant, VARIANTS)
-    routing = RouterSpec(
-        scorer="norm",
-        hidden=router_dim,
-        select="share",
-        top_k=None,
-        threshold=threshold,
+    routing = GateSpec(
+        scorer=Norm(hidden=router_dim),
+        select=Share(threshold),
         weighting="one",
         target="output_norm",
     )

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sparsecraft.recipe import Edit, Recipe, RouterSpec, SplitSpec, check_variant
-from sparsecraft.recipes.moefication import router_stage
+from sparsecraft.recipe import Edit, GateSpec, Recipe, SplitSpec, TopK, check_variant
+from sparsecraft.recipes.moefication import router_stage, scorer_of
 
 PAPER = "Breaking ReLU Barrier: Generalized MoEfication for Dense Pretrained Models (EMNLP 2024)"
 
@@ -44,7 +44,9 @@ def gmoefication(
     check_variant(variant, tuple(TARGETS))
     top_k = max(1, round(0.2 * num_experts)) if top_k is None else top_k
     experts = SplitSpec(num_experts=num_experts, partition=partition, compensate=True)
-    routing = RouterSpec(scorer=router, top_k=top_k, weighting="one", target=TARGETS[variant])
+    routing = GateSpec(
+        scorer=scorer_of(router), select=TopK(top_k), weighting="one", target=TARGETS[variant]
+    )
     return Recipe(
         name="gmoefication",
         title="Groups of neurons with any activation; those left out give their mean",

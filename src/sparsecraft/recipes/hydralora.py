@@ -7,7 +7,7 @@ Command: sparsecraft convert hydralora --model smollm2 --out runs/hydralora
 
 from __future__ import annotations
 
-from sparsecraft.recipe import Edit, LoRASpec, Recipe, RouterSpec, Stage
+from sparsecraft.recipe import Edit, LoRASpec, Recipe, RouterSpec, Soft, Stage
 
 
 def hydralora(
@@ -36,7 +36,7 @@ def hydralora(
         paths=paths,
         place="beside",
         experts=experts,
-        router=RouterSpec(select="soft", top_k=None),
+        router=RouterSpec(select=Soft()),
     )
     return Recipe(
         name="hydralora",

@@ -5,7 +5,17 @@ Command: sparsecraft convert lte --model smollm2 --out runs/lte --num-experts 48
 
 from __future__ import annotations
 
-from sparsecraft.recipe import Edit, Recipe, RouterSpec, SplitSpec, Stage, check_variant
+from sparsecraft.recipe import (
+    Above,
+    Edit,
+    GateSpec,
+    LinearParts,
+    Normal,
+    Recipe,
+    SplitSpec,
+    Stage,
+    check_variant,
+)
 
 PAPER = "Learn To be Efficient: Build Structured Sparsity in Large Language Models"
 
@@ -43,15 +53,10 @@ def lte(
     experts = SplitSpec(num_experts=num_experts, partition="kmeans", compensate=False)
     # sigmoid(2.2) = 0.9: nearly dense at the start, and off the threshold, where the separability
     # loss of the paper is infinite.
-    router = RouterSpec(
-        scorer="linear",
-        init="normal",
-        init_std=0.01,
-        bias=2.2,
+    router = GateSpec(
+        scorer=LinearParts(start=Normal(0.01), bias=2.2),
         squash="sigmoid",
-        select="threshold",
-        top_k=None,
-        threshold=0.5,
+        select=Above(0.5),
         weighting="one",
     )
     return Recipe(

@@ -9,7 +9,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sparsecraft.recipe import Edit, FFNLoRASpec, LoRASpec, Recipe, RouterSpec, Stage, check_variant
+from sparsecraft.recipe import (
+    Edit,
+    FFNLoRASpec,
+    Linear,
+    LoRASpec,
+    Normal,
+    Recipe,
+    RouterSpec,
+    Stage,
+    TopK,
+    check_variant,
+)
 
 VARIANTS = ("paper", "released")
 
@@ -45,7 +56,7 @@ def mixlora(
     edits = [
         Edit(
             site="ffn", paths=paths, place="inside", experts=experts,
-            router=RouterSpec(top_k=top_k, init="normal"),
+            router=RouterSpec(scorer=Linear(start=Normal()), select=TopK(top_k)),
         )
     ]  # fmt: skip
     attention_rank = rank if attention_rank is None else attention_rank

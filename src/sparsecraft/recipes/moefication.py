@@ -7,7 +7,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sparsecraft.recipe import Edit, FitSpec, Recipe, RouterSpec, SplitSpec, Stage, check_variant
+from sparsecraft.errors import RecipeError
+from sparsecraft.recipe import (
+    MLP,
+    Edit,
+    Fit,
+    GateSpec,
+    Oracle,
+    Recipe,
+    Similarity,
+    SplitSpec,
+    Stage,
+    TopK,
+    check_variant,
+)
 
 PAPER = "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts (arXiv:2110.01786)"
 
@@ -52,7 +65,7 @@ def moefication(
         partition=partition,
         compensate=False if relu and compensate is None else compensate,
     )
-    routing = RouterSpec(scorer=router, top_k=top_k, weighting="one", target="mass")
+    routing = GateSpec(scorer=scorer_of(router), select=TopK(top_k), weighting="one", target="mass")
     return Recipe(
         name="moefication",
         title="The neurons of every FFN in groups, a fifth of them run",
@@ -62,6 +75,13 @@ def moefication(
         edits=(Edit(site="ffn", paths=paths, place="replace", experts=experts, router=routing),),
         stages=(*((relufication(),) if relu else ()), router_stage(router)),
     )
+
+
+def scorer_of(router: str) -> MLP | Similarity | Oracle:
+    known = {"mlp": MLP(), "similarity": Similarity(), "oracle": Oracle()}
+    if router not in known:
+        raise RecipeError(f"router is {router!r}; it must be {' or '.join(known)}.")
+    return known[router]
 
 
 def relufication() -> Stage:
@@ -79,8 +99,16 @@ def relufication() -> Stage:
     )
 
 
-def router_stage(router: str) -> Stage:
+def router_stage(router: str) -> Fit:
     """MoEfication's regression: Adam, 0.01, 30 epochs of batches of 512 tokens, 10 % held out."""
     loss = "bce" if router == "mlp" else "none"
-    fit = FitSpec(loss=loss, epochs=30, batch_tokens=512, learning_rate=0.01, holdout=0.1)
-    return Stage(name="router", trains=("router",), fit=fit, batch_size=32, max_length=128)
+    return Fit(
+        name="router",
+        loss=loss,
+        epochs=30,
+        batch_tokens=512,
+        learning_rate=0.01,
+        holdout=0.1,
+        batch_size=32,
+        max_length=128,
+    )

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sparsecraft.recipe import Edit, LoRASpec, Recipe, RouterSpec, check_variant
-from sparsecraft.recipes.mov import PAPER, VARIANTS, cohere_stage, tuned_stage
+from sparsecraft.recipe import Edit, Linear, LoRASpec, Normal, Recipe, RouterSpec, check_variant
+from sparsecraft.recipes.mov import PAPER, VARIANTS, cohere_stage, decided, selected, tuned_stage
 
 # The released code leaves out the linear half of a gated feed-forward network.
 RELEASED_SITES = ("query", "key", "value", "output", "gate", "down")
@@ -47,11 +47,9 @@ def molora(
     check_variant(variant, VARIANTS)
     released = variant == "released"
     route = RouterSpec(
-        select="soft" if top_k is None else "top_k",
-        top_k=top_k,
-        renormalize=not released if renormalize is None else renormalize,
-        decides=router,
-        init="normal",
+        scorer=Linear(start=Normal()),
+        select=selected(top_k, released, renormalize),
+        decides=decided(router),
     )
     experts = LoRASpec(
         num_experts=num_experts, rank=rank, alpha=alpha, dropout=dropout, init="normal"

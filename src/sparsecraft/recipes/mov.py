@@ -10,7 +10,22 @@ from __future__ import annotations
 from typing import Literal
 
 from sparsecraft.errors import RecipeError
-from sparsecraft.recipe import Edit, Recipe, RouterSpec, Stage, VectorSpec, check_variant
+from sparsecraft.recipe import (
+    Edit,
+    Head,
+    Linear,
+    Normal,
+    Recipe,
+    RouterSpec,
+    Sentence,
+    Sequence,
+    Soft,
+    Stage,
+    Token,
+    TopK,
+    VectorSpec,
+    check_variant,
+)
 
 VARIANTS = ("paper", "released", "tuned")
 
@@ -49,14 +64,12 @@ def mov(
     if released and router != "token":
         raise RecipeError(f"The released code has no router by {router}; use variant='paper'.")
     route = {
-        "select": "soft" if top_k is None else "top_k",
-        "top_k": top_k,
-        "renormalize": not released if renormalize is None else renormalize,
+        "scorer": Linear(start=Normal()),
+        "select": selected(top_k, released, renormalize),
         "reads": "output" if released else "input",
-        "init": "normal",
     }
-    spec = RouterSpec(**route, decides=router)
-    attention = RouterSpec(**route, decides="head") if released else spec
+    spec = RouterSpec(**route, decides=decided(router))
+    attention = RouterSpec(**route, decides=Head()) if released else spec
     intermediate = "activation" if released else "intermediate"
     vectors = VectorSpec(num_experts=num_experts, init_std=noise)
     return Recipe(
@@ -71,6 +84,20 @@ def mov(
         ),
         stages=(tuned_stage(5e-3, 4e-3) if variant == "tuned" else cohere_stage(),),
     )
+
+
+def selected(top_k: int | None, released: bool, renormalize: bool | None) -> Soft | TopK:
+    """All experts softly, or the k best, whose weights the released code does not scale."""
+    if top_k is None:
+        return Soft()
+    return TopK(top_k, renormalize=not released if renormalize is None else renormalize)
+
+
+def decided(router: str) -> Token | Sequence | Sentence:
+    known = {"token": Token(), "sequence": Sequence(), "sentence": Sentence()}
+    if router not in known:
+        raise RecipeError(f"router is {router!r}; it must be {' or '.join(known)}.")
+    return known[router]
 
 
 def cohere_stage(trains: tuple[str, ...] = ("experts", "router")) -> Stage:

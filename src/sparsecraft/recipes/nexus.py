@@ -9,7 +9,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sparsecraft.recipe import Edit, FFNSpec, Recipe, RouterSpec, Stage, check_variant
+from sparsecraft.recipe import (
+    Domain,
+    Edit,
+    FFNSpec,
+    Linear,
+    Normal,
+    Recipe,
+    RouterSpec,
+    Stage,
+    TopK,
+    check_variant,
+)
 
 VARIANTS = ("paper", "linear")
 
@@ -39,15 +50,12 @@ def nexus(
         paths: glob over the paths of the feed-forward networks.
     """
     check_variant(variant, VARIANTS)
-    by_domain = {"scorer": "domain", "encoder": encoder, "sentence_dim": embedding_dim}
-    router = RouterSpec(
-        top_k=1,
-        # A softmax over the one kept would be one, and the router would not learn.
-        renormalize=False,
-        init="normal",
-        init_std=router_std,
-        **(by_domain if variant == "paper" else {}),
-    )
+    if variant == "paper":
+        scorer = Domain(encoder=encoder, dim=embedding_dim, std=router_std)
+    else:
+        scorer = Linear(start=Normal(router_std))
+    # A softmax over the one kept would be one, and the router would not learn.
+    router = RouterSpec(scorer=scorer, select=TopK(1, renormalize=False))
     return Recipe(
         name="nexus",
         title="Experts of several domains beside the dense FFN, routed by domain embeddings",

@@ -9,7 +9,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sparsecraft.recipe import Edit, LoRASpec, Recipe, RouterSpec, Stage
+from sparsecraft.errors import RecipeError
+from sparsecraft.recipe import (
+    Edit,
+    Linear,
+    LoRASpec,
+    Normal,
+    Recipe,
+    RouterSpec,
+    Slots,
+    Soft,
+    Stage,
+)
 
 
 def smola(
@@ -43,7 +54,7 @@ def smola(
         dropout=dropout,
         init="normal",
     )
-    router = RouterSpec(select={"token": "soft"}.get(mixing, mixing), top_k=None, init="normal")
+    router = RouterSpec(scorer=Linear(start=Normal()), select=_select(mixing))
     return Recipe(
         name="smola",
         title="Soft mixture of low-rank experts, by modality if wanted",
@@ -70,3 +81,9 @@ def smola(
             ),
         ),
     )
+
+
+def _select(mixing: str) -> Soft | Slots:
+    if mixing not in ("token", "slots"):
+        raise RecipeError(f"mixing is {mixing!r}; it must be 'token' or 'slots'.")
+    return Soft() if mixing == "token" else Slots()

@@ -7,7 +7,7 @@ Command: sparsecraft convert upcycling --model smollm2 --out runs/upcycled --num
 
 from __future__ import annotations
 
-from sparsecraft.recipe import Edit, FFNSpec, Recipe, RouterSpec, Stage
+from sparsecraft.recipe import Edit, FFNSpec, Linear, Normal, Recipe, RouterSpec, Stage, TopK
 
 
 def upcycling(
@@ -54,7 +54,8 @@ def upcycling(
                     noise_share=noise_share,
                 ),
                 router=RouterSpec(
-                    top_k=top_k, renormalize=renormalize, init="normal", init_std=router_std
+                    scorer=Linear(start=Normal(router_std)),
+                    select=TopK(top_k, renormalize=renormalize),
                 ),
             ),
         ),

@@ -10,7 +10,18 @@ from __future__ import annotations
 from typing import Literal
 
 from sparsecraft.errors import RecipeError
-from sparsecraft.recipe import BucketSpec, Edit, ExpansionSpec, FFNSpec, Recipe, RouterSpec, Stage
+from sparsecraft.recipe import (
+    Deal,
+    Edit,
+    ExpansionSpec,
+    FFNSpec,
+    Linear,
+    Normal,
+    Recipe,
+    RouterSpec,
+    Stage,
+    TopK,
+)
 
 
 def upit(
@@ -62,7 +73,7 @@ def upit(
                 paths=paths,
                 place="replace",
                 experts=FFNSpec(num_experts=num_experts),
-                router=RouterSpec(top_k=top_k, init="normal", init_std=router_std),
+                router=RouterSpec(scorer=Linear(start=Normal(router_std)), select=TopK(top_k)),
             ),
         ),
         stages=(
@@ -78,7 +89,7 @@ def _router_stage(sample: float, alpha: float, rates: dict) -> Stage:
         raise RecipeError(f"alpha is {alpha}; it must lie in (0, 1].")
     return Stage(
         name="router",
-        buckets=BucketSpec(sample=sample),
+        deal=Deal(sample=sample),
         losses={"own_expert": (1 - alpha) / alpha} if alpha < 1 else {},
         epochs=4.0,
         **rates,

@@ -7,7 +7,7 @@ Command: sparsecraft convert virtual_groups --model smollm2 --out runs/groups --
 from __future__ import annotations
 
 from sparsecraft.errors import RecipeError
-from sparsecraft.recipe import Edit, FFNSpec, Recipe, RouterSpec, Stage
+from sparsecraft.recipe import Edit, FFNSpec, Linear, Normal, Recipe, RouterSpec, Stage, TopK
 
 SCALINGS = ("exact", "paper", "none")
 
@@ -44,14 +44,17 @@ def virtual_groups(
     # At the start, T / G copies of every shard share weights that sum to one, or to T / (E G).
     scale = float(G if sums_to_one else E * G * G / T)
     experts = FFNSpec(num_experts=E * G, granularity=G, scaling=scaling, scale=scale)
-    router = {"top_k": T, "renormalize": renormalize, "init_std": router_std, "init_repeat": G}
+    router = RouterSpec(
+        scorer=Linear(start=Normal(router_std), repeat=G),
+        select=TopK(T, renormalize=renormalize),
+    )
     return Recipe(
         name="virtual_groups",
         title="Shards of every FFN, several copies of each",
         paper="He et al., 2024 (Upcycling LLMs into MoE)",
         variant=scaling,
         exact_at_start=sums_to_one and (scaling == "exact" or G == 1),
-        edits=(Edit(paths=paths, experts=experts, router=RouterSpec(init="normal", **router)),),
+        edits=(Edit(paths=paths, experts=experts, router=router),),
         stages=(
             Stage(
                 trains=("all",),

@@ -15,7 +15,7 @@ from sparsecraft.data.encoding import prompt_ids
 from sparsecraft.data.sentences import for_routers, prompt_text
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import DataError, SparsecraftError
-from sparsecraft.moe.context import context, sentence_router
+from sparsecraft.moe.context import context, sentences_of
 
 
 def load_generator(name: str) -> tuple[nn.Module, Any]:
@@ -106,9 +106,9 @@ def _room(model: nn.Module, prompt: int) -> float:
 
 def given(model: nn.Module, messages: list[dict[str, str]]) -> AbstractContextManager:
     """A context that holds the embedding of a chat's prompt, where the model's routers read one."""
-    spec = sentence_router(model)
-    if spec is None:
+    sentences = sentences_of(model)
+    if sentences is None:
         return nullcontext()
     text = prompt_text({"messages": messages})
-    found = for_routers([text], spec.encoder, spec.sentence_dim)
+    found = for_routers([text], sentences.encoder, sentences.dim)
     return context(model, sentence_embeddings=found)

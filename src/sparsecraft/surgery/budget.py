@@ -99,9 +99,9 @@ def _setting(
 ) -> tuple[int | None, float | None]:
     """The k or the threshold of one router for a share."""
     spec = gate.spec
-    if spec.select == "top_k":
+    if spec.k is not None:
         if share is None:
-            return spec.top_k, None
+            return spec.k, None
         wanted = math.ceil(share * gate.num_experts - 1e-9) - spec.shared
         if wanted < 1:
             least = (spec.shared + 1) / gate.num_experts
@@ -200,7 +200,7 @@ def imitate(model: nn.Module) -> None:
 
 def unmade(recipe: Recipe, running: Running) -> list[str]:
     """The stages that make routers, or networks that imitate Linears, and have yet to run."""
-    makers = [stage.name for stage in recipe.stages if stage.fit or stage.runs == "soft"]
+    makers = [stage.name for stage in recipe.stages if stage.makes_routers]
     return [name for name in makers if name not in running.stages]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -60,18 +58,18 @@ def build_parts(
         router = edit.router and Gate(edit.router, experts)
     elif edit.router is not None:
         width, count, spec = router_width(model, item), edit.experts.num_experts, edit.router
-        if spec.soft_first and number == 0:
-            spec = replace(spec, select="soft", top_k=None)
-        router = build_router(spec, width, count, device=device, dtype=dtype)
+        read = {"outputs": experts.out_features} if spec.reads == "experts" else {}
+        spec = spec.in_layer(number)
+        router = build_router(spec, width, count, **read, device=device, dtype=dtype)
     return experts, router
 
 
 def router_width(model: nn.Module, item: PlannedEdit) -> int:
     """Features of what the router scores."""
     router, donor = item.edit.router, item.donor
-    if router.decides == "sentence":
-        return router.sentence_dim
-    if router.decides == "head":
+    if router.sentences:
+        return router.sentences.dim
+    if router.by_head:
         if not item.site.head_dim:
             raise SurgeryError(
                 f"The attention at {item.site.owner!r} does not say how wide its heads are; use "

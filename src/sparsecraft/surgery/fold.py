@@ -90,7 +90,7 @@ def why_no_fold(item: PlannedEdit, bank: Experts, single: bool) -> str | None:
     if not reference_tensor(item.donor).is_floating_point():
         return (
             "its dense weights are quantized and cannot take the update; load the checkpoint with "
-            "override={'base_quantization': None}"
+            "override={'backbone': None}"
         )
     return None
 

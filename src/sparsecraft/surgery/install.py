@@ -50,11 +50,11 @@ def apply(
 
 def check_quantization(model: nn.Module, recipe: Recipe) -> None:
     found = "nf4" if getattr(model, "is_loaded_in_4bit", False) else None
-    if recipe.base_quantization != found:
+    if recipe.quantization != found:
         raise RecipeError(
-            f"Recipe {recipe.name!r} asks for base_quantization={recipe.base_quantization!r} and "
+            f"Recipe {recipe.name!r} asks for backbone={recipe.quantization!r} and "
             f"the model was loaded with {found!r}; load it with "
-            f"sparsecraft.hub.load_dense(name, quantize={recipe.base_quantization!r})."
+            f"sparsecraft.hub.load_dense(name, quantize={recipe.quantization!r})."
         )
 
 

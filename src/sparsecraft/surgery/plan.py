@@ -88,7 +88,7 @@ def _check_nesting(outer: PlannedEdit, inner: PlannedEdit) -> None:
 def _check_causality(model: nn.Module, item: PlannedEdit) -> None:
     """Refuse a router that would show a token of a decoder what comes after it."""
     router = item.edit.router
-    if router and router.decides == "sequence" and is_causal(model, item.site.path):
+    if router and router.by_sequence and not router.sentences and is_causal(model, item.site.path):
         raise SurgeryError(
             f"A router that decides for the sequence reads the mean of its tokens, and at "
             f"{item.site.path!r} of {type(model).__name__} that would show a token what comes "

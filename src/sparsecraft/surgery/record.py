@@ -31,6 +31,7 @@ class Conversion:
         origin: the folder, hub id or alias that the dense model came from, if any.
         base_card: name and license of the base, for the checkpoint's README.
         folder: the checkpoint that the model was loaded from, if it was.
+        written: the recipe's JSON in that folder, of whatever format.
         report: what `convert` and `train` measured, as written to report.json.
         hooks: handles of what tells the layers about each batch.
         running: what of its split networks the model runs.
@@ -46,6 +47,7 @@ class Conversion:
     origin: str | None = None
     revision: str | None = None
     folder: Path | None = None
+    written: dict[str, Any] | None = None
     base_card: tuple[str, str | None] | None = None
     report: dict[str, Any] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)

@@ -24,8 +24,8 @@ from sparsecraft.evaluation.certificate import evaluation_mode
 from sparsecraft.evaluation.logprobs import BATCH_TOKENS
 from sparsecraft.moe.context import Batch, attach
 from sparsecraft.moe.layer import MoELayer
-from sparsecraft.moe.routers.router import Router
-from sparsecraft.recipe.stages import BucketSpec, Stage
+from sparsecraft.recipe.stages import Deal, Fit, Stage
+from sparsecraft.recipe.words import router_words
 from sparsecraft.surgery.record import conversion_of
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ log = logging.getLogger("sparsecraft")
 RECORD = "buckets.json"
 
 
-def check_deal(model: nn.Module, stages: Sequence[Stage], task: str) -> None:
+def check_deal(model: nn.Module, stages: Sequence[Stage | Fit], task: str) -> None:
     """Refuse what cannot be dealt out, before any stage has cost anything.
 
     Raises:
@@ -46,7 +46,7 @@ def check_deal(model: nn.Module, stages: Sequence[Stage], task: str) -> None:
             expert.
     """
     for stage in stages:
-        if stage.buckets is None:
+        if not stage.deals:
             continue
         if task != "causal":
             raise SparsecraftError(
@@ -65,13 +65,11 @@ def count_experts(model: nn.Module) -> int:
     """
     counts = {}
     for layer in routed(model):
-        spec = layer.router.spec
-        if type(layer.router) is not Router or spec.decides != "token" or spec.select == "slots":
+        if not layer.router.spec.can_be_directed:
             raise SparsecraftError(
                 f"Rows cannot be dealt out to the {type(layer.experts).__name__} of this "
                 f"{type(model).__name__}: a router by token that chooses among whole experts can "
-                f"be told which to take, and this one has decides={spec.decides!r}, "
-                f"select={spec.select!r} and weighting={spec.weighting!r}."
+                f"be told which to take, and this one is: {router_words(layer.router.spec)}."
             )
         counts[layer.experts.num_experts] = True
     if len(counts) != 1:
@@ -104,7 +102,7 @@ def told(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def sampled(rows: datasets.Dataset, spec: BucketSpec) -> datasets.Dataset:
+def sampled(rows: datasets.Dataset, spec: Deal) -> datasets.Dataset:
     """The rows to deal out: the first ones, since `data.prepare` shuffles by the run's seed."""
     wanted = min(max(math.ceil(spec.sample * len(rows)), spec.at_least), spec.at_most)
     return rows.select(range(min(wanted, len(rows))))

@@ -20,7 +20,7 @@ from sparsecraft.errors import SparsecraftError, did_you_mean
 from sparsecraft.moe import cost
 from sparsecraft.moe.names import dense_name
 from sparsecraft.recipe.recipe import Recipe
-from sparsecraft.recipe.stages import Stage
+from sparsecraft.recipe.stages import Fit, Stage
 from sparsecraft.training.arguments import on_cpu
 from sparsecraft.training.options import TrainOptions
 
@@ -68,7 +68,7 @@ def read(options: dict[str, Any]) -> TrainOptions:
     return asked
 
 
-def fill(model: nn.Module, stage: Stage, asked: TrainOptions) -> TrainOptions:
+def fill(model: nn.Module, stage: Stage | Fit, asked: TrainOptions) -> TrainOptions:
     """The user's values, and the recipe's for what was left open."""
     longest = positions_of(model)
     length = CPU_MAX_LENGTH if on_cpu() else stage.max_length
@@ -76,8 +76,8 @@ def fill(model: nn.Module, stage: Stage, asked: TrainOptions) -> TrainOptions:
         "batch_size": CPU_BATCH_SIZE if on_cpu() else stage.batch_size,
         "max_length": min(length, longest) if longest else length,
         "learning_rate": stage.learning_rate,
-        "schedule": stage.schedule,
-        "epochs": 1.0 if stage.epochs is None else stage.epochs,
+        "schedule": "constant" if isinstance(stage, Fit) else stage.schedule,
+        "epochs": 1.0 if stage.epochs is None else float(stage.epochs),
     }
     if on_cpu() and (asked.batch_size is None or asked.max_length is None):
         log.info(
@@ -87,7 +87,7 @@ def fill(model: nn.Module, stage: Stage, asked: TrainOptions) -> TrainOptions:
     filled = {key: value for key, value in defaults.items() if getattr(asked, key) is None}
     settings = dataclasses.replace(asked, **filled)
     router = settings.router_learning_rate
-    if router is None and asked.learning_rate is None:
+    if router is None and asked.learning_rate is None and isinstance(stage, Stage):
         router = stage.router_learning_rate
     fits = max(1, MICRO_BATCH_TOKENS // settings.max_length)
     if longest and settings.max_length > longest:
@@ -113,7 +113,7 @@ def task_of(model: nn.Module) -> str:
     )
 
 
-def stages_of(recipe: Recipe, asked: tuple[str, ...]) -> list[tuple[int, Stage]]:
+def stages_of(recipe: Recipe, asked: tuple[str, ...]) -> list[tuple[int, Stage | Fit]]:
     """The stages to run, with their numbers; all of them unless some are named.
 
     Raises:
@@ -128,17 +128,17 @@ def stages_of(recipe: Recipe, asked: tuple[str, ...]) -> list[tuple[int, Stage]]
     return [(n, s) for n, s in enumerate(recipe.stages) if not asked or s.name in asked]
 
 
-def fit_tokens(stage: Stage, settings: TrainOptions) -> int:
+def fit_tokens(stage: Fit, settings: TrainOptions) -> int:
     """Inputs of each network that a stage captures."""
     if settings.fit_tokens is not None:
         return settings.fit_tokens
-    if on_cpu() and stage.fit.tokens > CPU_FIT_TOKENS:
+    if on_cpu() and stage.tokens > CPU_FIT_TOKENS:
         log.info(
             f"On a CPU, unless told: routers are fitted to {CPU_FIT_TOKENS} tokens; the recipe "
-            f"says {stage.fit.tokens} (--fit-tokens)."
+            f"says {stage.tokens} (--fit-tokens)."
         )
         return CPU_FIT_TOKENS
-    return stage.fit.tokens
+    return stage.tokens
 
 
 def needs(model: nn.Module, settings: TrainOptions, out: Path) -> str:

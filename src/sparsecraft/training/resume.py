@@ -15,7 +15,7 @@ from torch import nn
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json, write_json
 from sparsecraft.dense.digests import combine
 from sparsecraft.errors import SparsecraftError
-from sparsecraft.recipe.formats import to_json
+from sparsecraft.recipe.formats import from_json, to_json, upgraded
 from sparsecraft.surgery.record import conversion_of
 from sparsecraft.training.options import TrainOptions
 
@@ -92,7 +92,7 @@ def describe(
     kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
     record = conversion_of(model)
     return {
-        "recipe": json_digest(to_json(record.recipe)),
+        "recipe": json.loads(json.dumps(to_json(record.recipe))),
         **json.loads(json.dumps(kept)),
         "data": _rows_digest(rows),
         "dense model": combine({name: hash for name, (_, hash) in record.digests.items()}),
@@ -102,6 +102,15 @@ def describe(
             for entry in record.report.get("extensions", [])
         ],
     }
+
+
+def read_as(model: nn.Module) -> str | None:
+    """The digest that format 1 kept of a model's recipe, in the format in which it was read; None
+    if the model was not loaded, or has another recipe now."""
+    record = conversion_of(model)
+    if record.written is None or from_json(record.written) != record.recipe:
+        return None
+    return json_digest(record.written)
 
 
 def _rows_digest(rows: Dataset) -> str:
@@ -117,8 +126,14 @@ def _rows_digest(rows: Dataset) -> str:
     return f"xxh3_128:{state.hexdigest()}"
 
 
-def check_same_run(folder: Path, run: dict[str, Any], resume: bool) -> None:
+def check_same_run(
+    folder: Path, run: dict[str, Any], resume: bool, read_as: str | None = None
+) -> None:
     """Compare with the interrupted run, or write down this one.
+
+    Args:
+        run: what `describe` gives.
+        read_as: the digest of this run's recipe as it was read, of whatever format.
 
     Raises:
         SparsecraftError: the continuation would not be of the same run; the field is named.
@@ -128,7 +143,7 @@ def check_same_run(folder: Path, run: dict[str, Any], resume: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, run)
         return
-    before = read_json(path)
+    before = _in_this_format(read_json(path), run, read_as)
     for key, value in run.items():
         if before.get(key) != value:
             shown = "" if key in ("recipe", "data", "dense model") else f": {before.get(key)!r}"
@@ -136,3 +151,14 @@ def check_same_run(folder: Path, run: dict[str, Any], resume: bool) -> None:
                 f"The interrupted run in {folder} had another {key}{shown}; resume with the same "
                 "arguments, or delete the folder and start anew."
             )
+
+
+def _in_this_format(
+    before: dict[str, Any], run: dict[str, Any], read_as: str | None
+) -> dict[str, Any]:
+    """The record of an interrupted run, its recipe as it is written now."""
+    recipe = before.get("recipe")
+    if isinstance(recipe, dict):
+        return before | {"recipe": json.loads(json.dumps(upgraded(recipe)))}
+    # Format 1 kept a digest of the recipe's own JSON, from which nothing can be upgraded.
+    return before | {"recipe": run["recipe"]} if recipe and recipe == read_as else before

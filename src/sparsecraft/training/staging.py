@@ -9,7 +9,7 @@ from torch import nn
 
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.moe.experts.split import is_relu
-from sparsecraft.recipe.stages import Stage
+from sparsecraft.recipe.stages import Fit, Stage
 from sparsecraft.surgery.budget import (
     imitate,
     is_untrained,
@@ -22,7 +22,7 @@ from sparsecraft.surgery.budget import (
 )
 
 
-def begin_stage(model: nn.Module, stage: Stage) -> None:
+def begin_stage(model: nn.Module, stage: Stage | Fit) -> None:
     """Let split networks run as a stage of training needs them.
 
     Raises:
@@ -30,11 +30,11 @@ def begin_stage(model: nn.Module, stage: Stage) -> None:
     """
     if not split_layers(model):
         return
-    if stage.activation == "relu":
-        rectify(model)
-    if stage.fit is not None:
+    if isinstance(stage, Fit):
         _check_rectified(model, stage)
         return  # it looks at the whole networks itself
+    if stage.activation == "relu":
+        rectify(model)
     if stage.runs == "sparse":
         if untrained(model):
             missing = " ".join(unmade(model.sparsecraft.recipe, model.sparsecraft.running))
@@ -46,15 +46,15 @@ def begin_stage(model: nn.Module, stage: Stage) -> None:
     run(model, stage.runs)
 
 
-def _check_rectified(model: nn.Module, stage: Stage) -> None:
+def _check_rectified(model: nn.Module, stage: Fit) -> None:
     """Refuse to fit routers to a network that an earlier stage is to give ReLU, and has not."""
     record = model.sparsecraft
     names = [other.name for other in record.recipe.stages]
     earlier = record.recipe.stages[: names.index(stage.name)]
-    missing = [other.name for other in earlier if other.activation == "relu"]
+    missing = [s.name for s in earlier if isinstance(s, Stage) and s.activation == "relu"]
     layers = split_layers(model).values()
     banks = [layer.experts for layer in layers if not layer.is_imitation]
-    if missing and stage.fit.what == "routers" and not all(is_relu(b.activation) for b in banks):
+    if missing and stage.what == "routers" and not all(is_relu(b.activation) for b in banks):
         raise SparsecraftError(
             f"Stage {stage.name!r} fits routers for networks with ReLU, and stage {missing[0]!r}, "
             f"which puts it in, has not run; run both (--stages {missing[0]} {stage.name}), or "
@@ -62,12 +62,12 @@ def _check_rectified(model: nn.Module, stage: Stage) -> None:
         )
 
 
-def end_stage(model: nn.Module, stage: Stage) -> None:
+def end_stage(model: nn.Module, stage: Stage | Fit) -> None:
     """Note that a stage is through; once routers are made, the recipe's rule is in force."""
     if not split_layers(model):
         return
     record = model.sparsecraft
-    if stage.fit is not None and stage.fit.what == "imitations":
+    if isinstance(stage, Fit) and stage.what == "imitations":
         imitate(model)
     names = [other.name for other in record.recipe.stages]
     # What came after it was made from what it has changed.
@@ -78,7 +78,7 @@ def end_stage(model: nn.Module, stage: Stage) -> None:
 
 
 @contextmanager
-def staged(model: nn.Module, stage: Stage) -> Iterator[None]:
+def staged(model: nn.Module, stage: Stage | Fit) -> Iterator[None]:
     """One stage of training; if it fails, the model runs as it did before."""
     gates = [layer.router for layer in split_layers(model).values()]
     before = [(gate, gate.runs, gate.k, gate.share, gate.threshold) for gate in gates]

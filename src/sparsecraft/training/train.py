@@ -37,7 +37,7 @@ from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.split_report import summary
 from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.init.graph import check_metis
-from sparsecraft.recipe.stages import Stage
+from sparsecraft.recipe.stages import Fit, Stage
 from sparsecraft.surgery.record import Conversion, conversion_of
 from sparsecraft.surgery.trainable import set_trainable
 from sparsecraft.training.arguments import processes, training_arguments
@@ -46,7 +46,7 @@ from sparsecraft.training.defaults import fill, fit_tokens, needs, read, stages_
 from sparsecraft.training.fit.fit import fit
 from sparsecraft.training.options import TrainOptions
 from sparsecraft.training.progress import ProgressBar
-from sparsecraft.training.resume import check_folder, check_same_run, describe, last_state
+from sparsecraft.training.resume import check_folder, check_same_run, describe, last_state, read_as
 from sparsecraft.training.staging import staged
 from sparsecraft.training.trainers import (
     TOKEN_MASK,
@@ -137,9 +137,9 @@ def train(
     for number, stage in stages:
         folder = states / f"{number}-{stage.name}"
         settings = fill(model, stage, asked)
-        dataset, counts = _dataset(model, data, reads, settings, prompts, bool(stage.buckets))
+        dataset, counts = _dataset(model, data, reads, settings, prompts, stage.deals)
         with staged(model, stage):
-            if stage.fit is not None:
+            if isinstance(stage, Fit):
                 report = _fit(model, stage, settings, dataset, reads, counts, out)
             else:
                 trainer, report = _descend(
@@ -154,11 +154,11 @@ def train(
     return report
 
 
-def _check_stages(model: nn.Module, stages: list[Stage]) -> None:
+def _check_stages(model: nn.Module, stages: list[Stage | Fit]) -> None:
     """Refuse what a stage cannot do, before those in front of it have cost anything."""
     for stage in stages if processes() > 1 else ():
-        if stage.fit or stage.buckets:
-            does = "fits routers" if stage.fit else "deals rows out"
+        if isinstance(stage, Fit) or stage.deal:
+            does = "fits routers" if isinstance(stage, Fit) else "deals rows out"
             raise SparsecraftError(
                 f"Stage {stage.name!r} {does} in one process and was started in {processes()}; "
                 "train the other stages with torchrun (--stages NAME), and this one without."
@@ -166,7 +166,7 @@ def _check_stages(model: nn.Module, stages: list[Stage]) -> None:
     check_deal(model, stages, task_of(model))
     edits = conversion_of(model).recipe.edits
     splits = [e.experts for e in edits if e.experts.parts]
-    fits = any(stage.fit for stage in stages)
+    fits = any(isinstance(stage, Fit) for stage in stages)
     if fits and any(spec.partition.startswith("coactivation") for spec in splits):
         check_metis()
 
@@ -186,16 +186,17 @@ def _descend(
     """A stage that trains by gradient; its trainer too, which knows the other processes."""
     _prepare_parameters(model, stage)
     log.info(needs(model, settings, out))
-    dataset = sampled(dataset, stage.buckets) if stage.buckets else dataset
-    check_same_run(folder, describe(model, settings, dataset, processes()), resume)
+    dataset = sampled(dataset, stage.deal) if stage.deal else dataset
+    run = describe(model, settings, dataset, processes())
+    check_same_run(folder, run, resume, read_as(model))
     found: dict[str, Any] = {}
-    if stage.buckets:
+    if stage.deal:
         pad_id = pad_id_of(tokenizer)
         dataset, found["buckets"] = deal(model, dataset, folder, pad_id=pad_id, resume=resume)
         counts = counts | {"dealt": len(dataset)} | count_tokens(dataset)
         if settings.packing:
             dataset = pack(dataset, settings.max_length, settings.seed)
-    forced = told(model) if stage.buckets else nullcontext()
+    forced = told(model) if stage.deal else nullcontext()
     with _untouched(model), adapters_known(model), forced:
         trainer = _trainer(model, stage, settings, dataset, tokenizer, folder, prompts)
         report = _run(trainer, counts, out, resume)
@@ -205,7 +206,7 @@ def _descend(
 
 def _fit(
     model: nn.Module,
-    stage: Stage,
+    stage: Fit,
     settings: TrainOptions,
     dataset: Any,
     tokenizer: Any,
@@ -213,7 +214,7 @@ def _fit(
     out: Path,
 ) -> TrainReport:
     """A stage that fits the routers of split networks to what the networks read."""
-    spec = dataclasses.replace(stage.fit, tokens=fit_tokens(stage, settings))
+    spec = dataclasses.replace(stage, tokens=fit_tokens(stage, settings))
     rows = settings.micro_batch
     batches = (
         collate(
@@ -257,7 +258,11 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 
 def _note(
-    record: Conversion, stage: Stage, settings: TrainOptions, report: TrainReport, **found: Any
+    record: Conversion,
+    stage: Stage | Fit,
+    settings: TrainOptions,
+    report: TrainReport,
+    **found: Any,
 ) -> None:
     """Put what a stage did into the report that the checkpoint keeps."""
     entry = {

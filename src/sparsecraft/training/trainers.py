@@ -25,7 +25,6 @@ from sparsecraft.errors import SparsecraftError
 from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.losses import auxiliary_loss
 from sparsecraft.moe.names import unique_tensors
-from sparsecraft.moe.routers.selectors import Sample
 from sparsecraft.moe.routing import Routing, spread
 from sparsecraft.moe.tracing import trace
 from sparsecraft.recipe.stages import Stage
@@ -96,8 +95,8 @@ class RoutedTrainerMixin:
     def _tell_step(self, model: torch.nn.Module) -> None:
         """Let the routers that sample cool down, also where a run is resumed."""
         for layer in conversion_of(model).layers:
-            if isinstance(getattr(layer.router, "select", None), Sample):
-                layer.router.select.step = self.state.global_step
+            if layer.router is not None:
+                layer.router.at_step(self.state.global_step)
 
     def _loss_factor(self) -> float:
         """Of the auxiliary losses at this step, as the stage's schedule has it."""

@@ -295,9 +295,9 @@ def test_what_does_not_fit_is_refused_and_the_model_stays_dense(tmp_path, encode
     refused("2 domains are given for 3 experts", TEXTS[:2])
     refused("2 domains are given for 3 experts", TEXTS[:2], hidden)
     refused("no router of recipe 'upcycling' reads them", TEXTS, sc.recipes.upcycling())
-    refused("init='hidden' .* give domains=", (), hidden)
-    refused("init='hidden' .* give domains=", torch.randn(3, 384), hidden)
-    refused("init='kmeans' .* data=", (), kmeans)
+    refused("start='hidden' .* give domains=", (), hidden)
+    refused("start='hidden' .* give domains=", torch.randn(3, 384), hidden)
+    refused("start='kmeans' .* data=", (), kmeans)
     refused(
         r"are \(3, 8\) and the router takes \(3, 16\)", torch.randn(3, 8), None, SparsecraftError
     )
@@ -378,7 +378,7 @@ def test_prompts_that_cannot_be_meant_are_refused_before_the_model_is_loaded(
 
     for option, given in (("--prompts", ["a|b", "c"]), ("--domains", data)):
         for recipe in ("btx", "upcycling", "molora"):
-            refused("--set router.init=hidden", recipe, option, *given)
+            refused("--set router.start=hidden", recipe, option, *given)
         refused("is not for --stream", "btx", option, *given, "--stream")
     refused("both say what the routers start", "nexus", "--domains", *data, "--prompts", "a", "b")
     refused(
@@ -388,7 +388,7 @@ def test_prompts_that_cannot_be_meant_are_refused_before_the_model_is_loaded(
     refused(
         "2 domains are given for 3 experts", "nexus", "--num-experts", "3", "--prompts", "a", "b"
     )
-    refused("(--domains, --prompts)", "btx", "--set", "router.init=hidden")
+    refused("--domains or --prompts", "btx", "--set", "router.init=hidden")
 
 
 def test_loras_start_their_routers_from_prompts(tmp_path, capsys):

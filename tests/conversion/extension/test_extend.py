@@ -20,6 +20,8 @@ from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import dense_tensors
 from sparsecraft.moe.routers.build import build_router
 from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.scorers import Linear, Normal
+from sparsecraft.recipe.selections import TopK
 from tests import tiny
 from tests.cases import EMBEDDING, FAMILIES, VOCAB, batch, dense, layers, logits, moved
 
@@ -185,7 +187,9 @@ def test_an_expert_from_the_start_leaves_and_the_others_are_what_they_were():
 @pytest.mark.parametrize("width", [32, 33, 576])
 def test_rows_come_and_go_and_the_other_logits_keep_their_bits(experts, tokens, width):
     torch.manual_seed(0)
-    scorer = build_router(RouterSpec(init="normal", top_k=1), width, experts).scorer
+    scorer = build_router(
+        RouterSpec(scorer=Linear(start=Normal()), select=TopK(1)), width, experts
+    ).scorer
     x_TD = torch.randn(tokens, width)
     before_TE = scorer(x_TD)
     for _ in range(2):
@@ -327,7 +331,7 @@ def test_what_cannot_be_removed_is_refused():
         sc.remove(model, 0)
     with pytest.raises(RecipeError, match="extended is 2 with num_experts=2"):
         sc.override(sc.recipes.btx(2), {"router.extended": 2})
-    with pytest.raises(RecipeError, match="extended is 1, which a domain scorer does not have"):
+    with pytest.raises(RecipeError, match=r"no field 'router\.extended'"):
         sc.override(sc.recipes.nexus(2), {"router.extended": 1})
 
 
@@ -378,7 +382,7 @@ def test_only_experts_that_came_later_can_be_left(tmp_path):
     wanted = logits(model, batch("llama"))
     sc.save(model, tmp_path / "out")
     torch.testing.assert_close(logits(sc.load(tmp_path / "out"), batch("llama")), wanted)
-    assert model.sparsecraft.recipe.edits[0].router.extended == 1
+    assert model.sparsecraft.recipe.edits[0].router.scorer.extended == 1
 
 
 def test_batches_are_read_to_a_limit():

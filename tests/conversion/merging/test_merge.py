@@ -23,6 +23,7 @@ from sparsecraft.moe.experts.base import set_dispatch
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.recipe.experts import AdapterSpec, FFNLoRASpec, LoRASpec, VectorSpec
 from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.selections import TopK
 from sparsecraft.surgery.budget import rectify, set_budget
 from tests import tiny
 from tests.cases import FAMILIES, RECIPES, SPLITS, D, E, F, R, batch, dense, logits, randomize_new
@@ -85,7 +86,7 @@ def lora(site: str, place: str = "beside", **changes) -> sc.Edit:
 def inside(experts: int) -> sc.Edit:
     return sc.Edit(
         site="ffn", place="inside", experts=FFNLoRASpec(num_experts=experts, rank=R),
-        router=RouterSpec(top_k=1),
+        router=RouterSpec(select=TopK(1)),
     )  # fmt: skip
 
 
@@ -462,7 +463,7 @@ def test_layers_that_stay_must_not_read_what_changes():
 
 
 def test_some_layers_of_an_edit_cannot_merge_and_others_stay():
-    raw = RouterSpec(renormalize=False)
+    raw = RouterSpec(select=TopK(2, renormalize=False))
     adapters = AdapterSpec(num_experts=2, dim=8)
     recipe = custom(
         sc.Edit(site="ffn", place="after", experts=adapters, router=raw), lora("attention_linear")

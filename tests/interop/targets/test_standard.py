@@ -82,7 +82,7 @@ def base(name: str):
 RECIPES = {
     "replace": {},
     "replace_raw": {"router.renormalize": False},
-    "soft": {"router.select": "soft", "router.top_k": None},
+    "soft": {"router.select": "soft"},
     "beside": {"place": "beside"},
     "nexus": {"place": "beside", "router.top_k": 1, "router.renormalize": False},
     "gated": {"place": "beside", "router.gates_base": True},

@@ -14,6 +14,8 @@ from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.experts import AttentionSpec
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.scorers import Linear, Normal
+from sparsecraft.recipe.selections import Soft
 from sparsecraft.recipe.stages import Stage
 from tests import cases
 
@@ -49,7 +51,7 @@ def apart(family: str, count: int) -> list[torch.nn.Module]:
 
 def attend(kv: str = "expert", count: int = N) -> Recipe:
     """Attention experts alone."""
-    router = RouterSpec(select="soft", top_k=None, init="normal", init_std=1.0)
+    router = RouterSpec(scorer=Linear(start=Normal(1.0)), select=Soft())
     edit = Edit(site="attention", experts=AttentionSpec(num_experts=count, kv=kv), router=router)
     return Recipe(
         name="attend", title="", paper="", exact_at_start=True, edits=(edit,), stages=(Stage(),)

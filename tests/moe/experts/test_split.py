@@ -28,7 +28,10 @@ from sparsecraft.moe.routers.gate import Gate
 from sparsecraft.moe.routers.part_scorers import targets
 from sparsecraft.moe.routing import Routing
 from sparsecraft.recipe.experts import SplitSpec
-from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.routers import GateSpec
+from sparsecraft.recipe.scorers import MLP, Analytic, LinearParts, Norm, Oracle, Similarity
+from sparsecraft.recipe.selections import Above, Relative, Share, TopK
+from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.budget import run, set_budget, split_layers
 from sparsecraft.training.staging import begin_stage, end_stage, staged
 from tests.cases import (
@@ -87,7 +90,7 @@ def net_of(family: str) -> dict:
 
 
 def gate_of(bank: SplitExperts, **spec) -> Gate:
-    return Gate(RouterSpec(**({"weighting": "one"} | spec)), bank).double().eval()
+    return Gate(GateSpec(**({"weighting": "one"} | spec)), bank).double().eval()
 
 
 def tokens(count: int = 5, seed: int = 3) -> torch.Tensor:
@@ -314,7 +317,7 @@ def test_all_experts_by_the_rule_are_the_dense_model(family, recipe):
     for layer in split_layers(model).values():
         gate = layer.router
         gate.k = gate.num_experts - gate.spec.shared
-        gate.threshold = {"threshold": -1.0, "relative": 0.0}.get(gate.spec.select, 1.0)
+        gate.threshold = {"threshold": -1.0, "relative": 0.0}.get(gate.spec.select.kind, 1.0)
     with sc.trace(model) as routing:
         found = logits(model, inputs)
     assert (found - start).abs().max() <= 1e-5
@@ -469,12 +472,11 @@ def test_a_score_that_is_no_number_is_never_preferred(select):
 
 
 @pytest.mark.parametrize("shared", [0, 1])
-@pytest.mark.parametrize("rule", ["top_k", "relative", "share", "threshold"])
+@pytest.mark.parametrize("rule", [TopK(2), Relative(0.5), Share(0.5), Above(0.5)])
 def test_a_routing_names_no_expert_where_none_runs_and_shared_ones_always(rule, shared):
     bank = bank_of("gpt2", 6)
-    spec = {"select": rule, "shared": shared, "squash": "sigmoid"}
-    spec |= {"top_k": 2} if rule == "top_k" else {"top_k": None, "threshold": 0.5}
-    gate, x_TD = gate_of(bank, **spec).requires_grad_(False), tokens(30)
+    gate = gate_of(bank, select=rule, shared=shared, squash="sigmoid").requires_grad_(False)
+    x_TD = tokens(30)
     gate.scorer.weight.data *= 20
     routing = gate(x_TD)
     assert (
@@ -493,8 +495,8 @@ def test_a_routing_names_no_expert_where_none_runs_and_shared_ones_always(rule, 
     for scores_R, row_E in zip(scores_TR, runs_TE[:, shared:], strict=True):
         theirs = (
             splitting.largest(scores_R, 2)
-            if rule == "top_k"
-            else getattr(splitting, rule)(scores_R, 0.5)
+            if rule == TopK(2)
+            else getattr(splitting, rule.kind)(scores_R, 0.5)
         )
         assert set(row_E.nonzero().flatten().tolist()) == theirs
     assert 0 < runs_TE[:, shared:].float().mean() < 1
@@ -511,7 +513,7 @@ def weights_of(gate: Gate, x_TD: torch.Tensor):
 
 
 def test_weighting_scaled_is_the_softmax_of_the_kept_times_e_over_k():
-    gate, x_TD = gate_of(bank_of("gpt2", 6), top_k=2, weighting="scaled"), tokens()
+    gate, x_TD = gate_of(bank_of("gpt2", 6), select=TopK(2), weighting="scaled"), tokens()
     routing, kept, weights_TE = weights_of(gate, x_TD)
     for t, chosen in enumerate(kept):
         assert chosen == splitting.largest(routing.logits_TE[t], 2)
@@ -522,7 +524,7 @@ def test_weighting_scaled_is_the_softmax_of_the_kept_times_e_over_k():
 
 def test_weighting_straight_through_is_one_with_the_gradient_of_the_softmax():
     x_TD, objective = tokens(), torch.randn(5, 6, dtype=torch.float64)
-    ours = gate_of(bank_of("gpt2", 6), top_k=2, weighting="straight_through")
+    ours = gate_of(bank_of("gpt2", 6), select=TopK(2), weighting="straight_through")
     routing, kept, weights_TE = weights_of(ours, x_TD)
     assert near(weights_TE, (routing.indices_TK < 6).double(), 1e-12)
     (weights_TE * objective).sum().backward()
@@ -538,14 +540,14 @@ def test_weighting_straight_through_is_one_with_the_gradient_of_the_softmax():
 
 def test_weighting_straight_through_is_exactly_one():
     gate = Gate(
-        RouterSpec(top_k=2, weighting="straight_through"), bank_of("gpt2", 6).float()
+        GateSpec(select=TopK(2), weighting="straight_through"), bank_of("gpt2", 6).float()
     ).eval()
     routing = gate(tokens(200).float())
     assert torch.equal(routing.weights_TK, (routing.indices_TK < 6).float())
 
 
 def test_weighting_score_multiplies_by_the_score():
-    gate = gate_of(bank_of("gpt2", 6), top_k=3, weighting="score", squash="sigmoid")
+    gate = gate_of(bank_of("gpt2", 6), select=TopK(3), weighting="score", squash="sigmoid")
     routing, kept, weights_TE = weights_of(gate, tokens())
     wanted = routing.logits_TE.sigmoid() * masks_of(kept, 6)
     assert torch.equal(weights_TE, wanted)
@@ -554,7 +556,7 @@ def test_weighting_score_multiplies_by_the_score():
 
 
 def test_weighting_gain_starts_at_one_and_learns_first_the_gain_then_the_router():
-    gate, x_TD = gate_of(bank_of("gpt2", 6), top_k=2, shared=2, weighting="gain"), tokens()
+    gate, x_TD = gate_of(bank_of("gpt2", 6), select=TopK(2), shared=2, weighting="gain"), tokens()
     routing, kept, weights_TE = weights_of(gate, x_TD)
     assert torch.equal(weights_TE, masks_of(kept, 6).double())
     weights_TE.square().sum().backward()
@@ -601,7 +603,7 @@ def test_lte_multiplies_by_its_scores_in_the_soft_stage_and_not_after_it():
 def test_similarity_is_the_distance_to_the_mean_direction_of_the_first_rows(family):
     """Of the gate's rows where there is one (D2DMoE)."""
     bank, net, x_TD = bank_of(family), net_of(family), tokens()
-    gate = gate_of(bank, scorer="similarity")
+    gate = gate_of(bank, scorer=Similarity())
     rows = net.get("gate", net["up"])
     center = splitting.centers(rows, bank.neurons.tolist())
     assert near(gate.scorer.centers, center, 1e-6)
@@ -616,7 +618,7 @@ def test_similarity_is_the_distance_to_the_mean_direction_of_the_first_rows(fami
 @forms
 def test_the_mlp_starts_from_the_centers_and_the_identity(family):
     bank, net, x_TD = bank_of(family), net_of(family), tokens()
-    gate = gate_of(bank, scorer="mlp")
+    gate = gate_of(bank, scorer=MLP())
     center = splitting.centers(net.get("gate", net["up"]), bank.neurons.tolist())
     assert near(gate.scorer.first, center, 1e-6)
     assert torch.equal(gate.scorer.second, torch.eye(E, dtype=torch.float64))
@@ -635,7 +637,7 @@ def test_the_mlp_starts_from_the_centers_and_the_identity(family):
 def test_the_mlp_ranks_as_similarity_where_centers_have_one_length():
     """-|x - c| and x c differ by |c|, which the paper's epoch zero does not have either."""
     bank, x_TD = bank_of("gpt2"), tokens(40)
-    similarity, mlp = gate_of(bank, scorer="similarity").scorer, gate_of(bank, scorer="mlp").scorer
+    similarity, mlp = gate_of(bank, scorer=Similarity()).scorer, gate_of(bank, scorer=MLP()).scorer
     with torch.no_grad():
         similarity.centers.copy_(nn.functional.normalize(similarity.centers, dim=-1))
         mlp.first.copy_(similarity.centers)
@@ -644,12 +646,12 @@ def test_the_mlp_ranks_as_similarity_where_centers_have_one_length():
 
 def test_norm_is_the_absolute_value_of_a_relu_network():
     bank, x_TD = bank_of("opt"), tokens()
-    gate = gate_of(bank, scorer="norm", hidden=9, select="relative", top_k=None, threshold=0.5)
+    gate = gate_of(bank, scorer=Norm(hidden=9), select=Relative(0.5))
     first, second = gate.scorer.first.detach(), gate.scorer.second.detach()
     assert first.shape == (9, D) and second.shape == (E, 9)
     assert near(gate.scorer(x_TD), torch.tensor(splitting.norm(x_TD, first, second)), 1e-9)
     assert (gate.scorer(x_TD) >= 0).all()
-    assert gate_of(bank, scorer="norm").scorer.first.shape == (128, D)
+    assert gate_of(bank, scorer=Norm()).scorer.first.shape == (128, D)
 
 
 @forms
@@ -657,7 +659,7 @@ def test_norm_is_the_absolute_value_of_a_relu_network():
 @pytest.mark.parametrize("normalize", [False, True])
 def test_analytic_is_the_activation_of_one_neuron_of_each_expert(family, shared, normalize):
     bank, net, x_TD = bank_of(family), net_of(family), tokens()
-    gate = gate_of(bank, scorer="analytic", shared=shared, normalize=normalize)
+    gate = gate_of(bank, scorer=Analytic(normalize=normalize), shared=shared)
     places = torch.tensor([3, 0, 11, 7])[shared:]
     gate.scorer.begin(bank, places)
     chosen = [bank.neurons[e + shared, i].item() for e, i in enumerate(places)]
@@ -676,7 +678,7 @@ def test_analytic_is_the_activation_of_one_neuron_of_each_expert(family, shared,
 @pytest.mark.parametrize("target", ["mass", "output_norm", "intermediate_norm"])
 def test_the_oracle_scores_what_a_router_should_predict(family, target):
     bank, x_TD = bank_of(family), tokens()
-    gate = gate_of(bank, scorer="oracle", target=target, shared=1)
+    gate = gate_of(bank, scorer=Oracle(), target=target, shared=1)
     assert torch.equal(gate.scorer(x_TD), targets(bank, x_TD, target)[:, 1:])
     assert not list(gate.parameters()) and not list(gate.buffers())
 
@@ -699,10 +701,12 @@ def test_a_copy_of_a_model_with_an_oracle_is_independent():
     assert torch.equal(logits(model, inputs), wanted)
 
 
-@pytest.mark.parametrize("scorer", ["linear", "similarity", "mlp", "norm", "analytic", "oracle"])
+@pytest.mark.parametrize(
+    "scorer", [LinearParts(), Similarity(), MLP(), Norm(), Analytic(), Oracle()]
+)
 def test_scores_are_float32_under_autocast(scorer):
     bank = bank_of("llama").float()
-    gate = Gate(RouterSpec(scorer=scorer, weighting="one"), bank)
+    gate = Gate(GateSpec(scorer=scorer, weighting="one"), bank)
     x_TD = tokens().float()
     wanted = gate(x_TD).logits_TE
     with torch.autocast("cpu", torch.bfloat16):
@@ -920,7 +924,7 @@ def test_relu_comes_when_its_stage_begins(family, recipe):
     assert not any(isinstance(layer.experts.activation, nn.ReLU) for layer in layers)
     stage = model.sparsecraft.recipe.stages[0]
     begin_stage(model, stage)
-    rectified = stage.activation == "relu"
+    rectified = isinstance(stage, Stage) and stage.activation == "relu"
     assert rectified == (recipe != "cmoe")
     assert all(isinstance(layer.experts.activation, nn.ReLU) == rectified for layer in layers)
     run(model, "every")
@@ -942,7 +946,7 @@ def test_the_dense_models_activation_module_is_not_touched_by_relu():
 def test_an_analytic_router_takes_the_activation_that_its_network_takes():
     recipe = sc.override(
         sc.recipes.d2dmoe(E),
-        {"router.scorer": "analytic", "router.squash": "abs", "router.hidden": None},
+        {"router.scorer": "analytic", "router.squash": "abs"},
     )
     model = dense("gpt2")
     sc.convert(model, recipe, certify=False)
@@ -987,7 +991,7 @@ def test_a_sparse_stage_trains_by_the_recipes_own_rule(recipe):
     for layer in split_layers(model).values():
         gate = layer.router
         assert gate.runs == "sparse"
-        assert gate.k == gate.spec.top_k
+        assert gate.k == gate.spec.k
         assert gate.spec.threshold is None or gate.threshold == pytest.approx(gate.spec.threshold)
 
 
@@ -1024,7 +1028,7 @@ def test_a_checkpoint_keeps_neurons_means_stages_and_budget(base, tmp_path, fami
     layers = split_layers(model)
     for number, layer in enumerate(layers.values()):
         layer.experts.arrange(random_partition(F, E, seed=number + 20))
-    set_budget(model, 0.5 if layer.router.spec.top_k else None)
+    set_budget(model, 0.5 if layer.router.spec.k else None)
     running = model.sparsecraft.running
     wanted = logits(model, inputs)
     sc.save(model, tmp_path / "out")

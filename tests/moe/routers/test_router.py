@@ -10,6 +10,8 @@ from sparsecraft.moe.routers.build import build_router
 from sparsecraft.moe.routers.selectors import Sample, soft, top_k
 from sparsecraft.moe.routing import Routing
 from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.scorers import KaimingUniform, Linear, Normal, Uniform, Zeros
+from sparsecraft.recipe.selections import TopK
 from tests.cases import RECIPES, RUNNING, batch, dense
 
 T, E, D = 20, 6, 16
@@ -85,7 +87,7 @@ def test_the_first_of_sampling_layers_is_soft_and_all_are_deterministic_at_infer
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_the_temperature_divides_the_logits(temperature):
-    router, x_TD = router_of(top_k=2, temperature=temperature), torch.randn(T, D)
+    router, x_TD = router_of(select=TopK(2), temperature=temperature), torch.randn(T, D)
     routing = router(x_TD)
     wanted_TE = x_TD @ router.scorer.weight.T / temperature
     assert torch.allclose(routing.logits_TE, wanted_TE, atol=1e-6)
@@ -94,7 +96,7 @@ def test_the_temperature_divides_the_logits(temperature):
 
 
 def test_the_router_is_float32_under_bf16_and_autocast():
-    router, x_TD = router_of(top_k=2), torch.randn(T, D)
+    router, x_TD = router_of(select=TopK(2)), torch.randn(T, D)
     wanted = router(x_TD)
     with torch.autocast("cpu", torch.bfloat16):
         routing = router(x_TD)
@@ -106,11 +108,17 @@ def test_the_router_is_float32_under_bf16_and_autocast():
 
 
 @pytest.mark.parametrize(
-    ("init", "std"), [("kaiming_uniform", (3 * D) ** -0.5), ("normal", 0.5), ("zeros", 0.0)]
+    ("start", "std"),
+    [
+        (KaimingUniform(), (3 * D) ** -0.5),
+        (Normal(0.5), 0.5),
+        (Uniform(0.5), 0.5),
+        (Zeros(), 0.0),
+    ],
 )
-def test_initialization(init, std):
+def test_initialization(start, std):
     torch.manual_seed(0)
-    weight = build_router(RouterSpec(init=init, init_std=0.5), D, 512).scorer.weight
+    weight = build_router(RouterSpec(scorer=Linear(start=start)), D, 512).scorer.weight
     assert abs(weight.std().item() - std) <= 0.02 * std
 
 
@@ -120,7 +128,7 @@ def test_a_router_has_one_bias_free_row_per_expert():
 
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_the_language_model_gradient_reaches_the_router(renormalize):
-    router, x_TD = router_of(top_k=2, renormalize=renormalize), torch.randn(T, D)
+    router, x_TD = router_of(select=TopK(2, renormalize=renormalize)), torch.randn(T, D)
     routing = router(x_TD)
     (routing.weights_TK * torch.randn(T, 2)).sum().backward()
     assert router.scorer.weight.grad.abs().max() > 0

@@ -21,7 +21,7 @@ from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.split_report import summary
 from sparsecraft.moe.init.balanced import balanced_kmeans
 from sparsecraft.moe.routers.part_scorers import targets
-from sparsecraft.recipe.stages import FitSpec
+from sparsecraft.recipe.stages import Fit
 from sparsecraft.surgery.budget import run, set_budget, split_layers
 from sparsecraft.training import train as training
 from sparsecraft.training.fit import fit as fitting
@@ -33,7 +33,7 @@ from tests import tiny
 from tests.cases import RECIPES, SPLITS, VOCAB, D, F, batch, dense, logits, t5
 from tests.reference import splitting
 
-SPEC = FitSpec(tokens=200, epochs=2, batch_tokens=32, learning_rate=0.01)
+SPEC = Fit(tokens=200, epochs=2, batch_tokens=32, learning_rate=0.01)
 masks_of = training._masks_of
 
 
@@ -53,7 +53,7 @@ def converted(family: str = "llama", recipe: str = "gmoefication", **changes) ->
     return model
 
 
-def fit(model: nn.Module, spec: FitSpec = SPEC, data=None, **kwargs):
+def fit(model: nn.Module, spec: Fit = SPEC, data=None, **kwargs):
     return fitting.fit(model, data or batches(), spec, masks=masks_of, **kwargs)
 
 
@@ -183,7 +183,7 @@ def test_an_encoder_and_a_decoder_leave_out_padding_of_their_own(tmp_path):
 def test_images_are_captured_whole(recipe):
     model = converted("vit", recipe)
     pixels = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    spec = dataclasses.replace(SPEC, loss=model.sparsecraft.recipe.stages[-1].fit.loss)
+    spec = dataclasses.replace(SPEC, loss=model.sparsecraft.recipe.stages[-1].loss)
     report = fit(model, spec, [{"pixel_values": pixels[:3]}, {"pixel_values": pixels[3:]}])
     assert report["tokens"] == 6 * 17, "16 patches and a class token"
     assert model(pixel_values=pixels).logits.isfinite().all()
@@ -192,7 +192,7 @@ def test_images_are_captured_whole(recipe):
 # --------------------------------------------------------------------------------------- regression
 
 
-def by_hand(scorer: nn.Module, x_TD, y_TE, loss: str, spec: FitSpec, seed: int):
+def by_hand(scorer: nn.Module, x_TD, y_TE, loss: str, spec: Fit, seed: int):
     """Adam on one router, an epoch and a batch at a time: the best epoch's weights, its loss."""
     measure = {"bce": functional.binary_cross_entropy_with_logits, "mse": functional.mse_loss}[loss]
     optimizer = torch.optim.Adam(scorer.parameters(), lr=spec.learning_rate)
@@ -264,7 +264,7 @@ def test_targets_are_scaled_into_a_range_and_keep_their_ranks(family, loss):
     bank = next(iter(split_layers(model).values())).experts
     x_TD = 5 * torch.randn(30, D)
     wanted = targets(bank, x_TD, "mass")
-    scaled = _scaled(x_TD, wanted, FitSpec(loss=loss))
+    scaled = _scaled(x_TD, wanted, Fit(loss=loss))
     assert (scaled >= 0).all() and scaled.isfinite().all()
     assert torch.equal(scaled.argsort(dim=-1, stable=True), wanted.argsort(dim=-1, stable=True))
     if loss == "mse":
@@ -335,7 +335,7 @@ def fitted():
     model = planted()
     recipe = sc.override(sc.recipes.moefication(12, 2), {"partition": "contiguous"})
     sc.convert(model, recipe, certify=False)
-    spec = FitSpec(loss="bce", tokens=2000, epochs=30, batch_tokens=128, learning_rate=0.01)
+    spec = Fit(loss="bce", tokens=2000, epochs=30, batch_tokens=128, learning_rate=0.01)
     return model, fit(model, spec, batches(count=70))
 
 
@@ -390,7 +390,7 @@ def test_the_dense_weights_are_untouched(family, recipe):
     requires = {n: p.requires_grad for n, p in model.named_parameters()}
     data = [batch(family, labels=True)] * 6
     spec = dataclasses.replace(
-        next(s.fit for s in model.sparsecraft.recipe.stages if s.fit), tokens=200, epochs=1
+        next(s for s in model.sparsecraft.recipe.stages if isinstance(s, Fit)), tokens=200, epochs=1
     )
     fit(model, spec, data)
     for name, tensor in model.state_dict().items():
@@ -414,7 +414,7 @@ def test_the_seed_decides_and_the_global_state_is_left_alone(recipe):
         torch.manual_seed(42)
         model = converted("opt", recipe)
         drawn = torch.get_rng_state()
-        spec = dataclasses.replace(model.sparsecraft.recipe.stages[-1].fit, tokens=150, epochs=2)
+        spec = dataclasses.replace(model.sparsecraft.recipe.stages[-1], tokens=150, epochs=2)
         report = fit(model, spec, seed=seed)
         assert torch.equal(torch.get_rng_state(), drawn)
         runs.append((report, state_of(model)))
@@ -495,7 +495,7 @@ def test_a_model_in_training_mode_is_fitted_as_one_in_evaluation(recipe):
 def test_bf16_models_are_fitted(recipe):
     model = dense("llama").bfloat16()
     sc.convert(model, RECIPES[recipe].make(), certify=False)
-    loss = next(s.fit.loss for s in model.sparsecraft.recipe.stages if s.fit)
+    loss = next(s.loss for s in model.sparsecraft.recipe.stages if isinstance(s, Fit))
     report = fit(model, dataclasses.replace(SPEC, loss=loss))
     for layer in report["layers"].values():
         assert layer["mass_oracle"] >= layer["mass_router"] > 0
@@ -626,12 +626,12 @@ def test_a_run_of_two_stages_is_resumed_exactly(tmp_path, rows, monkeypatch, whe
 
 def test_lte_trains_softly_and_then_hard(tmp_path, rows):
     model = llama(sc.recipes.lte(8, efficiency=1.0, separability=0.01))
-    routers = {n: t for n, t in state_of(model).items() if ".router." in n}
+    routers = {n: t for n, t in state_of(model).items() if ".router.scorer." in n}
     train(model, rows, tmp_path / "one", stages=("soft",))
-    soft = {n: t for n, t in state_of(model).items() if ".router." in n}
+    soft = {n: t for n, t in state_of(model).items() if ".router.scorer." in n}
     assert all(not torch.equal(t, routers[n]) for n, t in soft.items())
     train(model, rows, tmp_path / "two", stages=("hard",))
-    hard = {n: t for n, t in state_of(model).items() if ".router." in n}
+    hard = {n: t for n, t in state_of(model).items() if ".router.scorer." in n}
     assert all(torch.equal(t, soft[n]) for n, t in hard.items()), "its routers are frozen"
     log = history_of(model)["soft"]["log"]
     efficiency = [entry["lte_efficiency_loss"] for entry in log if "lte_efficiency_loss" in entry]

@@ -31,7 +31,6 @@ from sparsecraft.errors import DataError, RecipeError
 from sparsecraft.moe.init.centers import Centers
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.recipe.recipe import Recipe
-from sparsecraft.recipe.routers import FROM_DATA
 from sparsecraft.surgery.plan import PlannedEdit
 
 log = logging.getLogger("sparsecraft")
@@ -72,7 +71,7 @@ def find_starts(
     Args:
         model: still dense.
         domains: one for each expert, in their order; see `Domain.of`. Or embeddings (E, M).
-        data: for `init="kmeans"` without domains.
+        data: for starts by `KMeans` without domains.
         tokenizer: None takes that of the model's folder.
         seed: of the first centers of `kmeans`.
 
@@ -82,31 +81,32 @@ def find_starts(
     """
     routers = [item.edit.router for item in plan]
     check_given(recipe, domains, data)
-    if not len(domains) and any(r is not None and r.scorer == "domain" for r in routers):
+    if not len(domains) and any(r is not None and r.of_domains for r in routers):
         log.warning(
             "No domains are given: the embeddings are random, and a later expert has none that "
             "fits them. Give domains=[...] (--domains, --prompts), one for each expert."
         )
     if isinstance(domains, Tensor):
         names = tuple(f"embedding {e}" for e in range(len(domains)))
-        by_domain = [r is not None and r.scorer == "domain" for r in routers]
+        by_domain = [r is not None and r.of_domains for r in routers]
         return Starts(names, tuple(domains if takes else None for takes in by_domain))
     given = [Domain.of(domain) for domain in domains]
     names = tuple(domain.name for domain in given)
     tensors: list[Tensor | None] = [None] * len(plan)
     embeddings: dict[str, Tensor] = {}
     for n, router in enumerate(routers):
-        if given and router is not None and router.scorer == "domain":
-            if router.encoder not in embeddings:
-                found = embed_domains(given, router.encoder, model, tokenizer=tokenizer)
-                embeddings[router.encoder] = distinct(found, names)
-            tensors[n] = embeddings[router.encoder]
-    for init in FROM_DATA:
-        places = [n for n, router in enumerate(routers) if router and router.init == init]
+        if given and router is not None and router.of_domains:
+            encoder = router.scorer.encoder
+            if encoder not in embeddings:
+                found = embed_domains(given, encoder, model, tokenizer=tokenizer)
+                embeddings[encoder] = distinct(found, names)
+            tensors[n] = embeddings[encoder]
+    for what in ("domains", "data"):
+        places = [n for n, router in enumerate(routers) if router and router.starts_from == what]
         items = [plan[n] for n in places]
         if not items:
             continue
-        if init == "hidden":
+        if what == "domains":
             found = [distinct(t, names) for t in _means(model, items, given, tokenizer)[:-1]]
         else:
             found = _centers(model, items, given, data, tokenizer, seed)
@@ -122,14 +122,16 @@ def check_given(recipe: Recipe, domains: Sequence | Tensor, data: Any) -> None:
         RecipeError: so it is.
     """
     edits = [edit for edit in recipe.edits if edit.router is not None]
-    by_domain = [edit for edit in edits if edit.router.scorer == "domain"]
-    hidden, kmeans = ([e for e in edits if e.router.init == init] for init in FROM_DATA)
+    by_domain = [edit for edit in edits if edit.router.of_domains]
+    hidden, kmeans = (
+        [edit for edit in edits if edit.router.starts_from == what] for what in ("domains", "data")
+    )
     count = len(domains)
     if count and not (by_domain or hidden or kmeans):
         raise RecipeError(
             f"{count} domains are given (--domains, --prompts) and no router of recipe "
-            f"{recipe.name!r} reads them; let its routers start from them by router.init='hidden' "
-            "(--set router.init=hidden), or use `nexus`."
+            f"{recipe.name!r} reads them; let its routers start from them by "
+            "the start 'hidden' (--set router.start=hidden), or use `nexus`."
         )
     for edit in (*by_domain, *hidden):
         if count and count != edit.experts.num_experts:
@@ -139,12 +141,12 @@ def check_given(recipe: Recipe, domains: Sequence | Tensor, data: Any) -> None:
             )
     if hidden and (isinstance(domains, Tensor) or not count):
         raise RecipeError(
-            "router.init='hidden' is the mean of what the router reads of each expert's domain; "
+            "router.start='hidden' is the mean of what the router reads of each expert's domain; "
             "give domains=[...] (--domains, --prompts): a data set or texts for each expert."
         )
     if kmeans and (isinstance(domains, Tensor) or (not count and data is None)):
         raise RecipeError(
-            "router.init='kmeans' takes centers of what the router reads of all data; give "
+            "router.start='kmeans' takes centers of what the router reads of all data; give "
             "domains=[...] or data=... (--domains, --data)."
         )
 

@@ -7,10 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsecraft.conversion.extension.router_row import by_token
 from sparsecraft.errors import DataError, RecipeError
 from sparsecraft.recipe.recipe import Recipe
-from sparsecraft.recipe.routers import FROM_DATA
 from sparsecraft.surgery.record import Conversion
 
 
@@ -23,7 +21,7 @@ def count_experts(recipe: Recipe) -> int:
                 f"Recipe {recipe.name!r} has {spec.kind} experts; whole networks (upcycling, btx, "
                 "bam, nexus, ...) can come and go."
             )
-        if spec.shards or router.init_repeat > 1:
+        if spec.shards or router.scorer.shares_rows:
             raise RecipeError(
                 f"The experts of recipe {recipe.name!r} are shards of networks, or share rows of "
                 "their routers; a whole network is none of them."
@@ -42,8 +40,8 @@ def check_domains(
 ) -> bool:
     """Whether routers are of domains; refuse what they lack, or have no use for."""
     routers = [edit.router for edit in record.recipe.edits]
-    by_domain = any(router.scorer == "domain" for router in routers)
-    linear = [router for router in routers if router.scorer == "linear"]
+    by_domain = any(router.of_domains for router in routers)
+    linear = [router for router in routers if not router.of_domains]
     if rows not in ("calibrated", "reset"):
         raise RecipeError(f"rows is {rows!r}; it must be 'calibrated' or 'reset'.")
     if embedding is not None and not by_domain:
@@ -51,7 +49,7 @@ def check_domains(
             f"An embedding is given and the routers of {record.recipe.name!r} are linear; give "
             "data and old_data, which their new row is fitted to."
         )
-    if rows == "reset" and (not linear or any(r.init in FROM_DATA for r in linear)):
+    if rows == "reset" and (not linear or any(r.starts_from for r in linear)):
         raise RecipeError(
             "rows='reset' draws the rows of linear routers anew; the routers of "
             f"{record.recipe.name!r} start from domains or data."
@@ -72,7 +70,7 @@ def check_domains(
                 "The new row of a linear router is fitted to new and old data; give both (--data, "
                 "--old-data), or rows='reset'."
             )
-        if not all(by_token(router) for router in linear):
+        if not all(router.by_token for router in linear):
             raise RecipeError(
                 "A row is fitted to what routers read by token at the layer's input; these decide "
                 "otherwise. Use rows='reset'."

@@ -221,9 +221,10 @@ def _take_row(layer: MoELayer, row: Tensor | None) -> None:
         router.scorer.append(row)
         return
     old = router.scorer
-    where = {"device": old.weight.device, "dtype": old.weight.dtype}
-    new = build_router(replace(router.spec, extended=0), old.width, count, **where).scorer
-    router.scorer = new.train(old.training).requires_grad_(old.weight.requires_grad)
+    like = next(old.parameters())
+    where = {"device": like.device, "dtype": like.dtype}
+    new = build_router(router.spec.with_extended(0), old.width, count, **where).scorer
+    router.scorer = new.train(old.training).requires_grad_(like.requires_grad)
 
 
 def recounted(record: Conversion, count: int) -> dict[int, Edit]:
@@ -234,11 +235,11 @@ def recounted(record: Conversion, count: int) -> dict[int, Edit]:
     """
     edits = {}
     for item, layer in zip(record.plan, record.layers, strict=True):
-        extended = min(getattr(layer.router.scorer, "extended", 0), count - 1)
+        extended = min(layer.router.scorer.extended, count - 1)
         edits[id(item.edit)] = replace(
             item.edit,
             experts=replace(item.edit.experts, num_experts=count),
-            router=replace(item.edit.router, extended=extended),
+            router=item.edit.router.with_extended(extended),
         )
     return edits
 
@@ -247,8 +248,8 @@ def recount(record: Conversion) -> None:
     """Let the recipe say what the layers have."""
     edits = recounted(record, record.layers[0].experts.num_experts)
     for item, layer in zip(record.plan, record.layers, strict=True):
-        extended = edits[id(item.edit)].router.extended
-        layer.router.spec = replace(layer.router.spec, extended=extended)
+        scorer = edits[id(item.edit)].router.scorer
+        layer.router.spec = replace(layer.router.spec, scorer=scorer)
     record.plan = [replace(item, edit=edits[id(item.edit)]) for item in record.plan]
     changed = tuple(edits[id(edit)] for edit in record.recipe.edits)
     record.recipe = replace(record.recipe, edits=changed)

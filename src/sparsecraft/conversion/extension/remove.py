@@ -29,7 +29,7 @@ def remove(model: nn.Module, expert: int) -> None:
     count = count_experts(record.recipe)
     if not 0 <= expert < count:
         raise RecipeError(f"There is no expert {expert}; this model has 0 to {count - 1}.")
-    least = max(edit.router.top_k or 1 for edit in record.recipe.edits)
+    least = max(edit.router.slots or 1 for edit in record.recipe.edits)
     if count <= least:
         raise RecipeError(
             f"Expert {expert} of {count} cannot be removed: each token takes {least}. Convert "

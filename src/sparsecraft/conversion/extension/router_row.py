@@ -23,7 +23,6 @@ from sparsecraft.dense import hub
 from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import DataError, RecipeError
 from sparsecraft.moe.layer import MoELayer
-from sparsecraft.recipe.routers import RouterSpec
 from sparsecraft.surgery.plan import PlannedEdit
 from sparsecraft.surgery.record import Conversion
 
@@ -92,9 +91,9 @@ def embedding_of(
     tokenizer: Any,
 ) -> Tensor:
     """The embedding (M,) of the newcomer's domain, checked to be no other's."""
-    routers = [edit.router for edit in record.recipe.edits if edit.router.scorer == "domain"]
+    routers = [edit.router for edit in record.recipe.edits if edit.router.of_domains]
     if given is None:
-        encoder, *others = sorted({router.encoder for router in routers})
+        encoder, *others = sorted({router.scorer.encoder for router in routers})
         if others:
             raise RecipeError(
                 f"The routers embed domains by {encoder!r} and {others[0]!r}; no one embedding is "
@@ -102,8 +101,8 @@ def embedding_of(
             )
         dense = _dense(model, record, base) if encoder == "self" else None
         given = embed_domains([new], encoder, dense, tokenizer=tokenizer)[0]
-    scorers = [layer.router.scorer for layer in record.layers]
-    known_EM = next(s.domains for s in scorers if hasattr(s, "domains"))
+    embeddings = (layer.router.scorer.embeddings for layer in record.layers)
+    known_EM = next(known for known in embeddings if known is not None)
     if given.shape != known_EM.shape[1:]:
         raise RecipeError(
             f"The embedding is {tuple(given.shape)} and the routers read "
@@ -135,7 +134,7 @@ def inputs_of(
 ) -> list[Tensor] | None:
     """What each layer reads of some tokens of the domain, (T, D); None where a router decides by
     anything else than a token's input."""
-    if domain is None or not all(by_token(item.edit.router) for item in plan):
+    if domain is None or not all(item.edit.router.by_token for item in plan):
         return None  # what other routers read, a token's input does not tell
     log.info(f"Reading up to {TOKENS} tokens of {domain.name} for the routers.")
     kept: list[list[Tensor]] = [[] for _ in plan]
@@ -161,7 +160,7 @@ def row_of(
 ) -> Tensor | None:
     """What a layer's router knows the newcomer by; None where all of it is drawn anew."""
     router = layer.router
-    if router.spec.scorer == "domain":
+    if router.spec.of_domains:
         return embedding
     if reset:
         return None
@@ -183,7 +182,3 @@ def share_of(layers: Sequence[MoELayer], seen: list[Tensor] | None) -> float | N
         weights_TE = layer.router(x_TD).weights_TE()
         shares.append((weights_TE[:, -1] / weights_TE.sum(-1)).mean().item())
     return sum(shares) / len(shares)
-
-
-def by_token(router: RouterSpec) -> bool:
-    return (router.decides, router.reads) == ("token", "input")

@@ -34,7 +34,7 @@ class FrozenRouter(nn.Module):
         self.weights_E = weights_E.float()
 
     def forward(self, x: Tensor, batch: Any = None) -> Routing:
-        per_row = self.width if self.spec.decides == "head" else x.shape[-1]
+        per_row = self.width if self.spec.by_head else x.shape[-1]
         T, E = x.numel() // per_row, len(self.weights_E)
         weights_TE = self.weights_E.to(x.device).expand(T, E)
         indices_E = torch.arange(E, device=x.device)
@@ -81,7 +81,7 @@ def measured_weights(model: nn.Module, batches: Iterable[dict[str, Any]]) -> dic
             layer = model.get_submodule(name)
             mask = masks.get(layer.reads)
             if mask is not None:
-                by_head = layer.router.spec.decides == "head"
+                by_head = layer.router.spec.by_head
                 weights_TE = weights_TE[_rows(name, mask, len(weights_TE), by_head)]
             sums[name] = sums.get(name, 0) + torch.cat(
                 [weights_TE.sum(0), torch.tensor([len(weights_TE)], dtype=torch.float64)]

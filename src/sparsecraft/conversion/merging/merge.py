@@ -305,7 +305,7 @@ def _recipe_left(recipe: Recipe, steps: list[Step], how: How) -> Recipe:
             edits.append(replace(edit, experts=single, router=None))
     recipe = replace(recipe, edits=tuple(edits))
     if not any(edit.experts.parts for edit in edits):
-        stages = [s for s in recipe.stages if s.fit is None] or [Stage(losses={})]
+        stages = [s for s in recipe.stages if isinstance(s, Stage)] or [Stage(losses={})]
         stages = tuple(replace(s, runs="sparse", activation=None) for s in stages)
         recipe = replace(recipe, stages=stages)
     if any(edit.router for edit in edits):
@@ -313,6 +313,7 @@ def _recipe_left(recipe: Recipe, steps: list[Step], how: How) -> Recipe:
     stages = tuple(
         replace(s, losses={}, trains=tuple(w for w in s.trains if w != "router") or ("experts",))
         for s in recipe.stages
+        if isinstance(s, Stage)
     )
     recipe = replace(recipe, stages=stages)
     names = {edit.experts.joins for edit in edits}

@@ -71,7 +71,7 @@ def plan_steps(
 
 
 def _freezes(edit: Edit) -> bool:
-    mixes = edit.router.select != "slots" and not edit.router.splits
+    mixes = not edit.router.mixes_tokens and not edit.router.splits
     return mixes and edit.modality is None
 
 
@@ -100,7 +100,7 @@ def _decide(
     edit, E = item.edit, item.edit.experts.num_experts
     if edit.modality:
         return "keep", f"it acts on {edit.modality} tokens alone, and dense weights act on all"
-    if edit.router and edit.router.select == "slots" and how != "average":
+    if edit.router and edit.router.mixes_tokens and how != "average":
         return "keep", "its slots mix the tokens of a sequence; use how='average'"
     if how == "exact" and E > 1:
         return "keep", (

@@ -119,7 +119,7 @@ def _check_recipe(recipe: Recipe, count: int) -> None:
                 f"The experts of recipe {recipe.name!r} share one A, and LoRAs that were trained "
                 "apart have each their own; use molora or smola."
             )
-        if router and router.select == "slots":
+        if router and router.mixes_tokens:
             raise RecipeError(
                 "Experts of slots read means of tokens, which is not what the LoRAs were trained "
                 "for; use mixing='token'."

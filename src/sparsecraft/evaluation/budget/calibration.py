@@ -173,7 +173,7 @@ def rule_of(model: nn.Module) -> str:
             f"This {type(model).__name__} has no split networks to calibrate; convert it by a "
             "recipe such as moefication, d2dmoe, lte or cmoe."
         )
-    rules = sorted({layer.router.spec.select for layer in layers.values()})
+    rules = sorted({layer.router.spec.select.kind for layer in layers.values()})
     if len(rules) > 1:
         raise SparsecraftError(
             f"The split networks select by {' and '.join(rules)}, which no one threshold is for; "
@@ -213,8 +213,7 @@ def _check_targets(model: nn.Module, targets: list[float]) -> None:
 
 def _least(layer: MoELayer) -> float:
     """The smallest share of a layer's experts that its rule can take."""
-    spec = layer.router.spec
-    return (spec.shared + (spec.select != "threshold")) / layer.router.num_experts
+    return layer.router.spec.least / layer.router.num_experts
 
 
 def _by_formula(model: nn.Module, batches: Sequence[Batch], target: float) -> Setting:

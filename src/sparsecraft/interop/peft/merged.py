@@ -92,7 +92,7 @@ def _why_not(item: PlannedEdit, bank: Experts) -> tuple[str, list[str]] | None:
     if edit.modality:
         return f"it acts on {edit.modality} tokens alone, and dense weights act on all", []
     average = "how='average' averages the experts"
-    if edit.router and edit.router.select == "slots":
+    if edit.router and edit.router.mixes_tokens:
         return "its slots mix the tokens of a sequence", [average]
     if edit.router and edit.experts.num_experts == 1:
         return "its one expert stands behind a router", ["how='exact'"]

@@ -3,7 +3,7 @@ the attention of the dense model around it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -11,20 +11,13 @@ from torch import nn
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.recipe import Recipe
-from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.selections import Sample, Soft, Token, TopK
 from sparsecraft.surgery.record import conversion_of
 
 # The standard form that a model with split networks has.
 MERGE_PARTS = (
     "sc.merge(model) makes it a dense model again, which transformers writes as it is; "
     "sc.set_budget(model, 1.0) first."
-)
-
-
-# Fields of a router that a linear top-k layer can have as they are, or that end at the start.
-FREE = set(
-    "scorer select top_k renormalize temperature gates_base balanced hidden "
-    "init init_std init_repeat encoder sentence_dim extended".split()
 )
 
 
@@ -128,11 +121,13 @@ def _form(layer: MoELayer, edit: Edit, config: Any) -> Form | str:
         return "its networks have no gate, and those of a standard architecture do."
     if bank.gate_up_bias is not None or bank.down_bias is not None:
         return "the model has mlp_bias=True, and no standard architecture has biases there."
-    if not hasattr(layer.router.scorer, "weight_rows"):
-        return f"its {router.scorer} scorer is more than a matrix at inference."
-    top_k = bank.num_experts if router.top_k is None else router.top_k
+    if layer.router.scorer.weight_rows() is None:
+        return f"its {router.scorer.kind} scorer is more than a matrix at inference."
+    top_k = bank.num_experts if router.slots is None else router.slots
     # At inference `sample` takes the best expert with weight one.
-    normalized = router.sums_to_one or router.select == "sample" or top_k == bank.num_experts
+    normalized = (
+        router.sums_to_one or isinstance(router.select, Sample) or top_k == bank.num_experts
+    )
     return Form(
         num_experts=bank.num_experts,
         top_k=top_k,
@@ -159,12 +154,17 @@ def _why_not_standard(edit: Edit) -> str | None:
     router = edit.router
     if router is None:
         return "it has no router."
-    if router.select not in ("top_k", "soft", "sample"):
-        return f"it selects experts by {router.select!r}, and a standard router takes the k best."
-    for spec in fields(RouterSpec):
-        value = getattr(router, spec.name)
-        if spec.name not in FREE and value != spec.default:
-            return f"its router has {spec.name}={value!r}, which no standard router has."
+    if not isinstance(router.select, (TopK, Soft, Sample)):
+        return (
+            f"it selects experts by {router.select.kind!r}, and a standard router takes the k best."
+        )
+    odd = {
+        f"select.first_soft={True!r}": router.select == Sample(first_soft=True),
+        f"decides={router.decides.kind!r}": router.decides != Token(),
+        f"reads={router.reads!r}": router.reads != "input",
+    }
+    if found := next((words for words, differs in odd.items() if differs), None):
+        return f"its router has {found}, which no standard router has."
     return None
 
 

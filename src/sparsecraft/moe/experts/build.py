@@ -25,8 +25,8 @@ from sparsecraft.recipe.experts import (
     LoRASpec,
     SplitSpec,
     VectorSpec,
-    add_kind,
 )
+from sparsecraft.recipe.kinds import add_kind
 
 BANKS: dict[type[ExpertsSpec], type[Experts]] = {
     FFNSpec: FFNExperts,

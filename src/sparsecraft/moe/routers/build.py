@@ -1,33 +1,86 @@
-"""The router that a recipe's router describes."""
+"""The router that a recipe's router describes, and the tables of what computes its parts.
+
+`register` names further parts, from anywhere, by one line each.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 
+from sparsecraft.errors import RecipeError
 from sparsecraft.moe.routers.domain import DomainScorer
+from sparsecraft.moe.routers.part_scorers import PART_SCORERS
 from sparsecraft.moe.routers.router import Router
+from sparsecraft.moe.routers.scorer import Scorer
 from sparsecraft.moe.routers.scorers import LinearScorer
-from sparsecraft.moe.routers.selectors import Sample, soft, top_k
+from sparsecraft.moe.routers.selectors import Sample, Selector, soft, top_k
+from sparsecraft.moe.routers.starts import STARTS
+from sparsecraft.recipe import scorers, selections
+from sparsecraft.recipe.kinds import add_kind
 from sparsecraft.recipe.routers import RouterSpec
 
-SCORERS = {"linear": LinearScorer, "domain": DomainScorer}
+# Called with (its options, width, number of experts, device=, dtype=), and outputs= where it reads
+# what experts give.
+SCORERS: dict[type[scorers.ScorerSpec], Callable[..., Scorer]] = {
+    scorers.Linear: LinearScorer,
+    scorers.Domain: DomainScorer,
+}
+
+
+# Options -> logits_TE -> weights_TK, indices_TK.
+SELECTORS: dict[type[selections.Selection], Callable[[Any], Selector]] = {
+    selections.TopK: lambda spec: partial(top_k, k=spec.k, renormalize=spec.renormalize),
+    selections.Sample: lambda spec: Sample(),
+    selections.Soft: lambda spec: soft,
+    selections.Slots: lambda spec: soft,  # combined by the same softmax
+}
+
+
+TABLES: dict[type, dict[type, Callable]] = {
+    scorers.ScorerSpec: SCORERS,
+    scorers.PartScorerSpec: PART_SCORERS,
+    scorers.Start: STARTS,
+    selections.Selection: SELECTORS,
+}
+
+
+def register(option: type, made: Callable) -> None:
+    """Let recipes name a further part of routers, and models have it.
+
+    Args:
+        option: a frozen dataclass with a `kind` of its own, below `ScorerSpec`, `PartScorerSpec`,
+            `Start` or `Selection` of `sparsecraft.recipe`.
+        made: what the table of its family here holds: the class of a scorer, the function that
+            fills a new weight, or the one that gives a selector.
+
+    Raises:
+        RecipeError: it is of no such family, or another class has its `kind`.
+    """
+    table = next((table for base, table in TABLES.items() if issubclass(option, base)), None)
+    if table is None:
+        raise RecipeError(
+            f"{option.__name__} is no part of a router: it must be below one of "
+            f"{', '.join(base.__name__ for base in TABLES)}."
+        )
+    table[add_kind(option)] = made
 
 
 def build_router(
-    spec: RouterSpec, width: int, num_experts: int, *, device=None, dtype=None
+    spec: RouterSpec, width: int, num_experts: int, *, device=None, dtype=None, **read: int
 ) -> Router:
     """The router that `spec` describes, for tokens of `width` features; of whole experts, that is:
-    the parts of a split network have a `Gate`."""
-    scorer = SCORERS[spec.scorer](width, num_experts, spec, device=device, dtype=dtype)
-    match spec.select:
-        case "top_k":
-            select = partial(top_k, k=spec.top_k, renormalize=spec.renormalize)
-        case "sample":
-            select = Sample()
-        case _:
-            select = soft  # slots are combined by the same softmax
+    the parts of a split network have a `Gate`.
+
+    Args:
+        read: `outputs`, O, where the scorer reads what experts give.
+    """
+    where = {"device": device, "dtype": dtype}
+    scorer = SCORERS[type(spec.scorer)](spec.scorer, width, num_experts, **read, **where)
+    select = SELECTORS[type(spec.select)](spec.select)
     gate = _base_gate(width, device, dtype) if spec.gates_base else None
     return Router(scorer, spec, select, gate)
 

@@ -12,14 +12,15 @@ from torch.nn import functional as F
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.kernels.device import needs_grad
 from sparsecraft.kernels.projections import float32_product
-from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.moe.routers.scorer import Scorer
+from sparsecraft.recipe.scorers import Domain
 
 # Rows of one product. Of a product of another shape the last bits of the same row may differ, so
 # whole blocks let the logits of all experts stay what they are when one comes or goes.
 BLOCK = 16
 
 
-class DomainScorer(nn.Module):
+class DomainScorer(Scorer):
     """logits = x P(d)^T with P(d) = W2 SwiGLU(W1 d) (Nexus, Gritsch et al. 2024, section 3).
 
     The rows P(d) do not depend on tokens. In evaluation they are kept, so that a token costs what
@@ -33,10 +34,10 @@ class DomainScorer(nn.Module):
         second: W2, (D, D).
     """
 
-    def __init__(self, width: int, num_experts: int, spec: RouterSpec, *, device=None, dtype=None):
+    def __init__(self, spec: Domain, width: int, num_experts: int, *, device=None, dtype=None):
         super().__init__()
-        self.width, self.std = width, spec.init_std
-        M = width if spec.encoder == "self" else spec.sentence_dim
+        self.width, self.std = width, spec.std
+        M = width if spec.encoder == "self" else spec.dim
         where = {"device": device, "dtype": dtype}
         self.first = nn.Parameter(torch.empty(2 * width, M, **where))
         self.second = nn.Parameter(torch.empty(width, width, **where))
@@ -51,7 +52,7 @@ class DomainScorer(nn.Module):
     @torch.no_grad()
     def begin(self, domains_EM: Tensor) -> None:
         """Take the embeddings, and scale W2 so that the rows' numbers have the standard deviation
-        `init_std` around zero: x meets them as it meets a linear router of that start."""
+        `std` around zero: x meets them as it meets a linear router of that start."""
         if self.domains.is_meta:
             return
         if domains_EM.shape != self.domains.shape:
@@ -83,8 +84,20 @@ class DomainScorer(nn.Module):
                 self._kept = kept = known, self._project()
         return kept[1]
 
+    @property
+    def embeddings(self) -> Tensor:
+        return self.domains
+
+    @property
+    def precomputed(self) -> int:
+        """P gives the rows once for all tokens, which meet those rows alone."""
+        return self.first.numel() + self.second.numel() - len(self.domains) * self.width
+
+    @property
+    def products(self) -> int:
+        return len(self.domains) * self.width
+
     def weight_rows(self) -> Tensor:
-        """The matrix (E, D) whose product with a token gives its logits."""
         return self.rows()[: len(self.domains)]
 
     def _keeps(self, tensors: tuple[Tensor, ...]) -> bool:

@@ -12,16 +12,16 @@ from sparsecraft.kernels.selection import Active, select
 from sparsecraft.moe.context import Batch
 from sparsecraft.moe.experts.split import SplitExperts
 from sparsecraft.moe.extra_state import is_number, pack, unpack
-from sparsecraft.moe.routers.part_scorers import SCORERS
+from sparsecraft.moe.routers.part_scorers import PART_SCORERS
 from sparsecraft.moe.routers.running import Running, is_running
 from sparsecraft.moe.routing import Routing
-from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.routers import GateSpec
 
 Runs = Literal["sparse", "every", "soft"]
 
 
 class Gate(nn.Module):
-    """A scorer of the parts of a split network, a rule, and a weighting; see `RouterSpec`.
+    """A scorer of the parts of a split network, a rule, and a weighting; see `GateSpec`.
 
     Attributes:
         runs: `sparse`, by the rule; `every`, all experts with weight one, where the layer does not
@@ -32,17 +32,17 @@ class Gate(nn.Module):
         running: what the model runs, which all of its gates share.
     """
 
-    def __init__(self, spec: RouterSpec, bank: SplitExperts):
+    def __init__(self, spec: GateSpec, bank: SplitExperts):
         super().__init__()
         self.spec = spec
         self.num_experts = bank.num_experts
         self.runs: Runs = "sparse"
         self.running = Running()
-        self.k = spec.top_k
+        self.k = spec.k
         self.share = None if self.k is None else (spec.shared + self.k) / bank.num_experts
         # Not a buffer: a model that is cast to bf16 must keep it.
         self._threshold = torch.tensor(-1.0 if spec.threshold is None else spec.threshold)
-        self.scorer = SCORERS[spec.scorer](spec, bank)
+        self.scorer = PART_SCORERS[type(spec.scorer)](spec.scorer, bank, spec)
         gain = torch.zeros(bank.num_experts - spec.shared, device=bank.down.device)
         self.gain = nn.Parameter(gain) if spec.weighting == "gain" else None
 
@@ -87,7 +87,7 @@ class Gate(nn.Module):
             with torch.inference_mode(False):
                 self._threshold = torch.tensor(self.threshold, device=logits_TR.device)
         k = 1 if self.k is None else self.k
-        kept_TR, used = select(scores_TR.detach(), self.spec.select, k, self._threshold)
+        kept_TR, used = select(scores_TR.detach(), self.spec.select.kind, k, self._threshold)
         match self.spec.weighting:
             case "one":
                 return kept_TR, kept_TR, used
@@ -103,13 +103,14 @@ class Gate(nn.Module):
     @property
     def products(self) -> int:
         """Multiplications for one token; those of the oracle are not counted, it saves nothing."""
-        named = (*self.scorer.named_parameters(), *self.scorer.named_buffers())
-        return sum(t.numel() for name, t in named if not name.endswith("bias"))
+        return self.scorer.products
 
-    def begin(self, bank: SplitExperts) -> None:
-        """Start the scorer anew from the bank's weights, which have been dealt out anew."""
-        if hasattr(self.scorer, "begin"):
-            self.scorer.begin(bank)
+    def begin(self, bank: SplitExperts, representatives_R: Tensor | None = None) -> None:
+        """Start the scorer anew from the bank's weights, which are in another order now."""
+        self.scorer.begin(bank, representatives_R)
+
+    def at_step(self, step: int) -> None:
+        """Note how many steps of training there were; its rules do not depend on that."""
 
     def get_extra_state(self) -> Tensor:
         """The rule and how it is set, for `state_dict`."""
@@ -138,14 +139,14 @@ class Gate(nn.Module):
         self.running.read(found["running"])
 
     def extra_repr(self) -> str:
-        return f"select={self.spec.select}, weighting={self.spec.weighting}, runs={self.runs}"
+        return f"select={self.spec.select.kind}, weighting={self.spec.weighting}, runs={self.runs}"
 
 
-def _rule(spec: RouterSpec) -> dict[str, Any]:
+def _rule(spec: GateSpec) -> dict[str, Any]:
     """What of the recipe says how scores become weights."""
-    rule = {"scorer": spec.scorer, "normalize": spec.normalize, "shared": spec.shared}
-    rule |= {"select": spec.select, "weighting": spec.weighting, "squash": spec.squash}
-    return rule | ({"target": spec.target} if spec.scorer == "oracle" else {})
+    rule = {"scorer": spec.scorer.rule, "select": spec.select.kind, "shared": spec.shared}
+    rule |= {"weighting": spec.weighting, "squash": spec.squash}
+    return rule | ({"target": spec.target} if spec.scorer.reads_target else {})
 
 
 def squashed(logits: Tensor, how: str) -> Tensor:

@@ -5,7 +5,6 @@ Shapes: T tokens, D width, E experts, R = E less the shared ones, m neurons of e
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -16,38 +15,48 @@ from sparsecraft.errors import RecipeError
 from sparsecraft.kernels.selection import score as score_tokens
 from sparsecraft.kernels.selection import score_torch
 from sparsecraft.moe.experts.split import SplitExperts
-from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.moe.routers.scorer import PartScorer
+from sparsecraft.moe.routers.starts import draw
+from sparsecraft.recipe.routers import GateSpec
+from sparsecraft.recipe.scorers import (
+    MLP,
+    Analytic,
+    KaimingUniform,
+    LinearParts,
+    Norm,
+    Oracle,
+    PartScorerSpec,
+    Similarity,
+    Start,
+)
 
-NORM_WIDTH = 128  # D2DMoE's; 512 for Gemma-2B
 
-
-class LinearGate(nn.Module):
+class LinearGate(PartScorer):
     """One row for each expert and, where asked, a bias (LTE, Zheng et al. 2024, section 4.1)."""
 
-    def __init__(self, spec: RouterSpec, bank: SplitExperts):
+    def __init__(self, spec: LinearParts, bank: SplitExperts, router: GateSpec):
         super().__init__()
-        R, D = bank.num_experts - spec.shared, bank.in_features
-        self.weight = _matrix(R, D, bank, None if spec.init == "kaiming_uniform" else spec.init_std)
-        if spec.init == "zeros":
-            nn.init.zeros_(self.weight)
-        self.bias = _bias(R, spec, bank)
+        R, D = bank.num_experts - router.shared, bank.in_features
+        self.width = D
+        self.weight = _matrix(R, D, bank, spec.start)
+        self.bias = _bias(R, spec.bias, bank)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return _score(self)(x_TD, self.weight, self.bias, "none", False)
 
 
-class SimilarityScorer(nn.Module):
+class SimilarityScorer(PartScorer):
     """Distance of a token's direction to the mean direction of an expert's rows (MoEfication)."""
 
-    def __init__(self, spec: RouterSpec, bank: SplitExperts):
+    def __init__(self, spec: Similarity, bank: SplitExperts, router: GateSpec):
         super().__init__()
-        R, D = bank.num_experts - spec.shared, bank.in_features
-        self.shared = spec.shared
+        R, D = bank.num_experts - router.shared, bank.in_features
+        self.width, self.shared = D, router.shared
         self.register_buffer("centers", bank.down.new_zeros(R, D))
         self.begin(bank)
 
     @torch.no_grad()
-    def begin(self, bank: SplitExperts) -> None:
+    def begin(self, bank: SplitExperts, representatives_R: Tensor | None = None) -> None:
         if not self.centers.is_meta:
             self.centers.copy_(centers_ED(bank)[self.shared :])
 
@@ -57,19 +66,19 @@ class SimilarityScorer(nn.Module):
         return -(1 + centers_RD.square().sum(-1) - 2 * close_TR).clamp_min(0).sqrt()
 
 
-class MLPScorer(nn.Module):
+class MLPScorer(PartScorer):
     """B tanh(A x / |x|), from the similarity's centers and the identity (MoEfication)."""
 
-    def __init__(self, spec: RouterSpec, bank: SplitExperts):
+    def __init__(self, spec: MLP, bank: SplitExperts, router: GateSpec):
         super().__init__()
-        R, D = bank.num_experts - spec.shared, bank.in_features
-        self.shared = spec.shared
+        R, D = bank.num_experts - router.shared, bank.in_features
+        self.width, self.shared = D, router.shared
         self.first = _matrix(spec.hidden or R, D, bank)
         self.second = _matrix(R, spec.hidden or R, bank)
         self.begin(bank)
 
     @torch.no_grad()
-    def begin(self, bank: SplitExperts) -> None:
+    def begin(self, bank: SplitExperts, representatives_R: Tensor | None = None) -> None:
         if len(self.first) == len(self.second) and not self.first.is_meta:
             self.first.copy_(centers_ED(bank)[self.shared :])
             self.second.copy_(torch.eye(len(self.second)))
@@ -79,14 +88,15 @@ class MLPScorer(nn.Module):
         return score(score(x_TD, self.first, None, "tanh", True), self.second, None, "none", False)
 
 
-class NormScorer(nn.Module):
+class NormScorer(PartScorer):
     """|B relu(A x)|, a regression on the norm of what an expert adds (D2DMoE, section 3.2)."""
 
-    def __init__(self, spec: RouterSpec, bank: SplitExperts):
+    def __init__(self, spec: Norm, bank: SplitExperts, router: GateSpec):
         super().__init__()
-        R, D, H = bank.num_experts - spec.shared, bank.in_features, spec.hidden or NORM_WIDTH
+        R, D, H = bank.num_experts - router.shared, bank.in_features, spec.hidden
+        self.width = D
         self.first, self.second = _matrix(H, D, bank), _matrix(R, H, bank)
-        self.first_bias, self.second_bias = _bias(H, spec, bank), _bias(R, spec, bank)
+        self.first_bias, self.second_bias = _bias(H, spec.bias, bank), _bias(R, spec.bias, bank)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         score = _score(self)
@@ -94,14 +104,15 @@ class NormScorer(nn.Module):
         return score(hidden_TH, self.second, self.second_bias, "abs", False)
 
 
-class AnalyticScorer(nn.Module):
+class AnalyticScorer(PartScorer):
     """The activation of one neuron for each expert, the one nearest to its center (CMoE)."""
 
-    def __init__(self, spec: RouterSpec, bank: SplitExperts):
+    def __init__(self, spec: Analytic, bank: SplitExperts, router: GateSpec):
         super().__init__()
-        self.shared, self.normalize = spec.shared, spec.normalize
+        self.shared, self.normalize = router.shared, spec.normalize
         self._bank = (bank,)  # in a tuple, so that it is no part of the router
-        R, D = bank.num_experts - spec.shared, bank.in_features
+        R, D = bank.num_experts - router.shared, bank.in_features
+        self.width = D
         rows = bank.down.new_zeros(R, bank.parts, D)
         self.rows = nn.Parameter(rows)
         self.bias = None if bank.first_bias is None else nn.Parameter(rows.new_zeros(R, bank.parts))
@@ -144,31 +155,32 @@ class AnalyticScorer(nn.Module):
         return hidden_TR * first_TRG[..., 1] if first_TRG.shape[-1] == 2 else hidden_TR
 
 
-class OracleScorer(nn.Module):
+class OracleScorer(PartScorer):
     """What a router should predict, computed from the whole network: a bound, and no saving."""
 
-    def __init__(self, spec: RouterSpec, bank: SplitExperts):
+    def __init__(self, spec: Oracle, bank: SplitExperts, router: GateSpec):
         super().__init__()
-        self.target, self.shared = spec.target, spec.shared
+        self.width = bank.in_features
+        self.target, self.shared = router.target, router.shared
         self._bank = (bank,)  # in a tuple, so that it is no part of the router
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return targets(self._bank[0], x_TD, self.target)[:, self.shared :]
 
 
-SCORERS = {
-    "linear": LinearGate,
-    "similarity": SimilarityScorer,
-    "mlp": MLPScorer,
-    "norm": NormScorer,
-    "analytic": AnalyticScorer,
-    "oracle": OracleScorer,
+PART_SCORERS: dict[type[PartScorerSpec], type[PartScorer]] = {
+    LinearParts: LinearGate,
+    Similarity: SimilarityScorer,
+    MLP: MLPScorer,
+    Norm: NormScorer,
+    Analytic: AnalyticScorer,
+    Oracle: OracleScorer,
 }
 
 
 @torch.no_grad()
 def targets(bank: SplitExperts, x_TD: Tensor, kind: str) -> Tensor:
-    """What the experts of a bank matter to each token, float32 (T, E); see `RouterSpec.target`.
+    """What the experts of a bank matter to each token, float32 (T, E); see `GateSpec.target`.
 
     Where a bank compensates, an expert matters by how far it is from its mean, whatever the kind.
     """
@@ -202,21 +214,19 @@ def centers_ED(bank: SplitExperts) -> Tensor:
     return F.normalize(rows_EmD, dim=-1).mean(1)
 
 
-def _matrix(rows: int, columns: int, bank: SplitExperts, std: float | None = None) -> nn.Parameter:
-    matrix = nn.Parameter(
-        torch.empty(rows, columns, device=bank.down.device, dtype=bank.down.dtype)
-    )
-    if std is None:
-        nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))  # the default of nn.Linear
-    else:
-        nn.init.normal_(matrix, std=std)
-    return matrix
+KAIMING = KaimingUniform()
 
 
-def _bias(rows: int, spec: RouterSpec, bank: SplitExperts) -> nn.Parameter | None:
-    if spec.bias is None:
+def _matrix(rows: int, columns: int, bank: SplitExperts, start: Start = KAIMING) -> nn.Parameter:
+    down = bank.down
+    matrix = torch.empty(rows, columns, device=down.device, dtype=down.dtype)
+    return nn.Parameter(draw(start, matrix))
+
+
+def _bias(rows: int, value: float | None, bank: SplitExperts) -> nn.Parameter | None:
+    if value is None:
         return None
-    return nn.Parameter(torch.full_like(bank.down[0, 0, :1], spec.bias).repeat(rows))
+    return nn.Parameter(torch.full_like(bank.down[0, 0, :1], value).repeat(rows))
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.errors import SparsecraftError
-from sparsecraft.kernels.projections import float32_product, is_plain
+from sparsecraft.kernels.projections import float32_product
 from sparsecraft.moe.context import Batch
-from sparsecraft.moe.routers.scorers import LinearScorer
+from sparsecraft.moe.routers.scorer import Scorer
+from sparsecraft.moe.routers.selectors import Sample, Selector
 from sparsecraft.moe.routing import Routing
 from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.words import router_words
 
 
 class Router(nn.Module):
@@ -25,7 +27,11 @@ class Router(nn.Module):
     """
 
     def __init__(
-        self, scorer: nn.Module, spec: RouterSpec, select, base_gate: nn.Linear | None = None
+        self,
+        scorer: Scorer,
+        spec: RouterSpec,
+        select: Selector,
+        base_gate: nn.Linear | None = None,
     ):
         super().__init__()
         self.scorer = scorer
@@ -34,32 +40,44 @@ class Router(nn.Module):
         self.base_gate = base_gate
 
     def forward(
-        self, x: Tensor, batch: Batch | None = None, scores_TE: Tensor | None = None
+        self,
+        x: Tensor,
+        batch: Batch | None = None,
+        scores_TE: Tensor | None = None,
+        outputs_TEO: Tensor | None = None,
     ) -> Routing:
         """Route tokens x (..., D); one row for each token, or for each head of each token.
 
         Args:
             scores_TE: what the scorer gives for x, where it is known; see `scores_of_input`.
+            outputs_TEO: what every expert gives for each token, where the scorer reads that.
         """
         # float32 throughout: bf16 logits tie often enough to change which experts are chosen.
-        logits = self.scorer(self._scored(x, batch)) if scores_TE is None else scores_TE
+        if outputs_TEO is not None:
+            logits = self.scorer(x.reshape(-1, x.shape[-1]), outputs_TEO)
+        else:
+            logits = self.scorer(self._scored(x, batch)) if scores_TE is None else scores_TE
         if self.spec.temperature != 1:
             logits = logits / self.spec.temperature
-        if self.spec.decides in ("sequence", "sentence"):
+        if self.spec.by_sequence:
             logits = self._for_tokens(logits, x, batch)
         if batch is not None and batch.expert_ids is not None:
             return _told(batch.expert_ids, logits, self.spec.sums_to_one)
         weights_TK, indices_TK = self.select(logits)
-        in_order = self.spec.select not in ("top_k", "sample")
-        sums_to_one = self.spec.sums_to_one
-        return Routing(weights_TK, indices_TK, logits, sums_to_one, in_order)
+        in_order, sums_to_one = self.spec.select.in_order, self.spec.sums_to_one
+        return Routing(
+            weights_TK, indices_TK, logits, sums_to_one, in_order, outputs_TEO=outputs_TEO
+        )
 
     def scores_of_input(self) -> Tensor | None:
         """The matrix (E, D) whose product with each token of the layer's input is all that the
         router reads, if it is; a caller may compute it together with other products."""
-        by_token = self.spec.decides == "token" and self.spec.reads == "input"
-        joint = by_token and not self.spec.extended and is_plain(self.scorer, LinearScorer)
-        return self.scorer.weight if joint else None
+        return self.scorer.joint_rows() if self.spec.by_token else None
+
+    def at_step(self, step: int) -> None:
+        """Note how many steps of training there were, for a selection that cools down."""
+        if isinstance(self.select, Sample):
+            self.select.step = step
 
     def gate_base(self, x: Tensor) -> Tensor:
         """What the dense network's output for x (..., D) is multiplied by, (..., 1)."""
@@ -69,7 +87,7 @@ class Router(nn.Module):
     def _for_tokens(self, logits: Tensor, x: Tensor, batch: Batch) -> Tensor:
         """One row for each sequence, or for several beams of it -> one row for each token."""
         tokens = x.numel() // x.shape[-1]
-        ids_BS = batch.sentence_ids if self.spec.decides == "sentence" else None
+        ids_BS = batch.sentence_ids if self.spec.sentences else None
         if ids_BS is not None and ids_BS.numel() == tokens:
             return logits[ids_BS.reshape(-1).to(logits.device)]
         sequences = batch.shape[0] if x.ndim == 2 and batch.shape else len(x)
@@ -84,11 +102,11 @@ class Router(nn.Module):
 
     def _scored(self, x: Tensor, batch: Batch | None) -> Tensor:
         """What the scorer sees: tokens, heads, or one row for each sequence."""
-        if self.spec.decides == "head":
+        if self.spec.by_head:
             return x.reshape(-1, self.scorer.width)
-        if self.spec.decides == "token":
+        if not self.spec.by_sequence:
             return x.reshape(-1, x.shape[-1])
-        if self.spec.decides == "sequence":
+        if not self.spec.sentences:
             return self._mean(x, batch)
         if batch is None or batch.sentence_embeddings is None:
             raise SparsecraftError(
@@ -106,7 +124,7 @@ class Router(nn.Module):
         if shape[1] != self.scorer.width:
             raise SparsecraftError(
                 f"sentence_embeddings are {shape[1]} wide and this router reads "
-                f"{self.scorer.width}; embed with {self.spec.encoder!r}."
+                f"{self.scorer.width}; embed with {self.spec.sentences.encoder!r}."
             )
         return embeddings.to(x.device)
 
@@ -122,7 +140,7 @@ class Router(nn.Module):
         return torch.einsum("bs,bsd->bd", weights_BS.to(dtype), x_BSD.to(dtype))
 
     def extra_repr(self) -> str:
-        return f"select={self.spec.select}, top_k={self.spec.top_k}, decides={self.spec.decides}"
+        return router_words(self.spec)
 
 
 def _told(expert_ids: Tensor, logits_TE: Tensor, sums_to_one: bool) -> Routing:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.kernels.projections import float32_product
+from sparsecraft.kernels.projections import float32_product, is_plain
 from sparsecraft.moe.experts.stacked import with_one_more, without
-from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.moe.routers.scorer import Scorer
+from sparsecraft.moe.routers.starts import draw
+from sparsecraft.recipe.scorers import Linear
 
 
-class LinearScorer(nn.Module):
+class LinearScorer(Scorer):
     """One bias-free row per expert (Shazeer et al. 2017; PESC Eq. 9; Mixtral).
 
     Attributes:
@@ -20,29 +20,20 @@ class LinearScorer(nn.Module):
             because in one of another shape the last bits of the others' logits may differ.
     """
 
-    def __init__(self, width: int, num_experts: int, spec: RouterSpec, *, device=None, dtype=None):
+    def __init__(self, spec: Linear, width: int, num_experts: int, *, device=None, dtype=None):
         super().__init__()
-        self.width, self.std, self.extended = width, spec.init_std, spec.extended
-        weight = torch.empty(num_experts // spec.init_repeat, width, device=device, dtype=dtype)
-        match spec.init:
-            case "kaiming_uniform":  # the default of nn.Linear, which PESC's code keeps
-                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-            case "normal":
-                nn.init.normal_(weight, std=spec.init_std)
-            case "uniform":
-                edge = math.sqrt(3) * spec.init_std
-                nn.init.uniform_(weight, -edge, edge)
-            case _:  # zeros; those from data: until `begin`
-                nn.init.zeros_(weight)
-        self.weight = nn.Parameter(weight.repeat_interleave(spec.init_repeat, dim=0))
+        self.spec, self.width, self.extended = spec, width, spec.extended
+        weight = torch.empty(num_experts // spec.repeat, width, device=device, dtype=dtype)
+        weight = draw(spec.start, weight)
+        self.weight = nn.Parameter(weight.repeat_interleave(spec.repeat, dim=0))
 
     @torch.no_grad()
     def begin(self, means_ED: Tensor) -> None:
         """Start from what tokens are like for each expert: the means' distances to the mean of all,
-        scaled to the standard deviation `init_std` around zero."""
+        scaled to the start's standard deviation around zero."""
         rows_ED = means_ED.double() - means_ED.double().mean(0)
         size = rows_ED.square().mean().sqrt()
-        self.weight.copy_(rows_ED * (self.std / size) if size > 0 else rows_ED)
+        self.weight.copy_(rows_ED * (self.spec.start.std / size) if size > 0 else rows_ED)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         if not self.extended:
@@ -67,5 +58,7 @@ class LinearScorer(nn.Module):
         self.extended = min(self.extended - appended, len(self.weight) - 1)
 
     def weight_rows(self) -> Tensor:
-        """The matrix (E, D) whose product with a token gives its logits."""
         return self.weight
+
+    def joint_rows(self) -> Tensor | None:
+        return self.weight if is_plain(self, LinearScorer) and not self.extended else None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+Selector = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def top_k(logits_TE: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,8 @@ from sparsecraft.moe.init.banks import partition_of_activations, partition_of_we
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routers.gate import squashed
 from sparsecraft.moe.routers.part_scorers import SimilarityScorer, targets
-from sparsecraft.recipe.stages import FitSpec
+from sparsecraft.recipe.scorers import Similarity
+from sparsecraft.recipe.stages import Fit
 from sparsecraft.surgery.budget import split_layers
 from sparsecraft.training.fit.capture import Masks, capture
 from sparsecraft.training.fit.regression import Report, first_held, fit_imitations, fit_routers
@@ -44,7 +45,7 @@ REPORTED_SHARE = 0.2
 def fit(
     model: nn.Module,
     batches: Iterable[dict[str, Any]],
-    spec: FitSpec,
+    spec: Fit,
     *,
     masks: Callable[[nn.Module, dict[str, Any]], Masks],
     seed: int = 0,
@@ -94,13 +95,13 @@ def fit(
 
 
 def _make_imitations(
-    layers: dict[str, MoELayer], inputs: dict[str, Tensor], spec: FitSpec, seed: int
+    layers: dict[str, MoELayer], inputs: dict[str, Tensor], spec: Fit, seed: int
 ) -> Report:
     return fit_imitations(layers, inputs, spec)
 
 
 def _make_routers(
-    layers: dict[str, MoELayer], inputs: dict[str, Tensor], spec: FitSpec, seed: int
+    layers: dict[str, MoELayer], inputs: dict[str, Tensor], spec: Fit, seed: int
 ) -> Report:
     """Partitions and means from the networks as they are now, then targets, then routers."""
     wanted: dict[str, Tensor] = {}
@@ -136,10 +137,7 @@ def _arrange(layer: MoELayer, x_TD: Tensor, seed: int) -> None:
         total_F = sum(chunk_TF.double().sum(0) for chunk_TF in activations(bank, x_TD))
         mean_F = (total_F / len(x_TD))[bank.neurons.flatten()]
         bank.mean.copy_(mean_F.view_as(bank.mean))
-    if representatives_R is not None and hasattr(layer.router.scorer, "rows"):
-        layer.router.scorer.begin(bank, representatives_R)
-    else:
-        layer.router.begin(bank)
+    layer.router.begin(bank, representatives_R)
 
 
 def activations(bank: SplitExperts, x_TD: Tensor) -> Iterator[Tensor]:
@@ -174,7 +172,7 @@ def captured_masses(
     wanted_TR = wanted_TE[:, shared:].to(device)
     k = max(1, round(share * wanted_TR.shape[1]))
     x_TD = x_TD.to(device)
-    similarity = SimilarityScorer(gate.spec, bank)
+    similarity = SimilarityScorer(Similarity(), bank, gate.spec)
     found = {
         "router": squashed(gate.scorer(x_TD), gate.spec.squash),
         "oracle": wanted_TR,

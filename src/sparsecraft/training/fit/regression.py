@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.moe.layer import MoELayer
-from sparsecraft.recipe.stages import FitSpec
+from sparsecraft.recipe.stages import Fit
 
 # Tokens of a held-out step.
 CHUNK_TOKENS = 4096
@@ -33,7 +33,7 @@ Report = dict[str, dict[str, Any]]
 Loss = Callable[[dict[str, Tensor], Tensor, Tensor, float | None], Tensor]
 
 
-def first_held(tokens: int, spec: FitSpec) -> int:
+def first_held(tokens: int, spec: Fit) -> int:
     """Where the held-out tokens begin."""
     held = max(1, round(tokens * spec.holdout))
     if tokens - held < 1:
@@ -48,15 +48,15 @@ def fit_routers(
     layers: dict[str, MoELayer],
     inputs: dict[str, Tensor],
     wanted: dict[str, Tensor],
-    spec: FitSpec,
+    spec: Fit,
 ) -> Report:
-    """Fit the scorers to their targets, (T, E) for each layer; see `RouterSpec.target`."""
+    """Fit the scorers to their targets, (T, E) for each layer; see `GateSpec.target`."""
     scorers = {name: layer.router.scorer for name, layer in layers.items()}
     for name, scorer in scorers.items():
         if not any(True for _ in scorer.parameters()):
             raise SparsecraftError(
-                f"The {layers[name].router.spec.scorer} scorer of {name!r} has no weights to fit; "
-                "set fit.loss='none' in its stage."
+                f"The {layers[name].router.spec.scorer.kind} scorer of {name!r} has no weights to "
+                "fit; set loss='none' in its stage."
             )
     measure = F.binary_cross_entropy_with_logits if spec.loss == "bce" else F.mse_loss
     report: Report = {}
@@ -75,7 +75,7 @@ def fit_routers(
     return report
 
 
-def fit_imitations(layers: dict[str, MoELayer], inputs: dict[str, Tensor], spec: FitSpec) -> Report:
+def fit_imitations(layers: dict[str, MoELayer], inputs: dict[str, Tensor], spec: Fit) -> Report:
     """Fit each layer's network to what its base makes of the same inputs (D2DMoE, section 3.4)."""
     report: Report = {}
     banks = {name: layer.experts for name, layer in layers.items()}
@@ -118,7 +118,7 @@ def _alike(modules: dict[str, nn.Module]) -> list[list[str]]:
 
 
 def _descend(
-    modules: list[nn.Module], loss: Loss, inputs: list[Tensor], aims: list[Tensor], spec: FitSpec
+    modules: list[nn.Module], loss: Loss, inputs: list[Tensor], aims: list[Tensor], spec: Fit
 ) -> list[dict[str, float]]:
     """Adam on all modules at once; each keeps the epoch that was best on the held-out tokens."""
     device = next(modules[0].parameters()).device
@@ -169,7 +169,7 @@ def _descend(
     return [{"loss_before": before, "loss": after} for before, after in pairs]
 
 
-def _scaled(x_TD: Tensor, y_TE: Tensor, spec: FitSpec) -> Tensor:
+def _scaled(x_TD: Tensor, y_TE: Tensor, spec: Fit) -> Tensor:
     """Targets in a range that a regression likes; ranks within a token stay as they are.
 
     `bce`: divided by the token's length, as a router sees directions only (for ReLU without biases

@@ -1,0 +1,54 @@
+"""How the rows of a scorer start: one function for each kind of start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsecraft.recipe.scorers import (
+    Hidden,
+    KaimingUniform,
+    KMeans,
+    Normal,
+    Start,
+    Uniform,
+    Zeros,
+)
+
+
+def kaiming_uniform(start: KaimingUniform, weight_ED: Tensor) -> None:
+    nn.init.kaiming_uniform_(weight_ED, a=math.sqrt(5))  # nn.Linear's, which PESC's code keeps
+
+
+def normal(start: Normal, weight_ED: Tensor) -> None:
+    nn.init.normal_(weight_ED, std=start.std)
+
+
+def uniform(start: Uniform, weight_ED: Tensor) -> None:
+    edge = math.sqrt(3) * start.std
+    nn.init.uniform_(weight_ED, -edge, edge)
+
+
+def zeros(start: Start, weight_ED: Tensor) -> None:
+    """Also of starts from data, until the scorer's `begin`."""
+    nn.init.zeros_(weight_ED)
+
+
+# The function fills a new weight in place; a further start is named by `build.register`.
+STARTS: dict[type[Start], Callable[[Any, Tensor], None]] = {
+    KaimingUniform: kaiming_uniform,
+    Normal: normal,
+    Uniform: uniform,
+    Zeros: zeros,
+    Hidden: zeros,
+    KMeans: zeros,
+}
+
+
+def draw(start: Start, weight_ED: Tensor) -> Tensor:
+    """The weight, with the rows that the recipe's start gives it."""
+    STARTS[type(start)](start, weight_ED)
+    return weight_ED

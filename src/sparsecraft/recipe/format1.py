@@ -1,0 +1,168 @@
+"""Format 1 of recipes -> format 2.
+
+Format 1 had one flat router for whole experts and for parts, one kind of stages for training and
+fitting, and `base_quantization`. Its fields and their defaults stand here, as they were.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsecraft.errors import RecipeError, did_you_mean
+
+RECIPE = (
+    "name", "title", "paper", "variant", "exact_at_start", "base_quantization", "others",
+    "expansion", "edits", "stages",
+)  # fmt: skip
+
+ROUTER = {
+    "scorer": "linear", "select": "top_k", "top_k": 2, "soft_first": False, "threshold": None,
+    "shared": 0, "squash": "none", "weighting": "softmax", "target": "mass", "hidden": None,
+    "bias": None, "normalize": False, "renormalize": True, "temperature": 1.0, "gates_base": False,
+    "reads": "input", "decides": "token", "encoder": "minilm", "sentence_dim": 384,
+    "init": "kaiming_uniform", "init_std": 0.02, "init_repeat": 1, "extended": 0, "balanced": True,
+}  # fmt: skip
+
+# What format 1 allowed to say where it meant nothing.
+IDLE = ("renormalize", "encoder", "sentence_dim", "init", "init_std", "target")
+
+STAGE = (
+    "name", "trains", "losses", "loss_schedule", "runs", "activation", "fit", "buckets",
+    "optimizer", "learning_rate", "router_learning_rate", "schedule", "warmup_ratio",
+    "warmup_steps", "weight_decay", "max_grad_norm", "batch_size", "max_length", "epochs",
+)  # fmt: skip
+
+FIT = (
+    "what", "sparsity", "dropout", "loss", "tokens", "epochs", "batch_tokens", "learning_rate",
+    "holdout",
+)  # fmt: skip
+
+BY_THRESHOLD = ("share", "relative", "threshold")
+
+
+def upgraded_1(data: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of format 1 as one of format 2; values are checked when that is read.
+
+    Raises:
+        RecipeError: a field that format 1 did not have, or one that its router did not use.
+    """
+    _check_known(data, RECIPE, "recipe")
+    data = dict(data)
+    if "base_quantization" in data:
+        packed = data.pop("base_quantization")
+        data["backbone"] = None if packed is None else {"kind": packed}
+    for name, upgrade in (("edits", _edit), ("stages", _stage)):
+        if isinstance(data.get(name), (list, tuple)):
+            data[name] = [upgrade(v, f"recipe.{name}.{n}") for n, v in enumerate(data[name])]
+    return data
+
+
+def _edit(edit: Any, path: str) -> Any:
+    if not isinstance(edit, dict) or not isinstance(edit.get("router"), dict):
+        return edit
+    return edit | {"router": _router(edit["router"], f"{path}.router")}
+
+
+def _router(old: dict[str, Any], path: str) -> dict[str, Any]:
+    _check_known(old, tuple(ROUTER), path)
+    left = ROUTER | old
+    gate = left.pop("weighting") != "softmax"
+    if gate:
+        new = {
+            "kind": "gate",
+            "scorer": _part_scorer(left),
+            "weighting": old["weighting"],
+            **{name: left.pop(name) for name in ("shared", "squash", "target")},
+        }
+    else:
+        decides = {"kind": left.pop("decides")}
+        if decides["kind"] == "sentence":
+            decides |= {"encoder": left["encoder"], "dim": left["sentence_dim"]}
+        names = ("reads", "temperature", "gates_base")
+        scorer = _scorer(left)
+        new = {"kind": "router", "scorer": scorer, "decides": decides}
+        new |= {name: left.pop(name) for name in names}
+    new |= {"select": _select(left, gate), "balanced": left.pop("balanced")}
+    for name, value in left.items():
+        if value != ROUTER[name] and name not in IDLE:
+            raise RecipeError(
+                f"{path}.{name} is {value!r}, which a {new['scorer']['kind']} scorer with "
+                f"{new['select']['kind']} selection, weighted by "
+                f"{old.get('weighting', 'softmax')}, does not have; leave it out."
+            )
+    return new
+
+
+def _scorer(left: dict[str, Any]) -> dict[str, Any]:
+    """Of whole experts; what it takes is no longer `left`."""
+    kind = left.pop("scorer")
+    if kind == "domain":
+        return {
+            "kind": kind,
+            "encoder": left.pop("encoder"),
+            "dim": left.pop("sentence_dim"),
+            "std": left.pop("init_std"),
+        }
+    if kind != "linear":
+        return {"kind": kind}
+    names = {"init_repeat": "repeat", "extended": "extended"}
+    new = {"kind": kind, "start": _start(left)}
+    return new | {name: left.pop(old) for old, name in names.items()}
+
+
+def _part_scorer(left: dict[str, Any]) -> dict[str, Any]:
+    kind = left.pop("scorer")
+    new: dict[str, Any] = {"kind": kind}
+    if kind == "linear":
+        new["start"] = _start(left)
+    if kind in ("linear", "norm"):
+        new["bias"] = left.pop("bias")
+    if kind == "analytic":
+        new["normalize"] = left.pop("normalize")
+    if kind in ("mlp", "norm"):
+        hidden = left.pop("hidden")
+        new |= {} if hidden is None else {"hidden": hidden}
+    return new
+
+
+def _start(left: dict[str, Any]) -> dict[str, Any]:
+    kind, std = left.pop("init"), left.pop("init_std")
+    return {"kind": kind} if kind in ("kaiming_uniform", "zeros") else {"kind": kind, "std": std}
+
+
+def _select(left: dict[str, Any], gate: bool) -> dict[str, Any]:
+    kind, k = left.pop("select"), left.pop("top_k")
+    new: dict[str, Any] = {"kind": kind}
+    if kind == "top_k":
+        new["k"] = k
+        new |= {} if gate else {"renormalize": left.pop("renormalize")}
+    elif k != (1 if kind == "sample" else None):
+        left["top_k"] = k  # not of this selection
+    if kind in BY_THRESHOLD:
+        new["threshold"] = left.pop("threshold")
+    if kind == "sample":
+        new["first_soft"] = left.pop("soft_first")
+    return new
+
+
+def _stage(old: Any, path: str) -> Any:
+    if not isinstance(old, dict):
+        return old
+    _check_known(old, STAGE, path)
+    old = dict(old)
+    fit, deal = old.pop("fit", None), old.pop("buckets", None)
+    if fit is None:
+        return {"kind": "train", **old, "deal": deal}
+    _check_known(fit, FIT, f"{path}.fit")
+    if deal is not None:
+        raise RecipeError(f"{path} has fit and buckets; it must have one of them.")
+    kept = {name: old[name] for name in ("batch_size", "max_length") if name in old}
+    return {"kind": "fit", "name": old.get("name", "train"), **fit, **kept}
+
+
+def _check_known(data: Any, known: tuple[str, ...], path: str) -> None:
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} is {data!r}; it must be an object with fields.")
+    for name in data:
+        if name not in known:
+            raise RecipeError(f"{path} has no field {name!r}." + did_you_mean(name, known))

@@ -1,0 +1,170 @@
+"""What commit 1d32273 wrote in format 1 is read as it was meant: see make_format1.py.
+
+`format1` is never written to; a test that writes has a copy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import sparsecraft as sc
+from sparsecraft.conversion.stream import convert_files
+from sparsecraft.recipe.formats import from_json
+from tests.cases import RECIPES, dense
+from tests.golden.recipe_names import recipe_of
+
+FORMAT1 = Path(__file__).resolve().parent / "format1"
+TOLERANCE = 1e-5
+
+
+def read(name: str):
+    return json.loads((FORMAT1 / name).read_text())
+
+
+EXPRESSIONS, CHECKPOINTS, PEFT = (read(f"{n}.json") for n in ("recipes", "checkpoints", "peft"))
+KEYS = read("state_dict_keys.json")
+ON_BASE = [name for name, base in CHECKPOINTS.items() if base]
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
+
+
+def assert_says(model: torch.nn.Module, name: str) -> None:
+    """The model gives the logits that it gave."""
+    inputs = load_file(FORMAT1 / "expected" / f"{name}.safetensors")
+    wanted = inputs.pop("logits")
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits.float()
+    assert logits.shape == wanted.shape
+    assert (logits - wanted).abs().max() <= TOLERANCE
+
+
+def base_of(name: str | None) -> str | None:
+    return name and str(FORMAT1 / "base" / name)
+
+
+def loaded(name: str, **options) -> torch.nn.Module:
+    return sc.load(FORMAT1 / "checkpoints" / name, base=base_of(CHECKPOINTS[name]), **options)
+
+
+# ------------------------------------------------------------------------------------------ recipes
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_a_recipe_reads_as_what_its_function_gives(name):
+    written = from_json(read(f"recipes/{name}.json"))
+    assert written == recipe_of(name, EXPRESSIONS[name])
+
+
+def test_every_recipe_has_been_written():
+    files = {path.stem for path in (FORMAT1 / "recipes").glob("*.json")}
+    assert files == set(EXPRESSIONS)
+    assert {name.removeprefix("case__") for name in files if name.startswith("case__")} == set(KEYS)
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_converted_model_has_the_same_tensors(name):
+    model = dense("llama")
+    sc.convert(model, RECIPES[name].make(), certify=False)
+    found = {
+        key: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+        for key, t in model.state_dict().items()
+        if not key.endswith("_extra_state")  # how split networks run came after this format
+    }
+    assert found == KEYS[name]
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_gives_its_logits(name):
+    model = loaded(name)
+    half = name.endswith("bfloat16")
+    assert model.dtype == (torch.bfloat16 if half else torch.float32)
+    # Products of halves round as the machine does; those of floats differ by less than 1e-5.
+    assert_says(loaded(name, dtype="float32") if half else model, name)
+
+
+@pytest.mark.parametrize("name", ON_BASE)
+def test_a_checkpoint_finds_the_base_that_it_names(name, monkeypatch):
+    monkeypatch.chdir(FORMAT1)  # the manifest says base/llama
+    assert_says(sc.load(f"checkpoints/{name}"), name)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_is_saved_and_read_again(name, tmp_path):
+    sc.save(loaded(name), tmp_path / "again")
+    assert_says(sc.load(tmp_path / "again", dtype="float32"), name)
+
+
+def test_budgets_and_calibrations_are_those_that_were_saved():
+    known = {
+        "moefication_budget": (0.75, []),
+        "gmoefication_own_rule": (None, []),
+        "lte_calibrated": (0.4, [(0.25, 0.75), (0.5, 0.625), (1.0, 0.0)]),
+        "d2dmoe_trained": (0.5, [(0.25, 0.75), (0.5, 0.625), (1.0, 0.0)]),
+    }
+    for name, wanted in known.items():
+        running = loaded(name).sparsecraft.running
+        assert (running.budget, running.calibration) == wanted
+
+
+# ------------------------------------------------------------------------------------- PEFT folders
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_peft_reads_an_adapter(name):
+    model = sc.hub.load_dense(base_of(PEFT[name]))
+    assert_says(PeftModel.from_pretrained(model, FORMAT1 / "peft" / name), f"peft_{name}")
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_an_adapter_is_read_as_a_converted_model(name, monkeypatch):
+    folder = FORMAT1 / "peft" / name
+    assert_says(sc.load(folder, base=base_of(PEFT[name])), f"peft_{name}")
+    monkeypatch.chdir(FORMAT1)
+    assert_says(sc.load(folder), f"peft_{name}")
+
+
+# -------------------------------------------------------------------------------------- interrupted
+
+
+@pytest.mark.parametrize("kind", ["training", "training_dealt"])
+def test_an_interrupted_training_goes_on(tmp_path, kind):
+    folder = shutil.copytree(FORMAT1 / kind, tmp_path / kind)
+    options = json.loads((folder / "options.json").read_text())
+    rows = str(FORMAT1 / "rows.jsonl")
+    report = sc.train(folder / "start", rows, folder / "out", resume=True, **options)
+    assert report.steps == options["steps"]
+    assert not (folder / "out.training").exists()
+    assert_says(sc.load(folder / "out"), kind)
+
+
+def test_an_interrupted_stream_goes_on(tmp_path):
+    folder = shutil.copytree(FORMAT1 / "stream", tmp_path / "stream")
+    base = shutil.copytree(FORMAT1 / "base" / "llama", tmp_path / "base")
+    left = folder / ".out.partial"
+    progress = json.loads((left / "progress.json").read_text())
+    # Git keeps no times, and the versions of other packages are not what is tested.
+    for name, (_, changed) in progress["task"]["base"].items():
+        os.utime(base / name, ns=(changed, changed))
+    versions = {"sparsecraft": sc.__version__, "torch": str(torch.__version__)}
+    progress["task"]["versions"] |= versions
+    (left / "progress.json").write_text(json.dumps(progress))
+    kept = {file: (left / file).stat().st_ino for file in progress["finished"]}
+    assert len(kept) == 3
+
+    recipe = from_json(json.loads((folder / "recipe.json").read_text()))
+    options = json.loads((folder / "options.json").read_text())
+    convert_files(str(base), recipe, folder / "out", resume=True, **options)
+    assert {file: (folder / "out" / file).stat().st_ino for file in kept} == kept
+    assert not left.exists()
+    assert_says(sc.load(folder / "out"), "stream")
