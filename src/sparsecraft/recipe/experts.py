@@ -89,6 +89,28 @@ class ExpertsSpec(ABC):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """What is random in the neurons of copied experts; see `sparsecraft.moe.init.neurons`."""
+
+    redraw: float = 0.0
+    """Share of each expert's neurons drawn anew (Drop-Upcycling)."""
+    redraw_apart: bool = False
+    """Gate, up and down each draw other neurons (Drop-Upcycling's code)."""
+    permute: bool = False
+    """Each expert has its neurons in a random order, which changes no output."""
+    noise_std: float = 0.0
+    """Standard deviation of noise on each expert's matrices and first bias."""
+    noise_share: float = 1.0
+    """Share of the neurons of each matrix that the noise is on."""
+
+    def __post_init__(self) -> None:
+        for name in ("redraw", "noise_share"):
+            if not (is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
+                raise RecipeError(f"{name} is {getattr(self, name)!r}; it must lie in [0, 1].")
+        check_deviation(self.noise_std, "noise_std")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FFNSpec(ExpertsSpec):
     """Full feed-forward experts made from the dense one, or shards of it."""
 
@@ -100,7 +122,6 @@ class FFNSpec(ExpertsSpec):
 
     kind: Literal["ffn"] = "ffn"
     num_experts: int = 8
-    init: Literal["copy"] = "copy"
     width: int | None = None
     """Neurons of an expert, where they are not the dense network's or a shard of it: of experts
     that were imported (`sparsecraft import`)."""
@@ -111,16 +132,8 @@ class FFNSpec(ExpertsSpec):
     scaling: Literal["none", "exact", "paper"] = "none"
     """How outputs become `scale` times as large: see `sparsecraft.moe.experts.ffn.factors`."""
     scale: float = 1.0
-    redraw: float = 0.0
-    """Share of each expert's neurons drawn anew: see `sparsecraft.moe.init.neurons`."""
-    redraw_apart: bool = False
-    """Gate, up and down each draw other neurons (Drop-Upcycling's code)."""
-    permute: bool = False
-    """Each expert has its neurons in a random order, which changes no output."""
-    noise_std: float = 0.0
-    """Standard deviation of noise on each expert's matrices and first bias."""
-    noise_share: float = 1.0
-    """Share of the neurons of each matrix that the noise is on."""
+    differ: Difference = Difference()
+    """What tells copies apart from the start."""
 
     def __post_init__(self) -> None:
         check_whole("granularity", self.granularity)
@@ -134,10 +147,6 @@ class FFNSpec(ExpertsSpec):
             )
         if not (is_number(self.scale) and 0 < self.scale < math.inf):
             raise RecipeError(f"scale is {self.scale!r}; it must be a positive number.")
-        for name in ("redraw", "noise_share"):
-            if not (is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
-                raise RecipeError(f"{name} is {getattr(self, name)!r}; it must lie in [0, 1].")
-        check_deviation(self.noise_std, "noise_std")
 
     @property
     def networks(self) -> int:
