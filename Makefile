@@ -42,7 +42,7 @@ docs: install
 
 # The benchmark that needs no GPU; benchmarks/README.md lists the others.
 bench: model
-	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python -m benchmarks.conversion.convert
 
 clean:
 	rm -rf .venv runs build dist

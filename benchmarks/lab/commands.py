@@ -20,6 +20,16 @@ def study_options(
     parser.add_argument("--tiny", action="store_true", help="random weights, a few steps: a trial")
 
 
+def text_options(
+    parser: argparse.ArgumentParser, verbs: Mapping[str, Callable], folder: Path, data: str
+) -> None:
+    """Those, and what the studies on text take, which keep trained weights."""
+    study_options(parser, verbs, folder, data)
+    parser.add_argument("--copy", type=Path, help="copy the results here after every row")
+    cache = Path("runs") / folder.name
+    parser.add_argument("--cache", type=Path, default=cache, help="trained weights")
+
+
 def packed_options(
     parser: argparse.ArgumentParser,
     verbs: Mapping[str, Callable],

@@ -19,6 +19,7 @@ from benchmarks.lab.session import Batch, Session, adamw
 from sparsecraft.data.encoding import IGNORED
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.losses import auxiliary_loss
+from sparsecraft.moe.routers.selectors import Sample
 
 LENGTH, TINY_LENGTH = 512, 64
 
@@ -85,8 +86,9 @@ class TextSession(Session):
         coefficients, ramp: the stage's `losses` and `loss_schedule`.
         counted: the layers whose routing the losses count; all by default.
         autocast: False computes in the weights' own type.
-        fused: AdamW's; by default on a GPU.
     """
+
+    fuses = True  # AdamW, on a GPU
 
     def __init__(
         self,
@@ -96,12 +98,14 @@ class TextSession(Session):
         ramp: str = "constant",
         counted: Collection[str] | None = None,
         autocast: bool = True,
-        fused: bool | None = None,
     ):
-        fused = model.device.type == "cuda" if fused is None else fused
+        fused = (model.device.type == "cuda") if self.fuses else None
         super().__init__(model, adamw(groups, fused=fused))
         self.coefficients, self.ramp, self.counted = coefficients or {}, ramp, counted
         self.autocast = autocast
+        routers = [m.router for m in model.modules() if isinstance(m, MoELayer)]
+        selects = [getattr(router, "select", None) for router in routers]
+        self.samplers = [select for select in selects if isinstance(select, Sample)]
 
     def task(self, batch: Batch) -> Tensor:
         return task_loss(self.model, batch)
@@ -112,6 +116,8 @@ class TextSession(Session):
         return None if real is None else lambda layer: real
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        for select in self.samplers:  # they cool down
+            select.step = self.step
         done = self.step / self.steps
         ramps = {"constant": 1.0, "linear": done, "linear_warmup": min(1.0, 2 * done)}
         coefficients = {k: ramps[self.ramp] * c for k, c in self.coefficients.items()}

@@ -8,6 +8,7 @@ schedule. Shapes: N packs, B packs of a batch, S tokens of a pack.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -29,7 +30,7 @@ from benchmarks.lab.models import dense_model
 from benchmarks.lab.packed import WARM_UP, Method, build
 from benchmarks.lab.packs import Packs, Recorded, document_mask, training_steps
 from benchmarks.lab.queue import Run
-from benchmarks.lab.session import Batch, Schedule
+from benchmarks.lab.session import Batch, Schedule, Session
 from benchmarks.lab.tables import insert
 from sparsecraft.data.encoding import IGNORED
 
@@ -61,6 +62,23 @@ class Setting:
     def schedule(self) -> Schedule:
         """As transformers has it."""
         return Schedule(self.shape, self.warm_up, from_zero=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPlan:
+    """What a study on text does in one stage.
+
+    Attributes:
+        amount: steps, and packs of a step.
+        rates: the peak learning rates of all weights and of routers.
+        stage: the recipe's stage, and `changes` of its fields.
+    """
+
+    amount: tuple[int, int]
+    rates: tuple[float, float]
+    schedule: Schedule
+    stage: str
+    changes: Mapping = dataclasses.field(default_factory=dict)
 
 
 # ------------------------------------------------------------------ documents
@@ -256,6 +274,46 @@ def packed_step(batch: Batch, device: str) -> Batch:
     """A recorded batch as the tensors of one step, with all its real tokens."""
     stacked = training_steps(Recorded(batch), 0, 1, len(batch["input_ids"]))
     return {key: value[0].to(device) for key, value in stacked.items() if value.ndim}
+
+
+# ------------------------------------------------------------------ text
+def text(
+    args,
+    *,
+    arm: str,
+    convert: Callable[[nn.Module], object],
+    packs: Callable[[], tuple[Tensor, Tensor]],
+    plan: TextPlan,
+    session: Callable[[nn.Module, bool], Session],
+    command: str,
+) -> None:
+    """The comparison of a study on text; tiny ones in float32 on both sides.
+
+    Args:
+        packs: the ids and positions of the packs to train on, (N, S) each.
+        session: makes the study's session of a model, and of whether its products are bf16.
+    """
+    device = "cpu" if args.tiny or not torch.cuda.is_available() else "cuda"
+    if args.tiny:
+        dense, length = dense_model("tiny_wide", device, TINY_WORDS), TINY_LENGTH
+        amount, documents = (TINY_STEPS, TINY_BATCH), random_documents(2 * TINY_STEPS * TINY_BATCH)
+    else:
+        ids, positions = (part.cpu().numpy() for part in packs())
+        dense, length, amount = dense_model("smollm2", device), ids.shape[1], plan.amount
+        documents = documents_of(ids, positions)
+    shape, warm_up = plan.schedule.shape, plan.schedule.warm_up
+    sizes = (*amount, length, dense.config.vocab_size)
+    setting = Setting(arm, *sizes, plan.rates, shape, warm_up, plan.stage, plan.changes)
+    convert(dense)
+    other = copy.deepcopy(dense)
+
+    def descend(batches: list[Batch]) -> tuple[Tensor, nn.Module]:
+        own = session(other, device == "cuda")
+        steps = map(text_of, batches)
+        return own.descend(steps, setting.schedule, setting.steps, "total"), other
+
+    found = compare(setting, dense, documents, descend)
+    write(args, found, f"{command} {'--tiny' if args.tiny else f'--data {args.data.name}'}")
 
 
 # ------------------------------------------------------------------ the page

@@ -1,14 +1,15 @@
-"""The page of nexus.py from its results."""
+"""The page of this study, from its results."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 
-from report import insert, markdown
+from benchmarks.lab.queue import read
+from benchmarks.lab.tables import insert, markdown
+from benchmarks.lab.through_train import section
+from benchmarks.nexus.arms import DOMAINS
 
-DOMAINS = ("general", "math", "code")
 # Name in the results -> in the tables.
 MODELS = {
     ("dense", "seed"): "SmolLM2, the seed",
@@ -46,7 +47,7 @@ Rows = dict[tuple, list[dict]]
 def write(args) -> None:
     """Put the tables into the page."""
     rows: Rows = defaultdict(list)
-    found = [json.loads(line) for line in args.results.read_text().splitlines()]
+    found = read(args.results)
     for row in sorted(found, key=lambda row: row["seed"]):
         rows[row["kind"], row["name"], row.get("budget")].append(row)
     machines = sorted({f"{row['machine']}, torch {row['torch']}" for row in found})
@@ -57,6 +58,7 @@ def write(args) -> None:
         "### Who gets a domain's tokens\n\n" + _routing(rows),
     ]
     insert(args.page, "\n\n".join(tables))
+    section(args.page)
 
 
 def _models(rows: Rows) -> str:

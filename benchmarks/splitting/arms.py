@@ -1,4 +1,4 @@
-"""What split_quality.py compares: trainings of SmolLM2, and banks of experts made of their weights.
+"""What this study compares: trainings of SmolLM2, and banks of experts made of their weights.
 
 A training is what the gradient stages of a recipe do to the weights; all take the same number of
 tokens. An arm splits the weights of one training by a recipe and fits its routers. A variant is a
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import sparsecraft as sc
+from benchmarks.lab.queue import bracket
 from sparsecraft.recipe.overrides import override
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.recipe.scorers import Oracle, Similarity
@@ -193,13 +194,28 @@ def rate(rows: list[dict], training: str) -> tuple[float | None, float | None]:
     own = TRAININGS[about.rates_of]
     found = {row["lr"]: row["objective"] for row in rows
              if row["kind"] == "search" and row["training"] == about.rates_of}  # fmt: skip
-    missing = [lr for lr in own.grid if lr not in found]
-    if missing:
-        return None, missing[0]
-    best = min(found, key=lambda lr: found[lr])
-    if len(found) < len(own.grid) + own.extensions:
-        if best == max(found):
-            return best, best * 3
-        if best == min(found):
-            return best, best / 3
-    return best, None
+    needed, _ = bracket(found, own.grid, 3.0, own.extensions)
+    if len(found) < len(own.grid):
+        return None, needed[0]
+    return min(found, key=lambda lr: found[lr]), needed[0] if needed else None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything; the same for all trainings and all arms."""
+
+    steps: int = 128
+    search_steps: int = 32
+    batch: int = 32
+    fit_tokens: int = 65_536
+    valid_packs: int = 40  # of each domain
+    other_packs: int = 32  # for a learning rate, thresholds and captured masses
+    evaluation: int = 40  # packs in one forward pass
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.batch * 512
+
+
+TINY = Sizes(4, 2, 2, 1024, 1, 2, 2)
+TINY_WORDS = 512

@@ -12,18 +12,16 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from split_arms import ARMS, NATURAL, Arm, Variant
-from split_run import DOMAINS, Texts, every, fit_batches, logits_of, pass_stages
 from torch import nn
-from torch.nn import functional as F
 
 import sparsecraft as sc
-from sparsecraft.data.encoding import IGNORED
+from benchmarks.lab.text import held_out, inputs_of
+from benchmarks.splitting.arms import ARMS, NATURAL, Arm, Variant
+from benchmarks.splitting.run import DOMAINS, SplitTexts, every, fit_batches, pass_stages
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.moe.cost import split_flops
 from sparsecraft.moe.init.partition import random_partition
@@ -36,7 +34,9 @@ from sparsecraft.training.fit.fit import captured_masses
 LEAST = 1e-4  # thresholds below it are all the same to a curve
 
 
-def split(name: str, training: str, weights, texts: Texts, seed: int) -> tuple[nn.Module, dict]:
+def split(
+    name: str, training: str, weights, texts: SplitTexts, seed: int
+) -> tuple[nn.Module, dict]:
     """The model of an arm: converted and its routers fitted; and the fit's report."""
     arm: Arm = ARMS[name]
     if arm.in_place:
@@ -78,33 +78,24 @@ class Meter:
 
 
 @torch.no_grad()
-def shares_of(model, texts: Texts) -> float:
+def shares_of(model, texts: SplitTexts) -> float:
     """Mean share of the experts that run on the texts for thresholds; no logits."""
     meter = Meter(model)
     with sc.trace(model) as routings:
         for batch in texts.batches("calibrate", texts.sizes.other_packs):
-            inputs = {key: value for key, value in batch.items() if key != "targets"}
-            model.model(**inputs, use_cache=False)
+            model.model(**inputs_of(batch), use_cache=False)
             meter.add(routings)
     return meter.facts()["share"]
 
 
 @torch.no_grad()
-def evaluate(model, texts: Texts, routed: bool = True) -> dict:
+def evaluate(model, texts: SplitTexts, routed: bool = True) -> dict:
     """Loss of every domain and of all, over tokens; where routed, what share ran at what cost."""
     meter = Meter(model) if routed else None
     sums, counts = {}, {}
-    with sc.trace(model) if routed else nullcontext({}) as routings:
-        for name in DOMAINS:
-            total, count = 0.0, 0
-            for batch in texts.batches(name, texts.sizes.evaluation):
-                logits = logits_of(model, batch).flatten(0, 1)
-                own = batch["targets"].flatten()
-                total += F.cross_entropy(logits, own, ignore_index=IGNORED, reduction="sum").item()
-                count += (own != IGNORED).sum().item()
-                if meter:
-                    meter.add(routings)
-            sums[name], counts[name] = total, count
+    for name in DOMAINS:
+        batches = texts.batches(name, texts.sizes.evaluation)
+        sums[name], counts[name] = held_out(model, batches, meter and meter.add)
     found = {"loss": sum(sums.values()) / sum(counts.values())}
     found |= {name: sums[name] / counts[name] for name in DOMAINS}
     if meter:
@@ -185,7 +176,7 @@ def masses(model, batches, masks, tokens: int) -> dict[str, dict]:
     return found
 
 
-def measure_arm(name: str, training: str, weights, texts: Texts, seed: int) -> dict:
+def measure_arm(name: str, training: str, weights, texts: SplitTexts, seed: int) -> dict:
     """Everything about one arm: the whole function, captured masses, and its curves."""
     start = time.perf_counter()
     model, report = split(name, training, weights, texts, seed)

@@ -19,7 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from split_arms import (
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sparsecraft as sc
+from benchmarks.lab.queue import Rows
+from benchmarks.lab.session import Batch, groups_of
+from benchmarks.lab.text import TextSession
+from benchmarks.splitting.arms import (
     ARMS,
     BY_COUNT,
     BY_NORM,
@@ -31,14 +38,9 @@ from split_arms import (
     RANDOM_ORACLE,
     Variant,
     r,
-)  # fmt: skip
-from split_curves import Meter, curve, masses, vary
-from split_run import WARMUP, _groups
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-import sparsecraft as sc
-from sparsecraft.moe.losses import auxiliary_loss
+)
+from benchmarks.splitting.curves import Meter, curve, masses, vary
+from benchmarks.splitting.run import SCHEDULE
 from sparsecraft.recipe.overrides import override
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.recipe.selections import Share
@@ -198,37 +200,37 @@ class Judge:
         return {key: round(value, 4) for key, value in found.items()}
 
 
-def stage_loss(model, batch, wanted_PD: Tensor, stage, factor: float) -> Tensor:
-    with torch.autocast(model.device.type, torch.bfloat16), sc.trace(model) as routings:
-        task = 1 - (embedding(model, batch) * wanted_PD).sum(-1).mean()
-        coefficients = {key: factor * value for key, value in stage.losses.items()}
-        masks = real(model, batch)
-        added, _ = auxiliary_loss(routings, coefficients, masks)
-    return task if added is None else task + added
+class EncoderSession(TextSession):
+    """Trains a model to give embeddings that are wanted: 1 - cosine, beside a stage's losses."""
+
+    fuses = False
+
+    def task(self, batch: Batch) -> Tensor:
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        return 1 - (embedding(self.model, inputs) * batch["wanted"]).sum(-1).mean()
+
+    def masks(self, batch: Batch):
+        return real(self.model, batch)
 
 
 def teach(model, stage, texts: EncoderTexts, judge: Judge, lr: float, steps: int, arm, seed: int):
-    """One gradient stage: AdamW, 5 % warm-up, then linear to zero."""
+    """One gradient stage of so many steps."""
     begin_stage(model, stage)
     set_trainable(model, stage.trains)
     model.train()
-    optimizer = torch.optim.AdamW(_groups(model, stage, (lr, lr * arm.router)))
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    groups = groups_of(model, (lr, lr * arm.router), stage.weight_decay)
+    session = EncoderSession(model, groups, stage.losses, stage.loss_schedule)
     train = texts.some(len(texts), 1, "train")
-    generator, warm = torch.Generator().manual_seed(seed), max(1, round(WARMUP * steps))
-    for step in range(steps):
-        factor = min(1.0, (step + 1) / warm) * min(1.0, (steps - step) / (steps - warm))
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        added = {"linear": step / steps, "linear_warmup": min(1.0, 2 * step / steps)}
-        rows = train[torch.randperm(len(train), generator=generator)[:TRAIN_BATCH]]
-        (batch,) = texts.batches(rows.sort().values)
-        wanted_PD = judge.dense_PD[rows.sort().values.to(judge.dense_PD.device)]
-        loss = stage_loss(model, batch, wanted_PD, stage, added.get(stage.loss_schedule, 1.0))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    generator = torch.Generator().manual_seed(seed)
+
+    def batches() -> Iterator[Batch]:
+        for _ in range(steps):
+            rows = train[torch.randperm(len(train), generator=generator)[:TRAIN_BATCH]]
+            rows = rows.sort().values
+            (batch,) = texts.batches(rows)
+            yield batch | {"wanted": judge.dense_PD[rows.to(judge.dense_PD.device)]}
+
+    session.descend(batches(), SCHEDULE, steps)
     end_stage(model, stage)
     model.requires_grad_(False).eval()
 
@@ -254,8 +256,9 @@ def taught(start: nn.Module, arm: EncoderArm, texts, judge: Judge, args) -> tupl
                          "batch": TRAIN_BATCH}  # fmt: skip
 
 
-def measure(args, rows) -> None:
+def measure(args) -> None:
     """Rows of kind `encoder`, one for each arm."""
+    rows = Rows(args.results, args.copy)
     torch.set_float32_matmul_precision("high")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     texts = EncoderTexts(args.data, args.texts, args.length, device)

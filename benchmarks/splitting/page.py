@@ -1,14 +1,18 @@
-"""The page of split_quality.py: tables and plots from its results."""
+"""The page of this study: tables and plots from its results."""
 
 from __future__ import annotations
 
+import functools
 import itertools
-import json
 import math
 import statistics
 
-from report import insert, markdown
-from split_arms import ARMS, NATURAL, SHARES, TRAININGS
+from benchmarks.lab.queue import read
+from benchmarks.lab.tables import f, insert, markdown, mean, percent
+from benchmarks.lab.through_train import section
+from benchmarks.splitting.arms import ARMS, NATURAL, SHARES, TRAININGS
+
+f3 = functools.partial(f, digits=3)
 
 RISES = (0.02, 0.05)
 ORDER = [(arm, training) for arm, about in ARMS.items() for training in about.trainings]
@@ -36,7 +40,7 @@ NAMES = {
 
 # ------------------------------------------------------------------ numbers
 def arms_in(rows: list[dict]) -> dict[tuple, dict[int, dict]]:
-    """(arm, training) -> seed -> row, in the order of split_arms.py."""
+    """(arm, training) -> seed -> row, in the order of arms.py."""
     found: dict[tuple, dict[int, dict]] = {key: {} for key in ORDER}
     for row in rows:
         if row["kind"] == "arm":
@@ -75,19 +79,6 @@ def least_share(curve: list[tuple[float, float]], limit: float | None) -> float 
     return share
 
 
-def mean(values: list[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return statistics.mean(known) if known and len(known) == len(values) else None
-
-
-def _f(value: float | None, digits: int = 3) -> str | None:
-    return None if value is None else f"{value:.{digits}f}"
-
-
-def _p(value: float | None) -> str | None:
-    return None if value is None else f"{100 * value:.0f} %"
-
-
 def control(arms: dict) -> float | None:
     """Loss of the dense control, mean over seeds: any arm of the training `dense`, all of it."""
     for (_, training), seeds in arms.items():
@@ -109,9 +100,9 @@ def training_table(rows: list[dict], arms: dict) -> str:
         loss = statistics.mean(w["loss"] for w in whole)
         found.append([
             name, about.about, "-" if own[min(own)]["lr"] is None else f"{own[min(own)]['lr']:g}",
-            _f(loss), f"{math.exp(loss):.2f}", None if base is None else f"{loss / base - 1:+.1%}",
-            *(_f(statistics.mean(w[d] for w in whole)) for d in ("general", "math", "code")),
-            " / ".join(_f(w["loss"], 4) for w in whole),
+            f3(loss), f"{math.exp(loss):.2f}", None if base is None else f"{loss / base - 1:+.1%}",
+            *(f3(statistics.mean(w[d] for w in whole)) for d in ("general", "math", "code")),
+            " / ".join(f(w["loss"]) for w in whole),
         ])  # fmt: skip
     header = ["training", "what", "LR", "**loss**", "perplexity", "to the dense control", "general",
               "math", "code", "by seed"]  # fmt: skip
@@ -136,12 +127,12 @@ def curve_table(arms: dict) -> str:
         labels = list(dict.fromkeys(label for row in seeds.values() for label in row["curves"]))
         for label in labels:
             own = [points(row, label) for row in seeds.values() if label in row["curves"]]
-            cells = [_f(mean([at(c, share) for c in own])) for share in SHARES]
+            cells = [f3(mean([at(c, share) for c in own])) for share in SHARES]
             half = [at(c, 0.5) for c in own]
-            spread = _f(max(half) - min(half)) if len(own) > 1 and None not in half else None
+            spread = f3(max(half) - min(half)) if len(own) > 1 and None not in half else None
             experts = seeds[min(seeds)]["experts"]
             found.append([training, f"{arm} ({experts})", NAMES.get(label, f"**{label}**"),
-                          *cells, _f(mean([c[-1][1] for c in own])), len(own), spread])  # fmt: skip
+                          *cells, f3(mean([c[-1][1] for c in own])), len(own), spread])  # fmt: skip
     header = ["weights", "experts", "router", *(f"{s:.0%}" for s in SHARES), "100%", "seeds",
               "between seeds at 50%"]  # fmt: skip
     return markdown(header, found)
@@ -166,8 +157,8 @@ def rise_table(arms: dict) -> str:
                         pair.append(mean([least_share(c, limit) for c, limit in
                                           zip(curves, limits, strict=True)]))  # fmt: skip
                     saves = label not in ("oracle", "random_oracle")
-                    text = _p(pair[0])
-                    cells.append(f"{text} ({_p(pair[1])})" if text and saves else text)
+                    text = percent(pair[0])
+                    cells.append(f"{text} ({percent(pair[1])})" if text and saves else text)
             found.append([training, arm, NAMES.get(label, f"**{label}**"), *cells])
     header = ["weights", "experts", "router", "+2 % of its own", "+5 % of its own",
               "+2 % of the dense control", "+5 % of the dense control"]  # fmt: skip
@@ -183,7 +174,7 @@ def natural_table(arms: dict) -> str:
                    if p["budget"] == NATURAL]  # fmt: skip
             if own:
                 found.append([training, arm, label, *(
-                    _f(statistics.mean(p[k] for p in own)) for k in
+                    f3(statistics.mean(p[k] for p in own)) for k in
                     ("share", "least", "most", "flops", "loss"))])  # fmt: skip
     header = ["weights", "experts", "router", "share of the neurons", "least of a layer",
               "most of a layer", "share of the FLOPs", "loss"]  # fmt: skip
@@ -194,7 +185,7 @@ def mass_table(named: list[tuple[str, dict]]) -> str:
     found = []
     for name, row in named:
         for share, m in row["masses"].items():
-            cells = [_f(m[k]) for k in ("oracle", "router", "similarity", "chance")]
+            cells = [f3(m[k]) for k in ("oracle", "router", "similarity", "chance")]
             holds = m["oracle"] >= m["router"] >= m["similarity"] >= m["chance"]
             found.append([name, f"{float(share):.0%}", *cells, "yes" if holds else "NO",
                           f"{m['ordered']} of {m['layers']}"])  # fmt: skip
@@ -232,7 +223,7 @@ def encoder_rise_table(rows: list[dict], dense: float) -> str:
                     pair = []
                     for x in ("share", "flops"):
                         curve = [(at, -y) for at, y in points(row, label, "dense_head", x)]
-                        pair.append(_p(least_share(curve, -(1 - rise) * reference)))
+                        pair.append(percent(least_share(curve, -(1 - rise) * reference)))
                     saves = pair[0] and label not in ("oracle", "random_oracle")
                     cells.append(f"{pair[0]} ({pair[1]})" if saves else pair[0])
             found.append([row["arm"], NAMES.get(label, f"**{label}**"), *cells])
@@ -242,7 +233,7 @@ def encoder_rise_table(rows: list[dict], dense: float) -> str:
 
 
 def speed_table(rows: list[dict]) -> str:
-    """Medians of three; each beside the mean of the dense model's two runs on the same device."""
+    """Medians of f3; each beside the mean of the dense model's two runs on the same device."""
     found = []
     for row in rows:
         base = {way: mean([r[way]["tokens_per_s"] for r in rows if r["model"] == "dense"
@@ -256,8 +247,8 @@ def speed_table(rows: list[dict]) -> str:
             value = row[way]["tokens_per_s"]
             cells += [f"{value:.1f}", f"{value / base[way]:.2f}" if base[way] else None]
         name = "own rule" if row["budget"] is None else f"{row['budget']:g}"
-        found.append([row["device"], row["dtype"], row["model"], name, _f(row.get("share")), *cells,
-                      _f(row["quality"]["loss"])])  # fmt: skip
+        found.append([row["device"], row["dtype"], row["model"], name, f3(row.get("share")), *cells,
+                      f3(row["quality"]["loss"])])  # fmt: skip
     header = ["machine", "dtype", "model", "budget", "share, new tokens", "generate, tokens/s",
               "to dense", "CUDA graph, tokens/s", "to dense", "validation loss"]  # fmt: skip
     return markdown(header, found)
@@ -330,8 +321,8 @@ def plot_encoder(rows: list[dict], path) -> None:
 
 # ------------------------------------------------------------------ the page
 def write(args) -> None:
-    rows = [json.loads(line) for line in args.results.read_text().splitlines()]
-    arms, stem = arms_in(rows), args.page.stem
+    rows = read(args.results)
+    arms = arms_in(rows)
     encoder = [row for row in rows if row["kind"] == "encoder"]
     speed = [row for row in rows if row["kind"] == "speed"]
     parts = []
@@ -345,14 +336,14 @@ def write(args) -> None:
             f"routers: {sizes['fit_tokens']} tokens.",
             "### Weights, all experts on", training_table(rows, arms),
             "### Learning rates tried", search_table(rows),
-            "### Loss against the share of neurons", f"![]({stem}_smollm2.png)", curve_table(arms),
+            "### Loss against the share of neurons", "![](smollm2.png)", curve_table(arms),
             "### Share of neurons (of FLOPs, router counted) within 2 % and 5 %", rise_table(arms),
             "### The recipes' own rules", natural_table(arms),
             "### Captured mass",
             mass_table([(f"{arm}, {training}", seeds[min(seeds)])
                         for (arm, training), seeds in arms.items()]),
         ]  # fmt: skip
-        plot_losses(arms, args.page.with_name(f"{stem}_smollm2.png"))
+        plot_losses(arms, args.page.with_name("smollm2.png"))
     if any("curves" in row for row in encoder):
         parts += [
             "### MiniLM: accuracy in percent of a regression fitted anew, of the dense model's own "
@@ -365,12 +356,12 @@ def write(args) -> None:
                 f"{about['sources']} sources, {count} texts to train the regression and "
                 f"{about['test_texts']} to test it, {about['length']} tokens at most; on a "
                 f"{about['machine']}.",
-                *([f"![]({stem}_minilm.png)"] if count == max(settings) else []),
+                *(["![](minilm.png)"] if count == max(settings) else []),
                 encoder_table(own), encoder_rise_table(own, _dense_accuracy(own)),
                 mass_table([(row["arm"], row) for row in own if "masses" in row]),
             ]  # fmt: skip
             if count == max(settings):
-                plot_encoder(own, args.page.with_name(f"{stem}_minilm.png"))
+                plot_encoder(own, args.page.with_name("minilm.png"))
     if speed:
         parts += ["### Generation, greedy, one sequence", speed_table(speed)]
     failed = [row for row in rows if row["kind"] == "failed"]
@@ -378,4 +369,5 @@ def write(args) -> None:
         names = sorted({f"{row.get('arm', '')} {row['training']}".strip() for row in failed})
         parts += [f"Failed: {', '.join(names)}."]
     insert(args.page, "\n\n".join(parts))
+    section(args.page)
     print(args.page)

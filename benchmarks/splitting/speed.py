@@ -15,11 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from split_arms import ARMS, TRAININGS
-from split_curves import Meter, evaluate
 from torch import Tensor, nn
 
 import sparsecraft as sc
+from benchmarks.lab.clocks import sync
+from benchmarks.splitting.arms import ARMS, TRAININGS
+from benchmarks.splitting.curves import Meter, evaluate
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.recipe.overrides import override
 from sparsecraft.surgery.budget import restore, set_budget, split_layers, state_of
@@ -149,18 +150,13 @@ def clock(run: Callable, prompts: list[Tensor], count: int) -> tuple[list[float]
     first = run(prompts[0], count)
     times = []
     for _ in range(REPEATS):
-        _wait(prompts[0])
+        sync(prompts[0].device.type)
         start = time.perf_counter()
         for prompt in prompts:
             run(prompt, count)
-        _wait(prompts[0])
+        sync(prompts[0].device.type)
         times.append(time.perf_counter() - start)
     return times, first
-
-
-def _wait(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 def run(function, bank, router, x):
     x = x.clone().requires_grad_()
     bank.zero_grad(), router.zero_grad()
-    y = function(bank, x, router(x), True)
+    y = function(bank, x, router(x))
     y.to(torch.promote_types(y.dtype, torch.float32)).pow(2).mean().backward()
     return [y, x.grad, bank.down.grad, bank.up.grad, router.scorer.weight.grad]
 
@@ -70,10 +70,10 @@ def test_each_path_is_as_near_to_float64_as_the_loop(path, tokens):
 def test_grouped_does_not_wait_for_the_device():
     bank, router, x = parts(512)
     with torch.no_grad():
-        PATHS["grouped"](bank, x, router(x), True)  # compiles what it compiles
+        PATHS["grouped"](bank, x, router(x))  # compiles what it compiles
         torch.cuda.set_sync_debug_mode("error")
         try:
-            y = PATHS["grouped"](bank, x, router(x), True)
+            y = PATHS["grouped"](bank, x, router(x))
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert y.isfinite().all()

@@ -252,3 +252,13 @@ def test_another_top_k_of_the_same_rule_comes_with_it():
     set_budget(model, None)
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits(other, batch("llama")), logits(model, batch("llama")))
+
+
+def test_gates_that_a_merge_keeps_share_what_the_model_runs():
+    model = fresh("imitating")
+    randomize_new(model)
+    imitate(model)
+    sc.merge(model, partial=True)
+    gates = [layer.router for layer in split_layers(model).values()]
+    assert gates and all(gate.running is model.sparsecraft.running for gate in gates)
+    assert model.sparsecraft.running.imitates

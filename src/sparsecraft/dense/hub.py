@@ -76,6 +76,8 @@ def _from_hub(name: str, revision: str | None) -> Path:
             wanted = {"allow_patterns": _WANTED, "ignore_patterns": _UNWANTED}
             return Path(hub.snapshot_download(name, revision=revision, **wanted))
         message = f"The hub's {name!r} lacks config.json or .safetensors weights: choose another."
+    except HubError:  # is a sentence already
+        raise
     except errors.HFValidationError:
         message = f"{name!r} is no folder here and no valid hub id (owner/name).{lone}"
     except errors.GatedRepoError:

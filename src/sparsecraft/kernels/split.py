@@ -30,7 +30,7 @@ from sparsecraft.kernels.split_triton import gather as gather_triton
 from sparsecraft.kernels.split_weigh import weigh
 
 # On CUDA up to here only what is in use is read; beyond, the union of the tokens' experts is
-# nearly everything and the library's own products are faster (benchmarks/sparse_decode.md).
+# nearly everything and the library's own products are faster (benchmarks/split/decode.md).
 CUDA_GATHER_TOKENS = LISTED_TOKENS
 
 
@@ -50,7 +50,7 @@ CPU_GATHER_PAIRS = 0.6
 
 # From here `grouped` computes the pairs in use alone: where experts are large enough for products
 # of their own, for which tokens are copied once for each expert, and where enough is left out
-# (benchmarks/sparse_prefill.md).
+# (benchmarks/split/prefill.md).
 GROUPED_TOKENS, GROUPED_NEURONS, GROUPED_SHARE = 4096, 1024, 0.25
 
 

@@ -34,7 +34,7 @@ FEW = 4  # tokens up to which multiply-adds on the weights' tile beat the tensor
 
 
 # By tokens, padded: neurons of a program, features at a time, warps, and loads in flight, of a
-# loop without tensor cores as STAGES. Measured by benchmarks/sparse_decode.py --tune on an H200.
+# loop without tensor cores as STAGES. Measured by benchmarks/split/tune.py on an H200.
 UP = {
     1: {"BN": 8, "BD": 512, "STAGES": 1, "num_warps": 4},
     2: {"BN": 8, "BD": 256, "STAGES": 1, "num_warps": 4},

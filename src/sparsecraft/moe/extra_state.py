@@ -24,7 +24,8 @@ Check = Callable[[Any], bool]
 def pack(settings: dict[str, Any]) -> Tensor:
     """The settings as uint8, on the CPU."""
     text = json.dumps(settings).encode()
-    return torch.tensor(list(text + b" " * (-len(text) % BLOCK)), dtype=torch.uint8)
+    padded = text + b" " * (-len(text) % BLOCK)
+    return torch.tensor(list(padded), dtype=torch.uint8, device="cpu")
 
 
 def unpack(state: Any, owner: str, checks: Mapping[str, Check]) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from sparsecraft.errors import RecipeError
 from sparsecraft.recipe.kinds import add_kind, family
 from sparsecraft.recipe.numbers import check_adapter, check_deviation, check_whole, is_number
 
-Donor = Literal["ffn", "attention", "linear", "activation"]
+DonorWord = Literal["ffn", "attention", "linear", "activation"]
 """What a dense module is read as; see `sparsecraft.dense.donors`."""
 
-ANYTHING: tuple[Donor, ...] = ("ffn", "linear", "activation")
+ANYTHING: tuple[DonorWord, ...] = ("ffn", "linear", "activation")
 
 
-def stands(**places: tuple[Donor, ...]) -> Mapping[str, tuple[Donor, ...]]:
+def stands(**places: tuple[DonorWord, ...]) -> Mapping[str, tuple[DonorWord, ...]]:
     """Place -> the dense modules that a kind may stand at there; see `ExpertsSpec.places`."""
     return MappingProxyType(places)
 
@@ -51,7 +51,7 @@ class ExpertsSpec(ABC):
     kind: str
     num_experts: int
 
-    places: ClassVar[Mapping[str, tuple[Donor, ...]]] = stands(
+    places: ClassVar[Mapping[str, tuple[DonorWord, ...]]] = stands(
         replace=ANYTHING, beside=ANYTHING, after=ANYTHING, before=ANYTHING
     )
     parts: ClassVar[bool] = False

@@ -92,12 +92,12 @@ def in_table(recipes: Mapping[str, Callable[..., Recipe]], pages: str | None = N
         recipes: name -> function.
         pages: folder of pages that the names link to; None links nothing.
     """
-    kinds = list(EXPERTS)
+    places = {kind: place for place, kind in enumerate(EXPERTS)}
 
     def order(item: tuple[str, Recipe]) -> tuple:
         first = item[1].edits[0]
-        kind = first.experts.kind
-        return first.router is None, kinds.index(kind) if kind in kinds else len(kinds), item[0]
+        place = places.get(first.experts.kind, len(places))
+        return first.router is None, place, item[0]
 
     rows = [HEAD, ("---",) * len(HEAD)]
     for name, recipe in sorted(((n, make()) for n, make in recipes.items()), key=order):

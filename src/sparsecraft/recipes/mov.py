@@ -119,7 +119,7 @@ def tuned_stage(
     router_learning_rate: float | None = None,
     trains: tuple[str, ...] = ("experts", "router"),
 ) -> Stage:
-    """AdamW with linear decay, at the learning rates of benchmarks/cohere_quality.md."""
+    """AdamW with linear decay, at the learning rates of benchmarks/cohere/README.md."""
     return Stage(
         trains=trains,
         learning_rate=learning_rate,

@@ -388,7 +388,7 @@ def test_prompts_that_cannot_be_meant_are_refused_before_the_model_is_loaded(
     refused(
         "2 domains are given for 3 experts", "nexus", "--num-experts", "3", "--prompts", "a", "b"
     )
-    refused("(--domains, --prompts)", "btx", "--set", "router.init=hidden")
+    refused("--domains or --prompts", "btx", "--set", "router.init=hidden")
 
 
 def test_loras_start_their_routers_from_prompts(tmp_path, capsys):

@@ -499,8 +499,8 @@ def test_what_no_adapter_can_hold_is_not_exported(tmp_path, base):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (sc.recipes.moefication(4), "deals out the neurons of the ffn"),
-        (sc.recipes.cmoe(4, 1, shared=1, variant="finetuned"), "deals out the neurons of the ffn"),
+        (sc.recipes.moefication(4), "splits the ffn"),
+        (sc.recipes.cmoe(4, 1, shared=1, variant="finetuned"), "splits the ffn"),
         (sc.recipes.d2dmoe(4, attention_experts=2), "imitates the attention_linear"),
     ],
     ids=lambda value: getattr(value, "name", "message"),

@@ -626,12 +626,12 @@ def test_a_run_of_two_stages_is_resumed_exactly(tmp_path, rows, monkeypatch, whe
 
 def test_lte_trains_softly_and_then_hard(tmp_path, rows):
     model = llama(sc.recipes.lte(8, efficiency=1.0, separability=0.01))
-    routers = {n: t for n, t in state_of(model).items() if ".router." in n}
+    routers = {n: t for n, t in state_of(model).items() if ".router.scorer." in n}
     train(model, rows, tmp_path / "one", stages=("soft",))
-    soft = {n: t for n, t in state_of(model).items() if ".router." in n}
+    soft = {n: t for n, t in state_of(model).items() if ".router.scorer." in n}
     assert all(not torch.equal(t, routers[n]) for n, t in soft.items())
     train(model, rows, tmp_path / "two", stages=("hard",))
-    hard = {n: t for n, t in state_of(model).items() if ".router." in n}
+    hard = {n: t for n, t in state_of(model).items() if ".router.scorer." in n}
     assert all(torch.equal(t, soft[n]) for n, t in hard.items()), "its routers are frozen"
     log = history_of(model)["soft"]["log"]
     efficiency = [entry["lte_efficiency_loss"] for entry in log if "lte_efficiency_loss" in entry]

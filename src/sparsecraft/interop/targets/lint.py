@@ -1,6 +1,6 @@
 """What engines do otherwise than transformers with a standard MoE.
 
-llama.cpp was run (benchmarks/llama_cpp_export.py). vLLM's granitemoe, granitemoeshared and
+llama.cpp was run (benchmarks/conversion/llama_cpp.py). vLLM's granitemoe, granitemoeshared and
 qwen2_moe were read, in the versions that docs/guides/export.md names.
 """
 

@@ -30,7 +30,7 @@ class AdapterExperts(Experts):
 
     residual = True
     # The largest count at which all experts at once lose nowhere on an H200, with a CUDA graph or
-    # without (benchmarks/pesc_layer.md).
+    # without (benchmarks/layer/pesc.md).
     dense_tokens = 128
 
     def __init__(self, spec: AdapterSpec, width: int, *, device=None, dtype=None):

@@ -106,6 +106,17 @@ class Experts(nn.Module, ABC):
             return self.expert(0, x_TI)
         return PATHS[choose_path(self, x_TI, routing)](self, x_TI, routing)
 
+    def merged(self, x_TI: Tensor, routing: Routing) -> Tensor:
+        """The mixture, of parameters that are mixed before they meet a token.
+
+        Raises:
+            SparsecraftError: the experts are not linear in their parameters.
+        """
+        raise SparsecraftError(
+            f"{type(self).__name__} are not linear and cannot be merged before they meet a token; "
+            "use dispatch 'auto'."
+        )
+
     def each(self, x_TI: Tensor, **kwargs) -> Tensor:
         """Every expert on every token, (T, E, O).
 

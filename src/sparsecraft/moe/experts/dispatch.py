@@ -70,11 +70,6 @@ def merged(bank: Experts, x_TI: Tensor, routing: Routing) -> Tensor:
     Raises:
         SparsecraftError: another kind of experts.
     """
-    if not bank.merges:
-        raise SparsecraftError(
-            f"{type(bank).__name__} are not linear and cannot be merged before they meet a token; "
-            "use dispatch 'auto'."
-        )
     return bank.merged(x_TI, routing)
 
 

@@ -36,6 +36,8 @@ from sparsecraft.kernels.split import SplitNet
 from sparsecraft.moe.experts.base import Experts
 from sparsecraft.moe.experts.dispatch import loop
 from sparsecraft.moe.experts.folded import Network
+from sparsecraft.moe.experts.imitation import imitation
+from sparsecraft.moe.experts.neuron_major import by_expert, by_part, owned
 from sparsecraft.moe.extra_state import is_bool, pack, unpack
 from sparsecraft.moe.routing import Routing
 from sparsecraft.recipe.edits import Edit, Place
@@ -83,10 +85,10 @@ class SplitExperts(Experts):
         parts, m = 2 if donor.gated else 1, width // E
         rows = {"first": donor.first_weight(), "first_bias": donor.first_bias()}
         for name, tensor in rows.items():
-            stacked = None if tensor is None else _dealt(tensor.unflatten(0, (parts, width)), E)
-            self.register_parameter(name, _own(stacked, meta))
-        self.down = _own(donor.down_weight().t().reshape(E, m, -1), meta)
-        self.register_parameter("down_bias", _own(donor.down_bias(), meta))
+            stacked = None if tensor is None else by_expert(tensor.unflatten(0, (parts, width)), E)
+            self.register_parameter(name, owned(stacked, meta))
+        self.down = owned(donor.down_weight().t().reshape(E, m, -1), meta)
+        self.register_parameter("down_bias", owned(donor.down_bias(), meta))
         where = self.down.device
         self.register_buffer("neurons", torch.arange(width, device=where).view(E, m))
         mean = self.down.new_zeros(E, m) if self.compensates else None
@@ -290,7 +292,7 @@ class SplitExperts(Experts):
 
     @torch.no_grad()
     def arrange(self, neurons_EM: Tensor) -> None:
-        """Deal the neurons out anew; the sum of all experts stays what it is.
+        """Let the experts have other neurons; the sum of all experts stays what it is.
 
         Args:
             neurons_EM: (E, m), each neuron of the dense network once.
@@ -310,7 +312,7 @@ class SplitExperts(Experts):
         for parameter in (self.first, self.first_bias):
             if parameter is None:
                 continue
-            parameter.copy_(_dealt(_undealt(parameter, self.parts)[:, take_F], E))
+            parameter.copy_(by_expert(by_part(parameter, self.parts)[:, take_F], E))
         self.down.copy_(self.down.flatten(0, 1)[take_F].view_as(self.down))
         if self.mean is not None:
             self.mean.copy_(self.mean.flatten()[take_F].view_as(self.mean))
@@ -323,9 +325,7 @@ class SplitExperts(Experts):
         place_F = self.neurons.flatten().argsort()
 
         def rows(tensor: Tensor | None) -> Tensor | None:
-            return (
-                None if tensor is None else _undealt(tensor, self.parts)[:, place_F].flatten(0, 1)
-            )
+            return None if tensor is None else by_part(tensor, self.parts)[:, place_F].flatten(0, 1)
 
         return {
             "first": rows(self.first),
@@ -377,49 +377,6 @@ def _in_order(weights_TE: Tensor) -> Routing:
     experts_E = torch.arange(E, device=weights_TE.device)
     indices_TE = torch.where(weights_TE != 0, experts_E, E)
     return Routing(weights_TE, indices_TE, torch.zeros_like(weights_TE), in_order=True)
-
-
-def imitation(
-    spec: SplitSpec, donor: Linear, *, device: torch.device | str, dtype: torch.dtype
-) -> FFN:
-    """A random ReLU network of about the Linear's cost, to be fitted to it (D2DMoE, section 3.4).
-
-    Its width is phi (I O + O) / (I + O + 1), to the nearest multiple of the number of experts.
-    """
-    I, O, E = donor.in_features, donor.out_features, spec.num_experts
-    wanted = spec.flops_factor * (I * O + O) / (I + O + 1)
-    width = max(1, round(wanted / E)) * E
-    where = {"device": device, "dtype": dtype}
-    return FFN(
-        path=donor.path,
-        gate=None,
-        up=Linear(nn.Linear(I, width, **where), donor.path),
-        down=Linear(nn.Linear(width, O, **where), donor.path),
-        activation=nn.ReLU(),
-        fused=False,
-        hidden_dropout=0.0,
-        output_dropout=0.0,
-    )
-
-
-def _own(tensor: Tensor | None, meta: bool) -> nn.Parameter | None:
-    """A copy as a parameter, or its shape alone."""
-    if tensor is None:
-        return None
-    tensor = tensor.detach()
-    return nn.Parameter(
-        tensor.to("meta") if meta else tensor.clone(memory_format=torch.contiguous_format)
-    )
-
-
-def _dealt(rows: Tensor, num_experts: int) -> Tensor:
-    """(G, F, ...) -> (E, G m, ...): each expert gets its piece of every part."""
-    return rows.unflatten(1, (num_experts, -1)).transpose(0, 1).flatten(1, 2).contiguous()
-
-
-def _undealt(stacked: Tensor, parts: int) -> Tensor:
-    """(E, G m, ...) -> (G, F, ...)."""
-    return stacked.unflatten(1, (parts, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def is_relu(activation: nn.Module) -> bool:
