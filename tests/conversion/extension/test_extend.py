@@ -331,7 +331,7 @@ def test_what_cannot_be_removed_is_refused():
         sc.remove(model, 0)
     with pytest.raises(RecipeError, match="extended is 2 with num_experts=2"):
         sc.override(sc.recipes.btx(2), {"router.extended": 2})
-    with pytest.raises(RecipeError, match="no field 'router.extended'"):
+    with pytest.raises(RecipeError, match=r"no field 'router\.extended'"):
         sc.override(sc.recipes.nexus(2), {"router.extended": 1})
 
 

@@ -432,7 +432,7 @@ def test_configurations_make_the_recipe_and_come_back_from_it():
 
 
 def test_impossible_configurations_say_why(tmp_path):
-    with pytest.raises(RecipeError, match="select.k is 9"):
+    with pytest.raises(RecipeError, match=r"select\.k is 9"):
         sc.PescConfig(num_experts=4, top_k=9)
     with pytest.raises(RecipeError, match="needs a recipe"):
         sc.SparsecraftConfig()
