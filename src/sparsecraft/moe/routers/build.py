@@ -58,7 +58,8 @@ def register(option: type, made: Callable) -> None:
             fills a new weight, or the one that gives a selector.
 
     Raises:
-        RecipeError: it is of no such family, or another class has its `kind`.
+        RecipeError: it is of no such family, another class has its `kind`, or something else
+            computes it already.
     """
     table = next((table for base, table in TABLES.items() if issubclass(option, base)), None)
     if table is None:
@@ -66,7 +67,8 @@ def register(option: type, made: Callable) -> None:
             f"{option.__name__} is no part of a router: it must be below one of "
             f"{', '.join(base.__name__ for base in TABLES)}."
         )
-    table[add_kind(option)] = made
+    if table.setdefault(add_kind(option), made) is not made:
+        raise RecipeError(f"What computes {option.__name__} is named already; give it another.")
 
 
 def build_router(
