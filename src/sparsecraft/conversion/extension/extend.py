@@ -43,9 +43,7 @@ from sparsecraft.surgery.record import Conversion, conversion_of, is_converted
 
 log = logging.getLogger("sparsecraft")
 
-
 Rows = Literal["calibrated", "reset"]
-
 
 # Between the newcomer's shares of new and of old tokens, below which data are as good as the same.
 LEAST_DIFFERENCE = 0.05

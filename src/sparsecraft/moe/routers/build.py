@@ -30,7 +30,6 @@ SCORERS: dict[type[scorers.ScorerSpec], Callable[..., Scorer]] = {
     scorers.Domain: DomainScorer,
 }
 
-
 # Options -> logits_TE -> weights_TK, indices_TK.
 SELECTORS: dict[type[selections.Selection], Callable[[Any], Selector]] = {
     selections.TopK: lambda spec: partial(top_k, k=spec.k, renormalize=spec.renormalize),
@@ -38,7 +37,6 @@ SELECTORS: dict[type[selections.Selection], Callable[[Any], Selector]] = {
     selections.Soft: lambda spec: soft,
     selections.Slots: lambda spec: soft,  # combined by the same softmax
 }
-
 
 TABLES: dict[type, dict[type, Callable]] = {
     scorers.ScorerSpec: SCORERS,
