@@ -39,7 +39,8 @@ class Schedule:
         if step < warm:
             return (step + (not self.from_zero)) / warm
         if self.shape == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+            done = (step - warm) / max(1, steps - warm)
+            return 0.5 * (1 + math.cos(math.pi * done))
         return 1.0 if self.shape == "constant" else (steps - step) / (steps - warm)
 
 

@@ -111,9 +111,9 @@ class TextSession(Session):
         return task_loss(self.model, batch)
 
     def masks(self, batch: Batch):
-        """Layer -> its real tokens; None where every token is real."""
+        """A function of a layer's name: its real tokens, or None where every token is real."""
         real = batch.get("real")
-        return None if real is None else lambda layer: real
+        return lambda layer: real
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         for select in self.samplers:  # they cool down

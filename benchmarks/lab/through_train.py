@@ -272,7 +272,7 @@ def packed(
 
 def packed_step(batch: Batch, device: str) -> Batch:
     """A recorded batch as the tensors of one step, with all its real tokens."""
-    stacked = training_steps(Recorded(batch), 0, 1, len(batch["input_ids"]))
+    stacked = training_steps(Recorded(batch), 0, 1, len(batch["input_ids"]), room=0)
     return {key: value[0].to(device) for key, value in stacked.items() if value.ndim}
 
 

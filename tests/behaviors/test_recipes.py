@@ -413,8 +413,8 @@ def test_the_state_holds_no_surprise_names(family, recipe):
     of_attention = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
     leaves |= {f"experts.attention.{p}.{x}" for p in of_attention for x in ("weight", "bias")}
     scorers = ("first", "second", "rows", "bias", "centers", "domains")
-    leaves |= {"experts._extra_state", "router._extra_state"}
-    leaves |= {"router.gain", *(f"router.scorer.{x}" for x in scorers)}
+    leaves |= {"router.gain", "router._extra_state", "experts._extra_state"}
+    leaves |= {f"router.scorer.{x}" for x in scorers}
     shared = set()
     for name in model.state_dict():
         origin = dense_name(model, name)

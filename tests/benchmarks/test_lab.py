@@ -86,3 +86,21 @@ def test_the_loop_of_a_study_and_ours_agree(study, tmp_path):
     assert found["largest_difference"] < 1e-5
     assert found["weights_apart"] < 1e-3
     assert found["arm"] in page.read_text()
+
+
+def test_a_text_session_takes_full_packs():
+    """The studies' own batches have no padding, so no mask, and the losses still count."""
+    import torch
+
+    import sparsecraft as sc
+    from benchmarks.lab.models import dense_model
+    from benchmarks.lab.text import text_batch
+    from benchmarks.nexus.run import SCHEDULE, session_of
+
+    model = dense_model("tiny_wide", "cpu", 64)
+    sc.convert(model, sc.recipes.upcycling(3), certify=False, seed=0)
+    batch = text_batch(torch.arange(3, 35).view(2, 16), torch.arange(16).expand(2, -1))
+    session = session_of(model, 1e-3)
+    losses = session.descend([batch, batch, batch], SCHEDULE, 3)
+    assert losses[-1] < losses[0]
+    assert set(session.parts) == {"total", "task", *session.coefficients} and session.coefficients

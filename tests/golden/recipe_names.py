@@ -16,6 +16,7 @@ from sparsecraft.recipe import (
     AdapterSpec,
     Analytic,
     Deal,
+    Difference,
     Domain,
     Edit,
     FFNSpec,
@@ -127,6 +128,14 @@ ODD = {
     "split_imitates": gated(
         SplitSpec(num_experts=4, compensate=False, flops_factor=0.5),
         {"place": "imitate", "site": "attention_linear"},
+    ),
+    "ffn_redrawn": routed(
+        FFNSpec(
+            num_experts=4, differ=Difference(redraw=0.5, redraw_apart=True, permute=True)
+        )
+    ),
+    "ffn_noise": routed(
+        FFNSpec(num_experts=4, differ=Difference(noise_std=0.1, noise_share=0.5))
     ),
     "fit_routers": staged(
         Fit(loss="bce", tokens=512, epochs=3, batch_tokens=64, learning_rate=0.01, holdout=0.2)

@@ -24,7 +24,7 @@ from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routers.build import build_router
 from sparsecraft.recipe import scorers
 from sparsecraft.recipe.edits import Edit
-from sparsecraft.recipe.experts import FFNSpec
+from sparsecraft.recipe.experts import Difference, FFNSpec
 from sparsecraft.recipe.routers import RouterSpec
 from sparsecraft.recipe.scorers import Normal, Uniform
 from sparsecraft.recipe.selections import TopK
@@ -440,9 +440,9 @@ def test_equal_sources_are_cut_as_the_model_itself():
     [
         (lambda: FFNSpec(num_experts=6, granularity=4), "granularity is 4 with num_experts=6"),
         (lambda: FFNSpec(num_experts=6, granularity=2, blend=True), "be 1 with blend"),
-        (lambda: FFNSpec(redraw=1.5), "redraw is 1.5"),
-        (lambda: FFNSpec(noise_std=-1), "noise_std is -1"),
-        (lambda: FFNSpec(noise_share=2), "noise_share is 2"),
+        (lambda: Difference(redraw=1.5), "redraw is 1.5"),
+        (lambda: Difference(noise_std=-1), "noise_std is -1"),
+        (lambda: Difference(noise_share=2), "noise_share is 2"),
         (lambda: FFNSpec(scale=0.0), "scale is 0.0"),
         (lambda: sc.recipes.virtual_groups(4, 4, 6), "top_k is 6 with granularity=4"),
         (lambda: sc.recipes.virtual_groups(scaling="half"), "scaling is 'half'"),

@@ -9,14 +9,8 @@ from sparsecraft.dense.sites import Site
 from sparsecraft.errors import CheckpointError
 
 PREFIX = "sparsecraft_"
-
-
 HELD = "sparsecraft_moe"  # the attribute in which a layer has its adapters
-
-
 Standing = tuple[tuple[str, ...], int]  # the dense modules, and the level above them
-
-
 WRAPPED = "base_model.model."  # what PeftModel puts before the names of the dense model
 
 

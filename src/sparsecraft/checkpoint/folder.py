@@ -14,10 +14,7 @@ from pathlib import Path
 from sparsecraft.errors import CheckpointError
 
 MANIFEST = "recipe.json"
-
-
 EXPORT_RECORD = "sparsecraft_export.json"
-
 
 # Copied byte for byte from the base's folder, so that they travel unchanged.
 COMPANIONS = (

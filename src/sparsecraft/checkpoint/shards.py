@@ -21,7 +21,6 @@ from sparsecraft.errors import CheckpointError
 # Bytes of one file, as on the hub. A single tensor may be larger.
 SHARD_SIZE = 5_000_000_000
 
-
 Digests = dict[str, str]
 
 

@@ -35,10 +35,8 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 
-
 # Bytes in memory while a file is read back.
 BLOCK = 1 << 24
-
 
 # Bytes of which the data's place in the file is a multiple: those of a cache line.
 ALIGNMENT = 64

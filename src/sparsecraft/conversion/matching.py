@@ -26,10 +26,8 @@ from sparsecraft.surgery.plan import plan
 
 log = logging.getLogger("sparsecraft")
 
-
 # What a recipe calls its size; of several, the first is varied.
 SIZES = ("rank", "adapter_dim", "lora_rank")
-
 
 # How much larger than the target the smallest size may be without a word.
 FAIR = 1.05

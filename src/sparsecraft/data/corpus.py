@@ -101,17 +101,11 @@ NAMES = (
     "Ada Ben Carla Dev Elif Femi Grace Hugo Ines Jonas Kira Liam Mina Noor Omar Paula Quinn Rosa "
     "Sami Tara Uma Victor Wanda Yusuf"
 )
-
-
 THINGS = (
     "apples books marbles stickers pencils coins cards shells buttons stamps cookies beads "
     "ribbons tickets flowers photos stones candles muffins pears"
 )
-
-
 BOXES = "boxes bags baskets crates jars trays"
-
-
 # A question, the range of each number in it, and the steps of the answer, where [c = a + b] is
 # worked out, shown as "2 + 3 = 5" and kept as c. Numbers that give a fraction or less than 1 are
 # drawn again. The last step's value is the answer.

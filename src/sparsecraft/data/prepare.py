@@ -19,19 +19,15 @@ if TYPE_CHECKING:
 
     from sparsecraft.data.sentences import Prompts
 
-
 log = logging.getLogger("sparsecraft")
 
-
 MAX_REPEATS = 100  # of the rows read: a mixed epoch beyond it comes from a mistaken weight
-
 
 # What becomes of rows that do not train as they are: keys of the counts.
 TOO_LONG, TRUNCATED, NO_TARGET = "too_long", "truncated", "no_trainable_token"
 
 
 TASKS = {"causal": encode, "seq2seq": encode_pair, "label": encode_label}
-
 
 # What `hub.task_of` says of a model that can train or have a held-out loss -> one of TASKS.
 TASK_OF_MODEL = {"causal": "causal", "seq2seq": "seq2seq", "classification": "label"}

@@ -21,32 +21,18 @@ from sparsecraft.errors import DataError
 if TYPE_CHECKING:
     import datasets
 
-
 log = logging.getLogger("sparsecraft")
 
-
 EXTENSIONS = (".json", ".jsonl", ".parquet", ".txt")
-
-
 SHAPES = (
     "{messages: [{role, content}]}, {conversations: [{from, value}]}, {prompt, completion}, "
     "{instruction, input?, output, system?}, {instruction?, conversation: [{input, output}]}, "
     "{text}, {text, label}"
 )
-
-
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # its other roles bear the usual names
-
-
 ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
 TOO_DEEP = "the JSON is nested too deeply to be read; flatten it"
-
-
 CHOICE_SHAPE = "{prompt, choices, answer}"
-
-
 # Words of a file name that tell its split, each with the split it stands for.
 SPLIT_WORDS = {
     "train": "train",

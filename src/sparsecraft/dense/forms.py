@@ -86,7 +86,6 @@ ATTENTION_FORMS = (
     AttentionForm(query="c_attn", key="c_attn", value="c_attn", output="c_proj"),
 )
 
-
 HEAD_DIM_NAMES = ("head_dim", "key_value_proj_dim", "attention_head_size")
 
 

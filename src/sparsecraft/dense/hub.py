@@ -18,13 +18,9 @@ from sparsecraft.errors import HubError, did_you_mean
 
 logger = logging.getLogger("sparsecraft")
 
-
 # Weights without pickle, configuration, tokenizer, license; no subfolders (onnx/, original/).
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
-
-
 _UNWANTED = ["*/*", "consolidated*"]
-
 
 _LICENSE_MARKS = {  # what the first lines of a LICENSE file say -> the id the hub uses
     r"Apache License\s+Version 2": "apache-2.0",

@@ -11,7 +11,6 @@ from sparsecraft.errors import HubError
 
 Task = Literal["causal", "seq2seq", "encoder", "classification", "image"]
 
-
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model")
 
 

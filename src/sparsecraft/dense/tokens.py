@@ -24,11 +24,8 @@ def positions_of(model: nn.Module) -> int | None:
 # tell; those of a decoder beside an encoder; or those of an image's or sound's own tower.
 Reads = Literal["input", "decoder", "tower"]
 
-
 # Inside a decoder, what reads the encoder's tokens: in these modules (T5, BART, BERT) these parts.
 CROSS_ATTENTIONS = {"EncDecAttention", "encoder_attn", "crossattention"}
-
-
 CROSS_PROJECTIONS = {"k", "v", "k_proj", "v_proj", "key", "value"}
 
 

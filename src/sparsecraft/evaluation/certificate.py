@@ -19,10 +19,7 @@ from sparsecraft.moe.context import sentence_width
 # least 1): a reordered sum of a few thousand products, through a few dozen layers.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-
 PROBE_SHAPE = (2, 64)
-
-
 # What of the user's data enters the certificate: all logits are kept until the comparison.
 MAX_DATA_PROBES, DATA_LENGTH = 4, 128
 

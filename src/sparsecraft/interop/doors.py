@@ -23,7 +23,6 @@ AUTO_CLASSES = (
     "AutoModelForImageClassification",
 )
 
-
 # Arguments that the Auto classes pass on and that mean nothing for a local checkpoint.
 HUB_ARGUMENTS = frozenset(
     "adapter_kwargs cache_dir code_revision commit_hash _commit_hash force_download _from_auto "
@@ -109,7 +108,6 @@ def _loader_class(auto_class: str) -> type:
 
 
 _CONFIG: type | None = None
-
 
 DOORS: dict[str, Callable[[ModuleType], None]] = {
     "transformers.models.auto.configuration_auto": open_config,

@@ -29,10 +29,7 @@ from sparsecraft.surgery.record import conversion_of
 # Largest relative logit difference between ours and the exported model, read back.
 EXPORT_TOLERANCE = 1e-4
 
-
 STANDARD: dict[str, Standard] = {t.name: t for t in (Mixtral(), Granite(), Qwen2Moe(), Qwen3Moe())}
-
-
 TARGETS = STANDARD | {"peft": PeftTarget()}
 
 

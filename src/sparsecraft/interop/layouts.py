@@ -31,10 +31,7 @@ OWN = set(
     "moe_dtype moe_scaling topk output_router_logits adapter_dim".split()
 )
 
-
 EXPERT = re.compile(r"(.+\.mlp)(?:\.moe_adapter)?\.experts\.(?:expert_)?(\d+)\.(\w+)\.weight")
-
-
 ROUTER = re.compile(r"(.+\.mlp)\.(?:gate|moe_adapter\.router)\.weight")
 
 

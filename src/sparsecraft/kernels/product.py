@@ -19,12 +19,8 @@ try:  # absent from CPU builds of torch
 except ImportError:
     triton = None
 
-
 ALIGNMENT = 8  # bf16 numbers in 16 bytes
-
-
 MAX_RANKS = 1024  # experts times rank that `add_lora` unrolls
-
 
 HIGH, MIDDLE, LOW = 0, 1, 2
 

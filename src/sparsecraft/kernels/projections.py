@@ -17,8 +17,6 @@ from sparsecraft.kernels.vectors import backward, forward, usable
 
 # Below this, the cast of the tokens costs less than splitting the weight.
 SPLIT_TOKENS = 256
-
-
 # Tokens whose gradient at the Linear's output is in memory at a time: still whole waves of tiles.
 CHUNK_TOKENS = 2048
 

@@ -22,25 +22,12 @@ try:  # absent from CPU builds of torch
 except ImportError:
     triton = None
 
-
 RULES = ("top_k", "share", "relative", "threshold")
-
-
 OUTCOMES = ("none", "sigmoid", "relu", "tanh", "abs")
-
-
 MAX_EXPERTS = 16384  # of one token in the registers of one program
-
-
 TILE = 8192  # scores of several tokens at once, likewise
-
-
 ROWS = 4  # of the router's weights in one program, for several tokens; as `_score_many` is written
-
-
 LISTED_TOKENS = 2  # up to here the experts in use are listed at once: `gather` is the fast path
-
-
 # Whether a kernel for a few tokens is sent to the multiprocessors before the one in front of it
 # has ended: it then waits there. Compute capability 9.0 or later.
 EARLY_LAUNCH = False

@@ -17,10 +17,7 @@ try:  # absent from CPU builds of torch
 except ImportError:
     triton = None
 
-
 CHUNK = 512
-
-
 # `plan` holds the counts of all chunks in registers; beyond this it sorts.
 MAX_COUNTS = 8192
 

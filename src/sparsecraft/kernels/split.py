@@ -33,27 +33,18 @@ from sparsecraft.kernels.split_weigh import weigh
 # nearly everything and the library's own products are faster (benchmarks/split/decode.md).
 CUDA_GATHER_TOKENS = LISTED_TOKENS
 
-
 # On CUDA up to here, the most that a grid takes, one kernel does all that lies between the two
 # products of all experts.
 WEIGH_TOKENS = 65535
-
-
 # Up to here a router is worth a stream of its own beside the first product.
 BESIDE_TOKENS = 64
-
-
 # On a CPU `gather` takes about 30 ms for all pairs of one token and its experts, `masked` only
 # 19 (two cores, float32, 4096 -> 11008 gated in experts of 32): up to this many pairs per expert.
 CPU_GATHER_PAIRS = 0.6
-
-
 # From here `grouped` computes the pairs in use alone: where experts are large enough for products
 # of their own, for which tokens are copied once for each expert, and where enough is left out
 # (benchmarks/split/prefill.md).
 GROUPED_TOKENS, GROUPED_NEURONS, GROUPED_SHARE = 4096, 1024, 0.25
-
-
 # Products that are worth a second core's start.
 CPU_CORE_PRODUCTS = 2**20
 

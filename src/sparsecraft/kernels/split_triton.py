@@ -23,16 +23,10 @@ except ImportError:
 else:
     from sparsecraft.kernels.selection import _in_turn
 
-
 MAX_TOKENS = 16
-
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
 FEW = 4  # tokens up to which multiply-adds on the weights' tile beat the tensor cores
-
-
 # By tokens, padded: neurons of a program, features at a time, warps, and loads in flight, of a
 # loop without tensor cores as STAGES. Measured by benchmarks/split/tune.py on an H200.
 UP = {
@@ -41,8 +35,6 @@ UP = {
     4: {"BN": 4, "BD": 256, "STAGES": 1, "num_warps": 4},
     16: {"BN": 32, "BD": 128, "num_warps": 4, "num_stages": 3},
 }
-
-
 # Rows at a time, features of a tile, programs per multiprocessor (all resident at once), warps.
 DOWN = {
     1: {"BR": 32, "BD": 128, "PER_SM": 4, "num_warps": 4, "num_stages": 1},
@@ -50,13 +42,8 @@ DOWN = {
     4: {"BR": 16, "BD": 128, "PER_SM": 4, "num_warps": 4, "num_stages": 1},
     16: {"BR": 64, "BD": 256, "PER_SM": 1, "num_warps": 8, "num_stages": 3},
 }
-
-
 SUMMED = 8192  # partial sums in the registers of the last program
-
-
 MULTIPROCESSORS = 132  # where the device does not say: the interpreter
-
 
 ACTIVATIONS = {
     "SiLU": 0, "SiLUActivation": 0,

@@ -19,7 +19,6 @@ except ImportError:
 else:
     from sparsecraft.kernels.split_triton import _activate
 
-
 BLOCK = 512
 
 

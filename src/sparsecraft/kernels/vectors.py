@@ -67,24 +67,13 @@ try:  # absent from CPU builds of torch
 except ImportError:
     triton = None
 
-
 MAX_EXPERTS = 64
-
-
 # Up to this many experts, multiply-adds on the tile beat the tensor cores, unless one product of
 # tf32 is fine enough.
 UNROLLED = 16
-
-
 FORWARD_TILE, FEW_TOKENS_BO = (16, 256), 128
-
-
 BACKWARD_TILE = 16, 128
-
-
 MAX_RANGES = 32  # parts of the vectors' gradient that are summed at the end
-
-
 # Kernels are interpreted or compiled as decided when they are defined.
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 

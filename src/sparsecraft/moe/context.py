@@ -23,21 +23,11 @@ from sparsecraft.recipe.selections import Sentence
 
 # What no transformers model takes itself, and what a layer may ask for.
 OURS = ("sentence_embeddings", "sentence_ids", "prefix_mask", "expert_ids")
-
-
 FIELDS = ("attention_mask", "mm_token_type_ids", *OURS)
-
-
 # What a user may hold for all passes of a context.
 HELD = tuple(name for name in FIELDS if name != "expert_ids")
-
-
 MASKS = ("attention_mask", "mm_token_type_ids", "prefix_mask")
-
-
 INPUTS = ("input_ids", "inputs_embeds")
-
-
 CACHES = ("cache", "past_key_values")  # the name since transformers 5.24, and before
 
 

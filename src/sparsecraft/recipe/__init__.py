@@ -9,6 +9,7 @@ from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.experts import (
     AdapterSpec,
     AttentionSpec,
+    Difference,
     FFNLoRASpec,
     FFNSpec,
     LoRASpec,
@@ -49,8 +50,9 @@ from sparsecraft.recipe.selections import (
 from sparsecraft.recipe.stages import Deal, Fit, Stage
 
 __all__ = [
-    "MLP", "Above", "AdapterSpec", "Analytic", "AttentionSpec", "Deal", "Domain", "Edit",
-    "ExpansionSpec", "FFNLoRASpec", "FFNSpec", "Fit", "GateSpec", "Head", "Hidden", "KMeans",
+    "MLP", "Above", "AdapterSpec", "Analytic", "AttentionSpec", "Deal", "Difference", "Domain",
+    "Edit", "ExpansionSpec", "FFNLoRASpec", "FFNSpec", "Fit", "GateSpec", "Head", "Hidden",
+    "KMeans",
     "KaimingUniform", "Linear", "LinearParts", "LoRASpec", "Norm", "Normal", "Oracle", "Quantize",
     "Recipe", "Relative", "RouterSpec", "Sample", "Sentence", "Sequence", "Share", "Similarity",
     "Slots", "Soft", "SplitSpec", "Stage", "Token", "TopK", "Uniform", "VectorSpec", "Zeros",

@@ -14,7 +14,6 @@ from sparsecraft.recipe.typed import check_types
 
 Place = Literal["replace", "beside", "after", "before", "inside", "imitate"]
 
-
 SiteKind = Literal[
     "ffn",
     "attention",

@@ -46,6 +46,7 @@ class ExpertsSpec(ABC):
             mixtures of standard architectures have.
         joins: the recipe that one of these experts is, where several with constant weights are one
             wider expert; see `joined`.
+        words: what one of them is called in tables, and several.
     """
 
     kind: str
@@ -59,6 +60,7 @@ class ExpertsSpec(ABC):
     dense_weights: ClassVar[bool] = False
     standard: ClassVar[bool] = False
     joins: ClassVar[str | None] = None
+    words: ClassVar[tuple[str, str]] = ("expert", "experts")
 
     @property
     def networks(self) -> int:
@@ -87,6 +89,28 @@ class ExpertsSpec(ABC):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """What is random in the neurons of copied experts; see `sparsecraft.moe.init.neurons`."""
+
+    redraw: float = 0.0
+    """Share of each expert's neurons drawn anew (Drop-Upcycling)."""
+    redraw_apart: bool = False
+    """Gate, up and down each draw other neurons (Drop-Upcycling's code)."""
+    permute: bool = False
+    """Each expert has its neurons in a random order, which changes no output."""
+    noise_std: float = 0.0
+    """Standard deviation of noise on each expert's matrices and first bias."""
+    noise_share: float = 1.0
+    """Share of the neurons of each matrix that the noise is on."""
+
+    def __post_init__(self) -> None:
+        for name in ("redraw", "noise_share"):
+            if not (is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
+                raise RecipeError(f"{name} is {getattr(self, name)!r}; it must lie in [0, 1].")
+        check_deviation(self.noise_std, "noise_std")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FFNSpec(ExpertsSpec):
     """Full feed-forward experts made from the dense one, or shards of it."""
 
@@ -94,10 +118,10 @@ class FFNSpec(ExpertsSpec):
     comes_from = "network"
     dense_weights = True
     standard = True
+    words = ("network", "networks")
 
     kind: Literal["ffn"] = "ffn"
     num_experts: int = 8
-    init: Literal["copy"] = "copy"
     width: int | None = None
     """Neurons of an expert, where they are not the dense network's or a shard of it: of experts
     that were imported (`sparsecraft import`)."""
@@ -108,16 +132,8 @@ class FFNSpec(ExpertsSpec):
     scaling: Literal["none", "exact", "paper"] = "none"
     """How outputs become `scale` times as large: see `sparsecraft.moe.experts.ffn.factors`."""
     scale: float = 1.0
-    redraw: float = 0.0
-    """Share of each expert's neurons drawn anew: see `sparsecraft.moe.init.neurons`."""
-    redraw_apart: bool = False
-    """Gate, up and down each draw other neurons (Drop-Upcycling's code)."""
-    permute: bool = False
-    """Each expert has its neurons in a random order, which changes no output."""
-    noise_std: float = 0.0
-    """Standard deviation of noise on each expert's matrices and first bias."""
-    noise_share: float = 1.0
-    """Share of the neurons of each matrix that the noise is on."""
+    differ: Difference = Difference()
+    """What tells copies apart from the start."""
 
     def __post_init__(self) -> None:
         check_whole("granularity", self.granularity)
@@ -131,10 +147,6 @@ class FFNSpec(ExpertsSpec):
             )
         if not (is_number(self.scale) and 0 < self.scale < math.inf):
             raise RecipeError(f"scale is {self.scale!r}; it must be a positive number.")
-        for name in ("redraw", "noise_share"):
-            if not (is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
-                raise RecipeError(f"{name} is {getattr(self, name)!r}; it must lie in [0, 1].")
-        check_deviation(self.noise_std, "noise_std")
 
     @property
     def networks(self) -> int:
@@ -161,6 +173,7 @@ class AttentionSpec(ExpertsSpec):
     places = stands(replace=("attention",))
     comes_from = "network"
     dense_weights = True
+    words = ("attention", "attentions")
 
     kind: Literal["attention"] = "attention"
     num_experts: int = 4
@@ -175,6 +188,7 @@ class AdapterSpec(ExpertsSpec):
 
     needs_memory = None
     joins = "adapter"
+    words = ("adapter", "adapters")
 
     kind: Literal["adapter"] = "adapter"
     num_experts: int = 8
@@ -199,6 +213,7 @@ class LoRASpec(ExpertsSpec):
     places = stands(beside=("ffn", "linear"))
     comes_from = "lora"
     needs_memory = None
+    words = ("LoRA", "LoRAs")
 
     kind: Literal["lora"] = "lora"
     num_experts: int = 1
@@ -224,6 +239,7 @@ class VectorSpec(ExpertsSpec):
 
     places = stands(after=ANYTHING, before=ANYTHING)
     needs_memory = None
+    words = ("vector", "vectors")
 
     kind: Literal["vector"] = "vector"
     num_experts: int = 10
@@ -241,6 +257,7 @@ class FFNLoRASpec(ExpertsSpec):
 
     places = stands(inside=("ffn",))
     needs_memory = None
+    words = ("network by LoRA", "networks by LoRA")
 
     kind: Literal["ffn_lora"] = "ffn_lora"
     num_experts: int = 8
@@ -260,6 +277,7 @@ class SplitSpec(ExpertsSpec):
     places = stands(replace=("ffn",), imitate=("linear",))
     parts = True
     dense_weights = True
+    words = ("group of neurons", "groups of neurons")
 
     kind: Literal["split"] = "split"
     num_experts: int = 32

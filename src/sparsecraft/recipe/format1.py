@@ -32,6 +32,8 @@ STAGE = (
     "warmup_steps", "weight_decay", "max_grad_norm", "batch_size", "max_length", "epochs",
 )  # fmt: skip
 
+DIFFERENCE = ("redraw", "redraw_apart", "permute", "noise_std", "noise_share")
+
 FIT = (
     "what", "sparsity", "dropout", "loss", "tokens", "epochs", "batch_tokens", "learning_rate",
     "holdout",
@@ -58,9 +60,25 @@ def upgraded_1(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _edit(edit: Any, path: str) -> Any:
-    if not isinstance(edit, dict) or not isinstance(edit.get("router"), dict):
+    if not isinstance(edit, dict):
         return edit
-    return edit | {"router": _router(edit["router"], f"{path}.router")}
+    new = dict(edit)
+    if isinstance(edit.get("experts"), dict):
+        new["experts"] = _experts(edit["experts"])
+    if isinstance(edit.get("router"), dict):
+        new["router"] = _router(edit["router"], f"{path}.router")
+    return new
+
+
+def _experts(old: dict[str, Any]) -> dict[str, Any]:
+    """What is random in copies became a type of its own; `init` said "copy" and nothing else."""
+    if old.get("kind", "ffn") != "ffn":
+        return old
+    new = {name: value for name, value in old.items() if name not in DIFFERENCE}
+    if old.get("init") == "copy":
+        del new["init"]
+    differ = {name: old[name] for name in DIFFERENCE if name in old}
+    return new | {"differ": differ} if differ else new
 
 
 def _router(old: dict[str, Any], path: str) -> dict[str, Any]:

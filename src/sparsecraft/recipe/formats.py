@@ -17,9 +17,7 @@ from sparsecraft.recipe.typed import read
 
 VERSION = "0.1.0"
 
-
 FORMAT_VERSION = 2
-
 
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: upgraded_1}
 

@@ -39,16 +39,6 @@ def facts(recipe: Recipe) -> dict[str, str]:
     }
 
 
-# One and several of a kind of experts, in the order of the table; others go by the kind's own word.
-EXPERTS = {
-    "ffn": ("network", "networks"),
-    "attention": ("attention", "attentions"),
-    "adapter": ("adapter", "adapters"),
-    "lora": ("LoRA", "LoRAs"),
-    "ffn_lora": ("network by LoRA", "networks by LoRA"),
-    "vector": ("vector", "vectors"),
-    "split": ("group of neurons", "groups of neurons"),
-}
 SITES = {
     "ffn": "every FFN",
     "attention": "every attention",
@@ -72,8 +62,7 @@ def experts_words(edits: Iterable[Edit]) -> str:
     """What stands where: `8 adapters after every FFN; 1 LoRA beside every Linear`."""
     sites: dict[tuple, list[str]] = {}
     for edit in edits:
-        kind = edit.experts.kind
-        one, several = EXPERTS.get(kind, (kind, f"{kind} experts"))
+        one, several = edit.experts.words
         count = edit.experts.num_experts
         key = (count, one if count == 1 else several, edit.place, edit.modality)
         sites.setdefault(key, []).append(SITES[edit.site])
@@ -92,12 +81,12 @@ def in_table(recipes: Mapping[str, Callable[..., Recipe]], pages: str | None = N
         recipes: name -> function.
         pages: folder of pages that the names link to; None links nothing.
     """
-    places = {kind: place for place, kind in enumerate(EXPERTS)}
 
     def order(item: tuple[str, Recipe]) -> tuple:
-        first = item[1].edits[0]
-        place = places.get(first.experts.kind, len(places))
-        return first.router is None, place, item[0]
+        name, recipe = item
+        experts = recipe.edits[0].experts
+        routed = recipe.edits[0].router is not None
+        return not routed, experts.parts, not experts.dense_weights, experts.words, name
 
     rows = [HEAD, ("---",) * len(HEAD)]
     for name, recipe in sorted(((n, make()) for n, make in recipes.items()), key=order):

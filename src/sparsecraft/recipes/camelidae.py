@@ -22,8 +22,6 @@ from sparsecraft.recipe import (
 )
 
 VARIANTS = ("paper", "released")
-
-
 PAPER = "Wu et al., EMNLP 2024 (PESC / Camelidae)"
 
 

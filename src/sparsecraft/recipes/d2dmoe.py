@@ -27,7 +27,6 @@ PAPER += " (arXiv:2310.04361)"
 
 VARIANTS = ("paper", "bert", "released")
 
-
 Sparsity = Literal["relu_hoyer", "relu_l1", "gelu_clamped_l1", "gelu_clamped_hoyer", "none"]
 
 

@@ -8,6 +8,7 @@ Command: sparsecraft convert drop_upcycling --model smollm2 --out runs/drop --ra
 from __future__ import annotations
 
 from sparsecraft.recipe import (
+    Difference,
     Edit,
     FFNSpec,
     Linear,
@@ -61,7 +62,8 @@ def drop_upcycling(
                 paths=paths,
                 place="replace",
                 experts=FFNSpec(
-                    num_experts=num_experts, redraw=ratio, redraw_apart=released, permute=released
+                    num_experts=num_experts,
+                    differ=Difference(redraw=ratio, redraw_apart=released, permute=released),
                 ),
                 router=RouterSpec(scorer=Linear(start=start), select=TopK(top_k)),
             ),

@@ -9,8 +9,6 @@ from sparsecraft.recipe import GateSpec, Norm, Recipe, Share, check_variant
 from sparsecraft.recipes.d2dmoe import Sparsity, norm_stage, sparsify_stages, split_edit
 
 PAPER = "Exploiting Transformer Activation Sparsity with Dynamic Inference (arXiv:2310.04361v1)"
-
-
 VARIANTS = ("paper", "bert")
 
 

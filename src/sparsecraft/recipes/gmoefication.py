@@ -11,8 +11,6 @@ from sparsecraft.recipe import Edit, GateSpec, Recipe, SplitSpec, TopK, check_va
 from sparsecraft.recipes.moefication import router_stage, scorer_of
 
 PAPER = "Breaking ReLU Barrier: Generalized MoEfication for Dense Pretrained Models (EMNLP 2024)"
-
-
 TARGETS = {
     "paper": "deviation",
     "squared": "squared_deviation",

@@ -23,8 +23,6 @@ from sparsecraft.recipe import (
 )
 
 PAPER = "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts (arXiv:2110.01786)"
-
-
 VARIANTS = ("paper", "released")
 
 

@@ -28,8 +28,6 @@ from sparsecraft.recipe import (
 )
 
 VARIANTS = ("paper", "released", "tuned")
-
-
 PAPER = "Zadouri et al., ICLR 2024 (MoV / MoLORA)"
 
 

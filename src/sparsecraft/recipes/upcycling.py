@@ -7,7 +7,17 @@ Command: sparsecraft convert upcycling --model smollm2 --out runs/upcycled --num
 
 from __future__ import annotations
 
-from sparsecraft.recipe import Edit, FFNSpec, Linear, Normal, Recipe, RouterSpec, Stage, TopK
+from sparsecraft.recipe import (
+    Difference,
+    Edit,
+    FFNSpec,
+    Linear,
+    Normal,
+    Recipe,
+    RouterSpec,
+    Stage,
+    TopK,
+)
 
 
 def upcycling(
@@ -49,9 +59,7 @@ def upcycling(
                 place="replace",
                 experts=FFNSpec(
                     num_experts=num_experts,
-                    init="copy",
-                    noise_std=noise_std,
-                    noise_share=noise_share,
+                    differ=Difference(noise_std=noise_std, noise_share=noise_share),
                 ),
                 router=RouterSpec(
                     scorer=Linear(start=Normal(router_std)),

@@ -58,9 +58,8 @@ def build_parts(
         router = edit.router and Gate(edit.router, experts)
     elif edit.router is not None:
         width, count, spec = router_width(model, item), edit.experts.num_experts, edit.router
-        read = {"outputs": experts.out_features} if spec.reads == "experts" else {}
-        spec = spec.in_layer(number)
-        router = build_router(spec, width, count, **read, device=device, dtype=dtype)
+        where = {"outputs": experts.out_features, "device": device, "dtype": dtype}
+        router = build_router(spec.in_layer(number), width, count, **where)
     return experts, router
 
 

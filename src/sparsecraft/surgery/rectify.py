@@ -20,8 +20,6 @@ from sparsecraft.surgery.plan import PlannedEdit
 
 # What families call their activation; T5 says it twice.
 FIELDS = ("hidden_act", "hidden_activation", "activation_function", "activation", "dense_act_fn")
-
-
 T5_FORM = "feed_forward_proj"
 
 

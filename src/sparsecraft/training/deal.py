@@ -31,9 +31,7 @@ from sparsecraft.surgery.record import conversion_of
 if TYPE_CHECKING:
     import datasets
 
-
 log = logging.getLogger("sparsecraft")
-
 
 RECORD = "buckets.json"
 

@@ -26,14 +26,9 @@ from sparsecraft.training.options import TrainOptions
 
 log = logging.getLogger("sparsecraft")
 
-
 # On a CPU the papers' batches would take hours a step.
 CPU_BATCH_SIZE, CPU_MAX_LENGTH = 8, 512
-
-
 CPU_FIT_TOKENS = 16_384
-
-
 MICRO_BATCH_TOKENS = 16_384
 
 

@@ -21,10 +21,8 @@ from sparsecraft.training.options import TrainOptions
 
 RUN_RECORD = "run.json"
 
-
 # A state is written in this order, the last file at the end.
 STATE_FILES = ("moe.safetensors", "digest", "optimizer.pt", "scheduler.pt", "trainer_state.json")
-
 
 # What may differ between a run and its continuation: how it is shown and kept.
 FREE = ("save_every", "log_every", "trackers", "progress", "fit_tokens")

@@ -58,7 +58,6 @@ from sparsecraft.training.trainers import (
 
 log = logging.getLogger("sparsecraft")
 
-
 # Why rows are not trained on, among `TrainReport.counts`.
 DROPPED = ("too_long", "no_trainable_token")
 

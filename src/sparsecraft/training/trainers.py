@@ -33,7 +33,6 @@ from sparsecraft.surgery.trainable import matches
 
 log = logging.getLogger("sparsecraft")
 
-
 TOKEN_MASK = "token_mask"
 
 

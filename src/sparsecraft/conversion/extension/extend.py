@@ -43,9 +43,7 @@ from sparsecraft.surgery.record import Conversion, conversion_of, is_converted
 
 log = logging.getLogger("sparsecraft")
 
-
 Rows = Literal["calibrated", "reset"]
-
 
 # Between the newcomer's shares of new and of old tokens, below which data are as good as the same.
 LEAST_DIFFERENCE = 0.05
@@ -222,7 +220,8 @@ def _take_row(layer: MoELayer, row: Tensor | None) -> None:
         return
     old = router.scorer
     like = next(old.parameters())
-    where = {"device": like.device, "dtype": like.dtype}
+    outputs = layer.experts.out_features
+    where = {"outputs": outputs, "device": like.device, "dtype": like.dtype}
     new = build_router(router.spec.with_extended(0), old.width, count, **where).scorer
     router.scorer = new.train(old.training).requires_grad_(like.requires_grad)
 

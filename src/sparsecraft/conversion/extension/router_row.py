@@ -28,15 +28,11 @@ from sparsecraft.surgery.record import Conversion
 
 log = logging.getLogger("sparsecraft")
 
-
 # Tokens of a text that are read, batches at most, and how many of them one is kept of for a router.
 TOKENS, BATCHES, STRIDE = 8192, 64, 2
 
-
 # Weight of |r|^2 / 2, with inputs of mean square one.
 RIDGE = 1e-2
-
-
 STEPS = 200
 
 

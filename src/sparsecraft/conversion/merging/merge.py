@@ -69,11 +69,9 @@ from sparsecraft.surgery.trainable import set_trainable
 
 HOWS = ("exact", "fixed", "average")
 
-
 # Largest relative logit difference that another order of summation makes: every Linear adds its
 # update before the product with the token and not after. Lower precision has its own tolerance.
 MERGE_TOLERANCE = 1e-4
-
 
 # What the record of a conversion says of the dense model and of the past.
 REMEMBERED = ("digests", "origin", "revision", "folder", "base_card", "report", "running")

@@ -22,12 +22,9 @@ FREE = set(
     "transformers_version use_cache".split()
 )
 
-
 # Cosine of the same matrix in two models: about 0 of models that were trained apart from the start,
 # above 0.9 of fine-tuned ones.
 KIN = 0.5
-
-
 # So many rows of it tell.
 ROWS = 1024
 

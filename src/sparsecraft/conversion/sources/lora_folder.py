@@ -21,18 +21,11 @@ from torch import Tensor
 from sparsecraft.errors import SourceError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
 PREFIX = "base_model.model."
-
-
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
-
 
 # Starts that change the base's weights too, so that W + scale B A is not the trained model.
 MOVES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
-
-
 # Fields that make another function, or another model, of it.
 VARIANTS = {
     "alora_invocation_tokens": "an activated LoRA, which acts on some tokens only",

@@ -32,8 +32,6 @@ from sparsecraft.moe.tracing import trace
 from sparsecraft.surgery.budget import split_layers
 
 Batch = dict[str, Any]
-
-
 # Layer, and what it reads: its real tokens (T, D).
 Visit = Callable[[MoELayer, Tensor], None]
 

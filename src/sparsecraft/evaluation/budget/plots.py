@@ -8,11 +8,7 @@ from typing import Any
 
 # Okabe and Ito's colors, which people with any color vision can tell apart, dark ones first.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-
-
 MARKERS = ("o", "s", "^", "D", "v", "P")
-
-
 GRAY = "#555555"
 
 

@@ -30,19 +30,11 @@ from sparsecraft.surgery.budget import set_budget, split_layers, unchanged
 
 log = logging.getLogger("sparsecraft")
 
-
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-
-
 BATCH_SIZES = (1, 16)
-
-
 MAX_TOKENS = 16_384
-
-
 # Of the rows, where no other data is given to find thresholds on.
 CALIBRATION_SHARE = 0.25
-
 
 COLUMNS = {
     "budget": "budget",
@@ -57,11 +49,7 @@ COLUMNS = {
     "share_max": "layer max",
     "load_cv": "load CV",
 }
-
-
 DETAILS = ("share_", "load_", "union_", "latency_")
-
-
 AXES = {"loss": "held-out loss (nats per token)", "accuracy": "held-out accuracy"}
 
 

@@ -24,14 +24,9 @@ from sparsecraft.surgery.budget import run, split_layers
 
 log = logging.getLogger("sparsecraft")
 
-
 # Shares or FLOPs this close below the target will do.
 TOLERANCE = 0.01
-
-
 MAX_TRIALS = 12
-
-
 # Scores that the first guess is made from.
 MAX_SCORES = 2_000_000
 

@@ -15,22 +15,17 @@ from sparsecraft.interop.targets.standard import COMMON, GRANITE_SCALES, Part, S
 # quantizes in blocks of 256 columns at most.
 EMPTY = 256
 
-
 QWEN_NAMES = {
     "mlp.router.scorer.weight": "mlp.gate.weight",
     "mlp.experts.gate_up": "mlp.experts.gate_up_proj",
     "mlp.experts.down": "mlp.experts.down_proj",
 }
-
-
 QWEN2_NAMES = QWEN_NAMES | {
     "mlp.router.base_gate.weight": "mlp.shared_expert_gate.weight",
     "mlp.base.gate_proj.weight": "mlp.shared_expert.gate_proj.weight",
     "mlp.base.up_proj.weight": "mlp.shared_expert.up_proj.weight",
     "mlp.base.down_proj.weight": "mlp.shared_expert.down_proj.weight",
 }
-
-
 GRANITE_NAMES = {
     "mlp.router.scorer.weight": "block_sparse_moe.router.weight",
     "mlp.experts.gate_up": "block_sparse_moe.experts.gate_up_proj",

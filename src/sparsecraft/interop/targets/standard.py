@@ -25,7 +25,6 @@ from sparsecraft.surgery.record import conversion_of
 
 Part = dict[str, Tensor]
 
-
 # Fields of a configuration that dense models and mixtures share.
 COMMON = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
@@ -33,11 +32,9 @@ COMMON = (
     "eos_token_id tie_word_embeddings rope_parameters attention_dropout"
 ).split()
 
-
 GRANITE_SCALES = (
     "embedding_multiplier logits_scaling residual_multiplier attention_multiplier"
 ).split()
-
 
 LAYER = re.compile(r"(model\.layers\.\d+\.)(.+)")
 

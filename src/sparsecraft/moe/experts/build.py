@@ -38,7 +38,6 @@ BANKS: dict[type[ExpertsSpec], type[Experts]] = {
     SplitSpec: SplitExperts,
 }
 
-
 # What a recipe calls the dense modules that experts stand at.
 DONORS = {"ffn": FFN, "attention": Attention, "linear": Linear, "activation": Activation}
 

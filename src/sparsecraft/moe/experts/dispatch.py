@@ -18,9 +18,7 @@ from sparsecraft.moe.routing import Routing
 if TYPE_CHECKING:
     from sparsecraft.moe.experts.base import Experts
 
-
 log = logging.getLogger("sparsecraft")
-
 
 # On a CPU, launches cost little: all experts at once win up to about 32 tokens for 8 adapters of
 # 576 x 64, and never for 8 of 2048 x 256 (two cores, float32).

@@ -122,7 +122,7 @@ class FFNExperts(CopiedExperts):
         return _tensors(donor, None, donor.gated, None)
 
     def diversify(self) -> None:
-        diversify(self, self.spec)
+        diversify(self, self.spec.differ)
 
     def misfit(self, donor: FFN) -> str | None:
         width = self.down.shape[-1]

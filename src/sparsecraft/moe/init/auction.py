@@ -17,8 +17,6 @@ from sparsecraft.moe.init.partition import expert_size
 
 # A launch costs more than a wasted bid on a GPU, and a wait for the device costs more than both.
 ROUNDS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 32}
-
-
 SHRINK = 5.0  # the step of bids over that of the next auction
 
 

@@ -17,11 +17,7 @@ from sparsecraft.errors import DataError, ResourceError
 from sparsecraft.moe.init.partition import contiguous, expert_size, neurons_of
 
 GROUP = 8  # tokens whose co-activation the released code limits to 1 together
-
-
 RELEASED_TOKENS = 200_000  # the released code stops at the first group beyond
-
-
 METIS_TOTAL = 2**30  # of all weights: METIS adds them up in 32 bits
 
 

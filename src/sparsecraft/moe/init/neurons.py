@@ -11,39 +11,39 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparsecraft.recipe.experts import FFNSpec
+from sparsecraft.recipe.experts import Difference
 
 if TYPE_CHECKING:
     from sparsecraft.moe.experts.ffn import FFNExperts
 
 
 @torch.no_grad()
-def diversify(bank: FFNExperts, spec: FFNSpec) -> None:
-    """Permute, redraw and disturb the neurons of every expert, as `spec` has it.
+def diversify(bank: FFNExperts, differ: Difference) -> None:
+    """Permute, redraw and disturb the neurons of every expert, as `differ` says.
 
     What is drawn anew has the mean and the deviation of what it replaces in each matrix. All comes
     from torch's global random state, so that every expert of every layer draws other numbers.
     """
-    if not (spec.permute or spec.redraw or spec.noise_std):
+    if not (differ.permute or differ.redraw or differ.noise_std):
         return
     for e in range(bank.num_experts):
         matrices = bank.neurons(e)
         count, device = len(matrices[0][0]), matrices[0][0].device
-        if spec.permute:
+        if differ.permute:
             order_F = torch.randperm(count, device=device)
             for tensor in _all(matrices):
                 tensor.copy_(tensor[order_F])
-        chosen_n = _some(count, spec.redraw, device)
+        chosen_n = _some(count, differ.redraw, device)
         for weight_FD, bias_F in matrices:
-            if spec.redraw_apart:
-                chosen_n = _some(count, spec.redraw, device)
+            if differ.redraw_apart:
+                chosen_n = _some(count, differ.redraw, device)
             for tensor in _all([(weight_FD, bias_F)]):
                 _redraw(tensor, chosen_n)
-            if spec.noise_std:
-                noisy_n = _some(count, spec.noise_share, device)
+            if differ.noise_std:
+                noisy_n = _some(count, differ.noise_share, device)
                 for tensor in _all([(weight_FD, bias_F)]):
                     noise = torch.randn_like(tensor[noisy_n])
-                    tensor[noisy_n] += spec.noise_std * noise
+                    tensor[noisy_n] += differ.noise_std * noise
 
 
 def _all(matrices: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:

@@ -30,7 +30,6 @@ SCORERS: dict[type[scorers.ScorerSpec], Callable[..., Scorer]] = {
     scorers.Domain: DomainScorer,
 }
 
-
 # Options -> logits_TE -> weights_TK, indices_TK.
 SELECTORS: dict[type[selections.Selection], Callable[[Any], Selector]] = {
     selections.TopK: lambda spec: partial(top_k, k=spec.k, renormalize=spec.renormalize),
@@ -38,7 +37,6 @@ SELECTORS: dict[type[selections.Selection], Callable[[Any], Selector]] = {
     selections.Soft: lambda spec: soft,
     selections.Slots: lambda spec: soft,  # combined by the same softmax
 }
-
 
 TABLES: dict[type, dict[type, Callable]] = {
     scorers.ScorerSpec: SCORERS,
@@ -72,16 +70,23 @@ def register(option: type, made: Callable) -> None:
 
 
 def build_router(
-    spec: RouterSpec, width: int, num_experts: int, *, device=None, dtype=None, **read: int
+    spec: RouterSpec,
+    width: int,
+    num_experts: int,
+    *,
+    outputs: int | None = None,
+    device=None,
+    dtype=None,
 ) -> Router:
     """The router that `spec` describes, for tokens of `width` features; of whole experts, that is:
     the parts of a split network have a `Gate`.
 
     Args:
-        read: `outputs`, O, where the scorer reads what experts give.
+        outputs: O, features of what experts give, where the scorer reads that.
     """
     where = {"device": device, "dtype": dtype}
-    scorer = SCORERS[type(spec.scorer)](spec.scorer, width, num_experts, **read, **where)
+    given = where | {"outputs": outputs} if spec.reads == "experts" else where
+    scorer = SCORERS[type(spec.scorer)](spec.scorer, width, num_experts, **given)
     select = SELECTORS[type(spec.select)](spec.select)
     gate = _base_gate(width, device, dtype) if spec.gates_base else None
     return Router(scorer, spec, select, gate)

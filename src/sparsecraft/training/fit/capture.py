@@ -19,7 +19,6 @@ from sparsecraft.surgery.budget import run, split_layers
 
 log = logging.getLogger("sparsecraft")
 
-
 Masks = Callable[[str], Tensor | None]
 
 

@@ -33,11 +33,8 @@ from sparsecraft.training.fit.regression import Report, first_held, fit_imitatio
 
 log = logging.getLogger("sparsecraft")
 
-
 # Tokens whose activations are in memory at a time.
 CHUNK_TOKENS = 4096
-
-
 # Share of experts at which the captured mass is reported: MoEfication's.
 REPORTED_SHARE = 0.2
 

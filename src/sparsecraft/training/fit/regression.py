@@ -25,10 +25,7 @@ from sparsecraft.recipe.stages import Fit
 # Tokens of a held-out step.
 CHUNK_TOKENS = 4096
 
-
 Report = dict[str, dict[str, Any]]
-
-
 # (weights, inputs, wanted, how far the run is from 0 to 1, or None: held out) -> loss of one layer
 Loss = Callable[[dict[str, Tensor], Tensor, Tensor, float | None], Tensor]
 
