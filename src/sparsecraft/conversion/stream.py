@@ -130,8 +130,6 @@ def _check_recipe(recipe: Recipe) -> None:
                 f"The routers of recipe {recipe.name!r} start from domains or data, which the "
                 "whole model reads; convert in memory (sc.convert, or without --stream)."
             )
-    if recipe.others not in ("base", "mean"):
-        raise RecipeError(f"others={recipe.others!r} cannot be made tensor by tensor.")
 
 
 def _skeleton(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
