@@ -576,14 +576,14 @@ def test_the_objective_is_that_of_the_sources_own_models(tmp_path, rows, packing
 def test_both_stages_run_as_the_recipe_says_and_the_users_numbers_win(tmp_path, rows, monkeypatch):
     sources = [moved(tiny.llama(), seed, 0.1) for seed in range(2)]
     model, seen = mixture(sources, 4), []
-    descend = training._descend
+    descend = training.descend
 
-    def watching(model, stage, settings, *args):
-        result = descend(model, stage, settings, *args)
+    def watching(run, stage, settings, *args):
+        result = descend(run, stage, settings, *args)
         seen.append((stage.name, settings.epochs, result[1].steps))
         return result
 
-    monkeypatch.setattr(training, "_descend", watching)
+    monkeypatch.setattr(training, "descend", watching)
     options = FAST | {"packing": False}
     sc.train(copy.deepcopy(model), rows, tmp_path / "a", tokenizer=tiny.tokenizer(), **options)
     assert seen == [("router", 4.0, 40), ("train", 2.0, 20)]

@@ -125,8 +125,6 @@ def _check_recipe(recipe: Recipe) -> None:
                 f"The routers of recipe {recipe.name!r} start from domains or data, which the "
                 "whole model reads; convert in memory (sc.convert, or without --stream)."
             )
-    if recipe.others not in ("base", "mean"):
-        raise RecipeError(f"others={recipe.others!r} cannot be made tensor by tensor.")
 
 
 def _require(out: Path, tensors: dict[str, Lazy], memory: int, resume: bool) -> str:

@@ -7,6 +7,8 @@ Command: sparsecraft convert drop_upcycling --model smollm2 --out runs/drop --ra
 
 from __future__ import annotations
 
+from typing import Literal
+
 from sparsecraft.recipe import (
     Difference,
     Edit,
@@ -27,7 +29,7 @@ def drop_upcycling(
     top_k: int = 2,
     ratio: float = 0.5,
     *,
-    variant: str = "paper",
+    variant: Literal["paper", "released"] = "paper",
     router_std: float = 0.02,
     balance_coef: float = 0.02,
     learning_rate: float = 2e-4,
