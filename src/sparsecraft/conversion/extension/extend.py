@@ -44,6 +44,8 @@ from sparsecraft.surgery.record import Conversion, conversion_of, is_converted
 log = logging.getLogger("sparsecraft")
 
 Rows = Literal["calibrated", "reset"]
+# What every layer's router reads of the new and of the old tokens, (T, D) each; None without data.
+Seen = Sequence[list[Tensor] | None]
 
 # Between the new expert's shares of new and of old tokens; below it data are as good as the same.
 LEAST_DIFFERENCE = 0.05
@@ -107,7 +109,7 @@ def extend(
 
     Args:
         expert: folder, hub id, LoRA folder or model in memory, of one ancestor with the base.
-        data: of the new expert's domain: a data set, a list of texts, or batches.
+        data: the new expert's domain: a data set, a list of texts, or batches.
         old_data: of the known domains, for linear routers. 8,192 tokens of each are read.
         tokenizer: of the model, for texts; None takes that of its base.
         embedding: (M,) of the domain, instead of one from `data`.
@@ -132,12 +134,23 @@ def extend(
         embedding = embedding_of(model, record, given[0], embedding, base, tokenizer)
     with _mixed(model, record, source, share):
         seen = [inputs_of(model, record.plan, domain, tokenizer) for domain in given]
-        numbered = enumerate(record.layers)
-        found = [row_of(layer, n, seen, embedding, rows == "reset") for n, layer in numbered]
-        _join(model, record, source, found, seed)
-    shares = [share_of(record.layers, inputs) for inputs in seen]
+        _join(model, record, source, _new_rows(record, seen, embedding, rows), seed)
     how = "projected" if by_domain else rows
-    return _noted(record, Extension(source.name, count, share, how, *shares))
+    result = Extension(source.name, count, share, how, *_shares(record, seen))
+    return _noted(record, result)
+
+
+def _new_rows(
+    record: Conversion, seen: Seen, embedding: Tensor | None, rows: Rows
+) -> list[Tensor | None]:
+    """What each layer's router knows the new expert by; None where all of it is drawn anew."""
+    reset = rows == "reset"
+    return [row_of(layer, n, seen, embedding, reset) for n, layer in enumerate(record.layers)]
+
+
+def _shares(record: Conversion, seen: Seen) -> list[float | None]:
+    """The new expert's shares of the new and of the old tokens."""
+    return [share_of(record.layers, inputs) for inputs in seen]
 
 
 def _opened(model: nn.Module, record: Conversion, expert: Any, unrelated: bool) -> Source:
