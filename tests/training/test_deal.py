@@ -1,4 +1,4 @@
-"""UpIT: experts mixed from two, rows dealt out to experts, and the two stages of training."""
+"""UpIT: experts mixed from two, rows assigned to experts, and the two stages of training."""
 
 from __future__ import annotations
 
@@ -268,12 +268,12 @@ def test_a_child_is_made_when_it_is_read_and_never_kept():
     recipe = sc.recipes.upit(3)
     edits = plan(model, recipe)
     tensors = dict(model.named_parameters())
-    givers, _ = expand(recipe, edits, [counting(s) for s in given], tensors.__getitem__)
+    sources, _ = expand(recipe, edits, [counting(s) for s in given], tensors.__getitem__)
     counted.clear()
     name = "model.layers.0.mlp.up_proj.weight"
-    first, second = givers[2].tensor(name), givers[2].tensor(name)
+    first, second = sources[2].tensor(name), sources[2].tensor(name)
     assert counted == [name] * 4 and torch.equal(first, second) and first is not second
-    givers[2].check_shape(name, first.shape)
+    sources[2].check_shape(name, first.shape)
 
 
 def test_what_cannot_be_expanded_is_refused():
@@ -401,7 +401,7 @@ def test_forced_tokens_run_the_experts_dense_model(family):
     model, inputs = dense(family), batch(family)
     sc.convert(model, sc.recipes.upit(2), sources=sources)
     free = logits(model, inputs)
-    with dealing.told(model):
+    with dealing.directed(model):
         for e, source in enumerate(sources):
             ids = torch.full_like(inputs["input_ids"], e)
             found = logits(model, inputs | {"expert_ids": ids})
@@ -478,7 +478,7 @@ def parameters(model) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_router_stage_trains_experts_and_rows_on_their_own_data(tmp_path, rows, packing):
-    """Rows of ten words are dealt out; afterwards each expert's logits favor its own rows."""
+    """Rows of ten words are assigned; afterwards each expert's logits favor its own rows."""
     sources = [moved(tiny.llama(), seed, 0.1, only=".mlp.") for seed in range(2)]
     model, examples = mixture(sources, 3), dataset(rows)
     before = parameters(model)
@@ -517,7 +517,7 @@ def _favor(model, before, examples, counts) -> None:
         own = [row for row, n in zip(examples, losses_NE.argmin(1).tolist(), strict=True) if n == e]
         means = []
         for net in (start, model):
-            with dealing.told(net), sc.trace(net) as traced:
+            with dealing.directed(net), sc.trace(net) as traced:
                 for row in own[:4]:
                     ids = torch.tensor([row["input_ids"]])
                     net(ids, expert_ids=torch.full_like(ids, e))
@@ -655,7 +655,7 @@ def test_stages_that_cannot_deal_rows_out_are_refused_before_any_work(tmp_path, 
     stage = sc.recipes.upit().stages[0]
     split = tiny.llama()
     sc.convert(split, dataclasses.replace(sc.recipes.gmoefication(4, 2), stages=(stage,)))
-    refused("cannot be dealt out to the SplitExperts.*this one is: mlp, top-", split)
+    refused("cannot be assigned to the SplitExperts.*this one is: mlp, top-", split)
     mixed = sc.recipes.camelidae(4, 2, adapter_dim=8, lora_rank=0)
     edits = uneven_edits(mixed)
     uneven = tiny.llama()

@@ -146,6 +146,6 @@ def imported(form: Form, title: str) -> Recipe:
                 ),
             ),
         ),
-        # Of upcycling: how the mixture was trained elsewhere, its checkpoint does not tell.
+        # Of upcycling: a checkpoint does not record how its mixture was trained elsewhere.
         stages=(Stage(trains=("all",), losses={"switch": 0.01}, learning_rate=1e-4),),
     )

@@ -43,7 +43,7 @@ def btx(
         routing: `top_2` or `top_4` (softmax over those kept), `soft` (all experts), `switch`
             (top-1, weighted by the softmax over all, so that the router learns) or `sample` (one
             drawn in training, the best at inference; the first layer soft).
-        splitting: C, each network is cut into so many experts; the paper found it worse.
+        splitting: C, the experts that each network is cut into; the paper found it worse.
         blending: expert n is the n-th shard of every source; the paper found it much worse.
         freeze_experts: train routers and all other tensors only; the paper found it as good.
         balance_coef: weight of the balance loss; 0 turns it off.

@@ -56,8 +56,8 @@ def d2dmoe(
         sparsity_coef: its weight; None is the variant's. L1 sums over neurons and grows with them.
         router_dim: width inside the router; None is the variant's 128, or in `released` E.
         compensate: experts that do not run give their mean; None: unless the activation is ReLU.
-        attention_experts: so many experts of each attention projection too, which a ReLU network
-            of the same cost learns to imitate first; 0 leaves attention alone.
+        attention_experts: number of experts of each attention projection too, which a ReLU
+            network of the same cost learns to imitate first; 0 leaves attention alone.
         paths: glob over the paths of the feed-forward networks.
     """
     check_variant(variant, VARIANTS)

@@ -40,9 +40,9 @@ def smola(
         rank: of each.
         mixing: `token` mixes the experts for each token, which decoders need; `slots` gives every
             expert one weighted mean of a sequence's tokens, as Soft MoE does: in encoders, and in
-            a causal model over the prefix that `prefix_mask` tells, the other tokens one by one.
+            a causal model over the prefix that `prefix_mask` marks, the other tokens one by one.
         modalities: three sets at every Linear, for all, for text and for visual tokens, which
-            `mm_token_type_ids` tells apart.
+            `mm_token_type_ids` distinguishes.
         alpha: updates are scaled by alpha / rank; None takes the rank, which is no scale.
         dropout: on the updates' input, in training.
         paths: glob over the paths of the Linears.

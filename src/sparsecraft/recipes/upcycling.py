@@ -69,7 +69,7 @@ def upcycling(
         ),
         stages=(
             # The paper goes on with the dense model's own hyperparameters, which a checkpoint does
-            # not tell: set yours. These are the best of benchmarks/pesc/README.md, constant.
+            # not say: set yours. These are the best of benchmarks/pesc/README.md, constant.
             Stage(
                 trains=("all",),
                 losses={"switch": balance_coef} if balance_coef else {},

@@ -51,7 +51,7 @@ def upit(
         parents: what an expert is mixed from, the two least similar ones or any two (the paper's
             ablation).
         drop: share of each parent's changes to the base that DARE drops.
-        sample: share of the training rows that are dealt out, 500 rows at least and 5000 at most.
+        sample: share of the training rows that are assigned, 500 rows at least and 5000 at most.
         alpha: weight of the language model's loss in stage `router`; 1 - alpha is the routers'.
         balance_coef: weight of the balance loss in stage `train`; 0 turns it off.
         router_std: standard deviation of the normal router initialization.
@@ -84,7 +84,7 @@ def upit(
 
 
 def _router_stage(sample: float, alpha: float, rates: dict) -> Stage:
-    """alpha L_lm + (1 - alpha) L_aux, divided by alpha, on rows that are dealt out."""
+    """alpha L_lm + (1 - alpha) L_aux, divided by alpha, on rows that are assigned to experts."""
     if not 0 < alpha <= 1:
         raise RecipeError(f"alpha is {alpha}; it must lie in (0, 1].")
     return Stage(

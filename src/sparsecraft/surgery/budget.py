@@ -153,7 +153,7 @@ def share_of(threshold: float, calibration: list[tuple[float, float]]) -> float 
 
 
 def state_of(model: nn.Module) -> dict[str, Any] | None:
-    """What a checkpoint has to tell of how the model runs; None without split networks."""
+    """What a checkpoint records of how the model runs; None without split networks."""
     if not split_layers(model):
         return None
     return model.sparsecraft.running.to_dict()

@@ -76,7 +76,7 @@ def fill(model: nn.Module, stage: Stage | Fit, asked: TrainOptions) -> TrainOpti
     }
     if on_cpu() and (asked.batch_size is None or asked.max_length is None):
         log.info(
-            f"On a CPU, unless told: {CPU_BATCH_SIZE} sequences of up to {CPU_MAX_LENGTH} tokens "
+            f"On a CPU, by default: {CPU_BATCH_SIZE} sequences of up to {CPU_MAX_LENGTH} tokens "
             f"a step; the recipe says {stage.batch_size} of {stage.max_length}."
         )
     filled = {key: value for key, value in defaults.items() if getattr(asked, key) is None}
@@ -129,7 +129,7 @@ def fit_tokens(stage: Fit, settings: TrainOptions) -> int:
         return settings.fit_tokens
     if on_cpu() and stage.tokens > CPU_FIT_TOKENS:
         log.info(
-            f"On a CPU, unless told: routers are fitted to {CPU_FIT_TOKENS} tokens; the recipe "
+            f"On a CPU, by default: routers are fitted to {CPU_FIT_TOKENS} tokens; the recipe "
             f"says {stage.tokens} (--fit-tokens)."
         )
         return CPU_FIT_TOKENS

@@ -28,7 +28,7 @@ from sparsecraft.checkpoint.folder import check_free
 from sparsecraft.checkpoint.load import load
 from sparsecraft.checkpoint.save import check_loadable, save
 from sparsecraft.data.batches import collate
-from sparsecraft.data.encoding import pad_id as pad_id_of
+from sparsecraft.data.encoding import pad_id
 from sparsecraft.data.prepare import TASK_OF_MODEL, count_tokens, pack, prepare
 from sparsecraft.data.sentences import Prompts
 from sparsecraft.dense import hub
@@ -41,7 +41,7 @@ from sparsecraft.recipe.stages import Fit, Stage
 from sparsecraft.surgery.record import Conversion, conversion_of
 from sparsecraft.surgery.trainable import set_trainable
 from sparsecraft.training.arguments import processes, training_arguments
-from sparsecraft.training.deal import check_deal, deal, sampled, told
+from sparsecraft.training.deal import check_deal, deal, directed, sampled
 from sparsecraft.training.defaults import fill, fit_tokens, needs, read, stages_of, task_of
 from sparsecraft.training.fit.fit import fit
 from sparsecraft.training.options import TrainOptions
@@ -190,12 +190,13 @@ def _descend(
     check_same_run(folder, run, resume, read_as(model))
     found: dict[str, Any] = {}
     if stage.deal:
-        pad_id = pad_id_of(tokenizer)
-        dataset, found["buckets"] = deal(model, dataset, folder, pad_id=pad_id, resume=resume)
+        dataset, found["buckets"] = deal(
+            model, dataset, folder, pad_id=pad_id(tokenizer), resume=resume
+        )
         counts = counts | {"dealt": len(dataset)} | count_tokens(dataset)
         if settings.packing:
             dataset = pack(dataset, settings.max_length, settings.seed)
-    forced = told(model) if stage.deal else nullcontext()
+    forced = directed(model) if stage.deal else nullcontext()
     with _untouched(model), adapters_known(model), forced:
         trainer = _trainer(model, stage, settings, dataset, tokenizer, folder, prompts)
         report = _run(trainer, counts, out, resume)
@@ -218,7 +219,7 @@ def _fit(
     batches = (
         collate(
             list(dataset.select(range(start, min(start + rows, len(dataset))))),
-            pad_id_of(tokenizer),
+            pad_id(tokenizer),
             packed=settings.packing,
         )
         for start in range(0, len(dataset), rows)
@@ -360,7 +361,7 @@ def _trainer(
         "classification": (RoutedTrainer, TrainingArguments),
     }[task_of(model)]
     arguments = training_arguments(stage, settings, len(dataset), folder)
-    # transformers 5.2x renames gradient_checkpointing; TRL turns it on unless told otherwise.
+    # transformers 5.2x renames gradient_checkpointing; TRL turns it on by default.
     known = {field.name for field in dataclasses.fields(arguments_class)}
     name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
     arguments[name] = settings.activation_checkpointing
@@ -376,7 +377,7 @@ def _trainer(
         train_dataset=dataset,
         data_collator=functools.partial(
             collate,
-            pad_id=pad_id_of(tokenizer),
+            pad_id=pad_id(tokenizer),
             packed=settings.packing,
             prompts=prompts,
         ),

@@ -114,7 +114,7 @@ def calibrate(
         target_flops: FLOPs of the split networks per token, their routers included, over those of
             the dense networks; mean over the real tokens and over the layers by their FLOPs. Of
             several the first is the one that is set.
-        max_tokens: read so many tokens of the data; None reads all.
+        max_tokens: tokens of the data that are read at most; None reads all.
         max_length: longer rows are dropped; None is as in `evaluate`.
 
     Raises:

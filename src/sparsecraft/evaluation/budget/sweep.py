@@ -133,7 +133,7 @@ def sweep(
         batch_sizes: of the passes that are timed; none skips that.
         calibration_data: where thresholds are found. None takes the first quarter of `data` (rows
             of files are shuffled with a fixed seed); the score is then of the others.
-        max_tokens: score so many tokens, and calibrate on so many; None is all.
+        max_tokens: tokens to score, and as many to calibrate on, at most; None is all.
         context: tokens in a causal model's cache when one more is timed.
         rounds: times that each pass is timed.
         score: measures the model instead of `evaluate`, for models without loss or accuracy.

@@ -62,7 +62,7 @@ class Router(nn.Module):
         if self.spec.by_sequence:
             logits = self._for_tokens(logits, x, batch)
         if batch is not None and batch.expert_ids is not None:
-            return _told(batch.expert_ids, logits, self.spec.sums_to_one)
+            return _directed(batch.expert_ids, logits, self.spec.sums_to_one)
         weights_TK, indices_TK = self.select(logits)
         in_order, sums_to_one = self.spec.select.in_order, self.spec.sums_to_one
         return Routing(
@@ -143,7 +143,7 @@ class Router(nn.Module):
         return router_words(self.spec)
 
 
-def _told(expert_ids: Tensor, logits_TE: Tensor, sums_to_one: bool) -> Routing:
+def _directed(expert_ids: Tensor, logits_TE: Tensor, sums_to_one: bool) -> Routing:
     """Every token at the expert that the batch names, with weight one.
 
     Raises:
