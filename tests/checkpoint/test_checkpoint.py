@@ -398,7 +398,7 @@ def test_an_edited_recipe_is_refused_and_says_how_to_change_it(llama):
     attempt(lambda m: m["recipe"].update(name="other"), *advice)
     attempt(lambda m: m["base"].update(name="other"), *advice)
     attempt(lambda m: m.pop("digest"), *advice)
-    attempt(lambda m: m.update(format_version=2), "format_version 2", "upgrade")
+    attempt(lambda m: m.update(format_version=3), "format_version 3", "upgrade")
     unknown = {"error": RecipeError, "sign": True}
     attempt(lambda m: router(m).update(jitter=0.1), "no field 'jitter'", **unknown)
     attempt(lambda m: m["recipe"].update(format_version=7), "format_version 7", **unknown)

@@ -238,9 +238,9 @@ def test_a_stream_gives_the_same_folder(family, parents, tmp_path):
     report = convert_files(folder, recipe, tmp_path / "out", sources=sources, seed=7, certify=False)
     same(tmp_path / "out", tmp_path / "wanted")
     assert len(report.children) == 3
-    told = json.loads((tmp_path / "out" / "report.json").read_text())["conversion"]["children"]
-    assert told[0]["expert"] == 3 and len(told[0]["parents"]) == 2
-    assert told[0].keys() == {"expert", "parents", "alpha", "beta", "cosine"}
+    reported = json.loads((tmp_path / "out" / "report.json").read_text())["conversion"]["children"]
+    assert reported[0]["expert"] == 3 and len(told[0]["parents"]) == 2
+    assert reported[0].keys() == {"expert", "parents", "alpha", "beta", "cosine"}
 
 
 def test_a_stream_in_another_dtype_rounds_once(tmp_path):
@@ -364,14 +364,14 @@ def test_the_bucket_is_the_source_with_the_least_perplexity(rows, tmp_path):
     for tokens in (1, 150, 4096):
         found_NE = row_losses(model, examples, pad_id=0, tokens=tokens)
         torch.testing.assert_close(found_NE, wanted_NE, rtol=1e-5, atol=1e-5)
-    dealt, told = deal(model, examples, tmp_path, pad_id=0, resume=False)
+    dealt, reported = deal(model, examples, tmp_path, pad_id=0, resume=False)
     numbers = wanted_NE.argmin(1).tolist()
     assert len(set(numbers)) > 1
     assert [row["expert"] for row in dealt] == [
         [n] * len(row["input_ids"]) for n, row in zip(numbers, examples, strict=True)
     ]
-    assert told["rows"] == [numbers.count(e) for e in range(3)]
-    assert told["mean_loss"] == pytest.approx(wanted_NE.mean(0).tolist(), abs=1e-5)
+    assert reported["rows"] == [numbers.count(e) for e in range(3)]
+    assert reported["mean_loss"] == pytest.approx(wanted_NE.mean(0).tolist(), abs=1e-5)
     assert all(layer.batch is None for layer in layers(model)) and not model._forward_pre_hooks
     # A resumed run has the buckets of the run that it goes on with, whatever its experts are now.
     with torch.no_grad():
@@ -385,8 +385,8 @@ def test_a_tie_goes_to_the_lower_number_and_empty_buckets_are_named(rows, tmp_pa
     model = tiny.llama()
     sc.convert(model, sc.recipes.upit(3))
     with caplog.at_level("WARNING", logger="sparsecraft"):
-        _, told = deal(model, dataset(rows), tmp_path, pad_id=0, resume=False)
-    assert told["rows"] == [40, 0, 0]
+        _, reported = deal(model, dataset(rows), tmp_path, pad_id=0, resume=False)
+    assert reported["rows"] == [40, 0, 0]
     assert "experts 1, 2 are empty" in caplog.text and "copies of one model" in caplog.text
 
 
@@ -576,14 +576,14 @@ def test_the_objective_is_that_of_the_sources_own_models(tmp_path, rows, packing
 def test_both_stages_run_as_the_recipe_says_and_the_users_numbers_win(tmp_path, rows, monkeypatch):
     sources = [moved(tiny.llama(), seed, 0.1) for seed in range(2)]
     model, seen = mixture(sources, 4), []
-    descend = training._descend
+    descend = training.descend
 
-    def watching(model, stage, settings, *args):
-        result = descend(model, stage, settings, *args)
+    def watching(run, stage, settings, *args):
+        result = descend(run, stage, settings, *args)
         seen.append((stage.name, settings.epochs, result[1].steps))
         return result
 
-    monkeypatch.setattr(training, "_descend", watching)
+    monkeypatch.setattr(training, "descend", watching)
     options = FAST | {"packing": False}
     sc.train(copy.deepcopy(model), rows, tmp_path / "a", tokenizer=tiny.tokenizer(), **options)
     assert seen == [("router", 4.0, 40), ("train", 2.0, 20)]
@@ -597,7 +597,7 @@ def test_both_stages_run_as_the_recipe_says_and_the_users_numbers_win(tmp_path, 
     assert [steps for _, _, steps in seen] == [3, 3]
     log = model.sparsecraft.report["training"][1]["log"]
     assert any("switch_loss" in step for step in log)
-    assert settings.fill(model, Stage(), settings.read({})).epochs == 1.0
+    assert settings.fill(model, Stage(), settings.checked({})).epochs == 1.0
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path, rows):
@@ -711,8 +711,8 @@ def test_from_the_checkpoints_of_a_run_to_a_trained_mixture(tmp_path, rows, lora
     assert "Expert 2: the base, " in text and "Expert 3: " in text and "cosine" in text
     model = sc.load(out)
     assert layers(model)[0].experts.num_experts == 4
-    told = json.loads((out / "report.json").read_text())["conversion"]
-    assert told["sources"] == sources and told["children"][0]["parents"] == [0, 1]
+    reported = json.loads((out / "report.json").read_text())["conversion"]
+    assert reported["sources"] == sources and told["children"][0]["parents"] == [0, 1]
     if stream:
         return
     fast = ["--steps", 2, "--batch-size", 4, "--max-length", 64, "--no-progress"]

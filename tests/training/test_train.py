@@ -14,7 +14,7 @@ import transformers
 
 import sparsecraft as sc
 from sparsecraft.errors import CheckpointError, DataError, SparsecraftError
-from sparsecraft.training.defaults import fill, read
+from sparsecraft.training.defaults import checked, fill
 from sparsecraft.training.progress import ProgressBar
 from tests import cases, tiny
 
@@ -120,19 +120,20 @@ def test_the_auxiliary_loss_is_added_in_training_and_only_there(tmp_path, rows):
 
 
 def make_trainer(model, rows, **options):
-    from sparsecraft.training.train import _dataset, _prepare_parameters, _trainer
+    from sparsecraft.training import descend
+    from sparsecraft.training.train import _dataset
 
-    asked = read({**FAST, "packing": False, **options})
+    asked = checked({**FAST, "packing": False, **options})
     stage = model.sparsecraft.recipe.stages[0]
     # Dropout would make the training and the evaluation loss differ by more than the auxiliary.
     for module in model.modules():
         if hasattr(module, "dropout") and isinstance(module.dropout, float):
             module.dropout = 0.0
     settings = fill(model, stage, asked)
-    dataset, _ = _dataset(model, rows, tiny.tokenizer(), settings)
-    _prepare_parameters(model, stage)
-    folder = Path(rows).parent / "state"
-    return _trainer(model, stage, settings, dataset, tiny.tokenizer(), folder)
+    run = descend.Run(model, tiny.tokenizer(), Path(rows).parent / "out")
+    dataset, _ = _dataset(run, rows, settings)
+    descend.prepare_parameters(model, stage)
+    return descend.make_trainer(run, stage, settings, dataset, Path(rows).parent / "state")
 
 
 def test_padding_does_not_enter_the_auxiliary_loss(rows):

@@ -71,8 +71,6 @@ def convert_files(
 ) -> Report:
     """What `convert` and `save` do, with a few tensors in memory at a time.
 
-    A kill leaves the finished shards in a hidden folder beside `out`, and `resume` goes on there.
-
     Args:
         model: folder, hub id or alias of the dense model.
         sources: folders, hub ids or aliases of the dense models that give the experts.
@@ -80,12 +78,12 @@ def convert_files(
         dtype: of the converted model; None keeps the dense one's.
         standalone: hold the base's tensors too, so that the folder needs nothing else.
         overwrite: replace an existing folder once the new one is complete.
-        resume: go on with what an interrupted conversion left; what differs from it is an error.
+        resume: go on from the shards that a kill left beside `out`; what differs is an error.
         certify: compare each converted layer with the dense module it stands for, one by one.
-        seed: of the new parameters; the same as `convert` draws with it.
+        seed: of the new parameters, which are those that `convert` draws with it.
         shard_size: bytes beyond which the tensors are split over several files.
         progress: show a bar on standard error.
-        say: is told what a user wants to know beside the report.
+        say: called with what a user wants to know beside the report.
 
     Raises:
         RecipeError: experts that need the dense weights as a whole, such as split networks.
@@ -93,18 +91,15 @@ def convert_files(
         CertificateError: the recipe claims to start exactly as the dense model and does not.
         CheckpointError: the folder cannot be written, or not be resumed.
     """
-    check_free(Path(out), overwrite)
+    out = Path(out)
+    check_free(out, overwrite)
     _check_recipe(recipe)
     stream = _Stream(model, recipe, sources, dtype=dtype, unrelated=unrelated, seed=seed)
-    tensors = stream.tensors(Path(out), standalone)
-    disk, memory = sum(map(size_of, tensors.values())), stream.memory(certify)
-    disk -= bytes_left(Path(out)) if resume else 0
-    say(require(Path(out), disk=disk, memory=memory, task="Conversion, tensor by tensor,"))
+    tensors = stream.tensors(out, standalone)
+    say(_require(out, tensors, stream.memory(certify), resume))
     task = stream.task(seed=seed, standalone=standalone, shard_size=shard_size)
-    with continued(Path(out), task, overwrite=overwrite, resume=resume) as begun:
-        if begun.finished:
-            say(f"Going on: {len(begun.finished)} finished file(s) were left and are kept.")
-        digest_of_all = _write(begun, tensors, shard_size, progress)
+    with continued(out, task, overwrite=overwrite, resume=resume) as begun:
+        digest_of_all = _write(begun, tensors, shard_size, progress, say)
         certificate = stream.certificate(begun.folder, seed, say) if certify else None
         report = stream.report(certificate)
         write_rest(stream.model, begun.folder, stream.base, digest_of_all, None)
@@ -130,8 +125,16 @@ def _check_recipe(recipe: Recipe) -> None:
                 f"The routers of recipe {recipe.name!r} start from domains or data, which the "
                 "whole model reads; convert in memory (sc.convert, or without --stream)."
             )
-    if recipe.others not in ("base", "mean"):
-        raise RecipeError(f"others={recipe.others!r} cannot be made tensor by tensor.")
+
+
+def _require(out: Path, tensors: dict[str, Lazy], memory: int, resume: bool) -> str:
+    """One line on the disk and memory that the conversion needs and that are free.
+
+    Raises:
+        ResourceError: not enough disk.
+    """
+    disk = sum(map(size_of, tensors.values())) - (bytes_left(out) if resume else 0)
+    return require(out, disk=disk, memory=memory, task="Conversion, tensor by tensor,")
 
 
 def _skeleton(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -346,7 +349,12 @@ def _stamps(folder: Path) -> dict[str, Any]:
     return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in paths}
 
 
-def _write(begun: Progress, tensors: dict[str, Lazy], shard_size: int, progress: bool) -> str:
+def _write(
+    begun: Progress, tensors: dict[str, Lazy], shard_size: int, progress: bool, say: Say
+) -> str:
+    """Write the shards that are not finished; the digest of all tensors."""
+    if begun.finished:
+        say(f"Going on: {len(begun.finished)} finished file(s) were left and are kept.")
     with _bar(sum(map(size_of, tensors.values())), progress) as advance:
         counted = {n: Lazy(t.dtype, t.shape, _counted(t, advance)) for n, t in tensors.items()}
         path = begun.folder / WEIGHTS

@@ -18,7 +18,7 @@ from sparsecraft.checkpoint.folder import EXPORT_RECORD, MANIFEST, replacing
 from sparsecraft.checkpoint.jsonfile import write_json
 from sparsecraft.checkpoint.space import require
 from sparsecraft.errors import ExportError, did_you_mean
-from sparsecraft.evaluation.certificate import compare, outputs, random_probe
+from sparsecraft.evaluation.certificate import Certificate, compare, outputs, random_probe
 from sparsecraft.interop.targets.architectures import Granite, Mixtral, Qwen2Moe, Qwen3Moe
 from sparsecraft.interop.targets.form import form_of
 from sparsecraft.interop.targets.peft import PeftTarget
@@ -90,7 +90,7 @@ def export(
 ) -> dict[str, Any]:
     """Write a converted model in a form that others read: a standard architecture, or PEFT's.
 
-    `sparsecraft.interop.exporting.plan(model)` tells before any work which targets are exact.
+    `sparsecraft.interop.exporting.plan(model)` says before any work which targets are exact.
 
     Args:
         target: `mixtral`, `granite`, `qwen2_moe` or `qwen3_moe`, which load without sparsecraft, or
@@ -106,12 +106,7 @@ def export(
     """
     check_name(target)
     out, chosen = Path(out), TARGETS[target]
-    if (out / MANIFEST).is_file():
-        raise ExportError(
-            f"{out} holds a checkpoint, which an export would replace; choose another."
-        )
-    if reason := why_not(model, chosen):
-        raise ExportError(f"This model has no exact form as {target}: {reason}")
+    _check(model, target, out)
     tensors = chosen.to_target(model)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     require(out, disk=size, memory=2 * size, task="Exporting")
@@ -128,13 +123,30 @@ def export(
             raise ExportError(
                 f"The exported {target} model differs from ours: {certificate}. Nothing was kept."
             )
-        record = {
-            "target": target,
-            "recipe": conversion_of(model).recipe.name,
-            "difference": certificate.max_difference,
-            "scale": certificate.scale,
-            "parameters": cost.count(again).total,
-            **chosen.record(model),
-        }
+        record = _record(model, target, again, certificate)
         write_json(folder / EXPORT_RECORD, record)
     return record
+
+
+def _check(model: nn.Module, target: str, out: Path) -> None:
+    """Raise ExportError if `out` holds a checkpoint, or the model has no exact form as `target`."""
+    if (out / MANIFEST).is_file():
+        raise ExportError(
+            f"{out} holds a checkpoint, which an export would replace; choose another."
+        )
+    if reason := why_not(model, TARGETS[target]):
+        raise ExportError(f"This model has no exact form as {target}: {reason}")
+
+
+def _record(
+    model: nn.Module, target: str, again: nn.Module, certificate: Certificate
+) -> dict[str, Any]:
+    """What export.json says of the model `again` that was read back."""
+    return {
+        "target": target,
+        "recipe": conversion_of(model).recipe.name,
+        "difference": certificate.max_difference,
+        "scale": certificate.scale,
+        "parameters": cost.count(again).total,
+        **TARGETS[target].record(model),
+    }

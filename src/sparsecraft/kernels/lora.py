@@ -122,7 +122,7 @@ class _AddInPlace(torch.autograd.Function):
         b_ON = _stacked(b_EOR, onto_TO.dtype)
         ctx.scale, gate_TE = scale, None if weights_TE is None else gate_TE
         ctx.save_for_backward(z_TN, weights_TE, b_EOR, gate_TE, gated_TN, b_ON)
-        # Shares the version counter, so that autograd notices where `onto` was saved for a gradient.
+        # Shares the version counter, so that autograd notices if `onto` was saved for a gradient.
         return onto_TO.detach().addmm_(gated_TN, b_ON.t())
 
     @staticmethod

@@ -29,9 +29,10 @@ def faster(layer: MoELayer) -> Callable | None:
 
     It runs at every call of every layer: one match, no tensor, nothing that stops a compiler.
     """
-    if layer.experts.dispatch == "loop":
+    bank = layer.experts
+    if bank.dispatch == "loop":
         return None
-    match layer.place, layer.experts:
+    match layer.place, bank:
         case "beside", LoRAExperts() if merges(layer):
             return lora_beside
         case "after", VectorExperts() if isinstance(layer.base, nn.Linear):
@@ -44,10 +45,10 @@ def faster(layer: MoELayer) -> Callable | None:
 def merges(layer: MoELayer) -> bool:
     """Whether LoRAs are added as one update, onto the dense module's output."""
     router = layer.router
-    if router is None and layer.modality is None:
-        return True
-    computed = router is not None and (router.spec.mixes_tokens or router.spec.reads == "experts")
-    return layer.experts.runs_merged and not computed
+    if router is None:
+        return layer.modality is None or layer.experts.runs_merged
+    reads_tokens = router.spec.reads != "experts" and not router.spec.mixes_tokens
+    return reads_tokens and layer.experts.runs_merged
 
 
 def unrecorded(layer: MoELayer) -> bool:
@@ -105,17 +106,19 @@ def _read_together(
     layer: MoELayer, x: Tensor, rows_NI: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x for the base, and what experts and router read of it, where one product gives both."""
-    plain = type(layer.router) is Router
-    scores_EI = layer.router.scores_of_input() if plain else None
-    if not isinstance(layer.base, nn.Linear) or not joins(x, rows_NI, scores_EI):
+    router, base = layer.router, layer.base
+    scores_EI = router.scores_of_input() if type(router) is Router else None
+    if not isinstance(base, nn.Linear) or not joins(x, rows_NI, scores_EI):
         return x, None, None
-    return project(x, rows_NI, scores_EI, own_gradient=is_plain(layer.base, nn.Linear))
+    return project(x, rows_NI, scores_EI, own_gradient=is_plain(base, nn.Linear))
 
 
 def _scales(layer: MoELayer, x: Tensor) -> bool:
     """Whether the base and the vectors after it run as one."""
-    bank, router = layer.experts, layer.router
-    whole = not (layer.rows or layer.modality) and type(router) is Router
-    if not whole or not bank.runs_merged or type(bank) is not VectorExperts:
+    router = layer.router
+    if layer.rows or layer.modality or type(router) is not Router:
+        return False
+    bank = layer.experts
+    if type(bank) is not VectorExperts or not bank.runs_merged:
         return False
     return router.spec.reads == "input" and scales_in_chunks(x, layer.base, bank.vectors)

@@ -91,46 +91,48 @@ class MoELayer(nn.Module):
             y: what the dense module made of it, where the router reads that.
             scores_TE: what the scorer gives, where it is known.
         """
-        if self.batch is not None:
-            self.batch.check()
-        if self.router is None and self.modality is None:
-            return None
-        if self.router is None:
+        router, batch = self.router, self.batch  # a look-up of a module costs at every call
+        if batch is not None:
+            batch.check()
+        if router is None:
+            if self.modality is None:
+                return None
             routing = Routing.of_one(flat(x))
-        elif self.runs_whole:
+        elif router.runs == "every":
             routing = Routing.of_all(flat(x), self.experts.num_experts)
+        elif router.spec.reads == "experts":
+            outputs_TEO = self.experts.each(flat(y if self.place == "after" else x))
+            routing = router(x, batch, outputs_TEO=outputs_TEO)
         else:
-            routing = self._decide(x, y, scores_TE)
+            read = y if router.spec.reads == "output" else x
+            routing = router(read, batch) if scores_TE is None else router(read, batch, scores_TE)
         if self.modality is not None:
             routing = routing.only(self._of_modality(x))
-        if self.tracing and self.router is not None:
+        if self.tracing and router is not None:
             self.routing = routing
         return routing
 
-    def _decide(self, x: Tensor, y: Tensor | None, scores_TE: Tensor | None) -> Routing:
-        """The router's decision on what it reads; see `route`."""
-        match self.router.spec.reads:
-            case "experts":
-                inputs = y if self.place == "after" else x
-                outputs_TEO = self.experts.each(flat(inputs))
-                return self.router(x, self.batch, outputs_TEO=outputs_TEO)
-            case "output":
-                x = y
-        known = () if scores_TE is None else (scores_TE,)
-        return self.router(x, self.batch, *known)
-
     def mix(self, x: Tensor, routing: Routing | None, *args, **kwargs) -> Tensor | tuple:
         """The experts' mixture on x."""
-        if self.experts.whole:
-            return self.experts(x, routing, *args, **kwargs)
-        self.experts.records = self.tracing and self.training and self.runs_whole
+        experts = self.experts
+        if experts.whole:
+            return experts(x, routing, *args, **kwargs)
         if routing is not None and routing.outputs_TEO is not None:
             mixed_TO = combined(routing)
+        elif self.tracing and self.routing is routing:
+            mixed_TO = self._recorded(flat(x), routing, **kwargs)
         else:
-            mixed_TO = self.experts(flat(x), routing, **kwargs)
-        if self.tracing and self.routing is routing:
-            self.routing = self.experts.noted(routing)
+            mixed_TO = experts(flat(x), routing, **kwargs)
         return mixed_TO.reshape(*x.shape[:-1], mixed_TO.shape[-1])
+
+    def _recorded(self, x_TI: Tensor, routing: Routing | None, **kwargs) -> Tensor:
+        """The mixture, with what losses read of the bank noted in the routing that is kept."""
+        self.experts.records = self.training and self.runs_whole
+        mixed_TO = self.experts(x_TI, routing, **kwargs)
+        self.experts.records = False
+        if routing is not None:
+            self.routing = self.experts.noted(routing)
+        return mixed_TO
 
     @property
     def imitates(self) -> bool:
@@ -140,7 +142,7 @@ class MoELayer(nn.Module):
     @property
     def runs_whole(self) -> bool:
         """Whether all parts of a split network run, unasked."""
-        return getattr(self.router, "runs", None) == "every"
+        return self.router is not None and self.router.runs == "every"
 
     @property
     def is_imitation(self) -> bool:

@@ -181,7 +181,7 @@ class GateSpec(AnyRouterSpec):
     scorer: PartScorerSpec = LinearParts()
     select: Rule = TopK(2)
     shared: int = 0
-    """Number of experts, the first ones, that run for every token beside those that are selected."""
+    """Number of experts, the first ones, that run for every token beside the selected ones."""
     squash: Literal["none", "abs", "sigmoid", "softmax"] = "none"
     """Logits -> the scores that the rules by threshold read, and `weighting="score"`."""
     weighting: Literal["one", "scaled", "straight_through", "score", "gain"] = "one"

@@ -39,14 +39,17 @@ def bam(
             multiple of their number.
         kv: keys and values of each attention expert, whose cache is as many times as large, or
             one of both for all (the paper's shared KV).
-        balance_coef: weight of the Switch balance loss on the feed-forward routers. The paper does
-            not say it; this is Switch's.
-        z_coef: weight of the z-loss on them; likewise, ST-MoE's.
+        balance_coef: weight of the Switch balance loss on the feed-forward routers; the default is
+            Switch's, as the paper gives none.
+        z_coef: weight of the z-loss on them; the default is ST-MoE's, for the same reason.
         router_std: standard deviation of the normal router initialization.
         learning_rate: peak of the cosine.
     """
-    losses = {"switch": balance_coef, "z": z_coef}
     scorer = Linear(start=Normal(router_std))
+    attentions = AttentionSpec(num_experts=num_experts, kv=kv)
+    soft = RouterSpec(scorer=scorer, select=Soft(), balanced=False)
+    networks = FFNSpec(num_experts=num_experts)
+    top_1 = RouterSpec(scorer=scorer, select=TopK(1, renormalize=False))
     return Recipe(
         name="bam",
         title="Attentions and feed-forward networks of several dense models",
@@ -55,27 +58,21 @@ def bam(
         exact_at_start=num_experts == 1,
         others="mean",
         edits=(
-            Edit(
-                site="attention",
-                experts=AttentionSpec(num_experts=num_experts, kv=kv),
-                router=RouterSpec(scorer=scorer, select=Soft(), balanced=False),
-            ),
-            Edit(
-                site="ffn",
-                experts=FFNSpec(num_experts=num_experts),
-                router=RouterSpec(scorer=scorer, select=TopK(1, renormalize=False)),
-            ),
+            Edit(site="attention", experts=attentions, router=soft),
+            Edit(site="ffn", experts=networks, router=top_1),
         ),
-        stages=(
-            Stage(
-                trains=("all",),
-                losses={name: weight for name, weight in losses.items() if weight},
-                learning_rate=learning_rate,
-                schedule="cosine",
-                warmup_steps=1000,
-                weight_decay=0.1,
-                batch_size=1024,
-                max_length=2048,
-            ),
-        ),
+        stages=(_stage({"switch": balance_coef, "z": z_coef}, learning_rate),),
+    )
+
+
+def _stage(losses: dict[str, float], learning_rate: float) -> Stage:
+    return Stage(
+        trains=("all",),
+        losses={name: weight for name, weight in losses.items() if weight},
+        learning_rate=learning_rate,
+        schedule="cosine",
+        warmup_steps=1000,
+        weight_decay=0.1,
+        batch_size=1024,
+        max_length=2048,
     )

@@ -44,31 +44,28 @@ def d2dmoe(
 ) -> Recipe:
     """Train for sparse activations, split every FFN, fit routers to the norms of what experts add.
 
-    Args:
-        num_experts: E, which divides the neurons. The paper has 1 to 128 neurons in each.
-        threshold: an expert runs that reaches this times the largest norm. The paper's figures
-            have 0.1, 0.01 and 0.001; its code counts 1 - threshold.
-        variant: `paper`, trained as Gemma-2B, with the routers of all but that one (its are 512
-            wide and take 1000 steps); `bert`, as for BERT-base; `released`, the example of the
-            pip package, whose routers are as wide as E and have biases.
-        sparsity: loss of the first stage; those called relu also put ReLU into the network. None is
-            the variant's: relu_hoyer, or relu_l1.
-        sparsity_coef: its weight; None is the variant's. L1 sums over neurons and grows with them.
-        router_dim: width inside the router; None is the variant's 128, or in `released` E.
-        compensate: experts that do not run give their mean; None: unless the activation is ReLU.
-        attention_experts: number of experts of each attention projection too, which a ReLU
-            network of the same cost learns to imitate first; 0 leaves attention alone.
-        paths: glob over the paths of the feed-forward networks.
+        Args:
+            num_experts: E, which divides the neurons. The paper has 1 to 128 neurons in each.
+            threshold: an expert runs that reaches this times the largest norm. The paper's figures
+                have 0.1, 0.01 and 0.001; its code counts 1 - threshold.
+            variant: `paper`, as for Gemma-2B but for the routers (512 wide, 1000 steps there); `bert`,
+                as for BERT-base; `released`, the pip package's example, its routers E wide with biases.
+            sparsity: loss of the first stage; those called relu also put ReLU into the network. None is
+                the variant's: relu_hoyer, or relu_l1.
+            sparsity_coef: its weight; None is the variant's. L1 sums over neurons and grows with them.
+            router_dim: width inside the router; None is the variant's 128, or in `released` E.
+            compensate: experts that do not run give their mean; None: unless the activation is ReLU.
+    <<<<<<< HEAD
+            attention_experts: number of experts of each attention projection too, which a ReLU
+                network of the same cost learns to imitate first; 0 leaves attention alone.
+    =======
+            attention_experts: experts of each attention projection, which a ReLU network of the same
+                cost learns to imitate first; 0 leaves attention alone.
+    >>>>>>> core
+            paths: glob over the paths of the feed-forward networks.
     """
     check_variant(variant, VARIANTS)
-    if router_dim is None:
-        router_dim = num_experts if variant == "released" else 128
-    routing = GateSpec(
-        scorer=Norm(hidden=router_dim, bias=0.0 if variant == "released" else None),
-        select=Relative(threshold),
-        weighting="one",
-        target="output_norm",
-    )
+    router = norm_router(num_experts, threshold, router_dim, released=variant == "released")
     sparsity = sparsity or ("relu_hoyer" if variant == "paper" else "relu_l1")
     return Recipe(
         name="d2dmoe",
@@ -77,14 +74,26 @@ def d2dmoe(
         variant=variant,
         exact_at_start=True,
         edits=(
-            split_edit(num_experts, routing, sparsity, compensate, paths),
-            *attention_edits(attention_experts, routing),
+            split_edit(num_experts, router, sparsity, compensate, paths),
+            *attention_edits(attention_experts, router),
         ),
         stages=(
             *((distillation(),) if attention_experts else ()),
             *sparsify_stages(variant, sparsity, sparsity_coef),
             norm_stage(variant),
         ),
+    )
+
+
+def norm_router(
+    num_experts: int, threshold: float, width: int | None, *, released: bool
+) -> GateSpec:
+    """Predicts the norm of each expert's output; those run that come near the largest."""
+    if width is None:
+        width = num_experts if released else 128
+    scorer = Norm(hidden=width, bias=0.0 if released else None)
+    return GateSpec(
+        scorer=scorer, select=Relative(threshold), weighting="one", target="output_norm"
     )
 
 

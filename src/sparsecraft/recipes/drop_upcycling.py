@@ -7,6 +7,8 @@ Command: sparsecraft convert drop_upcycling --model smollm2 --out runs/drop --ra
 
 from __future__ import annotations
 
+from typing import Literal
+
 from sparsecraft.recipe import (
     Difference,
     Edit,
@@ -27,7 +29,7 @@ def drop_upcycling(
     top_k: int = 2,
     ratio: float = 0.5,
     *,
-    variant: str = "paper",
+    variant: Literal["paper", "released"] = "paper",
     router_std: float = 0.02,
     balance_coef: float = 0.02,
     learning_rate: float = 2e-4,
@@ -50,35 +52,29 @@ def drop_upcycling(
     check_variant(variant, ("paper", "released"))
     released = variant == "released"
     start = Uniform(router_std) if released else Normal(router_std)
+    differ = Difference(redraw=ratio, redraw_apart=released, permute=released)
+    experts = FFNSpec(num_experts=num_experts, differ=differ)
+    router = RouterSpec(scorer=Linear(start=start), select=TopK(top_k))
     return Recipe(
         name="drop_upcycling",
         title="Copies of every FFN, a part of their neurons drawn anew",
         paper="Nakamura et al., ICLR 2025 (Drop-Upcycling)",
         variant=variant,
         exact_at_start=ratio == 0,
-        edits=(
-            Edit(
-                site="ffn",
-                paths=paths,
-                place="replace",
-                experts=FFNSpec(
-                    num_experts=num_experts,
-                    differ=Difference(redraw=ratio, redraw_apart=released, permute=released),
-                ),
-                router=RouterSpec(scorer=Linear(start=start), select=TopK(top_k)),
-            ),
-        ),
-        stages=(
-            Stage(
-                trains=("all",),
-                losses={"switch_unnormalized": balance_coef} if balance_coef else {},
-                learning_rate=learning_rate,
-                schedule="cosine",
-                warmup_steps=2000,
-                weight_decay=0.1,
-                max_grad_norm=1.0,
-                batch_size=1024,
-                max_length=4096,
-            ),
-        ),
+        edits=(Edit(site="ffn", paths=paths, place="replace", experts=experts, router=router),),
+        stages=(_stage(balance_coef, learning_rate),),
+    )
+
+
+def _stage(balance_coef: float, learning_rate: float) -> Stage:
+    return Stage(
+        trains=("all",),
+        losses={"switch_unnormalized": balance_coef} if balance_coef else {},
+        learning_rate=learning_rate,
+        schedule="cosine",
+        warmup_steps=2000,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+        batch_size=1024,
+        max_length=4096,
     )

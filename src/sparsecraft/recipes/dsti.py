@@ -5,6 +5,8 @@ Command: sparsecraft convert dsti --model smollm2 --out runs/dsti --num-experts 
 
 from __future__ import annotations
 
+from typing import Literal
+
 from sparsecraft.recipe import GateSpec, Norm, Recipe, Share, check_variant
 from sparsecraft.recipes.d2dmoe import Sparsity, norm_stage, sparsify_stages, split_edit
 
@@ -16,7 +18,7 @@ def dsti(
     num_experts: int = 128,
     threshold: float = 0.9,
     *,
-    variant: str = "paper",
+    variant: Literal["paper", "bert"] = "paper",
     sparsity: Sparsity | None = None,
     sparsity_coef: float | None = None,
     router_dim: int = 128,

@@ -5,6 +5,8 @@ Command: sparsecraft convert lte --model smollm2 --out runs/lte --num-experts 48
 
 from __future__ import annotations
 
+from typing import Literal
+
 from sparsecraft.recipe import (
     Above,
     Edit,
@@ -29,7 +31,7 @@ VARIANTS = ("paper", "tuned")
 def lte(
     num_experts: int = 64,
     *,
-    variant: str = "paper",
+    variant: Literal["paper", "tuned"] = "paper",
     efficiency: float | None = None,
     separability: float | None = None,
     learning_rate: float = 5e-5,

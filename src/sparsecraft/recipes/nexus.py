@@ -41,8 +41,8 @@ def nexus(
         num_experts: experts beside every feed-forward network, one for each domain.
         variant: `paper` projects embeddings of the domains to the router's rows; `linear` is the
             paper's baseline, a linear router and all else the same.
-        encoder: what embeds the domains: a frozen sentence encoder (the packaged `minilm`, a hub
-            id or a folder), or `self`, the mean last hidden state of the model that is converted.
+        encoder: of the domains: a frozen sentence encoder (the packaged `minilm`, a hub id or a
+            folder), or `self`, the mean last hidden state of the model that is converted.
         embedding_dim: width of the embeddings; `self` has the model's own.
         balance_coef: weight of the Switch balance loss; 0 turns it off.
         router_std: standard deviation of the router's rows at the start.
@@ -56,6 +56,7 @@ def nexus(
         scorer = Linear(start=Normal(router_std))
     # A softmax over the one kept would be one, and the router would not learn.
     router = RouterSpec(scorer=scorer, select=TopK(1, renormalize=False))
+    experts = FFNSpec(num_experts=num_experts)
     return Recipe(
         name="nexus",
         title="Experts of several domains beside the dense FFN, routed by domain embeddings",
@@ -63,22 +64,16 @@ def nexus(
         variant=variant,
         exact_at_start=False,
         others="mean",
-        edits=(
-            Edit(
-                site="ffn",
-                paths=paths,
-                place="beside",
-                experts=FFNSpec(num_experts=num_experts),
-                router=router,
-            ),
-        ),
-        stages=(
-            Stage(
-                trains=("all",),
-                losses={"switch": balance_coef} if balance_coef else {},
-                learning_rate=learning_rate,
-                schedule="cosine",
-                warmup_ratio=0.1,
-            ),
-        ),
+        edits=(Edit(site="ffn", paths=paths, place="beside", experts=experts, router=router),),
+        stages=(_stage(balance_coef, learning_rate),),
+    )
+
+
+def _stage(balance_coef: float, learning_rate: float) -> Stage:
+    return Stage(
+        trains=("all",),
+        losses={"switch": balance_coef} if balance_coef else {},
+        learning_rate=learning_rate,
+        schedule="cosine",
+        warmup_ratio=0.1,
     )

@@ -7,6 +7,7 @@ Command: sparsecraft convert smola --model smollm2 --out runs/smola
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from sparsecraft.errors import RecipeError
@@ -35,8 +36,8 @@ def smola(
     """Soft mixtures of low-rank experts, y = W x + sum_i w_i B_i A_i x.
 
     Args:
-        num_experts: low-rank experts in each set (16 of rank 4 is our choice; the text that we
-            could read does not say).
+        num_experts: low-rank experts in each set; 16 of rank 4 is our choice, as the text that we
+            could read does not say.
         rank: of each.
         mixing: `token` mixes the experts for each token, which decoders need; `slots` gives every
             expert one weighted mean of a sequence's tokens, as Soft MoE does: in encoders, and in
@@ -47,30 +48,19 @@ def smola(
         dropout: on the updates' input, in training.
         paths: glob over the paths of the Linears.
     """
+    alpha = float(rank) if alpha is None else alpha
     experts = LoRASpec(
-        num_experts=num_experts,
-        rank=rank,
-        alpha=float(rank) if alpha is None else alpha,
-        dropout=dropout,
-        init="normal",
+        num_experts=num_experts, rank=rank, alpha=alpha, dropout=dropout, init="normal"
     )
     router = RouterSpec(scorer=Linear(start=Normal()), select=_select(mixing))
+    edit = Edit(site="linear", paths=paths, place="beside", experts=experts, router=router)
+    subsets = ("text", "visual") if modalities else ()
     return Recipe(
         name="smola",
         title="Soft mixture of low-rank experts, by modality if wanted",
         paper="Wu et al., CVPR 2024 (Omni-SMoLA)",
         exact_at_start=True,
-        edits=tuple(
-            Edit(
-                site="linear",
-                paths=paths,
-                place="beside",
-                experts=experts,
-                router=router,
-                modality=modality,
-            )
-            for modality in ((None, "text", "visual") if modalities else (None,))
-        ),
+        edits=(edit, *(replace(edit, modality=name) for name in subsets)),
         stages=(
             Stage(
                 learning_rate=5e-4,

@@ -47,11 +47,16 @@ def upcycling(
             the first step; the model no longer starts as the dense one.
         noise_share: share of the neurons of each matrix that the noise is on.
     """
+    differ = Difference(noise_std=noise_std, noise_share=noise_share)
+    experts = FFNSpec(num_experts=num_experts, differ=differ)
+    select = TopK(top_k, renormalize=renormalize)
+    router = RouterSpec(scorer=Linear(start=Normal(router_std)), select=select)
     return Recipe(
         name="upcycling",
         title="Copies of every FFN behind a top-k router",
         paper="Komatsuzaki et al., ICLR 2023 (Sparse Upcycling)",
         exact_at_start=(renormalize or top_k == num_experts) and not (noise_std and noise_share),
+<<<<<<< HEAD
         edits=(
             Edit(
                 site="ffn",
@@ -77,4 +82,19 @@ def upcycling(
                 max_grad_norm=1.0,
             ),
         ),
+=======
+        edits=(Edit(site="ffn", paths=paths, place="replace", experts=experts, router=router),),
+        stages=(_stage(balance_coef),),
+    )
+
+
+def _stage(balance_coef: float) -> Stage:
+    """The paper goes on with the dense model's own hyperparameters, which no checkpoint says: set
+    yours. These are the best of benchmarks/pesc/README.md, constant."""
+    return Stage(
+        trains=("all",),
+        losses={"switch": balance_coef} if balance_coef else {},
+        learning_rate=1e-4,
+        max_grad_norm=1.0,
+>>>>>>> core
     )

@@ -44,10 +44,8 @@ def virtual_groups(
     # At the start, T / G copies of every shard share weights that sum to one, or to T / (E G).
     scale = float(G if sums_to_one else E * G * G / T)
     experts = FFNSpec(num_experts=E * G, granularity=G, scaling=scaling, scale=scale)
-    router = RouterSpec(
-        scorer=Linear(start=Normal(router_std), repeat=G),
-        select=TopK(T, renormalize=renormalize),
-    )
+    scorer = Linear(start=Normal(router_std), repeat=G)
+    router = RouterSpec(scorer=scorer, select=TopK(T, renormalize=renormalize))
     return Recipe(
         name="virtual_groups",
         title="Shards of every FFN, several copies of each",
@@ -55,17 +53,7 @@ def virtual_groups(
         variant=scaling,
         exact_at_start=sums_to_one and (scaling == "exact" or G == 1),
         edits=(Edit(paths=paths, experts=experts, router=router),),
-        stages=(
-            Stage(
-                trains=("all",),
-                losses={"switch": balance_coef} if balance_coef else {},
-                learning_rate=learning_rate,
-                schedule="cosine",
-                weight_decay=0.1,
-                batch_size=1024,
-                max_length=4096,
-            ),
-        ),
+        stages=(_stage(balance_coef, learning_rate),),
     )
 
 
@@ -77,3 +65,15 @@ def _check(granularity: int, top_k: int, scaling: str) -> None:
             f"top_k is {top_k} with granularity={granularity}: a token would miss shards of the "
             f"network; make top_k a multiple of {granularity}."
         )
+
+
+def _stage(balance_coef: float, learning_rate: float) -> Stage:
+    return Stage(
+        trains=("all",),
+        losses={"switch": balance_coef} if balance_coef else {},
+        learning_rate=learning_rate,
+        schedule="cosine",
+        weight_decay=0.1,
+        batch_size=1024,
+        max_length=4096,
+    )

@@ -14,7 +14,7 @@ from torch import nn
 
 from sparsecraft.checkpoint.space import require
 from sparsecraft.data.prepare import TASK_OF_MODEL
-from sparsecraft.dense.loading import task_of as model_task
+from sparsecraft.dense.loading import task_of
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import SparsecraftError, did_you_mean
 from sparsecraft.moe import cost
@@ -32,7 +32,7 @@ CPU_FIT_TOKENS = 16_384
 MICRO_BATCH_TOKENS = 16_384
 
 
-def read(options: dict[str, Any]) -> TrainOptions:
+def checked(options: dict[str, Any]) -> TrainOptions:
     """The options of a run, checked."""
     known = {field.name for field in dataclasses.fields(TrainOptions)}
     for name in options:
@@ -91,15 +91,15 @@ def fill(model: nn.Module, stage: Stage | Fit, asked: TrainOptions) -> TrainOpti
         )
     return dataclasses.replace(
         settings,
-        packing=settings.packing and task_of(model) == "causal",
+        packing=settings.packing and objective_of(model) == "causal",
         router_learning_rate=settings.learning_rate if router is None else router,
         micro_batch=settings.micro_batch or min(settings.batch_size, fits),
     )
 
 
-def task_of(model: nn.Module) -> str:
+def objective_of(model: nn.Module) -> str:
     """What a model is trained for: causal, seq2seq or classification."""
-    task = model_task(model)
+    task = task_of(model)
     if task in TASK_OF_MODEL:
         return task
     raise SparsecraftError(

@@ -15,6 +15,7 @@ from safetensors import safe_open
 import sparsecraft as sc
 from sparsecraft.errors import CheckpointError, ExportError
 from sparsecraft.interop.exporting import STANDARD, TARGETS, plan
+from sparsecraft.moe.routers.scorer import Scorer
 from tests import cases, tiny
 
 
@@ -311,7 +312,7 @@ def test_an_untied_model_is_exported_untied(tmp_path):
 
 
 def test_any_scorer_with_rows_is_exported_as_a_linear_router(tmp_path):
-    class Rows(torch.nn.Module):
+    class Rows(Scorer):
         """Logits by a matrix that is computed."""
 
         def __init__(self, weight):
@@ -324,12 +325,16 @@ def test_any_scorer_with_rows_is_exported_as_a_linear_router(tmp_path):
         def forward(self, x):
             return x.float() @ self.weight_rows().T
 
+    class Opaque(Scorer):
+        def forward(self, x):
+            return x[:, :4].float()
+
     model = mixture("qwen2", "nexus")
     for layer in model.sparsecraft.layers:
         layer.router.scorer = Rows(layer.router.scorer.weight.detach())
     assert sc.export(model, Q2, tmp_path / "out")["difference"] <= 1e-5
     for layer in model.sparsecraft.layers:
-        layer.router.scorer = torch.nn.Linear(32, 4)
+        layer.router.scorer = Opaque()
     with pytest.raises(ExportError, match="scorer is more than a matrix"):
         sc.export(model, Q2, tmp_path / "no")
 
@@ -367,7 +372,7 @@ def test_what_has_no_exact_form_is_refused_with_the_reason(tmp_path):
     )
     head = transformers.LlamaForSequenceClassification(base("llama").config)
     refused(head, sc.recipes.upcycling(num_experts=4), "another head")
-    refused(base("llama"), sc.recipes.btx(4, routing="sample"), "soft_first")
+    refused(base("llama"), sc.recipes.btx(4, routing="sample"), "first_soft")
     with pytest.raises(ExportError, match="mean 'mixtral'"):
         sc.export(llama(), "mixtrl", tmp_path / "out")
     assert not (tmp_path / "out").exists()

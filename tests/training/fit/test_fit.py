@@ -293,7 +293,7 @@ def test_the_report_is_of_tokens_that_were_held_out(tmp_path, monkeypatch):
 
 def test_a_router_without_weights_cannot_be_fitted():
     model = converted("opt", "moefication_random")
-    with pytest.raises(SparsecraftError, match=r"similarity scorer.*fit\.loss='none'"):
+    with pytest.raises(SparsecraftError, match=r"similarity scorer.*set loss='none'"):
         fit(model)
     report = fit(model, dataclasses.replace(SPEC, loss="none"))
     assert report["steps"] == 0

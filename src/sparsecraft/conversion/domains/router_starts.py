@@ -79,44 +79,28 @@ def find_starts(
         RecipeError: a router needs domains that were not given, or the reverse; a wrong number.
         DataError: a domain without data, or two that are the same.
     """
-    routers = [item.edit.router for item in plan]
     check_given(recipe, domains, data)
-    if not len(domains) and any(r is not None and r.of_domains for r in routers):
+    by_domain = [item.edit.router is not None and item.edit.router.of_domains for item in plan]
+    if not len(domains) and any(by_domain):
         log.warning(
             "No domains are given: the embeddings are random, and a later expert has none that "
             "fits them. Give domains=[...] (--domains, --prompts), one for each expert."
         )
     if isinstance(domains, Tensor):
         names = tuple(f"embedding {e}" for e in range(len(domains)))
-        by_domain = [r is not None and r.of_domains for r in routers]
         return Starts(names, tuple(domains if takes else None for takes in by_domain))
     given = [Domain.of(domain) for domain in domains]
-    names = tuple(domain.name for domain in given)
-    tensors: list[Tensor | None] = [None] * len(plan)
-    embeddings: dict[str, Tensor] = {}
-    for n, router in enumerate(routers):
-        if given and router is not None and router.of_domains:
-            encoder = router.scorer.encoder
-            if encoder not in embeddings:
-                found = embed_domains(given, encoder, model, tokenizer=tokenizer)
-                embeddings[encoder] = distinct(found, names)
-            tensors[n] = embeddings[encoder]
-    for what in ("domains", "data"):
-        places = [n for n, router in enumerate(routers) if router and router.starts_from == what]
-        items = [plan[n] for n in places]
-        if not items:
-            continue
-        if what == "domains":
-            found = [distinct(t, names) for t in _means(model, items, given, tokenizer)[:-1]]
-        else:
-            found = _centers(model, items, given, data, tokenizer, seed)
-        for n, tensor in zip(places, found, strict=True):
-            tensors[n] = tensor
-    return Starts(names, tuple(tensors))
+    found = (
+        _embeddings(model, plan, given, tokenizer)
+        | _mean_inputs(model, plan, given, tokenizer)
+        | _centers(model, plan, given, data, tokenizer, seed)
+    )
+    tensors = tuple(found.get(n) for n in range(len(plan)))
+    return Starts(tuple(domain.name for domain in given), tensors)
 
 
 def check_given(recipe: Recipe, domains: Sequence | Tensor, data: Any) -> None:
-    """Refuse domains that nobody reads, too many or too few, and routers that lack theirs.
+    """Refuse domains that no router reads, too many or too few, and routers that lack theirs.
 
     Raises:
         RecipeError: so it is.
@@ -212,15 +196,54 @@ def _means(
     return [torch.stack(of_domains) for of_domains in zip(*means, strict=True)]
 
 
+def _starting_from(what: str, plan: Sequence[PlannedEdit]) -> dict[int, PlannedEdit]:
+    """The planned edits, by number, whose routers start from `domains` or from `data`."""
+    routers = [item.edit.router for item in plan]
+    return {n: plan[n] for n, router in enumerate(routers) if router and router.starts_from == what}
+
+
+def _embeddings(
+    model: nn.Module, plan: Sequence[PlannedEdit], domains: Sequence[Domain], tokenizer: Any
+) -> dict[int, Tensor]:
+    """For each router of domains their embeddings (E, M), by the number of its planned edit."""
+    names = [domain.name for domain in domains]
+    found: dict[int, Tensor] = {}
+    by_encoder: dict[str, Tensor] = {}
+    for n, router in enumerate(item.edit.router for item in plan):
+        if domains and router is not None and router.of_domains:
+            encoder = router.scorer.encoder
+            if encoder not in by_encoder:
+                rows_EM = embed_domains(domains, encoder, model, tokenizer=tokenizer)
+                by_encoder[encoder] = distinct(rows_EM, names)
+            found[n] = by_encoder[encoder]
+    return found
+
+
+def _mean_inputs(
+    model: nn.Module, plan: Sequence[PlannedEdit], domains: Sequence[Domain], tokenizer: Any
+) -> dict[int, Tensor]:
+    """For each router that starts from domains the mean of what it reads of each, (E, D)."""
+    items = _starting_from("domains", plan)
+    if not items:
+        return {}
+    names = [domain.name for domain in domains]
+    means = _means(model, list(items.values()), domains, tokenizer)[:-1]
+    return {n: distinct(mean_ED, names) for n, mean_ED in zip(items, means, strict=True)}
+
+
 def _centers(
     model: nn.Module,
-    items: Sequence[PlannedEdit],
+    plan: Sequence[PlannedEdit],
     domains: Sequence[Domain],
     data: Any,
     tokenizer: Any,
     seed: int,
-) -> list[Tensor]:
-    """For each item the centers of what its router reads of all data, (E, D)."""
+) -> dict[int, Tensor]:
+    """For each router that starts from data the centers of what it reads of all, (E, D)."""
+    numbered = _starting_from("data", plan)
+    if not numbered:
+        return {}
+    items = list(numbered.values())
     found = [Centers(item.edit.experts.num_experts, seed + n) for n, item in enumerate(items)]
 
     def take(tensors: list[Tensor]) -> None:
@@ -233,4 +256,4 @@ def _centers(
         tokenizer = tokenizer or tokenizer_of(model)
         batches = as_batches(data, tokenizer, max_length=length_of(model), batch_size=BATCH)
         read_inputs(model, items, islice(batches, ROWS // BATCH), take)
-    return [centers.centers() for centers in found]
+    return {n: centers.centers() for n, centers in zip(numbered, found, strict=True)}

@@ -1,7 +1,7 @@
 """Experts that come to a converted model, and that leave it (Nexus, Gritsch et al. 2024, 3.3).
 
 The routers' logits of the experts that are there stay what they are, bit for bit; all other tensors
-move towards the newcomer's. A short training on new and old data is up to `train`.
+move towards the added expert's. A short training on new and old data is up to `train`.
 
 Shapes: T tokens, D width, E experts, M width of a domain's embedding.
 """
@@ -45,7 +45,7 @@ log = logging.getLogger("sparsecraft")
 
 Rows = Literal["calibrated", "reset"]
 
-# Between the newcomer's shares of new and of old tokens, below which data are as good as the same.
+# Between the new expert's shares of new and of old tokens; below it data are as good as the same.
 LEAST_DIFFERENCE = 0.05
 
 
@@ -57,10 +57,10 @@ class Extension:
         expert: name of the dense model.
         number: of the new expert, in every layer.
         mixed: lambda, the dense model's share of all tensors that are no expert's.
-        rows: how routers know the newcomer: `projected` from its domain's embedding, `calibrated`
-            on data, or `reset` with all others.
-        share_new: share of the new tokens that the newcomer gets before any training, by weight,
-            mean over layers; None without data, or where routers do not decide by token.
+        rows: how routers know the new expert: `projected` from its domain's embedding,
+            `calibrated` on data, or `reset` with all others.
+        share_new: share of the new tokens that the new expert gets before any training, by
+            weight, mean over layers; None without data, or where routers do not decide by token.
         share_old: of the old tokens.
     """
 
@@ -101,15 +101,14 @@ def extend(
     """Add a dense model as one more expert of every layer, in place, and train nothing.
 
     The feed-forward networks (of `bam` the attentions, too) become the last expert. Routers of
-    domains project its row from the domain's embedding. Linear ones get a row by logistic
-    regression, new tokens against old ones: the newcomer's probability beside the others' logits.
-    Either way these logits keep their bits for the same input of the layer. All other tensors
-    become (1 - lambda) theirs + lambda the dense model's.
+    domains project its row from the domain's embedding; linear ones find it by logistic regression,
+    new tokens against old. The others' logits keep their bits for the same input of the layer. All
+    other tensors become (1 - lambda) theirs + lambda the dense model's.
 
     Args:
         expert: folder, hub id, LoRA folder or model in memory, of one ancestor with the base.
-        data: the newcomer's domain: a data set, a list of texts, or batches.
-        old_data: of the domains that are known, for linear routers. 8,192 tokens of each are read.
+        data: of the new expert's domain: a data set, a list of texts, or batches.
+        old_data: of the known domains, for linear routers. 8,192 tokens of each are read.
         tokenizer: of the model, for texts; None takes that of its base.
         embedding: (M,) of the domain, instead of one from `data`.
         base: the dense model, where it embedded the domains and its folder is not known any more.
@@ -133,17 +132,12 @@ def extend(
         embedding = embedding_of(model, record, given[0], embedding, base, tokenizer)
     with _mixed(model, record, source, share):
         seen = [inputs_of(model, record.plan, domain, tokenizer) for domain in given]
-        found = [
-            row_of(layer, n, seen, embedding, rows == "reset")
-            for n, layer in enumerate(record.layers)
-        ]
+        numbered = enumerate(record.layers)
+        found = [row_of(layer, n, seen, embedding, rows == "reset") for n, layer in numbered]
         _join(model, record, source, found, seed)
-    how = "projected" if by_domain else rows
     shares = [share_of(record.layers, inputs) for inputs in seen]
-    result = Extension(source.name, count, share, how, *shares)
-    _warn_unless_told_apart(result)
-    note(record, dataclasses.asdict(result) | {"digest": _digest_of_last(record.layers[0])})
-    return result
+    how = "projected" if by_domain else rows
+    return _noted(record, Extension(source.name, count, share, how, *shares))
 
 
 def _opened(model: nn.Module, record: Conversion, expert: Any, unrelated: bool) -> Source:
@@ -227,7 +221,7 @@ def _take_row(layer: MoELayer, row: Tensor | None) -> None:
 
 
 def recounted(record: Conversion, count: int) -> dict[int, Edit]:
-    """The edits of the recipe with so many experts, by the identity of those there are.
+    """The edits of the recipe with `count` experts each, by the identity of those there are.
 
     Raises:
         RecipeError: the recipe would make no sense.
@@ -254,13 +248,16 @@ def recount(record: Conversion) -> None:
     record.recipe = replace(record.recipe, edits=changed)
 
 
-def _warn_unless_told_apart(result: Extension) -> None:
+def _noted(record: Conversion, result: Extension) -> Extension:
+    """The result, remembered on the model; warns where routers hardly know new tokens from old."""
     new, old = result.share_new, result.share_old
     if result.rows == "calibrated" and new is not None and new - old < LEAST_DIFFERENCE:
         log.warning(
             f"The new expert gets {new:.0%} of the new tokens and {old:.0%} of the old ones: the "
             "routers cannot tell these data apart. Are they two domains?"
         )
+    note(record, dataclasses.asdict(result) | {"digest": _digest_of_last(record.layers[0])})
+    return result
 
 
 def _digest_of_last(layer: MoELayer) -> str:

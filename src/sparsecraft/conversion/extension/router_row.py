@@ -47,8 +47,8 @@ def fit_row(
     """The row r (D,) that gives the added expert its own tokens and leaves the others theirs.
 
     Beside logits z of the others the softmax gives the added expert
-    sigmoid(x . r - logsumexp(z)): a logistic regression with an offset for each token, convex in r. Both kinds of tokens weigh the
-    same, however many there are.
+    sigmoid(x . r - logsumexp(z)): a logistic regression with an offset for each token, convex in
+    r. Both kinds of tokens weigh the same, however many there are.
 
     Args:
         wanted: the added expert's probability on its own tokens.
@@ -154,7 +154,7 @@ def row_of(
     embedding: Tensor | None,
     reset: bool,
 ) -> Tensor | None:
-    """The added expert's row or embedding in a layer's router; None where the router is drawn anew."""
+    """The added expert's row or embedding in a router; None where all rows are drawn anew."""
     router = layer.router
     if router.spec.of_domains:
         return embedding

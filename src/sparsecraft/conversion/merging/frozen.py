@@ -28,6 +28,8 @@ SUM_TOLERANCE = 1e-6
 class FrozenRouter(nn.Module):
     """Gives every token, or every head of every token, the same weights."""
 
+    runs = "sparse"
+
     def __init__(self, router: Router, weights_E: Tensor):
         super().__init__()
         self.spec, self.width = router.spec, router.scorer.width

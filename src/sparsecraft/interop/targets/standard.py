@@ -228,8 +228,8 @@ def _check_complete(exported: nn.Module, tensors: Part) -> None:
 
 
 def _write_older_names(path: Path) -> None:
-    """Write the rotary embedding also where transformers 4, and what was written for it, read it: without
-    `rope_theta` they would take a default, and give other logits, without a word."""
+    """Write the rotary embedding also where transformers 4, and what was written for it, read it:
+    without `rope_theta` they would take a default, and give other logits, without a word."""
     config = read_json(path)
     rope = dict(config["rope_parameters"])
     config["rope_theta"] = rope.pop("rope_theta")

@@ -193,8 +193,8 @@ class FFNExperts(CopiedExperts):
         scale, paper = self.spec.scale, self.spec.scaling == "paper"
         gate, up, down = factors(scale, self.gated, self.activation, paper)
         first = [gate, up] if self.gated else [up]
-        # Every shard has the second bias, and one of G all else: that part of `scale` is not for it.
-        # The paper's code leaves it as it is.
+        # Every shard has the second bias, and one of G all else, so that this part of `scale`
+        # is not for it. The paper's code leaves it as it is.
         by_name = {"down": [down], "down_bias": [1.0 if paper else scale / self.spec.granularity]}
         return {
             name: None if tensor is None else _times(tensor, by_name.get(name, first))

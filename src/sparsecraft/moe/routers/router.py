@@ -5,6 +5,8 @@ Shapes: B sequences, S positions, T tokens, D width, E experts.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,10 @@ class Router(nn.Module):
     Attributes:
         base_gate: the row whose sigmoid the dense network is multiplied by, a Linear of D to 1; see
             `RouterSpec.gates_base`.
+        runs: whole experts always run as their router selects them.
     """
+
+    runs: ClassVar[str] = "sparse"
 
     def __init__(
         self,
@@ -38,6 +43,9 @@ class Router(nn.Module):
         self.spec = spec
         self.select = select
         self.base_gate = base_gate
+        # What the spec answers to every call, asked once.
+        self.by_head, self.by_sequence = spec.by_head, spec.by_sequence
+        self.in_order, self.sums_to_one = spec.select.in_order, spec.sums_to_one
 
     def forward(
         self,
@@ -59,15 +67,17 @@ class Router(nn.Module):
             logits = self.scorer(self._scored(x, batch)) if scores_TE is None else scores_TE
         if self.spec.temperature != 1:
             logits = logits / self.spec.temperature
-        if self.spec.by_sequence:
+        if self.by_sequence:
             logits = self._for_tokens(logits, x, batch)
         if batch is not None and batch.expert_ids is not None:
+<<<<<<< HEAD
             return _directed(batch.expert_ids, logits, self.spec.sums_to_one)
+=======
+            return _told(batch.expert_ids, logits, self.sums_to_one)
+>>>>>>> core
         weights_TK, indices_TK = self.select(logits)
-        in_order, sums_to_one = self.spec.select.in_order, self.spec.sums_to_one
-        return Routing(
-            weights_TK, indices_TK, logits, sums_to_one, in_order, outputs_TEO=outputs_TEO
-        )
+        facts = self.sums_to_one, self.in_order
+        return Routing(weights_TK, indices_TK, logits, *facts, outputs_TEO=outputs_TEO)
 
     def scores_of_input(self) -> Tensor | None:
         """The matrix (E, D) whose product with each token of the layer's input is all that the
@@ -102,9 +112,9 @@ class Router(nn.Module):
 
     def _scored(self, x: Tensor, batch: Batch | None) -> Tensor:
         """What the scorer sees: tokens, heads, or one row for each sequence."""
-        if self.spec.by_head:
+        if self.by_head:
             return x.reshape(-1, self.scorer.width)
-        if not self.spec.by_sequence:
+        if not self.by_sequence:
             return x.reshape(-1, x.shape[-1])
         if not self.spec.sentences:
             return self._mean(x, batch)

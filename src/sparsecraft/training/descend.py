@@ -1,0 +1,204 @@
+"""A stage that trains by gradient, on SFTTrainer, Seq2SeqTrainer or Trainer."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Seq2SeqTrainingArguments,
+    TrainingArguments,
+)
+from trl import SFTConfig
+
+from sparsecraft.data.batches import collate
+from sparsecraft.data.encoding import pad_id
+from sparsecraft.data.prepare import count_tokens, pack
+from sparsecraft.data.sentences import Prompts
+from sparsecraft.recipe.stages import Stage
+from sparsecraft.surgery.record import conversion_of
+from sparsecraft.surgery.trainable import set_trainable
+from sparsecraft.training.arguments import processes, training_arguments
+from sparsecraft.training.deal import deal, directed, sampled
+from sparsecraft.training.defaults import needs, task_of
+from sparsecraft.training.options import TrainOptions
+from sparsecraft.training.progress import ProgressBar
+from sparsecraft.training.report import TrainReport, note
+from sparsecraft.training.resume import check_same_run, describe, last_state, read_as
+from sparsecraft.training.trainers import (
+    RoutedSeq2SeqTrainer,
+    RoutedSFTTrainer,
+    RoutedTrainer,
+    adapters_known,
+)
+
+log = logging.getLogger("sparsecraft")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What all stages of one call of `train` share.
+
+    Attributes:
+        model: converted.
+        tokenizer: that rows are read with.
+        out: the checkpoint folder to write.
+        prompts: takes in the prompt of every row, for routers that decide by sentence.
+        resume: continue from the last state.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    out: Path
+    prompts: Prompts | None = None
+    resume: bool = False
+
+
+def descend(
+    run: Run,
+    stage: Stage,
+    settings: TrainOptions,
+    dataset: Any,
+    counts: dict[str, int],
+    folder: Path,
+) -> tuple[Any, TrainReport]:
+    """Run a stage that trains by gradient; its trainer too, which knows the other processes.
+
+    Args:
+        dataset: the stage's rows, and in `counts` how many were read, dropped and kept.
+        folder: where its state is kept.
+    """
+    model = run.model
+    prepare_parameters(model, stage)
+    log.info(needs(model, settings, run.out))
+    dataset = sampled(dataset, stage.deal) if stage.deal else dataset
+    described = describe(model, settings, dataset, processes())
+    check_same_run(folder, described, run.resume, read_as(model))
+    found: dict[str, Any] = {}
+    if stage.deal:
+        where = {"pad_id": pad_id(run.tokenizer), "resume": run.resume}
+        dataset, found["buckets"] = deal(model, dataset, folder, **where)
+        counts = counts | {"dealt": len(dataset)} | count_tokens(dataset)
+        if settings.packing:
+            dataset = pack(dataset, settings.max_length, settings.seed)
+    forced = directed(model) if stage.deal else nullcontext()
+    with _untouched(model), adapters_known(model), forced:
+        trainer = make_trainer(run, stage, settings, dataset, folder)
+        report = _run(trainer, counts, run)
+    note(conversion_of(model), stage, settings, report, log=trainer.state.log_history, **found)
+    return trainer, report
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Give back what trainers leave changed.
+
+    SFTTrainer patches the model's forward with its fused head, and both write the tokenizer's
+    special tokens into the configurations.
+    """
+    configurations = [c for c in (model.config, getattr(model, "generation_config", None)) if c]
+    fields = [copy.deepcopy(c.__dict__) for c in configurations]
+    try:
+        yield
+    finally:
+        vars(model).pop("forward", None)
+        for configuration, before in zip(configurations, fields, strict=True):
+            configuration.__dict__ = before
+
+
+def _run(trainer: Any, counts: dict[str, int], run: Run) -> TrainReport:
+    """Train to the end, from the last complete state if asked to."""
+    args, start = trainer.args, time.perf_counter()
+    last = last_state(Path(args.output_dir)) if run.resume else None
+    first_step = int(last.name.rpartition("-")[2]) if last else 0
+    try:
+        if first_step < args.max_steps:
+            result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+            if args.save_strategy == "no":
+                # Should the final save fail, the run can be resumed from its end.
+                trainer.keep_state()
+        else:  # it was interrupted after its last step
+            trainer.restore(last)
+    finally:
+        trainer.progress.stop()
+    seconds = time.perf_counter() - start
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    loss = sum(entry["loss"] for entry in logged) / max(1, len(logged))
+    loss = loss if last else result.training_loss  # exact, but blind to what came before a resume
+    sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes()
+    tokens = counts["tokens"] / max(1, len(trainer.train_dataset)) * sequences
+    speed = tokens * (args.max_steps - first_step) / seconds
+    return TrainReport(run.out, trainer.state.global_step, loss, seconds, speed, counts)
+
+
+def prepare_parameters(model: nn.Module, stage: Stage) -> None:
+    """Let the stage's parameters require gradients, as float32 masters, in training mode.
+
+    A classifier's head trains too: it is new for its task.
+    """
+    model.train()
+    set_trainable(model, stage.trains)
+    if task_of(model) == "classification":
+        for name, parameter in model.named_parameters():
+            if not name.startswith(f"{model.base_model_prefix}."):
+                parameter.requires_grad_(True)
+    _float32_masters(model)
+
+
+def _float32_masters(model: nn.Module) -> None:
+    """Steps of 1e-4 relative size vanish in bf16; the layers compute in their input's dtype."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+
+
+def make_trainer(run: Run, stage: Stage, settings: TrainOptions, dataset: Any, folder: Path) -> Any:
+    """The trainer of the model's task, for one stage."""
+    model, tokenizer = run.model, run.tokenizer
+    trainer_class, arguments_class = {
+        "causal": (RoutedSFTTrainer, SFTConfig),
+        "seq2seq": (RoutedSeq2SeqTrainer, Seq2SeqTrainingArguments),
+        "classification": (RoutedTrainer, TrainingArguments),
+    }[task_of(model)]
+    arguments = training_arguments(stage, settings, len(dataset), folder)
+    # transformers 5.2x renames gradient_checkpointing; TRL turns it on by default.
+    known = {field.name for field in dataclasses.fields(arguments_class)}
+    name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
+    arguments[name] = settings.activation_checkpointing
+    if settings.activation_checkpointing:
+        arguments[f"{name}_kwargs"] = {"use_reentrant": False}
+    if arguments_class is SFTConfig:
+        arguments["max_length"] = settings.max_length
+        arguments["dataset_kwargs"] = {"skip_prepare_dataset": True}
+    progress = ProgressBar(settings.progress)
+    trainer = trainer_class(
+        model=model,
+        args=arguments_class(**arguments),
+        train_dataset=dataset,
+        data_collator=functools.partial(
+            collate,
+            pad_id=pad_id(tokenizer),
+            packed=settings.packing,
+            prompts=run.prompts,
+        ),
+        processing_class=tokenizer,
+        callbacks=[progress],
+    )
+    trainer.progress = progress
+    for callback in (PrinterCallback, ProgressCallback):  # they write to standard output
+        trainer.remove_callback(callback)
+    trainer.stage, trainer.router_learning_rate = stage, settings.router_learning_rate
+    _float32_masters(model)  # SFTTrainer rounds what trains on a quantized base to bf16
+    return trainer
