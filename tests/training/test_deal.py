@@ -239,7 +239,7 @@ def test_a_stream_gives_the_same_folder(family, parents, tmp_path):
     same(tmp_path / "out", tmp_path / "wanted")
     assert len(report.children) == 3
     reported = json.loads((tmp_path / "out" / "report.json").read_text())["conversion"]["children"]
-    assert reported[0]["expert"] == 3 and len(told[0]["parents"]) == 2
+    assert reported[0]["expert"] == 3 and len(reported[0]["parents"]) == 2
     assert reported[0].keys() == {"expert", "parents", "alpha", "beta", "cosine"}
 
 
@@ -712,7 +712,7 @@ def test_from_the_checkpoints_of_a_run_to_a_trained_mixture(tmp_path, rows, lora
     model = sc.load(out)
     assert layers(model)[0].experts.num_experts == 4
     reported = json.loads((out / "report.json").read_text())["conversion"]
-    assert reported["sources"] == sources and told["children"][0]["parents"] == [0, 1]
+    assert reported["sources"] == sources and reported["children"][0]["parents"] == [0, 1]
     if stream:
         return
     fast = ["--steps", 2, "--batch-size", 4, "--max-length", 64, "--no-progress"]

@@ -165,7 +165,7 @@ def _rewritten(turn: int, part: str, text: str) -> str:
     return (
         f"the chat template renders message {turn + 1} differently within the whole chat "
         f"({part[same : same + 30]!r} becomes {text[same : same + 30]!r}), so its tokens cannot "
-        "be found; split the row into one row per answer, or use a template that keeps earlier turns"
+        "be found; split the row into one row per answer, or use a template that keeps all turns"
     )
 
 

@@ -38,22 +38,18 @@ def btx(
 ) -> Recipe:
     """Experts from several dense models, all else their mean; all parameters train.
 
-        Args:
-            num_experts: experts of every feed-forward network; with sources a multiple of their number.
-            routing: `top_2` or `top_4` (softmax over those kept), `soft` (all experts), `switch`
-                (top-1, weighted by the softmax over all, so that the router learns) or `sample` (one
-                drawn in training, the best at inference; the first layer soft).
-    <<<<<<< HEAD
-            splitting: C, the experts that each network is cut into; the paper found it worse.
-    =======
-            splitting: C, experts that each network is cut into; the paper found it worse.
-    >>>>>>> core
-            blending: expert n is the n-th shard of every source; the paper found it much worse.
-            freeze_experts: train routers and all other tensors only; the paper found it as good.
-            balance_coef: weight of the balance loss; 0 turns it off.
-            router_std: standard deviation of the normal router initialization.
-            learning_rate: peak of the cosine.
-            paths: glob over the paths of the feed-forward networks.
+    Args:
+        num_experts: experts of every feed-forward network; with sources a multiple of their number.
+        routing: `top_2` or `top_4` (softmax over those kept), `soft` (all experts), `switch`
+            (top-1, weighted by the softmax over all, so that the router learns) or `sample` (one
+            drawn in training, the best at inference; the first layer soft).
+        splitting: C, experts that each network is cut into; the paper found it worse.
+        blending: expert n is the n-th shard of every source; the paper found it much worse.
+        freeze_experts: train routers and all other tensors only; the paper found it as good.
+        balance_coef: weight of the balance loss; 0 turns it off.
+        router_std: standard deviation of the normal router initialization.
+        learning_rate: peak of the cosine.
+        paths: glob over the paths of the feed-forward networks.
     """
     count = num_experts * splitting
     select = _select(routing, count)

@@ -44,25 +44,20 @@ def d2dmoe(
 ) -> Recipe:
     """Train for sparse activations, split every FFN, fit routers to the norms of what experts add.
 
-        Args:
-            num_experts: E, which divides the neurons. The paper has 1 to 128 neurons in each.
-            threshold: an expert runs that reaches this times the largest norm. The paper's figures
-                have 0.1, 0.01 and 0.001; its code counts 1 - threshold.
-            variant: `paper`, as for Gemma-2B but for the routers (512 wide, 1000 steps there); `bert`,
-                as for BERT-base; `released`, the pip package's example, its routers E wide with biases.
-            sparsity: loss of the first stage; those called relu also put ReLU into the network. None is
-                the variant's: relu_hoyer, or relu_l1.
-            sparsity_coef: its weight; None is the variant's. L1 sums over neurons and grows with them.
-            router_dim: width inside the router; None is the variant's 128, or in `released` E.
-            compensate: experts that do not run give their mean; None: unless the activation is ReLU.
-    <<<<<<< HEAD
-            attention_experts: number of experts of each attention projection too, which a ReLU
-                network of the same cost learns to imitate first; 0 leaves attention alone.
-    =======
-            attention_experts: experts of each attention projection, which a ReLU network of the same
-                cost learns to imitate first; 0 leaves attention alone.
-    >>>>>>> core
-            paths: glob over the paths of the feed-forward networks.
+    Args:
+        num_experts: E, which divides the neurons. The paper has 1 to 128 neurons in each.
+        threshold: an expert runs that reaches this times the largest norm. The paper's figures
+            have 0.1, 0.01 and 0.001; its code counts 1 - threshold.
+        variant: `paper`, as for Gemma-2B but for the routers (512 wide, 1000 steps there); `bert`,
+            as for BERT-base; `released`, the pip package's example, its routers E wide with biases.
+        sparsity: loss of the first stage; those called relu also put ReLU into the network. None is
+            the variant's: relu_hoyer, or relu_l1.
+        sparsity_coef: its weight; None is the variant's. L1 sums over neurons and grows with them.
+        router_dim: width inside the router; None is the variant's 128, or in `released` E.
+        compensate: experts that do not run give their mean; None: unless the activation is ReLU.
+        attention_experts: experts of each attention projection, which a ReLU network of the same
+            cost learns to imitate first; 0 leaves attention alone.
+        paths: glob over the paths of the feed-forward networks.
     """
     check_variant(variant, VARIANTS)
     router = norm_router(num_experts, threshold, router_dim, released=variant == "released")

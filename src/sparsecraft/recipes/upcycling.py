@@ -56,33 +56,6 @@ def upcycling(
         title="Copies of every FFN behind a top-k router",
         paper="Komatsuzaki et al., ICLR 2023 (Sparse Upcycling)",
         exact_at_start=(renormalize or top_k == num_experts) and not (noise_std and noise_share),
-<<<<<<< HEAD
-        edits=(
-            Edit(
-                site="ffn",
-                paths=paths,
-                place="replace",
-                experts=FFNSpec(
-                    num_experts=num_experts,
-                    differ=Difference(noise_std=noise_std, noise_share=noise_share),
-                ),
-                router=RouterSpec(
-                    scorer=Linear(start=Normal(router_std)),
-                    select=TopK(top_k, renormalize=renormalize),
-                ),
-            ),
-        ),
-        stages=(
-            # The paper goes on with the dense model's own hyperparameters, which a checkpoint does
-            # not say: set yours. These are the best of benchmarks/pesc/README.md, constant.
-            Stage(
-                trains=("all",),
-                losses={"switch": balance_coef} if balance_coef else {},
-                learning_rate=1e-4,
-                max_grad_norm=1.0,
-            ),
-        ),
-=======
         edits=(Edit(site="ffn", paths=paths, place="replace", experts=experts, router=router),),
         stages=(_stage(balance_coef),),
     )
@@ -96,5 +69,4 @@ def _stage(balance_coef: float) -> Stage:
         losses={"switch": balance_coef} if balance_coef else {},
         learning_rate=1e-4,
         max_grad_norm=1.0,
->>>>>>> core
     )

@@ -41,26 +41,22 @@ def upit(
 ) -> Recipe:
     """Experts from checkpoints of one run, expanded by mixing; experts and routers train.
 
-        Stage `router` assigns a sample of the rows to the experts and trains each expert and its row of
-        the routers on its own; stage `train` is top-k training on all rows.
+    Stage `router` assigns a sample of the rows to the experts and trains each expert and its row of
+    the routers on its own; stage `train` is top-k training on all rows.
 
-        Args:
-            num_experts: experts of every feed-forward network; those beyond the sources are mixed.
-            top_k: experts per token, weighted by the softmax over them.
-            expand: mix experts until there are `num_experts`; otherwise each source gives as many.
-            parents: of a mixed expert: the two least similar ones, or any two (the paper's ablation).
-            drop: share of each parent's changes to the base that DARE drops.
-    <<<<<<< HEAD
-            sample: share of the training rows that are assigned, 500 rows at least and 5000 at most.
-    =======
-            sample: share of the training rows that are assigned, 500 at least and 5000 at most.
-    >>>>>>> core
-            alpha: weight of the language model's loss in stage `router`; 1 - alpha is the routers'.
-            balance_coef: weight of the balance loss in stage `train`; 0 turns it off.
-            router_std: standard deviation of the normal router initialization.
-            learning_rate: of both stages; the paper's for feed-forward experts.
-            router_learning_rate: of the routers; None is the same.
-            paths: glob over the paths of the feed-forward networks.
+    Args:
+        num_experts: experts of every feed-forward network; those beyond the sources are mixed.
+        top_k: experts per token, weighted by the softmax over them.
+        expand: mix experts until there are `num_experts`; otherwise each source gives as many.
+        parents: of a mixed expert: the two least similar ones, or any two (the paper's ablation).
+        drop: share of each parent's changes to the base that DARE drops.
+        sample: share of the training rows that are assigned, 500 at least and 5000 at most.
+        alpha: weight of the language model's loss in stage `router`; 1 - alpha is the routers'.
+        balance_coef: weight of the balance loss in stage `train`; 0 turns it off.
+        router_std: standard deviation of the normal router initialization.
+        learning_rate: of both stages; the paper's for feed-forward experts.
+        router_learning_rate: of the routers; None is the same.
+        paths: glob over the paths of the feed-forward networks.
     """
     rates = {"learning_rate": learning_rate, "router_learning_rate": router_learning_rate}
     experts = FFNSpec(num_experts=num_experts)

@@ -70,11 +70,7 @@ class Router(nn.Module):
         if self.by_sequence:
             logits = self._for_tokens(logits, x, batch)
         if batch is not None and batch.expert_ids is not None:
-<<<<<<< HEAD
-            return _directed(batch.expert_ids, logits, self.spec.sums_to_one)
-=======
-            return _told(batch.expert_ids, logits, self.sums_to_one)
->>>>>>> core
+            return _directed(batch.expert_ids, logits, self.sums_to_one)
         weights_TK, indices_TK = self.select(logits)
         facts = self.sums_to_one, self.in_order
         return Routing(weights_TK, indices_TK, logits, *facts, outputs_TEO=outputs_TEO)
