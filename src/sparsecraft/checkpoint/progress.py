@@ -137,7 +137,7 @@ def _partial(out: Path) -> Path:
 
 
 def bytes_left(out: Path) -> int:
-    """Of the files that an interrupted conversion to `out` has left on the disk."""
+    """Bytes of the files that an interrupted conversion to `out` has left on the disk."""
     folder = _partial(out)
     return sum(p.stat().st_size for p in folder.iterdir()) if folder.is_dir() else 0
 

@@ -82,7 +82,7 @@ def _complete(state: Path) -> bool:
 def describe(
     model: nn.Module, settings: TrainOptions, rows: Dataset, processes: int
 ) -> dict[str, Any]:
-    """What makes a run this run: recipe, settings, data, dense model, experts that came later,
+    """What a continuation must have in common with its run: recipe, settings, data, dense model, experts that came later,
     processes.
 
     The tensors that train are not compared: a state brings them all.
