@@ -24,7 +24,7 @@ from sparsecraft.moe.routers.build import build_router
 from sparsecraft.moe.tracing import trace
 from sparsecraft.recipe.experts import LoRASpec, VectorSpec
 from sparsecraft.recipe.routers import RouterSpec
-from sparsecraft.recipe.selections import Soft
+from sparsecraft.recipe.selections import Soft, TopK
 from tests.moe.experts.test_mixtures import I, O, R, assert_near, grads, leaf, weights
 
 
@@ -219,7 +219,7 @@ def test_a_layer_with_joint_products_is_as_near_to_float64(kind, x_grad, joint):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_joint_products_recompute_and_serve_twice(kind, joint):
-    layer = layer_case(kind, select="top_k", top_k=2)
+    layer = layer_case(kind, select=TopK(2))
     x = (torch.randn(30, I) * 0.5).bfloat16().requires_grad_()
     leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
     y = layer(x)

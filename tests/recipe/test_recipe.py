@@ -108,7 +108,7 @@ def test_from_json_refuses_what_it_does_not_know():
         ("edits.0.place", "behind", ["recipe.edits.0.place is 'behind'", "'after'"]),
         ("edits.0.router.select.k", "2", ["recipe.edits.0.router.select.k is '2'", "int"]),
         ("edits.0.router.select.k", True, ["select.k is True"]),
-        ("edits.0.router.select.k", 99, ["select.k is 99 with num_experts=4"]),
+        ("edits.0.router.select.k", 99, ["top_k is 99 with num_experts=4"]),
         ("edits.0.experts", KeyError, ["recipe.edits.0 is incomplete", "experts"]),
         ("name", KeyError, ["recipe is incomplete", "name"]),
         ("stages.0.losses", {"switch": "much"}, ["losses.switch is 'much'", "float"]),
@@ -203,8 +203,8 @@ def test_override_refuses():
         ({"router.temprature": 1.0}, ["no field 'router.temprature'", "Did you mean", "Known"]),
         ({"dropout": 0.0}, ["ambiguous", "edits.0.experts.dropout", "edits.1.experts.dropout"]),
         ({"top_k": "two"}, ["select.k is 'two'", "int"]),
-        ({"top_k": 0}, ["select.k is 0", "from 1"]),
-        ({"top_k": 5}, ["select.k is 5 with num_experts=4"]),
+        ({"top_k": 0}, ["top_k is 0", "from 1"]),
+        ({"top_k": 5}, ["top_k is 5 with num_experts=4"]),
         ({"router.select": "softly"}, ["router.select.kind is 'softly'", "'soft'"]),
         ({"router.select": "{soft}"}, ["'{soft}' is no JSON"]),
         ({"select": "soft", "top_k": 2}, ["no field 'top_k'"]),
@@ -225,7 +225,7 @@ def test_impossible_edits_are_refused_when_they_are_written():
     adapters = AdapterSpec(num_experts=4)
     for kwargs, words in (
         ({"experts": adapters}, ["4 adapter experts have no router"]),
-        ({"experts": adapters, "router": RouterSpec(select=TopK(5))}, ["select.k is 5"]),
+        ({"experts": adapters, "router": RouterSpec(select=TopK(5))}, ["top_k is 5"]),
         (
             {"experts": adapters, "router": Soft()},
             ["Edit.router is Soft", "RouterSpec or GateSpec"],
@@ -316,8 +316,8 @@ def split_edit(num_experts: int = 8, **gate) -> Edit:
 @pytest.mark.parametrize(
     ("gate", "words"),
     [
-        (lambda: {"select": TopK(0)}, ["select.k is 0", "from 1"]),
-        (lambda: {"select": TopK(9)}, ["select.k is 9 with num_experts=8", "1 and num_experts"]),
+        (lambda: {"select": TopK(0)}, ["top_k is 0", "from 1"]),
+        (lambda: {"select": TopK(9)}, ["top_k is 9 with num_experts=8", "1 and num_experts"]),
         (lambda: {"select": TopK(7), "shared": 2}, ["k is 7", "shared=2", "what they leave"]),
         (lambda: {"select": TopK(2, renormalize=False)}, ["renormalize is False", "softmax"]),
         (lambda: {"shared": 8}, ["router.shared is 8 with num_experts=8", "left to select"]),

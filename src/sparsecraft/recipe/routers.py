@@ -254,6 +254,6 @@ def _check_k(k: int | None, num_experts: int, shared: int = 0) -> None:
     if k is not None and not 1 <= k <= num_experts - shared:
         beside = f" and shared={shared}" if shared else ""
         raise RecipeError(
-            f"select.k is {k} with num_experts={num_experts}{beside}; it must lie between 1 and "
+            f"top_k is {k} with num_experts={num_experts}{beside}; it must lie between 1 and "
             f"{'what they leave' if beside else 'num_experts'}."
         )

@@ -72,7 +72,7 @@ class TopK(Selection, Rule):
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_whole("select.k", self.k)
+        check_whole("top_k", self.k)
 
     @property
     def slots(self) -> int | None:
