@@ -57,8 +57,8 @@ def continued(
         resume: go on with what was left of the same task.
 
     Raises:
-        CheckpointError: `out` may not be written, something was left and `resume` is False, or
-            nothing was left, or of another task, and it is True.
+        CheckpointError: `out` may not be written; `resume` is False and something was left; or
+            it is True and nothing was left, or only of another task.
     """
     out, task = out.resolve(), json.loads(json.dumps(task))  # as it will be read: tuples are lists
     check_free(out, overwrite)

@@ -49,7 +49,7 @@ def begin_stage(model: nn.Module, stage: Stage | Fit) -> None:
 
 
 def _check_rectified(model: nn.Module, stage: Fit) -> None:
-    """Refuse to fit routers to a network that an earlier stage is to give ReLU, and has not."""
+    """Refuse to fit routers to a network that still lacks the ReLU of an earlier stage."""
     record = conversion_of(model)
     names = [other.name for other in record.recipe.stages]
     earlier = record.recipe.stages[: names.index(stage.name)]
@@ -65,7 +65,7 @@ def _check_rectified(model: nn.Module, stage: Fit) -> None:
 
 
 def end_stage(model: nn.Module, stage: Stage | Fit) -> None:
-    """Note that a stage is through; once routers are made, the recipe's rule is in force."""
+    """Record that a stage is done; once routers are made, the recipe's rule is in force."""
     if not split_layers(model):
         return
     record = conversion_of(model)
