@@ -239,7 +239,7 @@ def test_hooks_and_other_bases_keep_their_gradients(joint):
     wanted = layer_grads(layer, x)
     layer.base.register_full_backward_hook(lambda m, gx, gy: seen.append((gx[0], gx[0].clone())))
     assert_near(layer_grads(layer, x), wanted, 4e-3)
-    assert torch.equal(*seen[0])  # nobody wrote to it
+    assert torch.equal(*seen[0])  # nothing wrote to it
     layer.router.scorer.register_forward_hook(lambda m, a, y: y * 0)
     assert not layer.router(x).logits_TE.any() and not layer_grads(layer, x)[-1].any()
     layer.base = nn.Sequential(layer.base)

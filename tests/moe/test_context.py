@@ -353,7 +353,7 @@ def test_a_mask_that_does_not_fit_is_refused(family, shape):
         right = logits(model, IDS)
         with pytest.raises(SparsecraftError) as refusal:
             logits(model, IDS, **{field: wrong})
-        said = f"{field} has shape {shape} and the tokens that it tells of have (2, 12); pass one"
+        said = f"{field} has shape {shape} and the tokens that it covers have (2, 12); pass one"
         assert said in str(refusal.value)
         assert torch.equal(logits(model, IDS), right)
 

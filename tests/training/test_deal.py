@@ -1,4 +1,4 @@
-"""UpIT: experts mixed from two, rows dealt out to experts, and the two stages of training."""
+"""UpIT: experts mixed from two, rows assigned to experts, and the two stages of training."""
 
 from __future__ import annotations
 
@@ -238,9 +238,9 @@ def test_a_stream_gives_the_same_folder(family, parents, tmp_path):
     report = convert_files(folder, recipe, tmp_path / "out", sources=sources, seed=7, certify=False)
     same(tmp_path / "out", tmp_path / "wanted")
     assert len(report.children) == 3
-    told = json.loads((tmp_path / "out" / "report.json").read_text())["conversion"]["children"]
-    assert told[0]["expert"] == 3 and len(told[0]["parents"]) == 2
-    assert told[0].keys() == {"expert", "parents", "alpha", "beta", "cosine"}
+    reported = json.loads((tmp_path / "out" / "report.json").read_text())["conversion"]["children"]
+    assert reported[0]["expert"] == 3 and len(reported[0]["parents"]) == 2
+    assert reported[0].keys() == {"expert", "parents", "alpha", "beta", "cosine"}
 
 
 def test_a_stream_in_another_dtype_rounds_once(tmp_path):
@@ -268,12 +268,12 @@ def test_a_child_is_made_when_it_is_read_and_never_kept():
     recipe = sc.recipes.upit(3)
     edits = plan(model, recipe)
     tensors = dict(model.named_parameters())
-    givers, _ = expand(recipe, edits, [counting(s) for s in given], tensors.__getitem__)
+    sources, _ = expand(recipe, edits, [counting(s) for s in given], tensors.__getitem__)
     counted.clear()
     name = "model.layers.0.mlp.up_proj.weight"
-    first, second = givers[2].tensor(name), givers[2].tensor(name)
+    first, second = sources[2].tensor(name), sources[2].tensor(name)
     assert counted == [name] * 4 and torch.equal(first, second) and first is not second
-    givers[2].check_shape(name, first.shape)
+    sources[2].check_shape(name, first.shape)
 
 
 def test_what_cannot_be_expanded_is_refused():
@@ -364,14 +364,14 @@ def test_the_bucket_is_the_source_with_the_least_perplexity(rows, tmp_path):
     for tokens in (1, 150, 4096):
         found_NE = row_losses(model, examples, pad_id=0, tokens=tokens)
         torch.testing.assert_close(found_NE, wanted_NE, rtol=1e-5, atol=1e-5)
-    dealt, told = deal(model, examples, tmp_path, pad_id=0, resume=False)
+    dealt, reported = deal(model, examples, tmp_path, pad_id=0, resume=False)
     numbers = wanted_NE.argmin(1).tolist()
     assert len(set(numbers)) > 1
     assert [row["expert"] for row in dealt] == [
         [n] * len(row["input_ids"]) for n, row in zip(numbers, examples, strict=True)
     ]
-    assert told["rows"] == [numbers.count(e) for e in range(3)]
-    assert told["mean_loss"] == pytest.approx(wanted_NE.mean(0).tolist(), abs=1e-5)
+    assert reported["rows"] == [numbers.count(e) for e in range(3)]
+    assert reported["mean_loss"] == pytest.approx(wanted_NE.mean(0).tolist(), abs=1e-5)
     assert all(layer.batch is None for layer in layers(model)) and not model._forward_pre_hooks
     # A resumed run has the buckets of the run that it goes on with, whatever its experts are now.
     with torch.no_grad():
@@ -385,8 +385,8 @@ def test_a_tie_goes_to_the_lower_number_and_empty_buckets_are_named(rows, tmp_pa
     model = tiny.llama()
     sc.convert(model, sc.recipes.upit(3))
     with caplog.at_level("WARNING", logger="sparsecraft"):
-        _, told = deal(model, dataset(rows), tmp_path, pad_id=0, resume=False)
-    assert told["rows"] == [40, 0, 0]
+        _, reported = deal(model, dataset(rows), tmp_path, pad_id=0, resume=False)
+    assert reported["rows"] == [40, 0, 0]
     assert "experts 1, 2 are empty" in caplog.text and "copies of one model" in caplog.text
 
 
@@ -401,7 +401,7 @@ def test_forced_tokens_run_the_experts_dense_model(family):
     model, inputs = dense(family), batch(family)
     sc.convert(model, sc.recipes.upit(2), sources=sources)
     free = logits(model, inputs)
-    with dealing.told(model):
+    with dealing.directed(model):
         for e, source in enumerate(sources):
             ids = torch.full_like(inputs["input_ids"], e)
             found = logits(model, inputs | {"expert_ids": ids})
@@ -478,7 +478,7 @@ def parameters(model) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_router_stage_trains_experts_and_rows_on_their_own_data(tmp_path, rows, packing):
-    """Rows of ten words are dealt out; afterwards each expert's logits favor its own rows."""
+    """Rows of ten words are assigned; afterwards each expert's logits favor its own rows."""
     sources = [moved(tiny.llama(), seed, 0.1, only=".mlp.") for seed in range(2)]
     model, examples = mixture(sources, 3), dataset(rows)
     before = parameters(model)
@@ -517,7 +517,7 @@ def _favor(model, before, examples, counts) -> None:
         own = [row for row, n in zip(examples, losses_NE.argmin(1).tolist(), strict=True) if n == e]
         means = []
         for net in (start, model):
-            with dealing.told(net), sc.trace(net) as traced:
+            with dealing.directed(net), sc.trace(net) as traced:
                 for row in own[:4]:
                     ids = torch.tensor([row["input_ids"]])
                     net(ids, expert_ids=torch.full_like(ids, e))
@@ -597,7 +597,7 @@ def test_both_stages_run_as_the_recipe_says_and_the_users_numbers_win(tmp_path, 
     assert [steps for _, _, steps in seen] == [3, 3]
     log = model.sparsecraft.report["training"][1]["log"]
     assert any("switch_loss" in step for step in log)
-    assert settings.fill(model, Stage(), settings.read({})).epochs == 1.0
+    assert settings.fill(model, Stage(), settings.checked({})).epochs == 1.0
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path, rows):
@@ -655,7 +655,7 @@ def test_stages_that_cannot_deal_rows_out_are_refused_before_any_work(tmp_path, 
     stage = sc.recipes.upit().stages[0]
     split = tiny.llama()
     sc.convert(split, dataclasses.replace(sc.recipes.gmoefication(4, 2), stages=(stage,)))
-    refused("cannot be dealt out to the SplitExperts.*this one is: mlp, top-", split)
+    refused("cannot be assigned to the SplitExperts.*this one is: mlp, top-", split)
     mixed = sc.recipes.camelidae(4, 2, adapter_dim=8, lora_rank=0)
     edits = uneven_edits(mixed)
     uneven = tiny.llama()
@@ -711,8 +711,8 @@ def test_from_the_checkpoints_of_a_run_to_a_trained_mixture(tmp_path, rows, lora
     assert "Expert 2: the base, " in text and "Expert 3: " in text and "cosine" in text
     model = sc.load(out)
     assert layers(model)[0].experts.num_experts == 4
-    told = json.loads((out / "report.json").read_text())["conversion"]
-    assert told["sources"] == sources and told["children"][0]["parents"] == [0, 1]
+    reported = json.loads((out / "report.json").read_text())["conversion"]
+    assert reported["sources"] == sources and reported["children"][0]["parents"] == [0, 1]
     if stream:
         return
     fast = ["--steps", 2, "--batch-size", 4, "--max-length", 64, "--no-progress"]

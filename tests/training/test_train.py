@@ -14,7 +14,7 @@ import transformers
 
 import sparsecraft as sc
 from sparsecraft.errors import CheckpointError, DataError, SparsecraftError
-from sparsecraft.training.defaults import fill, read
+from sparsecraft.training.defaults import checked, fill
 from sparsecraft.training.progress import ProgressBar
 from tests import cases, tiny
 
@@ -123,7 +123,7 @@ def make_trainer(model, rows, **options):
     from sparsecraft.training import descend
     from sparsecraft.training.train import _dataset
 
-    asked = read({**FAST, "packing": False, **options})
+    asked = checked({**FAST, "packing": False, **options})
     stage = model.sparsecraft.recipe.stages[0]
     # Dropout would make the training and the evaluation loss differ by more than the auxiliary.
     for module in model.modules():

@@ -25,8 +25,8 @@ from sparsecraft.dense import hub
 from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.moe.names import unique_tensors
+from sparsecraft.recipe import overrides
 from sparsecraft.recipe.formats import from_json, to_json
-from sparsecraft.recipe.overrides import override as override_recipe
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.record import conversion_of
 
@@ -142,7 +142,7 @@ def load_adapter(
             tensors are not those of its recipe.
     """
     config = read_json(folder / ADAPTER)
-    recipe = override_recipe(_recipe(folder, config), override or {})
+    recipe = overrides.override(_recipe(folder, config), override or {})
     origin, saved_dtype = _base(folder, config, base)
     model = hub.load_dense(
         str(origin.folder),

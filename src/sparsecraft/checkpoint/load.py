@@ -20,8 +20,8 @@ from sparsecraft.dense import hub
 from sparsecraft.dense.loading import load_tokenizer, model_class
 from sparsecraft.errors import CheckpointError
 from sparsecraft.moe.names import unique_tensors
+from sparsecraft.recipe import overrides
 from sparsecraft.recipe.formats import from_json
-from sparsecraft.recipe.overrides import override as override_recipe
 from sparsecraft.surgery.budget import restore
 from sparsecraft.surgery.record import conversion_of
 
@@ -52,7 +52,7 @@ def load(
         return load_adapter(folder, base, dtype, device_map, override, **kwargs)
     manifest = read_manifest(folder)
     saved = from_json(manifest["recipe"])
-    recipe = override_recipe(saved, override or {})
+    recipe = overrides.override(saved, override or {})
     origin = find_base(folder, manifest["base"], base)
     # Not the base folder's: the model may have been loaded with other settings.
     config = base_config(_checked_config(folder, manifest))

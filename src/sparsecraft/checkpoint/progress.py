@@ -57,8 +57,8 @@ def continued(
         resume: go on with what was left of the same task.
 
     Raises:
-        CheckpointError: `out` may not be written, something was left and `resume` is False, or
-            nothing was left, or of another task, and it is True.
+        CheckpointError: `out` may not be written; `resume` is False and something was left; or
+            it is True and nothing was left, or only of another task.
     """
     out, task = out.resolve(), json.loads(json.dumps(task))  # as it will be read: tuples are lists
     check_free(out, overwrite)
@@ -137,7 +137,7 @@ def _partial(out: Path) -> Path:
 
 
 def bytes_left(out: Path) -> int:
-    """Of the files that an interrupted conversion to `out` has left on the disk."""
+    """Bytes of the files that an interrupted conversion to `out` has left on the disk."""
     folder = _partial(out)
     return sum(p.stat().st_size for p in folder.iterdir()) if folder.is_dir() else 0
 

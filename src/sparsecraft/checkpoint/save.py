@@ -94,7 +94,7 @@ def write_rest(
 
 
 def check_loadable(model: nn.Module) -> None:
-    """Refuse what `load` could not build again: a class or a tie that the config cannot tell."""
+    """Refuse what `load` could not build again: a class or a tie that the config does not say."""
     try:
         found = model_class(model)
     except HubError:

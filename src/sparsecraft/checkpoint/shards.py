@@ -58,7 +58,7 @@ def write(
     Args:
         limit: bytes of one file.
         finished: file name -> digests of its tensors, of files that are there already.
-        on_finish: told of every other file once it has been read back.
+        on_finish: called with every other file once it has been read back.
 
     Raises:
         CheckpointError: the disk gives back other bytes than were written.

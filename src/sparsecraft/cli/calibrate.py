@@ -22,7 +22,7 @@ class CalibrateCommand(Command):
     out: Path | None = None
     """Write to this folder; otherwise the checkpoint itself is written again."""
     max_tokens: int | None = 16_384
-    """Read so many tokens of the data; None is all."""
+    """Tokens of the data that are read at most; None is all."""
     max_length: int | None = None
     """Longer rows are dropped."""
     overwrite: bool = False

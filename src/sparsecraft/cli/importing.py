@@ -32,10 +32,11 @@ def run(command: ImportCommand, say: Say) -> None:
     from sparsecraft.evaluation.report import cost_lines, edit_lines
     from sparsecraft.interop.importing import import_moe
     from sparsecraft.moe import cost
+    from sparsecraft.surgery.record import conversion_of
 
     check_free(command.out, command.overwrite)
     model = import_moe(command.source)
     save(model, command.out, overwrite=command.overwrite)
-    recipe = model.sparsecraft.recipe
+    recipe = conversion_of(model).recipe
     say("\n".join([f"{recipe.paper}.", *edit_lines(recipe), *cost_lines(cost.count(model))]))
     say(f"Saved and read back: {command.out}")

@@ -92,9 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         lines = "\n".join(f"  {verb:<11}{about}" for verb, (_, about) in VERBS.items())
-        print(
-            f"usage: sparsecraft VERB [options]\n\n{lines}\n\nsparsecraft VERB --help tells more."
-        )
+        print(f"usage: sparsecraft VERB [options]\n\n{lines}\n\nsparsecraft VERB --help says more.")
         return 0
     if argv[0] == "--version":
         print(VERSION)

@@ -15,7 +15,7 @@ class MethodsCommand(Command):
     light: ClassVar[bool] = True
 
     markdown: bool = False
-    """Print a table in Markdown, as the README has it."""
+    """Print the README's table in Markdown."""
 
 
 def run(command: MethodsCommand, say: Say) -> None:

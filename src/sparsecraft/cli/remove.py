@@ -30,10 +30,12 @@ def run(command: RemoveCommand, say: Say) -> None:
     from sparsecraft.checkpoint.save import save
     from sparsecraft.conversion.extension.remove import remove
     from sparsecraft.evaluation.report import edit_lines
+    from sparsecraft.surgery.record import conversion_of
 
     check_free(command.out, command.overwrite)
     model = load(command.folder)
     remove(model, command.expert)
     save(model, command.out, overwrite=command.overwrite)
-    say("\n".join([f"Expert {command.expert} was removed.", *edit_lines(model.sparsecraft.recipe)]))
+    recipe = conversion_of(model).recipe
+    say("\n".join([f"Expert {command.expert} was removed.", *edit_lines(recipe)]))
     say(f"Saved and read back: {command.out}")

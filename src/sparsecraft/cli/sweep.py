@@ -28,7 +28,7 @@ class SweepCommand(Command):
     calibration_data: Paths = ()
     """Files to find thresholds on; otherwise the first quarter of the rows of `--data`."""
     max_tokens: int | None = 16_384
-    """Score so many tokens, and calibrate on so many; None is all."""
+    """Tokens to score, and as many to calibrate on, at most; None is all."""
     max_length: int | None = None
     """Longer rows are dropped."""
     context: int = 128

@@ -179,7 +179,7 @@ def _check_arguments(model: Any, recipe: Any) -> None:
         )
     if is_converted(model):
         raise SurgeryError(
-            f"This model is already converted by {model.sparsecraft.recipe.name!r}; "
+            f"This model is already converted by {conversion_of(model).recipe.name!r}; "
             "call sc.revert first."
         )
     check_names({name: 0.0 for stage in recipe.stages for name in stage.losses})

@@ -29,7 +29,7 @@ log = logging.getLogger("sparsecraft")
 # What a recipe calls its size; of several, the first is varied.
 SIZES = ("rank", "adapter_dim", "lora_rank")
 
-# How much larger than the target the smallest size may be without a word.
+# How much larger than the target the smallest size may be without a warning.
 FAIR = 1.05
 
 

@@ -86,7 +86,7 @@ def as_batches(
     """Dicts of model inputs from what `convert(..., data=...)` takes.
 
     A dataset path (or name, or several; needs `tokenizer`), an iterable of token-id tensors (B, S),
-    or an iterable of dicts of model inputs, handed on as they are. Raises DataError for the rest.
+    or an iterable of dicts of model inputs, passed on as they are. Raises DataError for the rest.
     """
     import torch
 

@@ -304,20 +304,20 @@ def _topics() -> Iterator[Item]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     table = next(node.value for node in tree.body if isinstance(node, ast.Assign))
     for topic, text in ast.literal_eval(table).items():
-        heading, told = topic, False
+        heading, described = topic, False
         blocks = [block for block in re.split(r"\n\s*\n", text) if block.strip()]
         for block, following in zip(blocks, [*blocks[1:], ""], strict=True):
             lines = block.strip("\n").splitlines()
             if len(lines) == 2 and re.fullmatch(r"([*=~-])\1+", lines[1]):
-                heading, told = lines[0].strip(), False
+                heading, described = lines[0].strip(), False
                 continue
             term = re.fullmatch(r"(?:class |classmethod )?([\w.]+\([\w, *=.\[\]]*\))", lines[-1])
             if term and following.startswith("   ") and not lines[0].startswith(" "):
                 if answer := _prose(following):
                     question = f"What is `{term[1]}` for in the Python language?"
                     yield Item("term", term[1], question, f"`{term[1]}`: {answer}")
-            elif not told and not block.startswith(" ") and (answer := _prose(block)):
-                told = True
+            elif not described and not block.startswith(" ") and (answer := _prose(block)):
+                described = True
                 name = re.sub(r"[\"“”]", "`", heading)
                 question = f"What does the Python reference say about: {name}?"
                 yield Item("topic", name, question, answer)

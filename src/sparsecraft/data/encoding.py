@@ -69,7 +69,7 @@ def _tokenize(text: str, tokenizer) -> tuple[list[int], list[tuple[int, int]] | 
 
     Special tokens are not added by the tokenizer but here, because a chat template may have
     written the BOS already (the released PESC code trains on two). Spans are None for a tokenizer
-    that cannot tell them.
+    that cannot give them.
     """
     fast = tokenizer.is_fast
     out = tokenizer(
@@ -164,8 +164,8 @@ def _rewritten(turn: int, part: str, text: str) -> str:
     same = next((i for i, (a, b) in enumerate(zip(part, text, strict=False)) if a != b), len(text))
     return (
         f"the chat template renders message {turn + 1} differently within the whole chat "
-        f"({part[same : same + 30]!r} becomes {text[same : same + 30]!r}), so its tokens cannot be "
-        "told; split the row into one row per answer, or use a template that keeps earlier turns"
+        f"({part[same : same + 30]!r} becomes {text[same : same + 30]!r}), so its tokens cannot "
+        "be found; split the row into one row per answer, or use a template that keeps all turns"
     )
 
 

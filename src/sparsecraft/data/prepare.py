@@ -29,7 +29,7 @@ TOO_LONG, TRUNCATED, NO_TARGET = "too_long", "truncated", "no_trainable_token"
 
 TASKS = {"causal": encode, "seq2seq": encode_pair, "label": encode_label}
 
-# What `hub.task_of` says of a model that can train or have a held-out loss -> one of TASKS.
+# What `dense.loading.task_of` says of a model that can train or have a held-out loss -> TASKS.
 TASK_OF_MODEL = {"causal": "causal", "seq2seq": "seq2seq", "classification": "label"}
 
 

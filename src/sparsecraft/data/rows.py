@@ -33,7 +33,7 @@ SHAREGPT = {"human": "user", "gpt": "assistant"}  # its other roles bear the usu
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TOO_DEEP = "the JSON is nested too deeply to be read; flatten it"
 CHOICE_SHAPE = "{prompt, choices, answer}"
-# Words of a file name that tell its split, each with the split it stands for.
+# Words of a file name that name its split, each with the split it stands for.
 SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -165,7 +165,7 @@ def _files(path: Path, split: str) -> list[Path]:
 
 
 def _splits(name: str) -> set[str]:
-    """The splits that the whole words of a file name tell: `constraints` holds no `train`."""
+    """The splits that the whole words of a file name name: `constraints` holds no `train`."""
     words = re.split(r"[^a-z]+", re.sub(r"held[-_ ]out", "heldout", name.lower()))
     return {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
 

@@ -32,8 +32,8 @@ def embed(
 ) -> Tensor:
     """The sentence embedding of every text, (N, D) float32 on the CPU.
 
-    The mean of the last hidden states of a text's tokens, scaled to length one, as the card of
-    all-MiniLM-L6-v2 has it. What exceeds the encoder's length is cut, as its card says (MiniLM:
+    The mean of the last hidden states of a text's tokens, scaled to length one, as on the card
+    of all-MiniLM-L6-v2. What exceeds the encoder's length is cut, as its card says (MiniLM:
     256 tokens). The encoder stays in memory for later calls.
 
     Args:

@@ -20,8 +20,8 @@ def positions_of(model: nn.Module) -> int | None:
     return positions
 
 
-# Whose tokens a layer reads: the model's only ones, or its encoder's, of which a batch's masks
-# tell; those of a decoder beside an encoder; or those of an image's or sound's own tower.
+# Whose tokens a layer reads: the model's only ones, or its encoder's, which a batch's masks
+# cover; those of a decoder beside an encoder; or those of an image's or sound's own tower.
 Reads = Literal["input", "decoder", "tower"]
 
 # Inside a decoder, what reads the encoder's tokens: in these modules (T5, BART, BERT) these parts.

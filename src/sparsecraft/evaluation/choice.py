@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from sparsecraft.data.batches import collate
-from sparsecraft.data.encoding import encode as encode_row
-from sparsecraft.data.encoding import encode_pair, pad_id
+from sparsecraft.data.encoding import encode, encode_pair, pad_id
 from sparsecraft.data.rows import load_choices
 from sparsecraft.data.sentences import Prompts
 from sparsecraft.errors import DataError, SparsecraftError
@@ -35,7 +34,7 @@ def score_choice(
     if tokenizer is None:
         raise DataError("Rank classification needs a tokenizer; pass tokenizer=...")
     rows = load_choices(path)[:limit]
-    encode = encode_pair if task == "seq2seq" else encode_row
+    encode_one = encode_pair if task == "seq2seq" else encode
     examples, dropped, prompts = [], set(), Prompts.of(model)
     for number, row in enumerate(rows):
         for choice_number, choice in enumerate(row["choices"]):
@@ -43,7 +42,7 @@ def score_choice(
                 {"role": "user", "content": row["prompt"]},
                 {"role": "assistant", "content": choice},
             ]
-            example = encode({"messages": messages}, tokenizer, max_length)
+            example = encode_one({"messages": messages}, tokenizer, max_length)
             if example is None:
                 dropped.add(number)
                 continue

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.checkpoint.load import load as load_checkpoint
-from sparsecraft.data.batches import as_batches
-from sparsecraft.data.batches import collate as collate_rows
+from sparsecraft.checkpoint.load import load
+from sparsecraft.data.batches import as_batches, collate
 from sparsecraft.data.encoding import pad_id
 from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
 from sparsecraft.data.sentences import Prompts
@@ -69,7 +68,7 @@ def evaluate(
         raise SparsecraftError(f"limit is {limit}; it must be at least 1, or None for all rows.")
     if isinstance(model, (str, Path)):
         tokenizer = tokenizer or load_tokenizer(model)
-        model = load_checkpoint(model)
+        model = load(model)
     if tokenizer is None and (origin := Origin.of(model)):
         tokenizer = load_tokenizer(origin.folder)
     results: dict[str, Any] = {}
@@ -159,21 +158,21 @@ def _batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Rows by length, so that padding is short, in batches of at most BATCH_TOKENS."""
     batch: list[dict] = []
-    collate = partial(collate_rows, pad_id=pad_id(tokenizer), prompts=prompts)
+    collated = partial(collate, pad_id=pad_id(tokenizer), prompts=prompts)
     for row in sorted(rows, key=lambda row: len(row["input_ids"])):
         if batch and (len(batch) + 1) * len(row["input_ids"]) > BATCH_TOKENS:
-            yield collate(batch)
+            yield collated(batch)
             batch = []
         batch.append(row)
     if batch:
-        yield collate(batch)
+        yield collated(batch)
 
 
 def _losses(model: nn.Module, sources: dict) -> tuple[dict[str, Any], dict[str, float]]:
     losses, loads = {}, defaultdict(list)
     for name, (batches, counts) in sources.items():
         total, tokens, correct, rows = 0.0, 0, 0, 0
-        load: dict[str, Tensor] = {}
+        slots: dict[str, Tensor] = {}
         for batch in batches:
             mask = batch.pop("token_mask", None)
             _check_classes(name, batch["labels"], model)
@@ -184,7 +183,7 @@ def _losses(model: nn.Module, sources: dict) -> tuple[dict[str, Any], dict[str, 
             correct += right_N.sum().item()
             rows += len(batch["labels"])
             for layer, routing in traced.items():
-                load[layer] = load.get(layer, 0) + _load_2E(routing, mask)
+                slots[layer] = slots.get(layer, 0) + _load_2E(routing, mask)
         if not tokens:
             raise DataError(f"{name} has no label to predict.")
         losses[name] = {"loss": total / tokens, "tokens": tokens, "rows": rows}
@@ -192,7 +191,7 @@ def _losses(model: nn.Module, sources: dict) -> tuple[dict[str, Any], dict[str, 
             losses[name]["dropped"] = counts["too_long"] + counts["no_trainable_token"]
         if batch["labels"].ndim == 1:
             losses[name]["accuracy"] = correct / tokens
-        for layer, load_2E in load.items():
+        for layer, load_2E in slots.items():
             loads[layer].append(load_2E)
     return losses, _routing_summary(loads)
 

@@ -42,7 +42,7 @@ def certify(model: nn.Module, dense: Read, new: Read, seed: int = 0) -> Certific
             other weights than their own.
     """
     if conversion_of(model).hooks:
-        raise CannotCompareError("its layers act on what the whole batch tells them")
+        raise CannotCompareError("its layers act on what they know of the whole batch")
     _fill_buffers(model)
     comparison = _Comparison(model, dense, new)
     comparison.listen()

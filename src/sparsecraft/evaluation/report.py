@@ -13,6 +13,7 @@ from sparsecraft.evaluation.split_report import fit_line, split_lines
 from sparsecraft.moe import cost
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.recipe.words import router_words
+from sparsecraft.surgery.record import conversion_of
 
 
 def describe(folder: str | Path) -> list[str]:
@@ -20,11 +21,8 @@ def describe(folder: str | Path) -> list[str]:
     it runs of the networks that it has split."""
     manifest = read_manifest(Path(folder))
     model = load(folder)
-    recipe, report, base = (
-        model.sparsecraft.recipe,
-        model.sparsecraft.report,
-        manifest["base"],
-    )
+    record, base = conversion_of(model), manifest["base"]
+    recipe, report = record.recipe, record.report
     return [
         f"{recipe.name} ({recipe.variant}): {recipe.title}. {recipe.paper}.",
         f"Base: {base['name']}, {base['fingerprint']}" if base else "Base: held in the folder",

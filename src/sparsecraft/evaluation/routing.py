@@ -14,7 +14,7 @@ def first_choices_E(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """How many tokens chose each expert first, float64 on the CPU.
 
     That is the expert of largest weight; among equals, as the parts of a split network are, the one
-    of highest score. What every token has there (its shared experts) is nobody's choice.
+    of highest score. What every token has there (its shared experts) is not chosen.
 
     Args:
         mask_T: True on the tokens that count.
@@ -32,7 +32,7 @@ def _choices(routing: Routing) -> Tensor:
     chosen_TE = routing.indices_TK < routing.num_experts
     weights_TE = routing.weights_TK.masked_fill(~chosen_TE, -torch.inf)
     always_E = chosen_TE.all(0)
-    if not always_E.all():  # parts are left out: this network is split, and weights tell little
+    if not always_E.all():  # parts are left out: this network is split, and weights say little
         weights_TE = weights_TE.masked_fill(always_E, -torch.inf)
     equal_TE = weights_TE == weights_TE.amax(-1, keepdim=True)
     return routing.logits_TE.float().masked_fill(~equal_TE, -torch.inf)

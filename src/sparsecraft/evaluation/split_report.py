@@ -13,6 +13,7 @@ from sparsecraft.moe.routers.gate import Gate
 from sparsecraft.moe.routers.running import Running
 from sparsecraft.recipe.stages import Fit, Stage
 from sparsecraft.surgery.budget import split_layers
+from sparsecraft.surgery.record import conversion_of
 
 
 def split_lines(model: nn.Module) -> list[str]:
@@ -22,7 +23,7 @@ def split_lines(model: nn.Module) -> list[str]:
     imitations = [layer for layer in found if layer.is_imitation]
     if not layers:
         return []
-    record = model.sparsecraft
+    record = conversion_of(model)
     running: Running = record.running
     kinds = dict.fromkeys(_parts(layer) for layer in layers)
     return [

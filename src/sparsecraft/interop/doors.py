@@ -71,12 +71,12 @@ def _loader_class(auto_class: str) -> type:
         from transformers.models.auto import modeling_auto
 
         from sparsecraft.checkpoint.load import load
-        from sparsecraft.checkpoint.manifest import base_config as read_base_config
+        from sparsecraft.checkpoint.manifest import base_config
         from sparsecraft.errors import CheckpointError
 
         mapping = getattr(modeling_auto, auto_class)._model_mapping
         architecture = (config.architectures or ["?"])[0]
-        family = read_base_config({"base_config": config.base_config})
+        family = base_config({"base_config": config.base_config})
         if auto_class != "AutoModel" and (
             type(family) not in mapping or mapping[type(family)].__name__ != architecture
         ):

@@ -33,6 +33,7 @@ from sparsecraft.recipe.stages import Stage
 from sparsecraft.recipes.camelidae import camelidae
 from sparsecraft.surgery.install import apply
 from sparsecraft.surgery.plan import plan
+from sparsecraft.surgery.record import conversion_of
 
 # model_type -> the architecture.
 KINDS = {
@@ -73,7 +74,7 @@ def import_moe(source: str | Path, revision: str | None = None) -> nn.Module:
         raise CheckpointError(
             f"{str(source)!r} has model_type {kind!r}; mixtures of {', '.join(KINDS)} are imported."
         )
-    record = model.sparsecraft
+    record = conversion_of(model)
     record.folder = folder.absolute()  # whose tokenizer and license travel
     record.base_card = (str(source), hub.license_of(folder))
     writes_ours(model)
@@ -146,6 +147,6 @@ def imported(form: Form, title: str) -> Recipe:
                 ),
             ),
         ),
-        # Of upcycling: how the mixture was trained elsewhere, its checkpoint does not tell.
+        # Of upcycling: a checkpoint does not record how its mixture was trained elsewhere.
         stages=(Stage(trains=("all",), losses={"switch": 0.01}, learning_rate=1e-4),),
     )

@@ -46,7 +46,7 @@ def mix_lora(
     Args:
         weights_TE: None for a single expert with weight one.
         onto: (T, O); None for the update alone.
-        in_place: `onto` is nobody else's, and the result may take its memory.
+        in_place: nothing else holds `onto`, and the result may take its memory.
         z_TN: all A's rows times x, where they are known; N = E*R, or R with a shared A.
     """
     a_ERI, b_EOR, scale, dropout = loras
@@ -122,7 +122,7 @@ class _AddInPlace(torch.autograd.Function):
         b_ON = _stacked(b_EOR, onto_TO.dtype)
         ctx.scale, gate_TE = scale, None if weights_TE is None else gate_TE
         ctx.save_for_backward(z_TN, weights_TE, b_EOR, gate_TE, gated_TN, b_ON)
-        # Shares the version counter, so that whoever saved `onto` for its gradient finds out.
+        # Shares the version counter, so that autograd notices if `onto` was saved for a gradient.
         return onto_TO.detach().addmm_(gated_TN, b_ON.t())
 
     @staticmethod

@@ -69,7 +69,7 @@ def project(
     sends back to its x takes up those of the products.
 
     Args:
-        own_gradient: that gradient is nobody else's and may be written to.
+        own_gradient: nothing else holds that gradient, so that it may be written to.
     """
     with torch.autocast(x.device.type, enabled=False):
         if is_few(x):

@@ -320,7 +320,7 @@ if triton is not None:
             at = t[:, None] * D + d[None, :]
             if parts > 1:
                 tl.store(part + split * T * D + at, y_TD, mask=live)
-                tl.debug_barrier()  # every thread's part is written before the arrival is told
+                tl.debug_barrier()  # every thread's part is written before the arrival is counted
                 last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == parts - 1
             else:
                 last = parts == 1

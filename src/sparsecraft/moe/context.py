@@ -1,4 +1,4 @@
-"""What a batch tells the layers beyond hidden states: padding, sentences, modalities, prefixes.
+"""What the layers know of a batch beyond hidden states: padding, sentences, modalities, prefixes.
 
 Shapes: B sequences, S positions, D width.
 """
@@ -35,7 +35,7 @@ CACHES = ("cache", "past_key_values")  # the name since transformers 5.24, and b
 class Batch:
     """Shared by all layers of one model; every forward pass of the model fills it anew.
 
-    Masks tell of the model's only sequence, and beside a decoder of the encoder's.
+    Masks cover the model's only sequence or, beside a decoder, the encoder's.
 
     Attributes:
         attention_mask: (B, S), 1 on real tokens.
@@ -46,10 +46,10 @@ class Batch:
         sentence_ids: (B, S), the sentence that each token belongs to, where sequences are packed.
         prefix_mask: (B, S), 1 on the tokens that slots may mix in a causal model.
         expert_ids: (B, S), the expert that each token goes to, whatever its router's scores are;
-            of a training stage alone, see `sparsecraft.training.deal.told`.
+            of a training stage alone, see `sparsecraft.training.deal.directed`.
         shape: (B, S), for families that flatten their tokens (OPT).
         held: values that stay for all forward passes of a `context`.
-        grows: whether generation adds tokens to the sequence that masks tell of.
+        grows: whether generation adds tokens to the sequence that masks cover.
         past: how many of its tokens came in earlier passes and are in the cache.
         runs: whether a forward pass of the whole model is under way.
         passes: how many of these there were.
@@ -138,7 +138,7 @@ class Batch:
         after = f" after {self.past} in the cache" if self.past else ""
         if not held:
             return (
-                f"{name} has shape {found} and the tokens that it tells of have {wanted}{after}; "
+                f"{name} has shape {found} and the tokens that it covers have {wanted}{after}; "
                 "pass one value for each token (batch, positions)."
             )
         return (

@@ -52,7 +52,7 @@ def merges(layer: MoELayer) -> bool:
 
 
 def unrecorded(layer: MoELayer) -> bool:
-    """Whether the parts in use run by themselves, and nobody asks which they were."""
+    """Whether the parts in use run by themselves, and nothing asks which they were."""
     return layer.asks_router and not layer.tracing
 
 
@@ -62,7 +62,7 @@ def lora_beside(layer: MoELayer, x: Tensor, *args, **kwargs) -> Tensor:
     bank, base = layer.experts, layer.base
     x, z_TN, scores_TE = _read_together(layer, x, _rows(bank))
     y = layer.run_base(x, *args, **kwargs)
-    # Nobody else holds what a plain Linear has just computed: the update can be added to it.
+    # Nothing else holds what a plain Linear has just computed: the update can be added to it.
     own = not layer.rows and is_plain(base, nn.Linear)
 
     def add(part: Tensor) -> Tensor:

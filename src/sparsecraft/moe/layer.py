@@ -180,14 +180,14 @@ class MoELayer(nn.Module):
         return torch.cat([before, change(part), behind], dim=-1)
 
     def _of_modality(self, x: Tensor) -> Tensor:
-        """Which tokens the layer acts on, (B, S); tokens that no mask tells of are text."""
+        """Which tokens the layer acts on, (B, S); tokens that no mask covers are text."""
         visual = self._mask("mm_token_type_ids", x)
         if visual is None:
             visual = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
         return visual if self.modality == "visual" else ~visual
 
     def _mask(self, name: str, x: Tensor) -> Tensor | None:
-        """A mask of the batch for tokens x, (B, S) bool; None where it does not tell of them."""
+        """A mask of the batch for tokens x, (B, S) bool; None where it does not cover them."""
         known = self.batch is not None and self.reads == "input"
         return self.batch.tokens(name, x) if known else None
 

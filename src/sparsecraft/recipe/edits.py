@@ -47,7 +47,7 @@ class Edit:
     experts: ExpertsSpec
     router: RouterSpec | GateSpec | None = None
     modality: Literal["text", "visual"] | None = None
-    """Act on the tokens of one modality only, as `mm_token_type_ids` tells them (0 is text)."""
+    """Act on the tokens of one modality only, see `mm_token_type_ids` (0 is text)."""
 
     def __post_init__(self) -> None:
         check_types(self)

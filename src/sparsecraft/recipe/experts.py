@@ -1,6 +1,6 @@
 """What a bank of experts is made of, as pure data, and what each kind may stand at. Torch-free.
 
-A kind says by class attributes what others need to know of it, so that nobody asks for its name.
+A kind says by class attributes what others need to know of it; no code asks for its name.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class FFNSpec(ExpertsSpec):
     """How outputs become `scale` times as large: see `sparsecraft.moe.experts.ffn.factors`."""
     scale: float = 1.0
     differ: Difference = Difference()
-    """What tells copies apart from the start."""
+    """How copies differ at the start."""
 
     def __post_init__(self) -> None:
         check_whole("granularity", self.granularity)
@@ -244,7 +244,7 @@ class VectorSpec(ExpertsSpec):
     kind: Literal["vector"] = "vector"
     num_experts: int = 10
     init_std: float = 0.0
-    """Standard deviation of noise on the ones: it tells experts apart at the first step, and the
+    """Standard deviation of noise on the ones: it makes experts differ at the first step, and the
     model no longer starts as the dense one."""
 
     def __post_init__(self) -> None:
@@ -272,7 +272,7 @@ class FFNLoRASpec(ExpertsSpec):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitSpec(ExpertsSpec):
-    """The dense feed-forward network itself, its neurons dealt out to experts of equal size."""
+    """The dense feed-forward network itself, its neurons partitioned into experts of equal size."""
 
     places = stands(replace=("ffn",), imitate=("linear",))
     parts = True

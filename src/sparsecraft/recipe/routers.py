@@ -164,7 +164,7 @@ class RouterSpec(AnyRouterSpec):
         return replace(self, select=self.select.in_layer(number))
 
     def with_extended(self, count: int) -> RouterSpec:
-        """The same, of which so many experts, the last ones, were added one at a time."""
+        """The same, of which the last `count` experts were added one at a time."""
         return replace(self, scorer=self.scorer.with_extended(count))
 
     def check(self, num_experts: int) -> None:
@@ -181,7 +181,7 @@ class GateSpec(AnyRouterSpec):
     scorer: PartScorerSpec = LinearParts()
     select: Rule = TopK(2)
     shared: int = 0
-    """So many experts, the first ones, run for every token, beside those that are selected."""
+    """Number of experts, the first ones, that run for every token beside the selected ones."""
     squash: Literal["none", "abs", "sigmoid", "softmax"] = "none"
     """Logits -> the scores that the rules by threshold read, and `weighting="score"`."""
     weighting: Literal["one", "scaled", "straight_through", "score", "gain"] = "one"

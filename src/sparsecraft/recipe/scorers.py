@@ -125,7 +125,7 @@ class ScorerSpec(ABC):
         return False
 
     def with_extended(self, count: int) -> ScorerSpec:
-        """The same, of which so many experts, the last ones, were added one at a time."""
+        """The same, of which the last `count` experts were added one at a time."""
         return self
 
     def check(self, num_experts: int) -> None:  # noqa: B027, most take any number
@@ -143,9 +143,9 @@ class Linear(ScorerSpec):
     kind: Literal["linear"] = "linear"
     start: Start = KaimingUniform()
     repeat: int = 1
-    """So many experts in a row start with one row (virtual groups)."""
+    """Number of neighboring experts that start with the same row (virtual groups)."""
     extended: int = 0
-    """So many experts, the last ones, were added one at a time (`sparsecraft extend`)."""
+    """Number of experts, the last ones, that were added one at a time (`sparsecraft extend`)."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -33,9 +33,9 @@ class Stage:
     activation: Literal["relu"] | None = None
     """Put this activation into split networks when the stage begins."""
     deal: Deal | None = None
-    """Train on rows that are dealt out to the experts first (causal models)."""
+    """Train on rows that are assigned to the experts first (causal models)."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
-    """Adafactor with steps relative to a parameter's size, as T5X has it: 3e-4 moves ones by 3e-4
+    """Adafactor with steps relative to a parameter's size, as in T5X: 3e-4 moves ones by 3e-4
     and a router of standard deviation 0.02 by 6e-6."""
     learning_rate: float = 2e-4
     router_learning_rate: float | None = None
@@ -85,7 +85,7 @@ class Stage:
 
     @property
     def deals(self) -> bool:
-        """Whether rows are dealt out to the experts first."""
+        """Whether rows are assigned to the experts first."""
         return self.deal is not None
 
     @property
@@ -131,7 +131,7 @@ class Fit:
 
     @property
     def deals(self) -> bool:
-        """Whether rows are dealt out to the experts first."""
+        """Whether rows are assigned to the experts first."""
         return False
 
     @property
@@ -152,13 +152,13 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Deal:
-    """Rows of the training data dealt out to the experts, each to the one that it surprises least:
+    """Rows of the training data assigned to the experts, each to the one with the least loss on it:
     all its tokens then go to that expert, with weight one (UpIT)."""
 
     sample: float = 0.01
-    """Share of the rows that are dealt out; the others are left alone."""
+    """Share of the rows that are assigned; the others are left out."""
     at_least: int = 500
-    """So many rows, or all, however small the share."""
+    """Rows that are assigned at least, or all there are, however small the share."""
     at_most: int = 5000
 
     def __post_init__(self) -> None:

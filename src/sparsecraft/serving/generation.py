@@ -89,7 +89,7 @@ def answer(
 
 
 def _room(model: nn.Module, prompt: int) -> float:
-    """How many tokens the model's positions leave for the answer to a prompt of so many."""
+    """How many tokens the model's positions leave for the answer to a prompt of `prompt` tokens."""
     positions = positions_of(model)
     if positions is None:
         return math.inf

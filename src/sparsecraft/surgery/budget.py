@@ -17,6 +17,7 @@ from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routers.gate import Gate, Runs
 from sparsecraft.moe.routers.running import Running
 from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.surgery.record import conversion_of
 
 log = logging.getLogger("sparsecraft")
 
@@ -64,7 +65,7 @@ def set_budget(model: nn.Module, share: float | None) -> None:
             f"The budget is {share!r}; it is the share of experts that run, above 0 and at most 1, "
             "or None for the recipe's own rule."
         )
-    running: Running = model.sparsecraft.running
+    running: Running = conversion_of(model).running
     # All thresholds first: an error leaves the model as it was.
     found = [_setting(layer.router, share, running.calibration) for layer in layers.values()]
     for layer, (k, threshold) in zip(layers.values(), found, strict=True):
@@ -82,7 +83,7 @@ def set_budget(model: nn.Module, share: float | None) -> None:
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Give a model's budget and calibration back as they were, whatever the block does."""
-    running: Running = model.sparsecraft.running
+    running: Running = conversion_of(model).running
     before = running.budget, list(running.calibration)
     gates = [layer.router for layer in split_layers(model).values()]
     states = [(gate.runs, gate.k, gate.share, gate.threshold) for gate in gates]
@@ -153,10 +154,10 @@ def share_of(threshold: float, calibration: list[tuple[float, float]]) -> float 
 
 
 def state_of(model: nn.Module) -> dict[str, Any] | None:
-    """What a checkpoint has to tell of how the model runs; None without split networks."""
+    """What a checkpoint records of how the model runs; None without split networks."""
     if not split_layers(model):
         return None
-    return model.sparsecraft.running.to_dict()
+    return conversion_of(model).running.to_dict()
 
 
 def restore(model: nn.Module, state: dict[str, Any] | None, changed: bool = False) -> None:
@@ -167,7 +168,7 @@ def restore(model: nn.Module, state: dict[str, Any] | None, changed: bool = Fals
     """
     if state is None:
         return
-    running: Running = model.sparsecraft.running
+    running: Running = conversion_of(model).running
     running.read(state)
     if running.rectified:
         rectify(model)
@@ -188,14 +189,14 @@ def rectify(model: nn.Module, undo: bool = False) -> None:
     """ReLUfication: let ReLU be the activation of every split network, or no longer."""
     for layer in split_layers(model).values():
         layer.experts.rectify(undo)
-    model.sparsecraft.running.rectified = not undo
+    conversion_of(model).running.rectified = not undo
 
 
 def imitate(model: nn.Module) -> None:
     """Let the networks that imitate Linears, which have been fitted, run instead of them."""
     for layer in split_layers(model).values():
         layer.experts.imitates = layer.is_imitation
-    model.sparsecraft.running.imitates = True
+    conversion_of(model).running.imitates = True
 
 
 def unmade(recipe: Recipe, running: Running) -> list[str]:
@@ -211,7 +212,7 @@ def is_untrained(recipe: Recipe, running: Running) -> bool:
 
 def warn_untrained(model: nn.Module) -> None:
     """Say before a save that a split is to run by routers that nothing has made yet."""
-    record = model.sparsecraft
+    record = conversion_of(model)
     gates = [layer.router for layer in split_layers(model).values()]
     if not (any(gate.runs == "sparse" for gate in gates) and untrained(model)):
         return
@@ -227,5 +228,5 @@ def warn_untrained(model: nn.Module) -> None:
 
 def untrained(model: nn.Module) -> bool:
     """Whether a converted model has split networks whose routers are yet to be made."""
-    record = model.sparsecraft
+    record = conversion_of(model)
     return bool(split_layers(model)) and is_untrained(record.recipe, record.running)

@@ -24,7 +24,7 @@ def build_layer(
     number: int = 0,
     device: torch.device | str | None = None,
 ) -> MoELayer:
-    """The layer for one planned edit, without its base, on the donor's device unless told.
+    """The layer for one planned edit, without its base, on the donor's device by default.
 
     Args:
         number: of the layer, so that random partitions differ, and the first may be soft.

@@ -97,11 +97,11 @@ def _check_causality(model: nn.Module, item: PlannedEdit) -> None:
 
 
 def _check_modality(model: nn.Module, item: PlannedEdit) -> None:
-    """Refuse to tell text from images where a tower reads images, or sound, alone."""
+    """Refuse to choose text or images where a tower reads images, or sound, alone."""
     if item.edit.modality and reads(model, item.site.path) == "tower":
         raise SurgeryError(
             f"An edit for {item.edit.modality} tokens reaches {item.site.path!r} of "
             f"{type(model).__name__}, which reads images or sound alone, and mm_token_type_ids "
-            "tells of the text model's tokens; give paths without it, such as "
+            "covers the text model's tokens; give paths without it, such as "
             "'*language_model*', or leave out the modality there."
         )

@@ -33,7 +33,7 @@ class Conversion:
         folder: the checkpoint that the model was loaded from, if it was.
         written: the recipe's JSON in that folder, of whatever format.
         report: what `convert` and `train` measured, as written to report.json.
-        hooks: handles of what tells the layers about each batch.
+        hooks: handles of the hooks that give the layers each batch's masks.
         running: what of its split networks the model runs.
     """
 

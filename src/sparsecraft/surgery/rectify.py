@@ -18,7 +18,7 @@ from torch import nn
 from sparsecraft.dense.forms import join
 from sparsecraft.surgery.plan import PlannedEdit
 
-# What families call their activation; T5 says it twice.
+# What families call their activation; T5 has two fields for it.
 FIELDS = ("hidden_act", "hidden_activation", "activation_function", "activation", "dense_act_fn")
 T5_FORM = "feed_forward_proj"
 
@@ -63,7 +63,7 @@ def setting_of(model: nn.Module, items: Iterable[PlannedEdit]) -> tuple[Setting 
     """The field that says ReLU for exactly the networks of `items`; or None, and why there is none.
 
     Models without weights are built from the changed configuration and compared by the classes of
-    their modules, so that the answer holds for a family that nobody has listed.
+    their modules, so that the answer holds for a family that is in no list.
     """
     wanted = {activation_of(item) for item in items}
     now = _modules(model, model.config)

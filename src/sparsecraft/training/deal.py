@@ -1,4 +1,4 @@
-"""Rows dealt out to the experts, each to the one that it surprises least (UpIT).
+"""Training rows assigned to experts, each to the one with the least loss on it (UpIT).
 
 N rows, E experts, B rows of a batch, S tokens of its longest row.
 """
@@ -37,7 +37,7 @@ RECORD = "buckets.json"
 
 
 def check_deal(model: nn.Module, stages: Sequence[Stage | Fit], task: str) -> None:
-    """Refuse what cannot be dealt out, before any stage has cost anything.
+    """Refuse models whose experts cannot be assigned rows, before any stage has cost anything.
 
     Raises:
         SparsecraftError: another task than causal, or layers that cannot all send a token to one
@@ -65,14 +65,14 @@ def count_experts(model: nn.Module) -> int:
     for layer in routed(model):
         if not layer.router.spec.can_be_directed:
             raise SparsecraftError(
-                f"Rows cannot be dealt out to the {type(layer.experts).__name__} of this "
+                f"Rows cannot be assigned to the {type(layer.experts).__name__} of this "
                 f"{type(model).__name__}: a router by token that chooses among whole experts can "
-                f"be told which to take, and this one is: {router_words(layer.router.spec)}."
+                f"be directed to one, and this one is: {router_words(layer.router.spec)}."
             )
         counts[layer.experts.num_experts] = True
     if len(counts) != 1:
         raise SparsecraftError(
-            f"Rows are dealt out to as many experts in every layer; those of this "
+            f"Rows are assigned to as many experts in every layer; those of this "
             f"{type(model).__name__} have {', '.join(map(str, counts)) or 'no routers'}."
         )
     return next(iter(counts))
@@ -83,8 +83,8 @@ def routed(model: nn.Module) -> list[MoELayer]:
 
 
 @contextmanager
-def told(model: nn.Module) -> Iterator[None]:
-    """Let `expert_ids` (B, S) of a forward pass say which expert each token goes to."""
+def directed(model: nn.Module) -> Iterator[None]:
+    """In this block, `expert_ids` (B, S) of a forward pass says which expert each token goes to."""
     layers = routed(model)
     shared = next((layer.batch for layer in layers if layer.batch is not None), None)
     batch, before = shared or Batch(), [layer.batch for layer in layers]
@@ -101,7 +101,7 @@ def told(model: nn.Module) -> Iterator[None]:
 
 
 def sampled(rows: datasets.Dataset, spec: Deal) -> datasets.Dataset:
-    """The rows to deal out: the first ones, since `data.prepare` shuffles by the run's seed."""
+    """The rows to assign: the first ones, since `data.prepare` shuffles by the run's seed."""
     wanted = min(max(math.ceil(spec.sample * len(rows)), spec.at_least), spec.at_most)
     return rows.select(range(min(wanted, len(rows))))
 
@@ -131,7 +131,7 @@ def deal(
         write_json(kept, found)
     numbers = found["buckets"]
     counts = [numbers.count(e) for e in range(count_experts(model))]
-    log.info(f"buckets: {len(numbers)} rows dealt out to {len(counts)} experts: {counts}")
+    log.info(f"buckets: {len(numbers)} rows assigned to {len(counts)} experts: {counts}")
     if empty := [e for e, count in enumerate(counts) if not count]:
         log.warning(
             f"The buckets of experts {', '.join(map(str, empty))} are empty: no row of "
@@ -155,7 +155,7 @@ def row_losses(
     """
     count = count_experts(model)
     losses_NE = torch.empty(len(rows), count)
-    with told(model), evaluation_mode(model):
+    with directed(model), evaluation_mode(model):
         for part in _parts(list(map(len, rows["input_ids"])), tokens):
             batch = collate(list(rows.select(part)), pad_id)
             del batch["token_mask"]
@@ -174,7 +174,7 @@ def row_losses(
 
 
 def _parts(lengths: list[int], tokens: int) -> Iterator[list[int]]:
-    """Rows by length, so that padding is short, in batches of at most so many tokens."""
+    """Rows by length, so that padding is short, in batches of at most `tokens` tokens."""
     part: list[int] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
         if part and (len(part) + 1) * lengths[row] > tokens:

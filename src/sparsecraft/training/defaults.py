@@ -14,7 +14,7 @@ from torch import nn
 
 from sparsecraft.checkpoint.space import require
 from sparsecraft.data.prepare import TASK_OF_MODEL
-from sparsecraft.dense.loading import task_of as model_task
+from sparsecraft.dense.loading import task_of
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import SparsecraftError, did_you_mean
 from sparsecraft.moe import cost
@@ -32,7 +32,7 @@ CPU_FIT_TOKENS = 16_384
 MICRO_BATCH_TOKENS = 16_384
 
 
-def read(options: dict[str, Any]) -> TrainOptions:
+def checked(options: dict[str, Any]) -> TrainOptions:
     """The options of a run, checked."""
     known = {field.name for field in dataclasses.fields(TrainOptions)}
     for name in options:
@@ -76,7 +76,7 @@ def fill(model: nn.Module, stage: Stage | Fit, asked: TrainOptions) -> TrainOpti
     }
     if on_cpu() and (asked.batch_size is None or asked.max_length is None):
         log.info(
-            f"On a CPU, unless told: {CPU_BATCH_SIZE} sequences of up to {CPU_MAX_LENGTH} tokens "
+            f"On a CPU, by default: {CPU_BATCH_SIZE} sequences of up to {CPU_MAX_LENGTH} tokens "
             f"a step; the recipe says {stage.batch_size} of {stage.max_length}."
         )
     filled = {key: value for key, value in defaults.items() if getattr(asked, key) is None}
@@ -91,15 +91,15 @@ def fill(model: nn.Module, stage: Stage | Fit, asked: TrainOptions) -> TrainOpti
         )
     return dataclasses.replace(
         settings,
-        packing=settings.packing and task_of(model) == "causal",
+        packing=settings.packing and objective_of(model) == "causal",
         router_learning_rate=settings.learning_rate if router is None else router,
         micro_batch=settings.micro_batch or min(settings.batch_size, fits),
     )
 
 
-def task_of(model: nn.Module) -> str:
+def objective_of(model: nn.Module) -> str:
     """What a model is trained for: causal, seq2seq or classification."""
-    task = model_task(model)
+    task = task_of(model)
     if task in TASK_OF_MODEL:
         return task
     raise SparsecraftError(
@@ -129,7 +129,7 @@ def fit_tokens(stage: Fit, settings: TrainOptions) -> int:
         return settings.fit_tokens
     if on_cpu() and stage.tokens > CPU_FIT_TOKENS:
         log.info(
-            f"On a CPU, unless told: routers are fitted to {CPU_FIT_TOKENS} tokens; the recipe "
+            f"On a CPU, by default: routers are fitted to {CPU_FIT_TOKENS} tokens; the recipe "
             f"says {stage.tokens} (--fit-tokens)."
         )
         return CPU_FIT_TOKENS

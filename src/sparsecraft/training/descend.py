@@ -31,8 +31,8 @@ from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.record import conversion_of
 from sparsecraft.surgery.trainable import set_trainable
 from sparsecraft.training.arguments import processes, training_arguments
-from sparsecraft.training.deal import deal, sampled, told
-from sparsecraft.training.defaults import needs, task_of
+from sparsecraft.training.deal import deal, directed, sampled
+from sparsecraft.training.defaults import needs, objective_of
 from sparsecraft.training.options import TrainOptions
 from sparsecraft.training.progress import ProgressBar
 from sparsecraft.training.report import TrainReport, note
@@ -93,7 +93,7 @@ def descend(
         counts = counts | {"dealt": len(dataset)} | count_tokens(dataset)
         if settings.packing:
             dataset = pack(dataset, settings.max_length, settings.seed)
-    forced = told(model) if stage.deal else nullcontext()
+    forced = directed(model) if stage.deal else nullcontext()
     with _untouched(model), adapters_known(model), forced:
         trainer = make_trainer(run, stage, settings, dataset, folder)
         report = _run(trainer, counts, run)
@@ -150,7 +150,7 @@ def prepare_parameters(model: nn.Module, stage: Stage) -> None:
     """
     model.train()
     set_trainable(model, stage.trains)
-    if task_of(model) == "classification":
+    if objective_of(model) == "classification":
         for name, parameter in model.named_parameters():
             if not name.startswith(f"{model.base_model_prefix}."):
                 parameter.requires_grad_(True)
@@ -171,9 +171,9 @@ def make_trainer(run: Run, stage: Stage, settings: TrainOptions, dataset: Any, f
         "causal": (RoutedSFTTrainer, SFTConfig),
         "seq2seq": (RoutedSeq2SeqTrainer, Seq2SeqTrainingArguments),
         "classification": (RoutedTrainer, TrainingArguments),
-    }[task_of(model)]
+    }[objective_of(model)]
     arguments = training_arguments(stage, settings, len(dataset), folder)
-    # transformers 5.2x renames gradient_checkpointing; TRL turns it on unless told otherwise.
+    # transformers 5.2x renames gradient_checkpointing; TRL turns it on by default.
     known = {field.name for field in dataclasses.fields(arguments_class)}
     name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
     arguments[name] = settings.activation_checkpointing

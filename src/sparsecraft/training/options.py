@@ -15,7 +15,7 @@ class TrainOptions:
     steps: int | None = None
     """Optimizer steps per stage; None trains for `epochs`."""
     stages: tuple[str, ...] = ()
-    """Names of the recipe's stages to run; all of them unless told."""
+    """Names of the recipe's stages to run; all of them by default."""
     fit_tokens: int | None = None
     """Inputs of each split network that its router is fitted to."""
     epochs: float | None = None

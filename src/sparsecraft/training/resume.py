@@ -82,8 +82,8 @@ def _complete(state: Path) -> bool:
 def describe(
     model: nn.Module, settings: TrainOptions, rows: Dataset, processes: int
 ) -> dict[str, Any]:
-    """What makes a run this run: recipe, settings, data, dense model, experts that came later,
-    processes.
+    """What a run and its continuation must share: recipe, settings, data, dense model, experts
+    that were added later, and number of processes.
 
     The tensors that train are not compared: a state brings them all.
     """

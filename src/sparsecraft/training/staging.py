@@ -20,6 +20,7 @@ from sparsecraft.surgery.budget import (
     unmade,
     untrained,
 )
+from sparsecraft.surgery.record import conversion_of
 
 
 def begin_stage(model: nn.Module, stage: Stage | Fit) -> None:
@@ -37,7 +38,8 @@ def begin_stage(model: nn.Module, stage: Stage | Fit) -> None:
         rectify(model)
     if stage.runs == "sparse":
         if untrained(model):
-            missing = " ".join(unmade(model.sparsecraft.recipe, model.sparsecraft.running))
+            record = conversion_of(model)
+            missing = " ".join(unmade(record.recipe, record.running))
             raise SparsecraftError(
                 f"Stage {stage.name!r} trains by routers that are made before it; run that first "
                 f"(--stages {missing} {stage.name})."
@@ -47,8 +49,8 @@ def begin_stage(model: nn.Module, stage: Stage | Fit) -> None:
 
 
 def _check_rectified(model: nn.Module, stage: Fit) -> None:
-    """Refuse to fit routers to a network that an earlier stage is to give ReLU, and has not."""
-    record = model.sparsecraft
+    """Refuse to fit routers to a network that still lacks the ReLU of an earlier stage."""
+    record = conversion_of(model)
     names = [other.name for other in record.recipe.stages]
     earlier = record.recipe.stages[: names.index(stage.name)]
     missing = [s.name for s in earlier if isinstance(s, Stage) and s.activation == "relu"]
@@ -63,10 +65,10 @@ def _check_rectified(model: nn.Module, stage: Fit) -> None:
 
 
 def end_stage(model: nn.Module, stage: Stage | Fit) -> None:
-    """Note that a stage is through; once routers are made, the recipe's rule is in force."""
+    """Record that a stage is done; once routers are made, the recipe's rule is in force."""
     if not split_layers(model):
         return
-    record = model.sparsecraft
+    record = conversion_of(model)
     if isinstance(stage, Fit) and stage.what == "imitations":
         imitate(model)
     names = [other.name for other in record.recipe.stages]
@@ -82,7 +84,7 @@ def staged(model: nn.Module, stage: Stage | Fit) -> Iterator[None]:
     """One stage of training; if it fails, the model runs as it did before."""
     gates = [layer.router for layer in split_layers(model).values()]
     before = [(gate, gate.runs, gate.k, gate.share, gate.threshold) for gate in gates]
-    training, running = model.training, model.sparsecraft.running
+    training, running = model.training, conversion_of(model).running
     rectified, budget = running.rectified, running.budget
     try:
         begin_stage(model, stage)

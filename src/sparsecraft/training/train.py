@@ -30,7 +30,7 @@ from sparsecraft.recipe.stages import Fit, Stage
 from sparsecraft.surgery.record import Conversion, conversion_of
 from sparsecraft.training.arguments import processes
 from sparsecraft.training.deal import check_deal
-from sparsecraft.training.defaults import fill, fit_tokens, read, stages_of, task_of
+from sparsecraft.training.defaults import checked, fill, fit_tokens, objective_of, stages_of
 from sparsecraft.training.descend import Run, descend
 from sparsecraft.training.fit.fit import fit
 from sparsecraft.training.options import TrainOptions
@@ -74,7 +74,7 @@ def train(
     Raises:
         DataError, CheckpointError, ResourceError: before anything is written.
     """
-    asked, out = read(options), Path(out).resolve()
+    asked, out = checked(options), Path(out).resolve()
     model = load(model) if isinstance(model, (str, Path)) else model
     record = conversion_of(model)
     check_free(out, overwrite)
@@ -118,7 +118,7 @@ def _check_stages(model: nn.Module, stages: list[Stage | Fit]) -> None:
                 f"Stage {stage.name!r} {does} in one process and was started in {processes()}; "
                 "train the other stages with torchrun (--stages NAME), and this one without."
             )
-    check_deal(model, stages, task_of(model))
+    check_deal(model, stages, objective_of(model))
     edits = conversion_of(model).recipe.edits
     splits = [e.experts for e in edits if e.experts.parts]
     fits = any(isinstance(stage, Fit) for stage in stages)
@@ -167,7 +167,7 @@ def _dataset(
         weights=settings.weights or None,
         packing=settings.packing and not whole,
         seed=settings.seed,
-        task=TASK_OF_MODEL[task_of(run.model)],
+        task=TASK_OF_MODEL[objective_of(run.model)],
         prompts=run.prompts,
     )
     if run.prompts is not None:

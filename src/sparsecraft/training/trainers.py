@@ -98,7 +98,7 @@ class RoutedTrainerMixin:
                 layer.router.at_step(self.state.global_step)
 
     def _loss_factor(self) -> float:
-        """Of the auxiliary losses at this step, as the stage's schedule has it."""
+        """Of the auxiliary losses at this step, see the stage's `schedule`."""
         done = self.state.global_step / max(1, self.args.max_steps)
         match self.stage.loss_schedule:
             case "linear":

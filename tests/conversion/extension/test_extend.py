@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import sparsecraft as sc
 from sparsecraft.cli.main import main
 from sparsecraft.conversion.domains.domain import Domain
-from sparsecraft.conversion.extension.router_row import RIDGE, inputs_of, newcomer_row
+from sparsecraft.conversion.extension.router_row import RIDGE, fit_row, inputs_of
 from sparsecraft.conversion.sources.gather import donor_tensors
 from sparsecraft.errors import DataError, RecipeError, SourceError, SurgeryError
 from sparsecraft.moe.layer import MoELayer
@@ -214,7 +214,7 @@ def test_the_row_is_the_minimum_of_a_logistic_regression(wanted):
 
     own_TD, other_TD = draw(300, 8) + 0.5, 3 * draw(100, 8)
     own_TE, other_TE = draw(300, 3), draw(100, 3)
-    row_D = newcomer_row(own_TD, own_TE, other_TD, other_TE, wanted).double().requires_grad_()
+    row_D = fit_row(own_TD, own_TE, other_TD, other_TE, wanted).double().requires_grad_()
     size = torch.cat([own_TD, other_TD]).square().mean().double()
 
     def probability(x_TD, z_TE):  # of the last of four experts
@@ -230,7 +230,7 @@ def test_the_row_is_the_minimum_of_a_logistic_regression(wanted):
     assert probability(own_TD, own_TE).mean() > probability(other_TD, other_TE).mean()
 
 
-def test_a_calibrated_newcomer_gets_its_own_tokens():
+def test_a_calibrated_new_expert_gets_its_own_tokens():
     for temperature in (1.0, 3.0):
         recipe = sc.override(RECIPES["btx"](), {"router.temperature": temperature})
         model = dense("llama")
@@ -240,7 +240,7 @@ def test_a_calibrated_newcomer_gets_its_own_tokens():
         assert f"{report.share_new:.1%} of the new tokens" in str(report)
 
 
-def test_a_newcomer_is_as_sure_of_its_tokens_as_the_others_of_theirs():
+def test_a_new_expert_is_as_sure_of_its_tokens_as_the_others_of_theirs():
     """Where weights are raw probabilities, they are how large the experts' outputs are."""
     model = mixture("linear")
     report = sc.extend(model, moved("llama", 3), NEW, OLD)

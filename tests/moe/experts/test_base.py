@@ -89,7 +89,7 @@ def run(path: str, bank: nn.Module, routing: Routing, x_TD: torch.Tensor) -> dic
     weights_TK.grad = None
     y = PATHS[path](bank, x_TD, routing)
     anchor = sum(t.sum() for t in (x_TD, weights_TK, *bank.parameters()))
-    (y.square().sum() + 0 * anchor).backward()  # where nobody is chosen, gradients are zero
+    (y.square().sum() + 0 * anchor).backward()  # where no expert is chosen, gradients are zero
     return {
         "output": y.detach(),
         "tokens": x_TD.grad,

@@ -679,7 +679,7 @@ def test_on_a_cpu_fewer_tokens_are_captured_and_said(tmp_path, rows, caplog):
     caplog.set_level("INFO", logger="sparsecraft")
     model = llama(sc.recipes.gmoefication(8))
     train(model, rows, tmp_path / "out", fit_tokens=None)
-    assert "unless told: routers are fitted to 16384 tokens" in caplog.text
+    assert "by default: routers are fitted to 16384 tokens" in caplog.text
     for bad in (0, 2.5, -1):
         with pytest.raises(SparsecraftError, match="fit_tokens"):
             train(model, rows, tmp_path / "other", fit_tokens=bad)

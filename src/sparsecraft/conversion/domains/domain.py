@@ -138,7 +138,7 @@ def _real_tokens(batch: dict[str, Any]) -> int:
 def mixed_batches(
     model: nn.Module, domains: Sequence[Domain], tokenizer: Any
 ) -> Iterator[dict[str, Any]]:
-    """A batch of each domain in turn, so that the first ones already tell of all."""
+    """A batch of each domain in turn, so that the first batches already cover all."""
     turns = [domain_batches(model, domain, tokenizer) for domain in domains]
     while turns:
         for batches in tuple(turns):

@@ -100,7 +100,7 @@ def find_starts(
 
 
 def check_given(recipe: Recipe, domains: Sequence | Tensor, data: Any) -> None:
-    """Refuse domains that nobody reads, too many or too few, and routers that lack theirs.
+    """Refuse domains that no router reads, too many or too few, and routers that lack theirs.
 
     Raises:
         RecipeError: so it is.

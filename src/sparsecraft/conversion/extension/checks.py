@@ -79,7 +79,7 @@ def check_domains(
 
 
 def share_of_source(asked: float | None, count: int) -> float:
-    """Lambda, the newcomer's share of what is no expert's."""
+    """Lambda, the added expert's share in the parameters that belong to no expert."""
     share = 1 / (count + 1) if asked is None else asked
     if not 0 <= share <= 1:
         raise RecipeError(f"mix is {asked}; it is a share between 0 and 1.")

@@ -28,7 +28,7 @@ from sparsecraft.surgery.record import Conversion
 
 log = logging.getLogger("sparsecraft")
 
-# Tokens of a text that are read, batches at most, and how many of them one is kept of for a router.
+# Most tokens and most batches of a domain that are read; of every STRIDE tokens one is kept.
 TOKENS, BATCHES, STRIDE = 8192, 64, 2
 
 # Weight of |r|^2 / 2, with inputs of mean square one.
@@ -37,22 +37,22 @@ STEPS = 200
 
 
 @torch.enable_grad()
-def newcomer_row(
+def fit_row(
     own_TD: Tensor,
     own_logits_TE: Tensor,
     other_TD: Tensor,
     other_logits_TE: Tensor,
     wanted: float = 1.0,
 ) -> Tensor:
-    """The row r (D,) that gives the newcomer its own tokens and leaves the others theirs.
+    """The row r (D,) that gives the added expert its own tokens and leaves the others theirs.
 
-    Beside logits z of the others the softmax gives the newcomer sigmoid(x . r - logsumexp(z)): a
-    logistic regression with an offset for each token, convex in r. Both kinds of tokens weigh the
-    same, however many there are.
+    Beside logits z of the others the softmax gives the added expert
+    sigmoid(x . r - logsumexp(z)): a logistic regression with an offset for each token, convex in
+    r. Both kinds of tokens weigh the same, however many there are.
 
     Args:
-        wanted: the newcomer's probability on its own tokens.
-        own_TD: what the router reads of the newcomer's tokens.
+        wanted: the added expert's probability on its own tokens.
+        own_TD: what the router reads of the added expert's tokens.
         own_logits_TE: the others' logits there.
         other_TD: what it reads of other tokens.
         other_logits_TE: the others' logits there.
@@ -86,7 +86,7 @@ def embedding_of(
     base: str | Path | PreTrainedModel | None,
     tokenizer: Any,
 ) -> Tensor:
-    """The embedding (M,) of the newcomer's domain, checked to be no other's."""
+    """The embedding (M,) of the added expert's domain, checked to differ from every other's."""
     routers = [edit.router for edit in record.recipe.edits if edit.router.of_domains]
     if given is None:
         encoder, *others = sorted({router.scorer.encoder for router in routers})
@@ -131,7 +131,7 @@ def inputs_of(
     """What each layer reads of some tokens of the domain, (T, D); None where a router decides by
     anything else than a token's input."""
     if domain is None or not all(item.edit.router.by_token for item in plan):
-        return None  # what other routers read, a token's input does not tell
+        return None  # what other routers read is not the input of a token
     log.info(f"Reading up to {TOKENS} tokens of {domain.name} for the routers.")
     kept: list[list[Tensor]] = [[] for _ in plan]
 
@@ -154,7 +154,7 @@ def row_of(
     embedding: Tensor | None,
     reset: bool,
 ) -> Tensor | None:
-    """What a layer's router knows the newcomer by; None where all of it is drawn anew."""
+    """The added expert's row or embedding in a router; None where all rows are drawn anew."""
     router = layer.router
     if router.spec.of_domains:
         return embedding
@@ -162,10 +162,10 @@ def row_of(
         return None
     own_TD, other_TD = (of_domain[number] for of_domain in seen)
     own_TE, other_TE = (router(x_TD).logits_TE for x_TD in (own_TD, other_TD))
-    # Where weights need not sum to one, outputs are only as large as routers are sure: the newcomer
-    # shall be as sure of its tokens as the others are of theirs.
+    # Where weights need not sum to one, outputs grow with the router's confidence: the added
+    # expert's probability on its tokens shall equal the others' on theirs.
     sure = 1.0 if router.spec.sums_to_one else other_TE.softmax(-1).amax(-1).mean().item()
-    row_D = newcomer_row(own_TD, own_TE, other_TD, other_TE, wanted=sure)
+    row_D = fit_row(own_TD, own_TE, other_TD, other_TE, wanted=sure)
     return row_D * router.spec.temperature
 
 

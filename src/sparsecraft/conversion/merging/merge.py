@@ -206,7 +206,7 @@ def _report(
     report = MergeReport(
         how=how,
         recipe=record.recipe.name,
-        result=model.sparsecraft.recipe.name if left else "dense",
+        result=conversion_of(model).recipe.name if left else "dense",
         certificate=certificate,
         change=change,
         cost=cost.count(model),
@@ -216,7 +216,7 @@ def _report(
         },
     )
     if left:
-        new = model.sparsecraft
+        new = conversion_of(model)
         for name in ("base_card", "folder", "running") if new_base else REMEMBERED:
             setattr(new, name, getattr(record, name))
         new.report = {**record.report, "merge": report.to_dict()}
@@ -356,7 +356,7 @@ def _given_back_on_failure(model: nn.Module, record: Conversion, ledger: Ledger)
             parts = zip(record.plan, record.layers, strict=True)
             _install(model, record.recipe, {i.claim: (layer, None) for i, layer in parts})
             for name in REMEMBERED:
-                setattr(model.sparsecraft, name, getattr(record, name))
+                setattr(conversion_of(model), name, getattr(record, name))
         raise
 
 

@@ -25,7 +25,7 @@ FREE = set(
 # Cosine of the same matrix in two models: about 0 of models that were trained apart from the start,
 # above 0.9 of fine-tuned ones.
 KIN = 0.5
-# So many rows of it tell.
+# Rows of the matrix that are compared, at most.
 ROWS = 1024
 
 
@@ -41,7 +41,7 @@ def check_sources(
 
     Args:
         tensors: the base's, by their dense names, of those that will be read; the first matrix
-            among them tells whether two models have one ancestor.
+            among them shows whether two models have one ancestor.
         unrelated: let models without a common ancestor pass.
         tokenizer: folder of the base's; None takes the folder that the model was loaded from. A
             model without one has no tokenizer that could differ.

@@ -29,6 +29,7 @@ from sparsecraft.evaluation.budget.loads import (
 from sparsecraft.evaluation.budget.thresholds import Search, Trial
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.surgery.budget import run, set_budget, split_layers, unchanged, untrained
+from sparsecraft.surgery.record import conversion_of
 
 MAX_TOKENS = 16_384
 
@@ -114,7 +115,7 @@ def calibrate(
         target_flops: FLOPs of the split networks per token, their routers included, over those of
             the dense networks; mean over the real tokens and over the layers by their FLOPs. Of
             several the first is the one that is set.
-        max_tokens: read so many tokens of the data; None reads all.
+        max_tokens: tokens of the data that are read at most; None reads all.
         max_length: longer rows are dropped; None is as in `evaluate`.
 
     Raises:
@@ -135,10 +136,10 @@ def calibrate(
         raise DataError("The data holds no batch to calibrate on.")
     with unchanged(model):
         dense, settings, points = _found(model, batches, targets, select)
-    model.sparsecraft.running.calibration = points
+    conversion_of(model).running.calibration = points
     set_budget(model, settings[0].share)
     result = Calibration(tuple(settings), tuple(points), dense.loss, select)
-    model.sparsecraft.report["calibration"] = result.to_dict()
+    conversion_of(model).report["calibration"] = result.to_dict()
     if folder is not None:
         save(model, folder, overwrite=True)
     return result
@@ -180,9 +181,9 @@ def rule_of(model: nn.Module) -> str:
             "give all of them one rule."
         )
     if untrained(model):
-        makers = ", ".join(stage.name for stage in model.sparsecraft.recipe.stages)
+        makers = ", ".join(stage.name for stage in conversion_of(model).recipe.stages)
         raise SparsecraftError(
-            f"The routers of this {model.sparsecraft.recipe.name} model have not been trained "
+            f"The routers of this {conversion_of(model).recipe.name} model have not been trained "
             f"(stages: {makers}), so that no budget below 1 makes sense; run "
             "`sparsecraft train DIR --data ... --out DIR2` first."
         )

@@ -189,7 +189,7 @@ class Source:
             self.items = list(as_batches(given))
             if task_of(model) == "seq2seq" and any("labels" not in b for b in self.items):
                 raise DataError(
-                    "A batch has no labels, which tell the real tokens of a decoder beside an "
+                    "A batch has no labels, which mark the real tokens of a decoder beside an "
                     "encoder; give every batch its labels."
                 )
             return

@@ -27,6 +27,7 @@ from sparsecraft.evaluation.budget.loads import Batch, Source, ffn_flops, model_
 from sparsecraft.evaluation.budget.plots import sweep_png
 from sparsecraft.evaluation.budget.thresholds import Search
 from sparsecraft.surgery.budget import set_budget, split_layers, unchanged
+from sparsecraft.surgery.record import conversion_of
 
 log = logging.getLogger("sparsecraft")
 
@@ -133,7 +134,7 @@ def sweep(
         batch_sizes: of the passes that are timed; none skips that.
         calibration_data: where thresholds are found. None takes the first quarter of `data` (rows
             of files are shuffled with a fixed seed); the score is then of the others.
-        max_tokens: score so many tokens, and calibrate on so many; None is all.
+        max_tokens: tokens to score, and as many to calibrate on, at most; None is all.
         context: tokens in a causal model's cache when one more is timed.
         rounds: times that each pass is timed.
         score: measures the model instead of `evaluate`, for models without loss or accuracy.
@@ -182,7 +183,7 @@ class Setting:
     points: tuple[tuple[float, float], ...]
 
     def use(self, model: nn.Module) -> None:
-        model.sparsecraft.running.calibration = list(self.points)
+        conversion_of(model).running.calibration = list(self.points)
         set_budget(model, self.share)
 
 
@@ -339,7 +340,7 @@ def _write(model: nn.Module, result: Sweep, out: Path, context: int, rounds: int
         writer = csv.DictWriter(file, list(result.rows[0]))
         writer.writeheader()
         writer.writerows(result.rows)
-    recipe = model.sparsecraft.recipe
+    recipe = conversion_of(model).recipe
     (out / "sweep.md").write_text(f"# {recipe.name} ({recipe.variant})\n\n{result.markdown()}")
     timed = f"Latency: one eager pass, cache of {context} tokens if causal, {rounds} rounds."
     experts = next(iter(split_layers(model).values())).router.num_experts

@@ -44,7 +44,7 @@ class Trial:
 class Search:
     """Thresholds of a model, tried on data.
 
-    The scores of the dense model tell which threshold should give which share. What the sparse
+    The scores of the dense model say which threshold should give which share. What the sparse
     model really runs is measured, and the search goes on between the measured points.
 
     Args:

@@ -90,7 +90,7 @@ class PescConfig(SparsecraftConfig):
         num_experts: adapters per feed-forward network.
         top_k: adapters per token.
         adapter_dim: bottleneck width.
-        lora_r: rank of a LoRA on every Linear, as Camelidae has it; none unless given.
+        lora_r: rank of a LoRA on every Linear, as in Camelidae; none unless given.
         lora_alpha: LoRA's alpha.
         adapter_scale: factor on the adapters' outputs.
         dropout: on the inputs of adapters and LoRA, in training.

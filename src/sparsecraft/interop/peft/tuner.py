@@ -87,7 +87,7 @@ class RecipeTuner(BaseTuner):
             standing[place].sparsecraft_moe[adapter_name] = moe
 
     def _give_batch(self, model: nn.Module, asking: list[MoELayer]) -> None:
-        """Tell the layers that ask for it what the batch says of its tokens."""
+        """Give the layers that read it what the batch knows of its tokens."""
         known = [m.batch for m in model.modules() if getattr(m, "batch", None) is not None]
         batch = known[0] if known else Batch()
         if asking and not known:

@@ -69,7 +69,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite")
 
 
 def attention_of(config: Any) -> Attention | str:
-    """The attention that a dense model's configuration describes, or why no target has it."""
+    """The attention that a dense model's configuration describes, or why no target fits."""
     family = config.model_type
     if family not in FAMILIES:
         known = ", ".join(FAMILIES)
@@ -91,7 +91,7 @@ def attention_of(config: Any) -> Attention | str:
 
 
 def form_of(model: nn.Module) -> Form | str:
-    """The mixture in every layer of a converted model, or why no standard architecture has it."""
+    """The mixture in every layer of a converted model, or why no standard architecture fits."""
     record = conversion_of(model)
     if splits(record.recipe):
         return (

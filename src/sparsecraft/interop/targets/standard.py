@@ -79,7 +79,7 @@ class Standard(ABC):
         """The configuration of a dense model with the attention of such a checkpoint.
 
         Raises:
-            CheckpointError: no dense model has it.
+            CheckpointError: no dense model fits it.
         """
 
     def biases(self, attention: Attention) -> str:
@@ -228,8 +228,8 @@ def _check_complete(exported: nn.Module, tensors: Part) -> None:
 
 
 def _write_older_names(path: Path) -> None:
-    """Tell the rotary embedding also as transformers 4 and what was written for it read it: without
-    `rope_theta` they would take a default, and give other logits, without a word."""
+    """Write the rotary embedding also where transformers 4, and what was written for it, read it:
+    without `rope_theta` they would take a default, and give other logits, without a word."""
     config = read_json(path)
     rope = dict(config["rope_parameters"])
     config["rope_theta"] = rope.pop("rope_theta")

@@ -3,8 +3,8 @@
     y_t = sum_j g_j(x_t) MHA_j(x)_t
 
 The heads of all experts run in one pass of the model's own attention, as if it had N times as
-many: its kernels, masks, rotary embeddings and cache serve unchanged. What tells experts apart is
-the output projection, each expert's own, weighted by the gates.
+many: its kernels, masks, rotary embeddings and cache serve unchanged. What differs between
+experts is the output projection, each expert's own, weighted by the gates.
 
 Shapes: B sequences, S positions, D width, N experts, G key-value heads, R query heads of each, d
 width of a head, O output features.

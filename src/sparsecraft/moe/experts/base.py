@@ -28,7 +28,7 @@ from sparsecraft.recipe.experts import ExpertsSpec
 class Experts(nn.Module, ABC):
     """E experts in stacked tensors. A kind writes `build` and `expert`; dispatch is inherited.
 
-    All that anything may ask of experts stands here, so that nobody asks for their kind.
+    All that other code may ask of experts stands here, so that it need not ask for their kind.
 
     Attributes:
         num_experts: E.

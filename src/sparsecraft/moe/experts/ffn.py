@@ -189,12 +189,12 @@ class FFNExperts(CopiedExperts):
         return network if self.spec.scaling == "none" else self._scaled(network)
 
     def _scaled(self, network: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-        """The network with `scale` times its output, as `scaling` has it."""
+        """The network with `scale` times its output; see `scaling`."""
         scale, paper = self.spec.scale, self.spec.scaling == "paper"
         gate, up, down = factors(scale, self.gated, self.activation, paper)
         first = [gate, up] if self.gated else [up]
-        # Every shard has the second bias, and one of G all else: so much of `scale` is not for it.
-        # The paper's code leaves it as it is.
+        # Every shard has the second bias, and one of G all else, so that this part of `scale`
+        # is not for it. The paper's code leaves it as it is.
         by_name = {"down": [down], "down_bias": [1.0 if paper else scale / self.spec.granularity]}
         return {
             name: None if tensor is None else _times(tensor, by_name.get(name, first))

@@ -103,7 +103,7 @@ class LoRAExperts(Experts):
         Args:
             weights_TE: None for a single expert with weight one.
             z_TN: all A's rows times x_TI, where they are known.
-            in_place: y_TO belongs to nobody else, and may be written to.
+            in_place: nothing else holds y_TO, and it may be written to.
         """
         dropout = self.dropout if self.training else 0.0
         loras = LoRAs(self.lora_A, self.lora_B, self.scale, dropout)

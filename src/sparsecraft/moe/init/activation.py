@@ -128,7 +128,7 @@ def domain_neurons(
 ) -> tuple[Tensor, Tensor]:
     """(neurons_KM, shared_S), ascending: Read-ME's experts with exactly `size` neurons at work.
 
-    Each domain keeps its `size` neurons of the highest score, as the paper has it (the released
+    Each domain keeps its `size` neurons of the highest score, as in the paper (the released
     code keeps one fewer: `domain_masks`), and ties go to the lower index. Experts of different
     domains may share neurons; the shared ones stand in no expert, so m = size - S.
 

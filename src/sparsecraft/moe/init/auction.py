@@ -1,7 +1,7 @@
 """Equal-size assignment of least cost, by an auction in which all neurons bid at once.
 
 Shapes: F neurons, E experts, m neurons per expert (F = E * m), B neurons that still bid. An extra
-expert E, which nobody can win from, takes what neurons without a bid would do.
+expert E, whose places cannot be won, takes the updates of neurons that do not bid.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _auction(cost_FE: Tensor, size: int, price_E: Tensor, step: float) -> tuple[
 
 
 def _round(cost_FE, price_E, bid_EM, holder_EM, bidder_B, step: float) -> Tensor:
-    """All of `bidder_B` (-1: nobody) bid for their best expert; returns who bids next.
+    """All of `bidder_B` (-1: none) bid for their best expert; returns who bids next.
 
     Of an expert's places and its new bids the best m stay: the bid of rank r takes the r-th
     cheapest place if it is higher, and whom it displaces bids next in its stead. So nothing here

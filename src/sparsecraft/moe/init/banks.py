@@ -13,9 +13,6 @@ from sparsecraft.moe.init.balanced import balanced_kmeans
 from sparsecraft.moe.init.graph import co_activation
 from sparsecraft.moe.init.partition import random_partition
 
-# Those that look at weights alone, so that `convert` can make them.
-OF_WEIGHTS = ("contiguous", "random", "kmeans")
-
 
 def partition_of_weights(bank: SplitExperts, seed: int = 0) -> Tensor:
     """The partition of a bank that needs no data: neurons_EM. Those that need some leave the
@@ -32,7 +29,7 @@ def partition_of_weights(bank: SplitExperts, seed: int = 0) -> Tensor:
         case "kmeans":
             rows_FD = first_rows(bank)
             # Not where it stands now, unless it has been clustered before.
-            before = bank.neurons if _is_dealt(bank) else None
+            before = bank.neurons if _is_partitioned(bank) else None
             return balanced_kmeans(rows_FD, spec.num_experts, seed=seed, start=before)
     return bank.neurons
 
@@ -42,7 +39,7 @@ def first_rows(bank: SplitExperts) -> Tensor:
     return bank.dense()["first"][: bank.neurons.numel()].float()
 
 
-def _is_dealt(bank: SplitExperts) -> bool:
+def _is_partitioned(bank: SplitExperts) -> bool:
     order_F = bank.neurons.flatten()
     return not torch.equal(order_F, torch.arange(len(order_F), device=order_F.device))
 

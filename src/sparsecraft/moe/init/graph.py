@@ -82,7 +82,7 @@ def cut_graph(weights_FF: Tensor, num_experts: int, seed: int = 0) -> Tensor:
 
     METIS (k-way, as `gpmetis`) takes whole numbers: weights that are not, or that are too large
     in total for it, are scaled by one factor and rounded; edges that round to zero fall away.
-    Its parts are only nearly equal. Where the paper's code deals out the surplus at random,
+    Its parts are only nearly equal. Where the paper's code assigns the surplus at random,
     `_level` moves the neuron that loses the least co-activation.
     """
     F = len(weights_FF)

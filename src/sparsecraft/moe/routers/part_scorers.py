@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsecraft.errors import RecipeError
-from sparsecraft.kernels.selection import score as score_tokens
-from sparsecraft.kernels.selection import score_torch
+from sparsecraft.kernels.selection import score, score_torch
 from sparsecraft.moe.experts.split import SplitExperts
 from sparsecraft.moe.routers.scorer import PartScorer
 from sparsecraft.moe.routers.starts import draw
@@ -84,8 +83,8 @@ class MLPScorer(PartScorer):
             self.second.copy_(torch.eye(len(self.second)))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        score = _score(self)
-        return score(score(x_TD, self.first, None, "tanh", True), self.second, None, "none", False)
+        run = _score(self)
+        return run(run(x_TD, self.first, None, "tanh", True), self.second, None, "none", False)
 
 
 class NormScorer(PartScorer):
@@ -99,9 +98,9 @@ class NormScorer(PartScorer):
         self.first_bias, self.second_bias = _bias(H, spec.bias, bank), _bias(R, spec.bias, bank)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        score = _score(self)
-        hidden_TH = score(x_TD, self.first, self.first_bias, "relu", False)
-        return score(hidden_TH, self.second, self.second_bias, "abs", False)
+        run = _score(self)
+        hidden_TH = run(x_TD, self.first, self.first_bias, "relu", False)
+        return run(hidden_TH, self.second, self.second_bias, "abs", False)
 
 
 class AnalyticScorer(PartScorer):
@@ -236,4 +235,4 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _score(scorer: nn.Module) -> Callable[..., Tensor]:
     """The product that a scorer is made of; while it is fitted, the one that knows vmap."""
-    return score_torch if scorer.training else score_tokens
+    return score_torch if scorer.training else score

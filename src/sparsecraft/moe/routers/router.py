@@ -70,7 +70,7 @@ class Router(nn.Module):
         if self.by_sequence:
             logits = self._for_tokens(logits, x, batch)
         if batch is not None and batch.expert_ids is not None:
-            return _told(batch.expert_ids, logits, self.sums_to_one)
+            return _directed(batch.expert_ids, logits, self.sums_to_one)
         weights_TK, indices_TK = self.select(logits)
         facts = self.sums_to_one, self.in_order
         return Routing(weights_TK, indices_TK, logits, *facts, outputs_TEO=outputs_TEO)
@@ -149,7 +149,7 @@ class Router(nn.Module):
         return router_words(self.spec)
 
 
-def _told(expert_ids: Tensor, logits_TE: Tensor, sums_to_one: bool) -> Routing:
+def _directed(expert_ids: Tensor, logits_TE: Tensor, sums_to_one: bool) -> Routing:
     """Every token at the expert that the batch names, with weight one.
 
     Raises:

@@ -18,7 +18,7 @@ class Scorer(nn.Module, ABC):
 
     Attributes:
         width: D, features of the tokens that it reads.
-        extended: so many experts, the last ones, were appended one at a time.
+        extended: number of experts, the last ones, that were appended one at a time.
     """
 
     width: int

@@ -16,8 +16,8 @@ class LinearScorer(Scorer):
     """One bias-free row per expert (Shazeer et al. 2017; PESC Eq. 9; Mixtral).
 
     Attributes:
-        extended: so many rows, the last ones, came one at a time. Each is a product of its own,
-            because in one of another shape the last bits of the others' logits may differ.
+        extended: number of rows, the last ones, that came one at a time. Each is a product of its
+            own, because in one of another shape the last bits of the others' logits may differ.
     """
 
     def __init__(self, spec: Linear, width: int, num_experts: int, *, device=None, dtype=None):

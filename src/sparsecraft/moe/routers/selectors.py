@@ -35,7 +35,7 @@ class Sample(nn.Module):
     training; the best expert with weight one at inference, where nothing is drawn.
 
     Attributes:
-        step: training steps so far, which the trainer tells: tau = max(0.5, exp(-1e-4 step)).
+        step: training steps so far, which the trainer sets: tau = max(0.5, exp(-1e-4 step)).
     """
 
     RATE, FLOOR = 1e-4, 0.5
