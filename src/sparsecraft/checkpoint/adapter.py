@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 from sparsecraft.checkpoint import tensorfile
 from sparsecraft.checkpoint.adapter_names import HELD, WRAPPED, check_complete, standing_paths
-from sparsecraft.checkpoint.base import convert_base, find_base
+from sparsecraft.checkpoint.base import find_base, load_on
 from sparsecraft.checkpoint.folder import EXPORT_RECORD
 from sparsecraft.checkpoint.jsonfile import read_json
+from sparsecraft.checkpoint.manifest import read_recipe
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.checkpoint.tensors import ADAPTER
 from sparsecraft.dense import hub
 from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.moe.names import unique_tensors
-from sparsecraft.recipe import overrides
-from sparsecraft.recipe.formats import from_json, to_json
+from sparsecraft.recipe.formats import to_json
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.record import conversion_of
 
@@ -142,35 +142,28 @@ def load_adapter(
             tensors are not those of its recipe.
     """
     config = read_json(folder / ADAPTER)
-    recipe = overrides.override(_recipe(folder, config), override or {})
+    recipe = _recipe(folder, config, override)
     origin, saved_dtype = _base(folder, config, base)
-    model = hub.load_dense(
-        str(origin.folder),
-        dtype=dtype or saved_dtype,
-        device_map=device_map,
-        quantize=recipe.quantization,
-        **kwargs,
-    )
-    record = convert_base(model, recipe, origin)
+    kwargs |= {"dtype": dtype or saved_dtype, "device_map": device_map}
+    model, record = load_on(origin, recipe, **kwargs)
     if (folder / EXPORT_RECORD).is_file():  # PEFT's own folders hold no tokenizer
         record.folder = folder.absolute()
-    record.base_card = (origin.name, hub.license_of(origin.folder))
     _read_tensors(model, folder / WEIGHTS, dtype)
     writes_ours(model)
     return model.eval()
 
 
-def _recipe(folder: Path, config: dict[str, Any]) -> Recipe:
-    """The recipe that adapter_config.json holds, whose other fields must say the same."""
+def _recipe(folder: Path, config: dict[str, Any], changes: dict[str, Any] | None) -> Recipe:
+    """The recipe that adapter_config.json holds, whose other fields must say the same, changed."""
     kind = config.get("peft_type")
     if kind not in ADAPTER_TYPES:
         raise CheckpointError(
             f"{folder} holds an adapter of type {kind!r}, and sparsecraft reads "
             f"{', '.join(ADAPTER_TYPES)}; use peft.PeftModel.from_pretrained."
         )
-    recipe = from_json(config["recipe"])
+    saved, recipe = read_recipe(config["recipe"], changes)
     try:
-        ADAPTER_TYPES[kind].check_fields(recipe, config)
+        ADAPTER_TYPES[kind].check_fields(saved, config)
     except RecipeError as error:
         raise CheckpointError(f"{folder / ADAPTER} was edited: {error}") from None
     return recipe

@@ -35,6 +35,19 @@ def convert_base(model: nn.Module, recipe: Recipe, origin: Origin | None) -> Con
     return record
 
 
+def load_on(origin: Origin, recipe: Recipe, **kwargs: Any) -> tuple[nn.Module, Conversion]:
+    """The dense model of a folder with the layers of a checkpoint, which still lack their tensors,
+    and what is remembered on it.
+
+    Args:
+        kwargs: passed to `hub.load_dense`.
+    """
+    model = hub.load_dense(str(origin.folder), quantize=recipe.quantization, **kwargs)
+    record = convert_base(model, recipe, origin)
+    record.base_card = (origin.name, hub.license_of(origin.folder))
+    return model, record
+
+
 def usable_base(model: nn.Module, out: Path, standalone: bool) -> Origin | None:
     """The base that a checkpoint in `out` can stand on; None if it has to hold everything."""
     record = conversion_of(model)

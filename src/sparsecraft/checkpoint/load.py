@@ -10,18 +10,16 @@ from torch import nn
 from transformers import GenerationConfig
 
 from sparsecraft.checkpoint.adapter import load_adapter
-from sparsecraft.checkpoint.base import convert_base, find_base
+from sparsecraft.checkpoint.base import convert_base, find_base, load_on
 from sparsecraft.checkpoint.folder import MANIFEST
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json
-from sparsecraft.checkpoint.manifest import base_config, read_manifest
+from sparsecraft.checkpoint.manifest import base_config, read_manifest, read_recipe
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.checkpoint.tensors import ADAPTER, WEIGHTS, read_tensors
 from sparsecraft.dense import hub
 from sparsecraft.dense.loading import load_tokenizer, model_class
 from sparsecraft.errors import CheckpointError
 from sparsecraft.moe.names import unique_tensors
-from sparsecraft.recipe import overrides
-from sparsecraft.recipe.formats import from_json
 from sparsecraft.surgery.budget import restore
 from sparsecraft.surgery.record import conversion_of
 
@@ -51,32 +49,26 @@ def load(
     if (folder / ADAPTER).is_file() and not (folder / MANIFEST).is_file():
         return load_adapter(folder, base, dtype, device_map, override, **kwargs)
     manifest = read_manifest(folder)
-    saved = from_json(manifest["recipe"])
-    recipe = overrides.override(saved, override or {})
+    saved, recipe = read_recipe(manifest["recipe"], override)
     origin = find_base(folder, manifest["base"], base)
     # Not the base folder's: the model may have been loaded with other settings.
     config = base_config(_checked_config(folder, manifest))
     config.update({key: kwargs.pop(key) for key in list(kwargs) if key in config.to_dict()})
     if origin is None:
         model = _from_config(folder, config, device_map, kwargs)
+        record, held = convert_base(model, recipe, None), manifest["dense"].items()
+        record.digests = {name: (getattr(torch, d), h) for name, (d, h) in held}
     else:
         kwargs |= {"config": config, "dtype": getattr(torch, manifest["base"]["dtype"])}
-        quantize = recipe.quantization
-        model = hub.load_dense(
-            str(origin.folder), device_map=device_map, quantize=quantize, **kwargs
-        )
-    record = convert_base(model, recipe, origin)
-    if origin is None:
-        saved_digests = manifest["dense"].items()
-        record.digests = {name: (getattr(torch, d), h) for name, (d, h) in saved_digests}
+        model, record = load_on(origin, recipe, device_map=device_map, **kwargs)
     record.written, record.base_card = manifest["recipe"], manifest.get("base_card")
     record.folder, record.report = folder.absolute(), read_json(folder / "report.json")
     read_tensors(model, folder / WEIGHTS, manifest["tensors"], complete=origin is None)
+    if dtype is not None:
+        _cast(model, dtype)
     restore(model, manifest.get("running"), changed=recipe != saved)
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    if dtype is not None:
-        _cast(model, dtype)
     writes_ours(model)
     return model.eval()
 

@@ -12,7 +12,9 @@ from sparsecraft.checkpoint.folder import MANIFEST
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json
 from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.moe.names import dense_tensors
-from sparsecraft.recipe.formats import check_format
+from sparsecraft.recipe.formats import check_format, from_json
+from sparsecraft.recipe.overrides import override
+from sparsecraft.recipe.recipe import Recipe
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -36,6 +38,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "sc.load(dir, override={...}) instead."
         )
     return manifest
+
+
+def read_recipe(data: dict[str, Any], changes: dict[str, Any] | None) -> tuple[Recipe, Recipe]:
+    """The recipe that a file holds, and the same with what the user changes of it.
+
+    Raises:
+        RecipeError: a newer format, an unknown field, or an impossible change.
+    """
+    saved = from_json(data)
+    return saved, override(saved, changes or {})
 
 
 def word(dtype: torch.dtype) -> str:

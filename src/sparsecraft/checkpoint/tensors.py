@@ -48,10 +48,9 @@ def read_tensors(
         in_place: copy values into the existing tensors, whatever is in the file, so that
             optimizers and wrappers keep their references.
     """
-    known = unique_tensors(model)
+    devices, known = _devices(model), unique_tensors(model)
     new = {n for n in known if dense_name(model, n) is None}
     required = set() if in_place else set(known) if complete else new
-    devices = _devices(model)
     digests = {}
     for name, tensor in shards.read(path):
         digests[name] = digest(tensor)

@@ -33,6 +33,11 @@ class Linear:
     rows: tuple[int, int] | None = None
     """(start, length) of the output features."""
 
+    @property
+    def reference(self) -> Tensor:
+        """A weight of the module, whose device and dtype new tensors take."""
+        return self.module.weight
+
     @cached_property
     def in_features(self) -> int:
         return features(self.module)[0]
@@ -71,6 +76,11 @@ class Activation:
     width: int
 
     @property
+    def reference(self) -> Tensor:
+        """A weight of the module, whose device and dtype new tensors take."""
+        return self.module.weight
+
+    @property
     def in_features(self) -> int:
         return self.width
 
@@ -93,6 +103,11 @@ class FFN:
     """Between activation and down, as in T5."""
     output_dropout: float
     """After down, as in GPT-2."""
+
+    @property
+    def reference(self) -> Tensor:
+        """A weight of the network, whose device and dtype new tensors take."""
+        return self.down.module.weight
 
     @property
     def gated(self) -> bool:
@@ -164,6 +179,11 @@ class Attention:
     path: str
     module: nn.Module
     form: AttentionForm
+
+    @property
+    def reference(self) -> Tensor:
+        """A weight of the attention, whose device and dtype new tensors take."""
+        return self.query.weight
 
     @property
     def query(self) -> nn.Module:

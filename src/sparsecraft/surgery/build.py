@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sparsecraft.dense.donors import FFN, Attention, Donor
 from sparsecraft.dense.tokens import is_causal, reads
 from sparsecraft.errors import SurgeryError
 from sparsecraft.moe.experts.base import Experts
@@ -46,7 +45,7 @@ def build_parts(
 ) -> tuple[Experts, nn.Module | None]:
     """The experts and the router of one planned edit; see `build_layer`."""
     edit, donor, site = item.edit, item.donor, item.site
-    reference = reference_tensor(donor)
+    reference = donor.reference
     device = reference.device if device is None else device
     # Quantized donors hold integers; their tokens arrive in the model's floating dtype.
     dtype = reference.dtype if reference.is_floating_point() else model.dtype
@@ -76,9 +75,3 @@ def router_width(model: nn.Module, item: PlannedEdit) -> int:
             )
         return item.site.head_dim
     return donor.out_features if router.reads == "output" else donor.in_features
-
-
-def reference_tensor(donor: Donor) -> Tensor:
-    if isinstance(donor, Attention):
-        return donor.query.weight
-    return (donor.down if isinstance(donor, FFN) else donor).module.weight

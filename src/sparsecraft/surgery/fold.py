@@ -27,7 +27,6 @@ from sparsecraft.dense.forms import join
 from sparsecraft.errors import MergeError
 from sparsecraft.moe.experts.base import Experts
 from sparsecraft.moe.experts.folded import Network, Scale, Update
-from sparsecraft.surgery.build import reference_tensor
 from sparsecraft.surgery.plan import PlannedEdit
 from sparsecraft.surgery.rectify import activation_of
 
@@ -87,7 +86,7 @@ def why_no_fold(item: PlannedEdit, bank: Experts, single: bool) -> str | None:
     """
     if reason := bank.why_no_fold(item.edit, item.site, single):
         return reason
-    if not reference_tensor(item.donor).is_floating_point():
+    if not item.donor.reference.is_floating_point():
         return (
             "its dense weights are quantized and cannot take the update; load the checkpoint with "
             "override={'backbone': None}"

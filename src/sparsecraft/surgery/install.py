@@ -10,7 +10,7 @@ from sparsecraft.moe.context import Batch, asks_for_batch, attach
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.budget import run, split_layers
-from sparsecraft.surgery.build import build_layer, reference_tensor
+from sparsecraft.surgery.build import build_layer
 from sparsecraft.surgery.plan import PlannedEdit
 from sparsecraft.surgery.record import Conversion
 from sparsecraft.surgery.trainable import set_trainable
@@ -32,7 +32,7 @@ def apply(
     record.layers = [
         build_layer(model, item, number=number, device=device) for number, item in enumerate(edits)
     ]
-    record.devices = [reference_tensor(item.donor).device for item in edits]
+    record.devices = [item.donor.reference.device for item in edits]
     model.sparsecraft = record
     for item, layer in zip(edits, record.layers, strict=True):
         _install(model, item, layer, record.dense)

@@ -62,8 +62,7 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
                 f"{item.site.path!r} is one projection for several, and experts before it would "
                 f"change what all of them read, not the {item.site.kind} alone; use place='after'."
             )
-        _check_causality(model, item)
-        _check_modality(model, item)
+        _check_tokens(model, item)
     # A site inside another one has the deeper path, except where the outer one spans siblings.
     return sorted(
         planned, key=lambda p: sum(other.site.contains(p.site) for other in planned), reverse=True
@@ -85,8 +84,9 @@ def _check_nesting(outer: PlannedEdit, inner: PlannedEdit) -> None:
         )
 
 
-def _check_causality(model: nn.Module, item: PlannedEdit) -> None:
-    """Refuse a router that would show a token of a decoder what comes after it."""
+def _check_tokens(model: nn.Module, item: PlannedEdit) -> None:
+    """Refuse a router that would show a token of a decoder what comes after it, and to choose
+    between text and images where a tower reads images, or sound, alone."""
     router = item.edit.router
     if router and router.by_sequence and not router.sentences and is_causal(model, item.site.path):
         raise SurgeryError(
@@ -94,10 +94,6 @@ def _check_causality(model: nn.Module, item: PlannedEdit) -> None:
             f"{item.site.path!r} of {type(model).__name__} that would show a token what comes "
             "after it; use decides='token' or 'sentence', or paths='encoder.*'."
         )
-
-
-def _check_modality(model: nn.Module, item: PlannedEdit) -> None:
-    """Refuse to choose text or images where a tower reads images, or sound, alone."""
     if item.edit.modality and reads(model, item.site.path) == "tower":
         raise SurgeryError(
             f"An edit for {item.edit.modality} tokens reaches {item.site.path!r} of "
