@@ -15,6 +15,7 @@ from torch import nn
 from sparsecraft.kernels.lora import LoRAs, mix_lora
 from sparsecraft.kernels.projections import float32_product
 from sparsecraft.kernels.vectors import mix_vectors, mix_vectors_torch, usable
+from sparsecraft.moe.experts import dispatch
 from sparsecraft.moe.experts.adapter import AdapterExperts
 from sparsecraft.moe.experts.dispatch import PATHS, choose_path, loop
 from sparsecraft.moe.experts.lora import LoRAExperts
@@ -80,6 +81,7 @@ def test_grouped_does_not_wait_for_the_device():
 
 
 def test_float32_takes_the_loop_and_says_so(caplog):
+    dispatch._say_once.cache_clear()
     bank, router, x = parts(512, torch.float32)
     assert choose_path(bank, x, router(x)) == "loop"
     assert "grouped_mm on CUDA takes bfloat16" in caplog.text
