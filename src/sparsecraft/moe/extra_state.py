@@ -45,7 +45,7 @@ def unpack(state: Any, owner: str, checks: Mapping[str, Check]) -> dict[str, Any
         found = json.loads(bytes(state.tolist()))
         if not (isinstance(found, dict) and found.keys() == checks.keys()):
             raise ValueError(f"it should hold {', '.join(checks)}")
-    except (AttributeError, ValueError) as error:
+    except (AttributeError, ValueError, RecursionError) as error:
         raise SparsecraftError(
             f"The state dict's _extra_state of a {owner} cannot be read ({error}); {advice}"
         ) from None
