@@ -6,21 +6,56 @@ fitting, and `base_quantization`. Its fields and their defaults stand here, as t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from sparsecraft.errors import RecipeError, did_you_mean
+from sparsecraft.recipe.numbers import check_deviation, check_whole
+from sparsecraft.recipe.stages import Stage
+from sparsecraft.recipe.typed import read, shown
 
 RECIPE = (
     "name", "title", "paper", "variant", "exact_at_start", "base_quantization", "others",
     "expansion", "edits", "stages",
 )  # fmt: skip
 
-ROUTER = {
-    "scorer": "linear", "select": "top_k", "top_k": 2, "soft_first": False, "threshold": None,
-    "shared": 0, "squash": "none", "weighting": "softmax", "target": "mass", "hidden": None,
-    "bias": None, "normalize": False, "renormalize": True, "temperature": 1.0, "gates_base": False,
-    "reads": "input", "decides": "token", "encoder": "minilm", "sentence_dim": 384,
-    "init": "kaiming_uniform", "init_std": 0.02, "init_repeat": 1, "extended": 0, "balanced": True,
+# Field -> its type and default.
+ROUTER: dict[str, tuple[Any, Any]] = {
+    "scorer": (
+        Literal["linear", "domain", "similarity", "mlp", "norm", "analytic", "oracle"], "linear",
+    ),
+    "select": (
+        Literal["top_k", "sample", "soft", "slots", "share", "relative", "threshold"], "top_k",
+    ),
+    "top_k": (int | None, 2),
+    "soft_first": (bool, False),
+    "threshold": (float | None, None),
+    "shared": (int, 0),
+    "squash": (Literal["none", "abs", "sigmoid", "softmax"], "none"),
+    "weighting": (
+        Literal["softmax", "one", "scaled", "straight_through", "score", "gain"], "softmax",
+    ),
+    "target": (
+        Literal["mass", "deviation", "squared_deviation", "output_norm", "intermediate_norm"],
+        "mass",
+    ),
+    "hidden": (int | None, None),
+    "bias": (float | None, None),
+    "normalize": (bool, False),
+    "renormalize": (bool, True),
+    "temperature": (float, 1.0),
+    "gates_base": (bool, False),
+    "reads": (Literal["input", "output"], "input"),
+    "decides": (Literal["token", "head", "sequence", "sentence"], "token"),
+    "encoder": (str, "minilm"),
+    "sentence_dim": (int, 384),
+    "init": (
+        Literal["kaiming_uniform", "normal", "uniform", "zeros", "hidden", "kmeans"],
+        "kaiming_uniform",
+    ),
+    "init_std": (float, 0.02),
+    "init_repeat": (int, 1),
+    "extended": (int, 0),
+    "balanced": (bool, True),
 }  # fmt: skip
 
 # What format 1 allowed to say where it meant nothing.
@@ -33,6 +68,8 @@ STAGE = (
 )  # fmt: skip
 
 DIFFERENCE = ("redraw", "redraw_apart", "permute", "noise_std", "noise_share")
+
+FFN = ("kind", "num_experts", "init", "width", "granularity", "blend", "scaling", "scale")
 
 FIT = (
     "what", "sparsity", "dropout", "loss", "tokens", "epochs", "batch_tokens", "learning_rate",
@@ -64,27 +101,31 @@ def _edit(edit: Any, path: str) -> Any:
         return edit
     new = dict(edit)
     if isinstance(edit.get("experts"), dict):
-        new["experts"] = _experts(edit["experts"])
+        new["experts"] = _experts(edit["experts"], f"{path}.experts")
     if isinstance(edit.get("router"), dict):
         new["router"] = _router(edit["router"], f"{path}.router")
     return new
 
 
-def _experts(old: dict[str, Any]) -> dict[str, Any]:
+def _experts(old: dict[str, Any], path: str) -> dict[str, Any]:
     """What is random in copies became a type of its own; `init` said "copy" and nothing else."""
     if old.get("kind", "ffn") != "ffn":
         return old
+    _check_known(old, FFN + DIFFERENCE, path)
     new = {name: value for name, value in old.items() if name not in DIFFERENCE}
-    if old.get("init") == "copy":
-        del new["init"]
+    read(Literal["copy"], new.pop("init", "copy"), f"{path}.init")
     differ = {name: old[name] for name in DIFFERENCE if name in old}
     return new | {"differ": differ} if differ else new
 
 
 def _router(old: dict[str, Any], path: str) -> dict[str, Any]:
     _check_known(old, tuple(ROUTER), path)
-    left = ROUTER | old
+    left = {
+        name: read(hint, old.get(name, default), f"{path}.{name}")
+        for name, (hint, default) in ROUTER.items()
+    }
     gate = left.pop("weighting") != "softmax"
+    _check_values(left, gate, path)
     if gate:
         new = {
             "kind": "gate",
@@ -102,13 +143,51 @@ def _router(old: dict[str, Any], path: str) -> dict[str, Any]:
         new |= {name: left.pop(name) for name in names}
     new |= {"select": _select(left, gate), "balanced": left.pop("balanced")}
     for name, value in left.items():
-        if value != ROUTER[name] and name not in IDLE:
+        if value != ROUTER[name][1] and name not in IDLE:
             raise RecipeError(
                 f"{path}.{name} is {value!r}, which a {new['scorer']['kind']} scorer with "
                 f"{new['select']['kind']} selection, weighted by "
                 f"{old.get('weighting', 'softmax')}, does not have; leave it out."
             )
     return new
+
+
+def _check_values(old: dict[str, Any], gate: bool, path: str) -> None:
+    """Refuse what format 1 did, of fields that may be idle and are then in no field of format 2.
+
+    Raises:
+        RecipeError: a field that contradicts another one, or is out of its range.
+    """
+    check_deviation(old["init_std"], f"{path}.init_std")
+    check_whole(f"{path}.sentence_dim", old["sentence_dim"])
+    select, top_k = old["select"], old["top_k"]
+    wanted = 1 if select == "sample" else None
+    if (top_k is None) if select == "top_k" else (top_k != wanted):
+        raise RecipeError(
+            f"{path}.top_k is {top_k} with select={select!r}, which takes "
+            f"{'a number' if select == 'top_k' else f'top_k={wanted}'}."
+        )
+    if (select in BY_THRESHOLD) == (old["threshold"] is None):
+        raise RecipeError(
+            f"{path}.threshold is {old['threshold']} with select={select!r}, which takes "
+            f"{'a number' if select in BY_THRESHOLD else 'threshold=None'}."
+        )
+    if gate and old["init"] in ("uniform", "hidden", "kmeans"):
+        raise RecipeError(
+            f"{path}.init is {old['init']!r}, which is for whole experts; the router of a split "
+            "network starts by kaiming_uniform, normal or zeros."
+        )
+    if old["scorer"] == "domain" and old["init"] != "normal":
+        raise RecipeError(
+            f"{path}.init is {old['init']!r} with scorer='domain', whose projection starts normal; "
+            "set init='normal'."
+        )
+    of_domains = old["scorer"] == "domain" and old["decides"] != "sentence"
+    if old["encoder"] == "self" and not of_domains:
+        raise RecipeError(
+            f"{path}.encoder is 'self' with scorer={old['scorer']!r} and decides="
+            f"{old['decides']!r}; only domains are embedded by the model itself."
+        )
 
 
 def _scorer(left: dict[str, Any]) -> dict[str, Any]:
@@ -154,8 +233,6 @@ def _select(left: dict[str, Any], gate: bool) -> dict[str, Any]:
     if kind == "top_k":
         new["k"] = k
         new |= {} if gate else {"renormalize": left.pop("renormalize")}
-    elif k != (1 if kind == "sample" else None):
-        left["top_k"] = k  # not of this selection
     if kind in BY_THRESHOLD:
         new["threshold"] = left.pop("threshold")
     if kind == "sample":
@@ -174,13 +251,14 @@ def _stage(old: Any, path: str) -> Any:
     _check_known(fit, FIT, f"{path}.fit")
     if deal is not None:
         raise RecipeError(f"{path} has fit and buckets; it must have one of them.")
+    read(Stage, {"kind": "train", **old}, path)  # idle in a fit, and refused where it is wrong
     kept = {name: old[name] for name in ("batch_size", "max_length") if name in old}
     return {"kind": "fit", "name": old.get("name", "train"), **fit, **kept}
 
 
 def _check_known(data: Any, known: tuple[str, ...], path: str) -> None:
     if not isinstance(data, dict):
-        raise RecipeError(f"{path} is {data!r}; it must be an object with fields.")
+        raise RecipeError(f"{path} is {shown(data)}; it must be an object with fields.")
     for name in data:
         if name not in known:
-            raise RecipeError(f"{path} has no field {name!r}." + did_you_mean(name, known))
+            raise RecipeError(f"{path} has no field {name!r}." + did_you_mean(str(name), known))
