@@ -107,7 +107,9 @@ def read_spec(specs: list[type], data: dict[str, Any], path: str) -> Any:
         kinds = {kind: spec for spec in specs for kind in words_of(spec)}
         if data.get("kind") not in kinds:
             raise RecipeError(
-                f"{path}.kind is {data.get('kind')!r}." + did_you_mean(str(data.get("kind")), kinds)
+                f"{path}.kind is {data.get('kind')!r}."
+                + did_you_mean(str(data.get("kind")), kinds)
+                + " A kind of your own must be registered first: import the module that does that."
             )
         specs = [kinds[data["kind"]]]
     hints = hints_of(specs[0])

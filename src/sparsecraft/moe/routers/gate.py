@@ -14,7 +14,9 @@ from sparsecraft.moe.experts.split import SplitExperts
 from sparsecraft.moe.extra_state import is_number, pack, unpack
 from sparsecraft.moe.routers.part_scorers import PART_SCORERS
 from sparsecraft.moe.routers.running import Running, is_running
+from sparsecraft.moe.routers.starts import DOOR
 from sparsecraft.moe.routing import Routing
+from sparsecraft.recipe.kinds import named
 from sparsecraft.recipe.routers import GateSpec
 
 Runs = Literal["sparse", "every", "soft"]
@@ -42,7 +44,7 @@ class Gate(nn.Module):
         self.share = None if self.k is None else (spec.shared + self.k) / bank.num_experts
         # Not a buffer: a model that is cast to bf16 must keep it.
         self._threshold = torch.tensor(-1.0 if spec.threshold is None else spec.threshold)
-        self.scorer = PART_SCORERS[type(spec.scorer)](spec.scorer, bank, spec)
+        self.scorer = named(PART_SCORERS, spec.scorer, "scorer", DOOR)(spec.scorer, bank, spec)
         gain = torch.zeros(bank.num_experts - spec.shared, device=bank.down.device)
         self.gain = nn.Parameter(gain) if spec.weighting == "gain" else None
 
