@@ -197,12 +197,12 @@ def test_a_kind_that_nothing_computes_is_one_sentence(recipe, change, lacks):
 
 
 def test_a_start_that_nothing_computes_is_one_sentence():
-    with pytest.raises(RecipeError, match="BareStart .* has no function that fills a weight"):
+    with pytest.raises(RecipeError, match=r"BareStart .* has no function that fills a weight"):
         draw(BareStart(), torch.empty(2, 2))
 
 
 def test_a_recipe_of_a_kind_that_is_not_registered_says_what_to_import():
     data = to_json(sc.recipes.upcycling(4))
     data["edits"][0]["experts"] = {"kind": "elsewhere", "num_experts": 4}
-    with pytest.raises(RecipeError, match="'elsewhere'.*must be registered first: import"):
+    with pytest.raises(RecipeError, match=r"'elsewhere'.*must be registered first: import"):
         from_json(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -132,13 +133,21 @@ class Gate(nn.Module):
             "runs": lambda runs: runs in get_args(Runs),
             "k": lambda k: type(k) is int and 1 <= k <= most if ruled_by_k else k is None,
             "share": lambda share: share is None or (is_number(share) and 0 <= share <= 1),
-            "threshold": is_number,
+            "threshold": self._is_threshold,
             "running": is_running,
         }
         found = unpack(state, f"gate of {self.num_experts} experts", checks)
         self.runs, self.k, self.share = found["runs"], found["k"], found["share"]
         self.threshold = found["threshold"]
         self.running.read(found["running"])
+
+    def _is_threshold(self, value: Any) -> bool:
+        """Whether the rule can have it; that of top-k reads none."""
+        if not is_number(value) or self.spec.threshold is None:
+            return is_number(value)
+        rule = self.spec.select
+        # A hair more than the rule's own limits: those from data are rounded.
+        return rule.most == math.inf or -1e-3 <= value <= rule.most + 1e-3
 
     def extra_repr(self) -> str:
         return f"select={self.spec.select.kind}, weighting={self.spec.weighting}, runs={self.runs}"
