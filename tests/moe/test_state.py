@@ -356,7 +356,7 @@ def test_a_top_k_from_another_recipe_is_not_saved_as_this_ones(tmp_path):
     sc.convert(model, wider, certify=False)
     set_budget(model, None)
     other.load_state_dict(model.state_dict())
-    with pytest.raises(CheckpointError, match="k=3, and the recipe's own rule .* names 2"):
+    with pytest.raises(CheckpointError, match=r"k=3, and the recipe's own rule .* names 2"):
         sc.save(other, tmp_path / "out")
     set_budget(other, 0.75)
     assert_same(sc.load(sc.save(other, tmp_path / "out")), other)
