@@ -55,6 +55,7 @@ def test_errors_name_flags(said, wanted):
     [
         "The data is short, and its rank is low.",
         "router.top_k=3, 'top_k', `top_k` and /models/top_k/top_k.json",
+        "select.kind is 'hard'. Known: sample, slots, soft, top_k.",
         "Known: num_experts_per_token, modalities=False, tokenizer=...",
     ],
 )

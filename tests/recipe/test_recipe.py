@@ -109,8 +109,8 @@ def test_from_json_refuses_what_it_does_not_know():
         ("edits.0.router.select.k", "2", ["recipe.edits.0.router.select.k is '2'", "int"]),
         ("edits.0.router.select.k", True, ["select.k is True"]),
         ("edits.0.router.select.k", 99, ["top_k is 99 with num_experts=4"]),
-        ("edits.0.experts", KeyError, ["recipe.edits.0 is incomplete", "experts"]),
-        ("name", KeyError, ["recipe is incomplete", "name"]),
+        ("edits.0.experts", KeyError, ["recipe.edits.0 lacks experts."]),
+        ("name", KeyError, ["recipe lacks name."]),
         ("stages.0.losses", {"switch": "much"}, ["losses.switch is 'much'", "float"]),
         ("edits", "all", ["recipe.edits is 'all'"]),
     ):

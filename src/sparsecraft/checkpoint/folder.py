@@ -141,6 +141,6 @@ def _ours(folder: Path) -> bool:
         return True
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(manifest, dict) and {"format_version", "recipe", "tensors"} <= set(manifest)

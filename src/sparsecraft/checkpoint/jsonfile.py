@@ -28,11 +28,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint.
 
     Raises:
-        CheckpointError: it is missing, no JSON, or no object.
+        CheckpointError: it is missing, no JSON, nested too deeply, or no object.
     """
     try:
         data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}).") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds {data!r:.40}, no JSON object; save it again.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from typing import Any, ClassVar, Self
 
@@ -98,14 +98,19 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def in_flags(text: str, names: Iterable[str]) -> str:
+def in_flags(text: str, names: Collection[str]) -> str:
     """An error's sentence about arguments of Python, about flags instead.
 
     `top_k is 9 with num_experts=8` becomes `--top-k is 9 with --num-experts 8`; where a sentence
     names both, as `unrelated=True (--unrelated)`, the flag is left. What stands in quotes, in a
     path or in a field such as `router.top_k` stays, and so does a name without an underscore that
-    may be a word of the sentence.
+    may be a word of the sentence. A list after `Known:` is of words to write as they are.
     """
+    parts = re.split(r"(Known: .*?\.(?=\s|$))", text)
+    return "".join(p if p.startswith("Known: ") else _in_flags(p, names) for p in parts)
+
+
+def _in_flags(text: str, names: Collection[str]) -> str:
     text = re.sub(
         r"(?:\w+=\S+ or )?\w+=\S+ \((--[^)]*)\)", lambda m: m[1].replace(", ", " or "), text
     )

@@ -32,7 +32,7 @@ def _architecture(config: Any) -> tuple[str, str]:
         file = checked(Path(config)) / "config.json"
         try:
             config = json.loads(file.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise HubError(f"{str(file)!r} is not JSON ({error}): fetch it again.") from None
     get = config.get if isinstance(config, dict) else lambda key: getattr(config, key, None)
     kind = get("model_type") or "unknown"

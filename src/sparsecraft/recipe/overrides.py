@@ -8,7 +8,15 @@ from typing import Any
 
 from sparsecraft.errors import RecipeError, did_you_mean
 from sparsecraft.recipe.recipe import Recipe
-from sparsecraft.recipe.typed import hints_of, kinds_of, options_of, parse, read
+from sparsecraft.recipe.typed import (
+    hints_of,
+    kind_in,
+    kinds_of,
+    parse,
+    read,
+    shown,
+    specs_of,
+)
 
 # Short words that paths may have for longer ones.
 WORDS = {
@@ -37,35 +45,62 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     Raises:
         RecipeError: no field, or more than one, has that path; or the value does not fit.
     """
-    data, left = dataclasses.asdict(recipe), dict(changes)
+    if not isinstance(changes, dict):
+        raise RecipeError(f"The changes are {shown(changes)}; give a dict of paths and values.")
+    for path in changes:
+        if not isinstance(path, str):
+            raise RecipeError(f"{shown(path)} is no path to a field; give text such as 'top_k'.")
+    data, left = _listed(dataclasses.asdict(recipe)), dict(changes)
     while left:
         fields = _fields(Recipe, data)
         found = {path: _matches(fields, path) for path in left}
-        # Kinds first, from the outside in: they decide which fields there are.
-        kinds = [p for p, ways in found.items() if len(ways) == 1 and kinds_of(fields[ways[0]])]
-        path = min(kinds, key=lambda p: found[p][0].count("."), default=next(iter(left)))
-        whole, value = _only(recipe, fields, path, found[path]), left.pop(path)
-        hint = fields[whole]
+        # Dataclasses first, from the outside in: they decide which fields there are.
+        whole = [p for p, ways in found.items() if len(ways) == 1 and specs_of(fields[ways[0]])]
+        path = min(whole, key=lambda p: found[p][0].count("."), default=next(iter(left)))
+        way, value = _only(recipe, fields, path, found[path]), left.pop(path)
+        hint = fields[way]
         value = parse(hint, value) if isinstance(value, str) else value
-        _put(data, whole, _whole(hint, value, _at(data, whole)) if kinds_of(hint) else value)
+        _put(data, way, _whole(hint, value, _at(data, way)) if specs_of(hint) else value)
     # Checked once, when all changes are made: some values can only change together.
     return read(Recipe, data, "recipe")
 
 
+def _listed(value: Any) -> Any:
+    """Plain data whose tuples are lists, so that their items can be changed."""
+    if isinstance(value, dict):
+        return {key: _listed(child) for key, child in value.items()}
+    return [_listed(child) for child in value] if isinstance(value, tuple) else value
+
+
 def _whole(hint: Any, value: Any, before: Any) -> Any:
-    """All fields of an option with a kind, as plain data."""
-    if dataclasses.is_dataclass(value):
-        return dataclasses.asdict(value)
-    kinds = kinds_of(hint)
-    if not isinstance(value, dict) or value.get("kind") not in kinds:
+    """All fields of a dataclass, as plain data."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _listed(dataclasses.asdict(value))
+    if not isinstance(value, dict):
         return value  # refused at the end, by its path
-    fields = dataclasses.fields(kinds[value["kind"]])
-    whole = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
-    for name, default in whole.items():
-        whole[name] = dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
+    kinds = kinds_of(hint)
+    spec = kind_in(value, kinds) if kinds else specs_of(hint)[0]
+    if spec is None:
+        return value
+    whole: dict[str, Any] = {}
+    for f in dataclasses.fields(spec):
+        if f.default_factory is not dataclasses.MISSING:
+            whole[f.name] = f.default_factory()
+        elif f.default is not dataclasses.MISSING:
+            nested = dataclasses.is_dataclass(f.default)
+            whole[f.name] = _listed(dataclasses.asdict(f.default) if nested else f.default)
     if set(value) == {"kind"} and isinstance(before, dict):
-        whole |= {f.name: before[f.name] for f in fields if f.name in before}
+        kept = {name: hint for name, hint in hints_of(spec).items() if name in before}
+        whole |= {name: before[name] for name, hint in kept.items() if _fits(hint, before[name])}
     return whole | value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    try:
+        read(hint, value, "")
+    except RecipeError:
+        return False
+    return True
 
 
 def _only(recipe: Recipe, fields: dict[str, Any], path: str, found: list[str]) -> str:
@@ -75,11 +110,14 @@ def _only(recipe: Recipe, fields: dict[str, Any], path: str, found: list[str]) -
         RecipeError: none, or several.
     """
     if not found:
-        names = {field.rpartition(".")[2] for field in fields} | WORDS.keys()
+        last = path.rpartition(".")[2]
+        near = [field for field in fields if field.rpartition(".")[2] == last]
+        names = {field.rpartition(".")[2] for field in fields}
+        names |= {word for word in WORDS if _matches(fields, word)}
         names = {name for name in names if not name.isdigit()}
         raise RecipeError(
             f"Recipe {recipe.name!r} has no field {path!r}."
-            + did_you_mean(path.rpartition(".")[2], names)
+            + (f" Did you mean {' or '.join(near)}?" if near else did_you_mean(last, names))
         )
     if len(found) > 1:
         raise RecipeError(f"{path!r} is ambiguous: say one of {', '.join(found)}.")
@@ -111,12 +149,12 @@ def _in_order(field: list[str], words: list[str]) -> bool:
 def _put(data: Any, path: str, value: Any) -> None:
     *parents, last = path.split(".")
     node = _at(data, ".".join(parents)) if parents else data
-    node[last] = value
+    node[int(last) if isinstance(node, list) else last] = value
 
 
 def _at(data: Any, path: str) -> Any:
     for key in path.split("."):
-        data = data[int(key)] if isinstance(data, (tuple, list)) else data[key]
+        data = data[int(key)] if isinstance(data, list) else data[key]
     return data
 
 
@@ -126,26 +164,20 @@ def _fields(hint: Any, value: Any) -> dict[str, Any]:
     for key, child_hint, child in _children(hint, value):
         below = _fields(child_hint, child)
         fields |= {f"{key}.{k}": h for k, h in below.items()}
-        several = isinstance(child, (tuple, list)) and below
-        if key != "kind" and not several and (not _plain(child_hint, child) or not below):
+        several = isinstance(child, list) and below
+        if key != "kind" and not several:
             fields[key] = child_hint
     return fields
 
 
-def _plain(hint: Any, value: Any) -> bool:
-    """Whether a value is changed field by field alone."""
-    options = [o for o in options_of(hint) if dataclasses.is_dataclass(o)]
-    return bool(options) and isinstance(value, dict) and not kinds_of(hint)
-
-
 def _children(hint: Any, value: Any) -> list[tuple[str, Any, Any]]:
-    options = [o for o in options_of(hint) if dataclasses.is_dataclass(o)]
-    if options and isinstance(value, dict):
-        kind = kinds_of(hint).get(value.get("kind"), options[0])
-        return [(n, h, value[n]) for n, h in hints_of(kind).items() if n in value]
+    specs = specs_of(hint)
+    if specs and isinstance(value, dict):
+        spec = kind_in(value, kinds_of(hint)) or specs[0]
+        return [(n, h, value[n]) for n, h in hints_of(spec).items() if n in value]
     if isinstance(value, dict) and value:
         return [(key, typing.get_args(hint)[1], child) for key, child in value.items()]
-    if isinstance(value, (tuple, list)) and any(isinstance(v, dict) for v in value):
+    if isinstance(value, list) and any(isinstance(v, dict) for v in value):
         item = typing.get_args(hint)[0]
         return [(str(i), item, child) for i, child in enumerate(value)]
     return []

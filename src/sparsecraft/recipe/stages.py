@@ -128,6 +128,10 @@ class Fit:
         if not (is_number(self.learning_rate) and 0 < self.learning_rate < math.inf):
             raise RecipeError(f"learning_rate is {self.learning_rate!r}; it must be positive.")
         check_types(self)
+        if not 0 <= self.sparsity < math.inf:
+            raise RecipeError(f"sparsity is {self.sparsity}; it must be a number from 0.")
+        if not 0 <= self.dropout < 1:
+            raise RecipeError(f"dropout is {self.dropout}; it must be at least 0 and less than 1.")
 
     @property
     def deals(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import types
 import typing
 from typing import Any, Literal
@@ -35,26 +36,52 @@ def hints_of(option: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(option)}
 
 
+def needed_by(option: type) -> list[str]:
+    """The fields of a dataclass that have no default."""
+    none = dataclasses.MISSING
+    fields = dataclasses.fields(option)
+    return [f.name for f in fields if f.default is none and f.default_factory is none]
+
+
+def specs_of(hint: Any) -> list[type]:
+    """The dataclasses that a hint allows."""
+    return [option for option in options_of(hint) if dataclasses.is_dataclass(option)]
+
+
 def kinds_of(hint: Any) -> dict[str, type]:
     """kind -> dataclass, of those that a hint allows; empty where none of them has a kind."""
-    tagged = [o for o in options_of(hint) if dataclasses.is_dataclass(o) and "kind" in hints_of(o)]
+    tagged = [option for option in specs_of(hint) if "kind" in hints_of(option)]
     return {kind: option for option in tagged for kind in words_of(option)}
+
+
+def kind_in(data: dict[str, Any], kinds: dict[str, type]) -> type | None:
+    """The dataclass that the `kind` of plain data names; None if it names none of them."""
+    word = data.get("kind")
+    return kinds.get(word) if isinstance(word, str) else None
+
+
+def shown(value: Any) -> str:
+    """A value for a sentence, whatever it is."""
+    try:
+        return repr(value)
+    except (RecursionError, ValueError):  # nested too deeply; an integer of too many digits
+        return f"a {type(value).__name__} too large to show"
 
 
 def parse(hint: Any, text: str) -> Any:
     """Text from a command line -> a plain value of the field's type, or the text itself.
 
-    Options with a kind may be given by its word, or as JSON.
+    A dataclass may be given as JSON, one with a kind by its word too.
 
     Raises:
         RecipeError: text that begins as JSON and is none.
     """
     kinds = kinds_of(hint)
-    if kinds and text.lstrip().startswith("{"):
+    if specs_of(hint) and text.lstrip().startswith("{"):
         try:
             return json.loads(text)
-        except ValueError as error:
-            raise RecipeError(f"{text!r} is no JSON: {error}.") from None
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(f"{text!r:.80} is no JSON: {error}.") from None
     for option in options_of(hint):
         if option is type(None) and text.lower() == "none":
             return None
@@ -75,12 +102,11 @@ def parse(hint: Any, text: str) -> Any:
 
 def read(hint: Any, value: Any, path: str) -> Any:
     """Check `value` against the type `hint`, building the dataclasses on the way."""
-    options = options_of(hint)
-    specs = [o for o in options if dataclasses.is_dataclass(o)]
+    options, specs = options_of(hint), specs_of(hint)
     if type(value) in specs:
         return value
     if specs and isinstance(value, dict):
-        return read_spec(specs, value, path)
+        return _read_spec(hint, value, path)
     for option in options:
         origin, args = typing.get_origin(option), typing.get_args(option)
         if origin is Literal and value in args and type(value) in map(type, args):
@@ -88,12 +114,25 @@ def read(hint: Any, value: Any, path: str) -> Any:
         if origin is tuple and isinstance(value, (list, tuple)):
             return tuple(read(args[0], v, f"{path}.{i}") for i, v in enumerate(value))
         if origin is dict and isinstance(value, dict):
-            return {key: read(args[1], v, f"{path}.{key}") for key, v in value.items()}
+            return {
+                read(args[0], key, f"a key of {path}"): read(args[1], v, f"{path}.{key}")
+                for key, v in value.items()
+            }
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            return _read_float(value, path)
         if isinstance(option, type) and origin is None and type(value) is option:
             return value
-    raise RecipeError(f"{path} is {value!r}; it must be {' or '.join(map(_name, options))}.")
+    raise RecipeError(f"{path} is {shown(value)}; it must be {' or '.join(map(_name, options))}.")
+
+
+def _read_float(value: float, path: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        raise RecipeError(f"{path} is a whole number too large for a float.") from None
+    if math.isnan(number):  # every comparison with it is false, so that checks may let it pass
+        raise RecipeError(f"{path} is nan; it must be a number.")
+    return number
 
 
 def _name(option: Any) -> str:
@@ -102,25 +141,24 @@ def _name(option: Any) -> str:
     return "None" if option is type(None) else getattr(option, "__name__", str(option))
 
 
-def read_spec(specs: list[type], data: dict[str, Any], path: str) -> Any:
-    if len(specs) > 1:
-        kinds = {kind: spec for spec in specs for kind in words_of(spec)}
-        if data.get("kind") not in kinds:
+def _read_spec(hint: Any, data: dict[str, Any], path: str) -> Any:
+    (spec, *_), kinds = specs_of(hint), kinds_of(hint)
+    if kinds:
+        word = data.get("kind")
+        spec = kind_in(data, kinds)
+        if spec is None:
+            near = did_you_mean(word if isinstance(word, str) else "", kinds)
             raise RecipeError(
-                f"{path}.kind is {data.get('kind')!r}."
-                + did_you_mean(str(data.get("kind")), kinds)
-                + " A kind of your own must be registered first: import the module that does that."
+                f"{path}.kind is {shown(word)}.{near} A kind of your own must be registered first: "
+                "import the module that does that."
             )
-        specs = [kinds[data["kind"]]]
-    hints = hints_of(specs[0])
+    hints = hints_of(spec)
     for key in data:
         if key not in hints:
-            raise RecipeError(f"{path} has no field {key!r}." + did_you_mean(key, hints))
-    values = {key: read(hints[key], value, f"{path}.{key}") for key, value in data.items()}
-    try:
-        return specs[0](**values)
-    except TypeError as error:
-        raise RecipeError(f"{path} is incomplete: {error}.") from None
+            raise RecipeError(f"{path} has no field {key!r}." + did_you_mean(str(key), hints))
+    if lacking := [name for name in needed_by(spec) if name not in data]:
+        raise RecipeError(f"{path} lacks {', '.join(lacking)}.")
+    return spec(**{key: read(hints[key], value, f"{path}.{key}") for key, value in data.items()})
 
 
 def check_types(option: Any) -> None:

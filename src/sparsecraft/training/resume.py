@@ -74,7 +74,7 @@ def _complete(state: Path) -> bool:
         return False
     try:
         json.loads((state / "trainer_state.json").read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
