@@ -406,6 +406,85 @@ def test_an_edited_recipe_is_refused_and_says_how_to_change_it(llama):
     assert sc.load(llama)
 
 
+WRONG = {
+    "recipe": [None, [], "camelidae"],
+    "base": ["x", [], {}, {"name": "x"}],
+    "dense": ["x", [], {"a": 1}, {"a": ["float33", "xxh3_128:0"]}, {"a": ["float32", 0]}],
+    "tensors": [None, 1, {}],
+    "config": [None, 1],
+}
+
+
+def test_a_manifest_that_lacks_something_or_has_another_type_is_one_sentence(llama):
+    original = (llama / "recipe.json").read_text()
+    load = lambda: sc.load(llama)  # noqa: E731
+    for key, values in WRONG.items():
+        (llama / "recipe.json").write_text(original)
+        edit_manifest(llama, lambda m, key=key: m.pop(key), sign=True)
+        refused(load, "recipe.json", f"lacks {key!r}", "save the model again")
+        for value in values:
+            (llama / "recipe.json").write_text(original)
+            edit_manifest(llama, lambda m, k=key, v=value: m.update({k: v}), sign=True)
+            refused(load, "recipe.json", f"{key}=", "it must be")
+    for key, value in (("name", 1), ("revision", 1), ("fingerprint", None), ("dtype", "cat")):
+        (llama / "recipe.json").write_text(original)
+        edit_manifest(llama, lambda m, k=key, v=value: m["base"].update({k: v}), sign=True)
+        refused(load, "recipe.json", "base=", "fingerprint and dtype")
+    for value in (1, [], ["x"], [1, None]):
+        (llama / "recipe.json").write_text(original)
+        edit_manifest(llama, lambda m, v=value: m.update(base_card=v), sign=True)
+        refused(load, "recipe.json", "base_card=")
+    (llama / "recipe.json").write_text(original)
+    edit_manifest(llama, lambda m: m.update(base=None, dense=None), sign=True)
+    refused(load, "neither base nor dense")
+
+
+def test_a_configuration_that_lacks_something_is_one_sentence(llama):
+    config = json.loads((llama / "config.json").read_text())
+    for change in ({"base_config": {}}, {"base_config": 1}, {"dtype": "cat"}, {"dtype": None}):
+        changed = config | change
+        (llama / "config.json").write_text(json.dumps(changed))
+        edit_manifest(llama, lambda m, c=changed: m.update(config=json_digest(c)), sign=True)
+        refused(lambda: sc.load(llama), "config.json", next(iter(change)), "it must be")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: {},
+        lambda r: [],
+        lambda r: r | {"stages": None},
+        lambda r: r | {"stages": [1]},
+        lambda r: r | {"budget": 2.0},
+        lambda r: r | {"budget": "half"},
+        lambda r: r | {"calibration": None},
+        lambda r: r | {"calibration": [0.5]},
+        lambda r: r | {"calibration": [[0.5, None]]},
+        lambda r: r | {"calibration": [[0.5, 0.1], [0.25, 0.2]]},
+        lambda r: r | {"rectified": "x"},
+        lambda r: r | {"imitates": None},
+        lambda r: r | {"more": 1},
+    ],
+)
+def test_what_a_split_model_runs_is_checked_before_it_is_restored(shelf, tmp_path, change):
+    folder = shutil.copytree(shelf.checkpoint("llama", "gmoefication"), tmp_path / "split")
+    edit_manifest(folder, lambda m: m.update(running=change(m["running"])), sign=True)
+    refused(lambda: sc.load(folder), "recipe.json", "running=", "stages, budget, calibration")
+
+
+def test_an_older_manifest_says_less_of_what_a_split_model_runs(shelf, tmp_path):
+    folder = shutil.copytree(shelf.checkpoint("llama", "gmoefication"), tmp_path / "split")
+    for names in (("rectified", "imitates"), ("stages", "budget", "calibration")):
+        edit_manifest(
+            folder, lambda m, names=names: [m["running"].pop(n) for n in names], sign=True
+        )
+        if "stages" in names:
+            refused(lambda: sc.load(folder), "running={}")
+        else:
+            found = logits(sc.load(folder), batch("llama"))
+            assert torch.equal(found, shelf.wanted("llama", "gmoefication"))
+
+
 def test_override_changes_what_an_edit_may_not(shelf):
     folder = shelf.checkpoint("llama", "camelidae")
     for changes in ({"top_k": 1}, {"router.temperature": 3.0}):

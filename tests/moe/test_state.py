@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import sparsecraft as sc
-from sparsecraft.errors import SparsecraftError
+from sparsecraft.errors import CheckpointError, SparsecraftError
 from sparsecraft.moe.extra_state import BLOCK, pack, unpack
 from sparsecraft.moe.names import unique_tensors
 from sparsecraft.surgery.budget import imitate, rectify, set_budget, split_layers
@@ -217,7 +217,18 @@ def test_a_state_dict_without_it_is_incomplete_and_changes_nothing_else():
         ("router", lambda s: changed(s, threshold="0.1"), "threshold='0.1'"),
         ("router", lambda s: changed(s, running={"budget": 0.5}), "running="),
         ("experts", lambda s: torch.zeros(8, dtype=torch.uint8), "split network cannot be read"),
-        ("experts", lambda s: pack({"rectified": 1, "imitates": False}), "rectified=1"),
+        ("router", lambda s: changed(s, threshold=10**400), "threshold=1000"),
+        ("router", lambda s: changed(s, threshold=1e300), r"threshold=1e\+300"),
+        ("router", lambda s: changed(s, threshold=float("inf")), "threshold=inf"),
+        ("router", lambda s: s.to("meta"), "on the meta device"),
+        ("router", lambda s: pack({}).new_tensor([91] * 100_000), "cannot be read"),
+        ("router", lambda s: recorded(s, calibration=[[0.5, 0.1], [0.25, 0.2]]), "running="),
+        ("router", lambda s: recorded(s, calibration=[[0.5, 10**400]]), "running="),
+        ("router", lambda s: recorded(s, calibration=[[1.5, 0.1]]), "running="),
+        ("experts", lambda s: changed(s, rectified=1), "rectified=1"),
+        ("experts", lambda s: changed(s, imitates=True), "imitates=True"),
+        ("experts", lambda s: changed(s, activation=None), "activation=None"),
+        ("experts", lambda s: s.to("meta"), "on the meta device"),
         ("experts", lambda s: pack({"rectified": True}), "should hold rectified, imitates"),
     ],
 )
@@ -231,9 +242,124 @@ def test_wrong_content_is_one_sentence(part, change, words):
     assert "the same recipe" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "threshold"), [("dsti", -1.0), ("dsti", 2.0), ("d2dmoe", -1.0), ("d2dmoe", 1.5)]
+)
+def test_a_threshold_that_the_rule_cannot_have_is_refused(recipe, threshold):
+    model, other = running(recipe), fresh(recipe)
+    state = model.state_dict()
+    name = next(n for n in extra(state) if ".router." in n)
+    state[name] = changed(state[name], threshold=threshold)
+    with pytest.raises(SparsecraftError, match=f"threshold={threshold}"):
+        other.load_state_dict(state)
+
+
+def recorded(state: torch.Tensor, **fields) -> torch.Tensor:
+    found = json.loads(bytes(state.tolist()))["running"]
+    return changed(state, running=found | fields)
+
+
 def changed(state: torch.Tensor, **fields) -> torch.Tensor:
     checks = dict.fromkeys(json.loads(bytes(state.tolist())), lambda value: True)
     return pack(unpack(state, "gate", checks) | fields)
+
+
+def banks(model: nn.Module) -> list:
+    return [layer.experts for layer in split_layers(model).values()]
+
+
+def test_an_activation_set_by_hand_is_no_relu():
+    """It is put in again before a load, or else the state is refused; it comes back as it was."""
+    model, other = running("gmoefication", relu=False), fresh("gmoefication")
+    for bank in banks(model):
+        bank.activation = nn.GELU()
+    wanted, state = logits(model, batch("llama")), model.state_dict()
+    with pytest.raises(SparsecraftError, match=r"activation GELU\(approximate='none'\).*has SiLU"):
+        other.load_state_dict(state)
+    for bank in banks(other):
+        bank.activation = nn.GELU()
+    other.load_state_dict(state)
+    assert torch.equal(logits(other, batch("llama")), wanted)
+    other.load_state_dict(fresh("gmoefication").state_dict())
+    assert all(bank.has_own_activation for bank in banks(other))
+
+
+def test_an_activation_set_by_hand_is_not_merged_as_the_dense_one():
+    model = fresh("gmoefication")
+    banks(model)[0].activation = nn.GELU()
+    with pytest.raises(SparsecraftError, match="its activation is GELU"):
+        sc.merge(model)
+
+
+# ---------------------------------------------------------- what one record of the model cannot say
+
+
+def one_k(model: nn.Module) -> None:
+    next(iter(split_layers(model).values())).router.k = 1
+
+
+def one_threshold(model: nn.Module) -> None:
+    next(iter(split_layers(model).values())).router.threshold = 0.125
+
+
+def one_dense(model: nn.Module) -> None:
+    next(iter(split_layers(model).values())).router.runs = "every"
+
+
+def one_rectified(model: nn.Module) -> None:
+    banks(model)[0].rectify()
+
+
+def one_not_rectified(model: nn.Module) -> None:
+    rectify(model)
+    banks(model)[1].rectify(undo=True)
+
+
+def one_gelu(model: nn.Module) -> None:
+    banks(model)[0].activation = nn.GELU()
+
+
+def one_not_imitating(model: nn.Module) -> None:
+    next(bank for bank in banks(model) if bank.imitates).imitates = False
+
+
+def one_sparse(model: nn.Module) -> None:
+    set_budget(model, 1.0)
+    next(iter(split_layers(model).values())).router.runs = "sparse"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "words"),
+    [
+        ("gmoefication", one_k, "k=1, and the budget of 0.5 that the model's record names 2"),
+        ("dsti", one_threshold, "threshold=0.125, and the budget of 0.5"),
+        ("dsti", one_dense, "some 'sparse'"),
+        ("dsti", one_sparse, "it runs by its rule, and the model's record says that every"),
+        ("dsti", one_rectified, "its activation is ReLU.*says the dense network's own"),
+        ("dsti", one_not_rectified, "its activation is SiLU.*says ReLU"),
+        ("dsti", one_gelu, "its activation is GELU"),
+        ("imitating", one_not_imitating, "imitates=False, and the model's record says True"),
+    ],
+)
+def test_a_model_that_its_record_does_not_describe_is_not_saved(recipe, change, words, tmp_path):
+    model = running(recipe, relu=False)
+    change(model)
+    with pytest.raises(CheckpointError, match=words) as error:
+        sc.save(model, tmp_path / "out")
+    assert "sc.set_budget(model, share)" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_top_k_from_another_recipe_is_not_saved_as_this_ones(tmp_path):
+    wider = sc.override(RECIPES["gmoefication"].make(), {"router.top_k": 3})
+    model, other = dense("llama"), fresh("gmoefication")
+    sc.convert(model, wider, certify=False)
+    set_budget(model, None)
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(CheckpointError, match=r"k=3, and the recipe's own rule .* names 2"):
+        sc.save(other, tmp_path / "out")
+    set_budget(other, 0.75)
+    assert_same(sc.load(sc.save(other, tmp_path / "out")), other)
 
 
 def test_the_state_of_another_rule_is_refused():

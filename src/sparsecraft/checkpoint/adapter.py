@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sparsecraft.checkpoint import tensorfile
 from sparsecraft.checkpoint.adapter_names import HELD, WRAPPED, check_complete, standing_paths
 from sparsecraft.checkpoint.base import find_base, load_on
+from sparsecraft.checkpoint.fields import ADAPTER_FIELDS, EXPORT_FIELDS, check_fields
 from sparsecraft.checkpoint.folder import EXPORT_RECORD
 from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.manifest import read_recipe
@@ -156,11 +157,12 @@ def load_adapter(
 def _recipe(folder: Path, config: dict[str, Any], changes: dict[str, Any] | None) -> Recipe:
     """The recipe that adapter_config.json holds, whose other fields must say the same, changed."""
     kind = config.get("peft_type")
-    if kind not in ADAPTER_TYPES:
+    if not isinstance(kind, str) or kind not in ADAPTER_TYPES:
         raise CheckpointError(
-            f"{folder} holds an adapter of type {kind!r}, and sparsecraft reads "
+            f"{folder} holds an adapter of type {kind!r:.80}, and sparsecraft reads "
             f"{', '.join(ADAPTER_TYPES)}; use peft.PeftModel.from_pretrained."
         )
+    check_fields(config, ADAPTER_FIELDS, folder / ADAPTER)
     saved, recipe = read_recipe(config["recipe"], changes)
     try:
         ADAPTER_TYPES[kind].check_fields(saved, config)
@@ -174,7 +176,9 @@ def _base(
 ) -> tuple[Origin, torch.dtype | None]:
     """The dense model that the adapter stands on, and the dtype that it had."""
     written = folder / EXPORT_RECORD
-    saved = read_json(written).get("base") if written.is_file() else None
+    exported = read_json(written) if written.is_file() else {}
+    check_fields(exported, EXPORT_FIELDS, written)
+    saved = exported.get("base")
     if saved is not None:
         return find_base(folder, saved, base), getattr(torch, saved["dtype"])
     name = base or config.get("base_model_name_or_path")

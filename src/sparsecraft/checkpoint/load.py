@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from sparsecraft.checkpoint.adapter import load_adapter
 from sparsecraft.checkpoint.base import convert_base, find_base, load_on
+from sparsecraft.checkpoint.fields import CONFIG_FIELDS, check_fields
 from sparsecraft.checkpoint.folder import MANIFEST
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json
 from sparsecraft.checkpoint.manifest import base_config, read_manifest, read_recipe
@@ -86,6 +87,7 @@ def _checked_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
             f"{folder / 'config.json'} was edited after it was written; undo the edit, and pass "
             "settings of the dense model as arguments of sc.load instead."
         )
+    check_fields(config, CONFIG_FIELDS, folder / "config.json")
     return config
 
 

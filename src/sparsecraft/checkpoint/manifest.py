@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsecraft.checkpoint.fields import MANIFEST_FIELDS, check_fields
 from sparsecraft.checkpoint.folder import MANIFEST
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json
 from sparsecraft.errors import CheckpointError, RecipeError
@@ -21,7 +22,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The contents of recipe.json, checked against its own digest.
 
     Raises:
-        CheckpointError: it is missing, no JSON, of another format, or edited.
+        CheckpointError: it is missing, no JSON, of another format, edited, or lacks something.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -36,6 +37,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} was edited after it was written; undo the edit and pass the change as "
             "sc.load(dir, override={...}) instead."
+        )
+    check_fields(manifest, MANIFEST_FIELDS, path)
+    if manifest["base"] is None and manifest["dense"] is None:
+        raise CheckpointError(
+            f"{path} has neither base nor dense, the digests of a base that the folder itself "
+            "holds; save the model again."
         )
     return manifest
 

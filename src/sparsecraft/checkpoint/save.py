@@ -19,6 +19,7 @@ from sparsecraft.dense.loading import model_class
 from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import CheckpointError, HubError
 from sparsecraft.recipe.formats import FORMAT_VERSION, VERSION, to_json
+from sparsecraft.surgery.agreement import check_agrees
 from sparsecraft.surgery.budget import state_of, warn_untrained
 from sparsecraft.surgery.record import conversion_of
 
@@ -45,12 +46,14 @@ def save(
 
     Raises:
         SurgeryError: the model is dense.
-        CheckpointError: the folder exists, or the disk gives back other bytes than were written.
+        CheckpointError: the folder exists, split networks were set one by one, or the disk gives
+            back other bytes than were written.
         ResourceError: the disk is too small.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     conversion_of(model)
     check_loadable(model)
+    check_agrees(model)
     warn_untrained(model)
     out = Path(out)
     origin = usable_base(model, out, standalone)

@@ -42,6 +42,8 @@ def unpack(state: Any, owner: str, checks: Mapping[str, Check]) -> dict[str, Any
     try:
         if state.dtype != torch.uint8 or state.ndim != 1:
             raise ValueError(f"it is {state.dtype} of shape {list(state.shape)}")
+        if state.is_meta:
+            raise ValueError("it has no memory, on the meta device")
         found = json.loads(bytes(state.tolist()))
         if not (isinstance(found, dict) and found.keys() == checks.keys()):
             raise ValueError(f"it should hold {', '.join(checks)}")
@@ -52,8 +54,8 @@ def unpack(state: Any, owner: str, checks: Mapping[str, Check]) -> dict[str, Any
     for name, check in checks.items():
         if not check(found[name]):
             raise SparsecraftError(
-                f"The state dict's _extra_state of a {owner} has {name}={found[name]!r}, which "
-                f"this one cannot have; {advice}"
+                f"The state dict's _extra_state of a {owner} has {name}={found[name]!r:.80}, "
+                f"which this one cannot have; {advice}"
             )
     return found
 
@@ -63,5 +65,6 @@ def is_bool(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number, and not NaN."""
-    return isinstance(value, (int, float)) and not is_bool(value) and value == value
+    """Whether it is a number that a float32 holds: not infinite, and not NaN."""
+    is_any = isinstance(value, (int, float)) and not is_bool(value)
+    return is_any and abs(value) <= torch.finfo(torch.float32).max

@@ -148,7 +148,10 @@ def _read_spec(hint: Any, data: dict[str, Any], path: str) -> Any:
         spec = kind_in(data, kinds)
         if spec is None:
             near = did_you_mean(word if isinstance(word, str) else "", kinds)
-            raise RecipeError(f"{path}.kind is {shown(word)}.{near}")
+            raise RecipeError(
+                f"{path}.kind is {shown(word)}.{near} A kind of your own must be registered first: "
+                "import the module that does that."
+            )
     hints = hints_of(spec)
     for key in data:
         if key not in hints:

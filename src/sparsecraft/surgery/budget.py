@@ -67,7 +67,7 @@ def set_budget(model: nn.Module, share: float | None) -> None:
         )
     running: Running = conversion_of(model).running
     # All thresholds first: an error leaves the model as it was.
-    found = [_setting(layer.router, share, running.calibration) for layer in layers.values()]
+    found = [setting(layer.router, share, running.calibration) for layer in layers.values()]
     for layer, (k, threshold) in zip(layers.values(), found, strict=True):
         gate: Gate = layer.router
         gate.runs = "every" if share == 1 else "sparse"
@@ -95,10 +95,14 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             gate.runs, gate.k, gate.share, gate.threshold = state
 
 
-def _setting(
+def setting(
     gate: Gate, share: float | None, calibration: list[tuple[float, float]]
 ) -> tuple[int | None, float | None]:
-    """The k or the threshold of one router for a share."""
+    """The k or the threshold of one router for a share, of which the other is None.
+
+    Raises:
+        SparsecraftError: a share that leaves no expert, or that was not calibrated.
+    """
     spec = gate.spec
     if spec.k is not None:
         if share is None:

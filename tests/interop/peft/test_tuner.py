@@ -479,6 +479,31 @@ def test_a_wrong_file_or_base_is_an_error_and_no_warning(tmp_path, base):
         sc.load(tmp_path)
 
 
+def test_an_adapter_file_that_lacks_something_or_has_another_type_is_one_sentence(tmp_path, base):
+    with_adapter(cases.dense("llama"), pesc()).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+
+    def refused(changed: dict, words: str) -> None:
+        path.write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match=words):
+            sc.load(tmp_path, base=base if "base_model_name_or_path" not in words else None)
+
+    refused({k: v for k, v in config.items() if k != "recipe"}, "lacks 'recipe'")
+    for recipe in (None, [], "camelidae"):
+        refused(config | {"recipe": recipe}, "recipe=.*it must be")
+    for kind in ([], {}, ["PESC"], None, 1):
+        refused(config | {"peft_type": kind}, "holds an adapter of type")
+    for name in (1, [], {}):
+        refused(config | {"base_model_name_or_path": name}, "base_model_name_or_path=.*must be")
+    refused(config | {"revision": 1}, "revision=.*must be")
+    path.write_text(json.dumps(config))
+    for saved in (1, {}, {"name": "x"}, {"name": "x", "fingerprint": "y", "dtype": "cat"}):
+        (tmp_path / "sparsecraft_export.json").write_text(json.dumps({"base": saved}))
+        with pytest.raises(CheckpointError, match=r"sparsecraft_export.json has base="):
+            sc.load(tmp_path)
+
+
 def test_what_no_adapter_can_hold_is_not_exported(tmp_path, base):
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     sc.convert(model, sc.recipes.upcycling(num_experts=2, top_k=1))

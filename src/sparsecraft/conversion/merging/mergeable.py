@@ -63,7 +63,7 @@ def plan_steps(
         name = names[layer]
         weights_E = fixed.get(name)
         if item.edit.experts.parts:
-            decision = _decide_parts(layer, how)
+            decision = _decide_parts(item, layer, how)
         else:
             decision = _decide(item, layer, how, weights_E)
         steps.append(Step(name, item, layer, weights_E, *decision))
@@ -75,7 +75,7 @@ def _freezes(edit: Edit) -> bool:
     return mixes and edit.modality is None
 
 
-def _decide_parts(layer: MoELayer, how: How) -> tuple[str, str | None]:
+def _decide_parts(item: PlannedEdit, layer: MoELayer, how: How) -> tuple[str, str | None]:
     """A split network is the dense one again where all of its experts run with weight one."""
     if layer.is_imitation:
         if not layer.runs_experts:
@@ -91,7 +91,8 @@ def _decide_parts(layer: MoELayer, how: How) -> tuple[str, str | None]:
             "its router leaves out experts by token; only the dense function can be merged, that "
             "of sc.set_budget(model, 1.0) (--budget 1.0)"
         )
-    return "fold", None
+    reason = layer.experts.why_no_fold(item.edit, item.site, single=False)
+    return ("keep", reason) if reason else ("fold", None)
 
 
 def _decide(

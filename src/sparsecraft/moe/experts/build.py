@@ -26,7 +26,7 @@ from sparsecraft.recipe.experts import (
     SplitSpec,
     VectorSpec,
 )
-from sparsecraft.recipe.kinds import add_kind
+from sparsecraft.recipe.kinds import called, enter, families_of, named
 
 BANKS: dict[type[ExpertsSpec], type[Experts]] = {
     FFNSpec: FFNExperts,
@@ -46,9 +46,19 @@ def register(spec: type[ExpertsSpec], bank: type[Experts]) -> None:
     """Let recipes name a further kind of experts, and models have it.
 
     Raises:
-        RecipeError: another class has its `kind` already.
+        RecipeError: it is no dataclass below `ExpertsSpec` with a `kind` of its own, its kind or
+            its bank is there already, or the bank is no class below `Experts`.
     """
-    BANKS[add_kind(spec)] = bank
+    if ExpertsSpec not in families_of(spec):
+        raise RecipeError(
+            f"{called(spec)} names no experts: it must be a dataclass below ExpertsSpec."
+        )
+    if not (isinstance(bank, type) and issubclass(bank, Experts)):
+        raise RecipeError(
+            f"{called(bank)} is no bank for {spec.__name__}: it must be a class below "
+            "sparsecraft.moe.experts.base.Experts."
+        )
+    enter(BANKS, spec, bank)
 
 
 def build_experts(
@@ -66,15 +76,11 @@ def build_experts(
         RecipeError: the kind needs another donor, such as full experts at a Linear; or nothing says
             what its bank is.
     """
-    if type(spec) not in BANKS:
-        raise RecipeError(
-            f"{type(spec).__name__} ({spec.kind!r} experts) has no bank; name it by "
-            "sparsecraft.moe.experts.build.register(spec, bank)."
-        )
+    bank = named(BANKS, spec, "bank", "sparsecraft.moe.experts.build.register(spec, bank)")
     wanted = spec.places[place]
     if not isinstance(donor, tuple(DONORS[word] for word in wanted)):
         raise RecipeError(
             f"{spec.kind!r} experts cannot stand at {donor.path!r}, the {site.kind} of a network; "
             f"use site={wanted[-1]!r}."
         )
-    return BANKS[type(spec)].build(spec, donor, site, place, device=device, dtype=dtype)
+    return bank.build(spec, donor, site, place, device=device, dtype=dtype)

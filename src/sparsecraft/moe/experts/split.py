@@ -334,8 +334,11 @@ class SplitExperts(Experts):
             "down_bias": self.down_bias,
         }
 
-    def why_no_fold(self, edit: Edit, site: Site, single: bool) -> None:
-        return None
+    def why_no_fold(self, edit: Edit, site: Site, single: bool) -> str | None:
+        if self.has_own_activation or is_relu(self.activation):
+            return None
+        own = self._own_activation[0]
+        return f"its activation is {self.activation!r} and the dense network's {own!r}"
 
     def fold(self, weights_E: Tensor) -> Network:
         """The dense network again: all parts with weight one, whatever the weights."""
@@ -350,24 +353,43 @@ class SplitExperts(Experts):
     def rectified(self) -> bool:
         return is_relu(self.activation) and not is_relu(self._own_activation[0])
 
+    @property
+    def has_own_activation(self) -> bool:
+        """Whether its activation is the dense network's."""
+        return self.activation is self._own_activation[0]
+
     def rectify(self, undo: bool = False) -> None:
         """Let ReLU be the activation, or the dense network's own again."""
         self.activation = self._own_activation[0] if undo else nn.ReLU()
 
     def get_extra_state(self) -> Tensor:
-        """Whether ReLU was put in and whether the bank imitates, for `state_dict`."""
-        rectified = self.activation is not self._own_activation[0]
-        return pack({"rectified": rectified, "imitates": self.imitates})
+        """The activation, whether it is ReLU that was put in, and whether the bank imitates, for
+        `state_dict`."""
+        rectified = is_relu(self.activation) and not self.has_own_activation
+        settings = {"rectified": rectified, "imitates": self.imitates}
+        return pack(settings | {"activation": repr(self.activation)})
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over what another bank runs.
 
         Raises:
-            SparsecraftError: the state is no such bank's.
+            SparsecraftError: the state is no such bank's, or of another activation.
         """
-        checks = {"rectified": is_bool, "imitates": is_bool}
+        own, now = repr(self._own_activation[0]), repr(self.activation)
+        checks = {
+            "rectified": is_bool,
+            "imitates": lambda found: is_bool(found) and not (found and self.of_dense),
+            "activation": lambda found: isinstance(found, str),
+        }
         found = unpack(state, "split network", checks)
-        self.rectify(undo=not found["rectified"])
+        if not found["rectified"] and found["activation"] not in (own, now):
+            raise SparsecraftError(
+                f"The state dict is of a split network with activation {found['activation']:.80}, "
+                f"and this one has {now}; put that into the bank's `activation` first, or load the "
+                "state_dict() of a model that the same recipe has converted."
+            )
+        if found["rectified"] or found["activation"] == own:
+            self.rectify(undo=not found["rectified"])
         self.imitates = found["imitates"]
 
 

@@ -18,9 +18,9 @@ from sparsecraft.moe.routers.router import Router
 from sparsecraft.moe.routers.scorer import Scorer
 from sparsecraft.moe.routers.scorers import LinearScorer
 from sparsecraft.moe.routers.selectors import Sample, Selector, soft, top_k
-from sparsecraft.moe.routers.starts import STARTS
+from sparsecraft.moe.routers.starts import DOOR, STARTS
 from sparsecraft.recipe import scorers, selections
-from sparsecraft.recipe.kinds import add_kind
+from sparsecraft.recipe.kinds import called, enter, families_of, named
 from sparsecraft.recipe.routers import RouterSpec
 
 # Called with (its options, width, number of experts, device=, dtype=), and outputs= where it reads
@@ -56,17 +56,22 @@ def register(option: type, made: Callable) -> None:
             fills a new weight, or the one that gives a selector.
 
     Raises:
-        RecipeError: it is of no such family, another class has its `kind`, or something else
-            computes it already.
+        RecipeError: it is no dataclass of such a family with a `kind` of its own, its kind is there
+            already, something else computes it already, or `made` cannot be called.
     """
-    table = next((table for base, table in TABLES.items() if issubclass(option, base)), None)
+    families = families_of(option)
+    table = next((table for base, table in TABLES.items() if base in families), None)
     if table is None:
         raise RecipeError(
-            f"{option.__name__} is no part of a router: it must be below one of "
+            f"{called(option)} is no part of a router: it must be a dataclass below one of "
             f"{', '.join(base.__name__ for base in TABLES)}."
         )
-    if table.setdefault(add_kind(option), made) is not made:
-        raise RecipeError(f"What computes {option.__name__} is named already; give it another.")
+    if not callable(made):
+        raise RecipeError(
+            f"{called(made)} computes nothing for {option.__name__}: it must be a class or a "
+            "function."
+        )
+    enter(table, option, made)
 
 
 def build_router(
@@ -83,11 +88,14 @@ def build_router(
 
     Args:
         outputs: O, features of what experts give, where the scorer reads that.
+
+    Raises:
+        RecipeError: nothing says what computes one of its parts.
     """
     where = {"device": device, "dtype": dtype}
     given = where | {"outputs": outputs} if spec.reads == "experts" else where
-    scorer = SCORERS[type(spec.scorer)](spec.scorer, width, num_experts, **given)
-    select = SELECTORS[type(spec.select)](spec.select)
+    scorer = named(SCORERS, spec.scorer, "scorer", DOOR)(spec.scorer, width, num_experts, **given)
+    select = named(SELECTORS, spec.select, "selector", DOOR)(spec.select)
     gate = _base_gate(width, device, dtype) if spec.gates_base else None
     return Router(scorer, spec, select, gate)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,7 +15,9 @@ from sparsecraft.moe.experts.split import SplitExperts
 from sparsecraft.moe.extra_state import is_number, pack, unpack
 from sparsecraft.moe.routers.part_scorers import PART_SCORERS
 from sparsecraft.moe.routers.running import Running, is_running
+from sparsecraft.moe.routers.starts import DOOR
 from sparsecraft.moe.routing import Routing
+from sparsecraft.recipe.kinds import named
 from sparsecraft.recipe.routers import GateSpec
 
 Runs = Literal["sparse", "every", "soft"]
@@ -42,7 +45,7 @@ class Gate(nn.Module):
         self.share = None if self.k is None else (spec.shared + self.k) / bank.num_experts
         # Not a buffer: a model that is cast to bf16 must keep it.
         self._threshold = torch.tensor(-1.0 if spec.threshold is None else spec.threshold)
-        self.scorer = PART_SCORERS[type(spec.scorer)](spec.scorer, bank, spec)
+        self.scorer = named(PART_SCORERS, spec.scorer, "scorer", DOOR)(spec.scorer, bank, spec)
         gain = torch.zeros(bank.num_experts - spec.shared, device=bank.down.device)
         self.gain = nn.Parameter(gain) if spec.weighting == "gain" else None
 
@@ -130,13 +133,21 @@ class Gate(nn.Module):
             "runs": lambda runs: runs in get_args(Runs),
             "k": lambda k: type(k) is int and 1 <= k <= most if ruled_by_k else k is None,
             "share": lambda share: share is None or (is_number(share) and 0 <= share <= 1),
-            "threshold": is_number,
+            "threshold": self._is_threshold,
             "running": is_running,
         }
         found = unpack(state, f"gate of {self.num_experts} experts", checks)
         self.runs, self.k, self.share = found["runs"], found["k"], found["share"]
         self.threshold = found["threshold"]
         self.running.read(found["running"])
+
+    def _is_threshold(self, value: Any) -> bool:
+        """Whether the rule can have it; that of top-k reads none."""
+        if not is_number(value) or self.spec.threshold is None:
+            return is_number(value)
+        rule = self.spec.select
+        # A hair more than the rule's own limits: those from data are rounded.
+        return rule.most == math.inf or -1e-3 <= value <= rule.most + 1e-3
 
     def extra_repr(self) -> str:
         return f"select={self.spec.select.kind}, weighting={self.spec.weighting}, runs={self.runs}"

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from sparsecraft.moe.extra_state import is_bool, is_number
+
+# What older versions did not write.
+NOT_IN_OLDER = {"rectified": False, "imitates": False}
 
 
 @dataclass(slots=True)
@@ -33,16 +37,20 @@ class Running:
 
     def read(self, data: dict[str, Any]) -> None:
         """Become what `to_dict` gave, or what older versions wrote, which had fewer fields."""
+        data = NOT_IN_OLDER | data
         self.stages = list(data["stages"])
         self.budget = data["budget"]
         self.calibration = [(share, threshold) for share, threshold in data["calibration"]]
-        self.rectified = data.get("rectified", False)
-        self.imitates = data.get("imitates", False)
+        self.rectified = data["rectified"]
+        self.imitates = data["imitates"]
 
 
 def is_running(data: Any) -> bool:
     """Whether `Running.read` takes it."""
-    if not (isinstance(data, dict) and data.keys() == Running().to_dict().keys()):
+    if not isinstance(data, dict):
+        return False
+    data = NOT_IN_OLDER | data
+    if data.keys() != Running().to_dict().keys():
         return False
     budget, points, stages = data["budget"], data["calibration"], data["stages"]
     return (
@@ -51,6 +59,8 @@ def is_running(data: Any) -> bool:
         and (budget is None or (is_number(budget) and 0 < budget <= 1))
         and isinstance(points, list)
         and all(isinstance(p, list) and len(p) == 2 and all(map(is_number, p)) for p in points)
+        and all(0 <= share <= 1 for share, _ in points)
+        and all(first[0] <= second[0] for first, second in pairwise(points))
         and is_bool(data["rectified"])
         and is_bool(data["imitates"])
     )

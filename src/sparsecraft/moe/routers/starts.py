@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparsecraft.recipe.kinds import named
 from sparsecraft.recipe.scorers import (
     Hidden,
     KaimingUniform,
@@ -37,7 +38,10 @@ def zeros(start: Start, weight_ED: Tensor) -> None:
     nn.init.zeros_(weight_ED)
 
 
-# The function fills a new weight in place; a further start is named by `build.register`.
+# The call that names a further part of routers.
+DOOR = "sparsecraft.moe.routers.build.register(option, made)"
+
+# The function fills a new weight in place.
 STARTS: dict[type[Start], Callable[[Any, Tensor], None]] = {
     KaimingUniform: kaiming_uniform,
     Normal: normal,
@@ -49,6 +53,10 @@ STARTS: dict[type[Start], Callable[[Any, Tensor], None]] = {
 
 
 def draw(start: Start, weight_ED: Tensor) -> Tensor:
-    """The weight, with the rows that the recipe's start gives it."""
-    STARTS[type(start)](start, weight_ED)
+    """The weight, with the rows that the recipe's start gives it.
+
+    Raises:
+        RecipeError: nothing says what fills it.
+    """
+    named(STARTS, start, "function that fills a weight", DOOR)(start, weight_ED)
     return weight_ED
