@@ -43,7 +43,8 @@ def assert_says(model: torch.nn.Module, name: str) -> None:
     with torch.no_grad():
         logits = model.eval()(**inputs).logits.float()
     assert logits.shape == wanted.shape
-    assert (logits - wanted).abs().max() <= TOLERANCE
+    scale = max(1.0, wanted.abs().max().item())  # another machine's products round otherwise
+    assert (logits - wanted).abs().max() <= TOLERANCE * scale
 
 
 def base_of(name: str | None) -> str | None:

@@ -35,11 +35,12 @@ MAY_IMPORT = {
         "errors recipe recipes dense moe data surgery checkpoint evaluation serving conversion "
         "training interop"
     ),
-    "__init__": "interop",
+    "__init__": "recipe interop",
     "__main__": "cli",
 }
 FLOORS = {package: set(line.split()) for package, line in MAY_IMPORT.items()}
 MOST_PACKAGES, MOST_FLOORS = 15, 11
+BY_NAME = ("import_module", "__import__")  # of a literal; tables of names are `__init__` and `cli`
 
 
 def modules(source: Path) -> dict[str, Path]:
@@ -59,8 +60,9 @@ def imports(path: Path, known: dict[str, Path]) -> set[str]:
     typing_only = {
         id(inner)
         for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for inner in ast.walk(node)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for statement in node.body
+        for inner in ast.walk(statement)
     }
     names = set()
     for node in ast.walk(tree):
@@ -71,8 +73,11 @@ def imports(path: Path, known: dict[str, Path]) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively, which this check does not read"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(BY_NAME):
+            literal = node.args and isinstance(node.args[0], ast.Constant)
+            names |= {str(node.args[0].value)} if literal else set()
     ours = {n.removeprefix("sparsecraft.") for n in names if n.startswith("sparsecraft.")}
-    found = set()
+    found = {"__init__"} & {n.replace("sparsecraft", "__init__") for n in names}
     for name in ours:
         while name and name not in known:  # a name in a module, not a module
             name = name.rpartition(".")[0]
@@ -159,6 +164,12 @@ def test_there_are_few_packages_and_floors_and_nothing_beside_them():
         ("def f():\n    import sparsecraft.checkpoint.save as s\n", "moe.bad -> checkpoint.save"),
         ("import sparsecraft.data\n", "moe.bad -> data"),
         ("from sparsecraft import convert\n", "moe.bad -> __init__"),
+        ("def f():\n    import sparsecraft as sc\n    sc.train()\n", "moe.bad -> __init__"),
+        (
+            "import importlib\nimportlib.import_module('sparsecraft.data.rows')\n",
+            "moe.bad -> data.rows",
+        ),
+        ("if not TYPE_CHECKING:\n    from sparsecraft.cli import main\n", "moe.bad -> cli.main"),
     ],
 )
 def test_a_wrong_import_is_seen_at_the_top_and_inside_a_function(tmp_path, text, wrong):

@@ -1,4 +1,4 @@
-"""Triton kernels for `mixtures.mix_vectors`: the mixed vector l lives in registers only.
+"""Triton kernels for `mix_vectors`: the mixed vector l lives in registers only.
 
 Shapes: T tokens, E experts, O output features, in `heads` slices of H each; S = T*heads rows of
 weights, ordered (token, head). A tile is BT tokens by BO features of one slice.

@@ -69,6 +69,14 @@ class Routing:
         indices_TE = torch.arange(num_experts, device=x_TI.device).expand(shape)
         return cls(ones_TE, indices_TE, ones_TE - 1, in_order=True, every=True)
 
+    @classmethod
+    def of_weights(cls, weights_TE: Tensor) -> Routing:
+        """The routing by weights that are zero where an expert does not run."""
+        E = weights_TE.shape[-1]
+        experts_E = torch.arange(E, device=weights_TE.device)
+        indices_TE = torch.where(weights_TE != 0, experts_E, E)
+        return cls(weights_TE, indices_TE, torch.zeros_like(weights_TE), in_order=True)
+
     def load_E(self, mask_T: Tensor | None = None) -> Tensor:
         """Fraction of the filled slots that each expert received, float32, summing to one.
 

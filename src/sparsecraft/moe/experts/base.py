@@ -1,4 +1,4 @@
-"""A bank of experts, and the loop over them that specifies what every faster path computes.
+"""What every bank of experts answers; which way it runs is chosen in `dispatch`.
 
 Shapes: T tokens, K slots per token, E experts, I input features, O output features,
 M first-layer features, H hidden features after the activation (M = 2H when gated).
@@ -33,8 +33,9 @@ class Experts(nn.Module, ABC):
     Attributes:
         num_experts: E.
         out_features: O.
-        dispatch: `auto`, `loop`, `grouped`, `dense` or `merged`; see `sparsecraft.kernels`.
-        residual: every expert is x plus something; see `loop`.
+        dispatch: `auto`, `loop`, `grouped`, `dense` or `merged`; see
+            `sparsecraft.moe.experts.dispatch`.
+        residual: every expert is x plus something; see its `loop`.
         merges: the bank can mix its experts' parameters before they meet a token, which is then
             always the cheapest way; see `sparsecraft.moe.experts.dispatch.merged`.
         dense_tokens: up to this many tokens, `auto` computes all experts at once; small banks

@@ -167,7 +167,7 @@ class SplitExperts(Experts):
             used: the experts that any token uses, where a kernel has listed them.
         """
         if self.dispatch == "loop":
-            return self(x_TD, _in_order(weights_TE))
+            return self(x_TD, Routing.of_weights(weights_TE))
         if self._is_plain():
             y_TD = self._weighed(x_TD, weights_TE)
         else:
@@ -391,14 +391,6 @@ class SplitExperts(Experts):
         if found["rectified"] or found["activation"] == own:
             self.rectify(undo=not found["rectified"])
         self.imitates = found["imitates"]
-
-
-def _in_order(weights_TE: Tensor) -> Routing:
-    """The routing of weights, for the loop."""
-    E = weights_TE.shape[-1]
-    experts_E = torch.arange(E, device=weights_TE.device)
-    indices_TE = torch.where(weights_TE != 0, experts_E, E)
-    return Routing(weights_TE, indices_TE, torch.zeros_like(weights_TE), in_order=True)
 
 
 def is_relu(activation: nn.Module) -> bool:
