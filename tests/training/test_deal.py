@@ -650,7 +650,7 @@ def test_stages_that_cannot_deal_rows_out_are_refused_before_any_work(tmp_path, 
     refused("perplexity of causal language models, and this T5.* is a seq2seq model", t5)
     model = mixture([], 4)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused("'router' deals rows out in one process and was started in 2", model)
+    refused("'router' assigns rows in one process and was started in 2", model)
     monkeypatch.delenv("WORLD_SIZE")
     stage = sc.recipes.upit().stages[0]
     split = tiny.llama()

@@ -48,7 +48,7 @@ def check_deal(model: nn.Module, stages: Sequence[Stage | Fit], task: str) -> No
             continue
         if task != "causal":
             raise SparsecraftError(
-                f"Stage {stage.name!r} deals rows out by the perplexity of causal language models, "
+                f"Stage {stage.name!r} assigns rows by the perplexity of causal language models, "
                 f"and this {type(model).__name__} is a {task} model; leave the stage out "
                 "(--stages NAME of the others)."
             )

@@ -113,7 +113,7 @@ def _check_stages(model: nn.Module, stages: list[Stage | Fit]) -> None:
     """Refuse what a stage cannot do, before those in front of it have cost anything."""
     for stage in stages if processes() > 1 else ():
         if isinstance(stage, Fit) or stage.deal:
-            does = "fits routers" if isinstance(stage, Fit) else "deals rows out"
+            does = "fits routers" if isinstance(stage, Fit) else "assigns rows"
             raise SparsecraftError(
                 f"Stage {stage.name!r} {does} in one process and was started in {processes()}; "
                 "train the other stages with torchrun (--stages NAME), and this one without."
