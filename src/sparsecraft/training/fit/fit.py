@@ -1,4 +1,4 @@
-"""Fit the routers of split networks: capture what the networks read, partition the neurons, regress.
+"""Fit the routers of split networks: capture what networks read, partition neurons, regress.
 
 The model is not changed but for its routers, the order of its neurons, and their means. Inputs are
 captured once, in one pass over the data with every expert on, padding left out.
