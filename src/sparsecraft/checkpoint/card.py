@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from sparsecraft.checkpoint.folder import COMPANIONS
 from sparsecraft.dense.origin import Origin
 from sparsecraft.surgery.record import conversion_of
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
 
 def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> None:
     """Tokenizer, chat template, generation settings and license, unchanged.
@@ -19,11 +22,7 @@ def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> None:
     They are copied from where the model came from, its checkpoint or the base's folder; generation
     settings that differ from those there are the model's own.
     """
-    record = conversion_of(model)
-    source = record.folder
-    if source is None or not source.is_dir():
-        origin = Origin.find(record.origin, record.revision)
-        source = origin and origin.folder
+    source = conversion_of(model).settings
     if source is not None:
         copy_companions(source, folder)
     generation = getattr(model, "generation_config", None)
@@ -52,7 +51,9 @@ def readme(model: nn.Module, origin: Origin | None) -> str:
     record = conversion_of(model)
     recipe = record.recipe
     report = record.report.get("conversion", {})
-    name, license = record.base_card or ("a model built in memory", None)
+    name, license, *commit = record.base_card or ("a model built in memory", None)
+    at = f", revision {commit[0]}" if any(commit) else ""
+    front = f"\nbase_model: {name}" if HUB_ID.fullmatch(name) else ""
     held = "" if origin else ", held in this folder"
     certificate = report.get("certificate")
     what = "layer output" if certificate and certificate.get("layers") else "logit"
@@ -69,13 +70,13 @@ def readme(model: nn.Module, origin: Origin | None) -> str:
     )
     return f"""---
 library_name: sparsecraft
-license: {license or "other"}
+license: {license or "other"}{front}
 ---
 # {recipe.name} ({recipe.variant})
 
 {recipe.title}. {recipe.paper}.
 
-- Base model: {name}{held}{f", revision {origin.revision}" if origin and origin.revision else ""}
+- Base model: {name}{at}{held}
 - License of the base: {license or "unknown; see the base model"}
 - Certificate: the recipe {claim}; measured: {measured}
 

@@ -22,7 +22,7 @@ from sparsecraft.dense.loading import load_tokenizer, model_class
 from sparsecraft.errors import CheckpointError
 from sparsecraft.moe.names import unique_tensors
 from sparsecraft.surgery.budget import restore
-from sparsecraft.surgery.record import conversion_of
+from sparsecraft.surgery.record import tokenizer_of
 
 
 def load(
@@ -128,7 +128,7 @@ def load_any(name: str) -> tuple[nn.Module, Any]:
     folder = Path(name).expanduser()
     if (folder / "adapter_config.json").is_file():
         model = load(folder, device_map=device)
-        return model, load_tokenizer(folder) or load_tokenizer(_base_of(model))
+        return model, load_tokenizer(folder) or tokenizer_of(model)
     if not (folder / MANIFEST).is_file():
         folder = hub.resolve(name)
     tokenizer = load_tokenizer(folder)  # before the weights, which take long
@@ -141,8 +141,3 @@ def load_any(name: str) -> tuple[nn.Module, Any]:
             "copy or save the folder again."
         )
     return hub.load_dense(name, device_map=device), tokenizer
-
-
-def _base_of(model: nn.Module) -> Path:
-    record = conversion_of(model)
-    return hub.resolve(record.origin, record.revision)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsecraft.dense.loading import load_tokenizer
+from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import SurgeryError
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routers.running import Running
@@ -28,8 +30,8 @@ class Conversion:
         dense: module path -> the module that stood there, for `revert`.
         digests: dense tensor name -> its dtype and digest before the conversion.
         trainable: names of the dense parameters that required gradients before.
-        origin: the folder, hub id or alias that the dense model came from, if any.
-        base_card: name and license of the base, for the checkpoint's README.
+        origin: where the dense model came from, if it did from anywhere.
+        base_card: name, license and commit of the base, for the checkpoint's README.
         folder: the checkpoint that the model was loaded from, if it was.
         written: the recipe's JSON in that folder, of whatever format.
         report: what `convert` and `train` measured, as written to report.json.
@@ -44,14 +46,36 @@ class Conversion:
     dense: dict[str, nn.Module] = field(default_factory=dict)
     digests: dict[str, tuple[torch.dtype, str]] = field(default_factory=dict)
     trainable: frozenset[str] = frozenset()
-    origin: str | None = None
-    revision: str | None = None
+    origin: Origin | None = None
     folder: Path | None = None
     written: dict[str, Any] | None = None
-    base_card: tuple[str, str | None] | None = None
+    base_card: tuple[str | None, ...] | None = None
     report: dict[str, Any] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
     running: Running = field(default_factory=Running)
+
+    @property
+    def base(self) -> Origin | None:
+        """Where the dense model came from, if it is still there."""
+        return self.origin if self.origin and self.origin.is_there else None
+
+    @property
+    def settings(self) -> Path | None:
+        """The folder whose tokenizer, license and generation settings are the model's: the
+        checkpoint that it was loaded from, else the base's."""
+        if self.folder is not None and self.folder.is_dir():
+            return self.folder
+        return self.base and self.base.folder
+
+
+def tokenizer_of(model: nn.Module) -> Any:
+    """The tokenizer that came with a dense or a converted model; None if none did."""
+    if not is_converted(model):
+        origin = Origin.of(model)
+        return origin and load_tokenizer(origin.folder)
+    record = conversion_of(model)
+    found = record.settings and load_tokenizer(record.settings)
+    return found or (record.base and load_tokenizer(record.base.folder))
 
 
 def is_converted(model: nn.Module) -> bool:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.dense.digests import digest
-from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import SurgeryError
 from sparsecraft.moe.names import dense_tensors
 from sparsecraft.surgery.record import Conversion, conversion_of
@@ -47,13 +46,13 @@ def replaced_tensors(record: Conversion) -> dict[str, Tensor]:
 
 def _originals(model: nn.Module, record: Conversion, names: list[str]) -> dict[str, Tensor]:
     """The tensors as they were before the conversion, read from the base folder."""
-    origin = Origin.find(record.origin, record.revision) if names else None
+    origin = record.base if names else None
     found = {}
     for name in names:
         dtype, wanted = record.digests.get(name, (None, None))
         tensor = origin.tensor(model, name) if origin else None
         if tensor is None or digest(tensor.to(dtype)) != wanted:
-            where = f"its base {record.origin!r} no longer" if origin else "no base folder"
+            where = f"its base {origin.name!r} no longer" if origin else "no base folder"
             raise SurgeryError(
                 f"{len(names)} tensors of the dense model are not as they were before the "
                 f"conversion, {name} among them, and {where} holds the original; "

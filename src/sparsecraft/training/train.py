@@ -20,14 +20,12 @@ from sparsecraft.data.batches import collate
 from sparsecraft.data.encoding import pad_id
 from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
 from sparsecraft.data.sentences import Prompts
-from sparsecraft.dense import hub
-from sparsecraft.dense.loading import load_tokenizer
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.split_report import summary
 from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.init.graph import check_metis
 from sparsecraft.recipe.stages import Fit, Stage
-from sparsecraft.surgery.record import Conversion, conversion_of
+from sparsecraft.surgery.record import conversion_of, tokenizer_of
 from sparsecraft.training.arguments import processes
 from sparsecraft.training.deal import check_deal
 from sparsecraft.training.defaults import checked, fill, fit_tokens, objective_of, stages_of
@@ -82,7 +80,7 @@ def train(
     _check_devices(model)
     states = out.with_name(f"{out.name}.training")
     check_folder(states, resume, asked.stages)
-    run = Run(model, tokenizer or _tokenizer_of(record), out, Prompts.of(model), resume)
+    run = Run(model, tokenizer or _tokenizer_of(model), out, Prompts.of(model), resume)
     stages = stages_of(record.recipe, asked.stages)
     _check_stages(model, [stage for _, stage in stages])
     trainer = None
@@ -175,12 +173,10 @@ def _dataset(
     return rows, counts
 
 
-def _tokenizer_of(record: Conversion) -> Any:
-    folder = record.folder or (record.origin and hub.resolve(record.origin, record.revision))
-    tokenizer = load_tokenizer(folder) if folder else None
-    if tokenizer is None:
-        raise DataError("The model came without a tokenizer; pass tokenizer=...")
-    return tokenizer
+def _tokenizer_of(model: nn.Module) -> Any:
+    if found := tokenizer_of(model):
+        return found
+    raise DataError("The model came without a tokenizer; pass tokenizer=...")
 
 
 def _check_devices(model: nn.Module) -> None:

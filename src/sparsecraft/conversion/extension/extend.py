@@ -33,7 +33,6 @@ from sparsecraft.conversion.sources.checks import check_sources
 from sparsecraft.conversion.sources.gather import donor_tensors
 from sparsecraft.conversion.sources.source import Source, finite, open_source
 from sparsecraft.dense.digests import combine, digest
-from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import SurgeryError
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import dense_tensors
@@ -159,9 +158,7 @@ def _opened(model: nn.Module, record: Conversion, expert: Any, unrelated: bool) 
         raise SurgeryError("The expert is a converted model; give the dense model it came from.")
     tensors = dense_tensors(model) | donor_tensors(record.plan)
     source = finite(open_source(model, expert))
-    origin = Origin.find(record.origin, record.revision)
-    folder = record.folder or (origin and origin.folder)
-    check_sources(model, [source], tensors, unrelated=unrelated, tokenizer=folder)
+    check_sources(model, [source], tensors, unrelated=unrelated, tokenizer=record.settings)
     for item, layer in zip(record.plan, record.layers, strict=True):
         if reason := layer.experts.misfit(item.donor):
             raise SurgeryError(

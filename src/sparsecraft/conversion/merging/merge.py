@@ -40,7 +40,6 @@ from sparsecraft.conversion.merging.mergeable import (
 )
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
-from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import CertificateError, MergeError, did_you_mean
 from sparsecraft.evaluation.certificate import (
     MAX_DATA_PROBES,
@@ -74,7 +73,7 @@ HOWS = ("exact", "fixed", "average")
 MERGE_TOLERANCE = 1e-4
 
 # What the record of a conversion says of the dense model and of the past.
-REMEMBERED = ("digests", "origin", "revision", "folder", "base_card", "report", "running")
+REMEMBERED = ("digests", "origin", "folder", "base_card", "report", "running")
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,8 +221,7 @@ def _report(
         new.report = {**record.report, "merge": report.to_dict()}
         if new_base:  # no folder holds the merged weights: a checkpoint will
             new.digests = {n: (t.dtype, digest(t)) for n, t in dense_tensors(model).items()}
-            origin = Origin.find(record.origin, record.revision)
-            new.folder = record.folder or (origin and origin.folder)
+            new.folder = record.settings
     return report
 
 
