@@ -1,49 +1,15 @@
-"""What stands beside a checkpoint's tensors: model card, tokenizer, license and settings."""
+"""README.md, the model card of a checkpoint."""
 
 from __future__ import annotations
 
 import re
-import shutil
-from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from sparsecraft.checkpoint.folder import COMPANIONS
 from sparsecraft.dense.origin import Origin
 from sparsecraft.surgery.record import conversion_of
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> None:
-    """Tokenizer, chat template, generation settings and license, unchanged.
-
-    They are copied from where the model came from, its checkpoint or the base's folder; generation
-    settings that differ from those there are the model's own.
-    """
-    source = conversion_of(model).settings
-    if source is not None:
-        copy_companions(source, folder)
-    generation = getattr(model, "generation_config", None)
-    if generation is not None and generation != _generation_config(folder, model):
-        generation.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, chat template, generation settings and license of `source`, byte for byte."""
-    for path in (path for pattern in COMPANIONS for path in source.glob(pattern)):
-        copy = shutil.copytree if path.is_dir() else shutil.copyfile
-        copy(path, folder / path.name)
-
-
-def _generation_config(folder: Path, model: nn.Module) -> Any:
-    """The generation settings in a folder, read as from_pretrained reads them; None if absent."""
-    if not (folder / "generation_config.json").is_file():
-        return None
-    return type(model.generation_config).from_pretrained(folder)
 
 
 def readme(model: nn.Module, origin: Origin | None) -> str:

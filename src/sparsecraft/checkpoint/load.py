@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from sparsecraft.checkpoint.adapter import load_adapter
 from sparsecraft.checkpoint.base import convert_base, find_base, load_on
 from sparsecraft.checkpoint.fields import CONFIG_FIELDS, check_fields
-from sparsecraft.checkpoint.folder import MANIFEST
+from sparsecraft.checkpoint.folder import GENERATION, MANIFEST
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json
 from sparsecraft.checkpoint.manifest import base_config, read_manifest, read_recipe
 from sparsecraft.checkpoint.pretrained import writes_ours
@@ -68,7 +68,7 @@ def load(
     if dtype is not None:
         _cast(model, dtype)
     restore(model, manifest.get("running"), changed=recipe != saved)
-    if (folder / "generation_config.json").is_file() and model.can_generate():
+    if (folder / GENERATION).is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     writes_ours(model)
     return model.eval()

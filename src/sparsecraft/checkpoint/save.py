@@ -9,7 +9,8 @@ from torch import nn
 
 from sparsecraft.checkpoint import shards
 from sparsecraft.checkpoint.base import entry, usable_base
-from sparsecraft.checkpoint.card import readme, write_companions
+from sparsecraft.checkpoint.card import readme
+from sparsecraft.checkpoint.companions import write_companions
 from sparsecraft.checkpoint.folder import MANIFEST, replacing
 from sparsecraft.checkpoint.jsonfile import json_digest, write_json
 from sparsecraft.checkpoint.manifest import base_dtype, config_of, word

@@ -77,7 +77,7 @@ class Report:
             certificate=certificate,
             layers={item.site.path: item.edit.experts.kind for item in record.plan},
             cost=cost.count(model),
-            sources=tuple(source.name for source in sources),
+            sources=tuple(source.title for source in sources),
             domains=domains,
             children=children,
         )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sparsecraft.checkpoint import shards
 from sparsecraft.checkpoint.base import usable_base
+from sparsecraft.checkpoint.companions import check_settings
 from sparsecraft.checkpoint.folder import check_free
 from sparsecraft.checkpoint.progress import Progress, bytes_left, continued
 from sparsecraft.checkpoint.save import write_rest
@@ -96,6 +97,7 @@ def convert_files(
     check_free(out, overwrite)
     _check_recipe(recipe)
     stream = _Stream(model, recipe, sources, dtype=dtype, unrelated=unrelated, seed=seed)
+    check_settings(stream.model)
     tensors = stream.tensors(out, standalone)
     say(_require(out, tensors, stream.memory(certify), resume))
     task = stream.task(seed=seed, standalone=standalone, shard_size=shard_size)
@@ -282,7 +284,7 @@ class _Stream:
             certificate=certificate,
             layers={item.site.path: item.edit.experts.kind for item in self.edits},
             cost=cost.count(self.model),
-            sources=tuple(source.name for source in self.sources),
+            sources=tuple(source.title for source in self.sources),
             children=self.children,
         )
         self.record.report = {"conversion": report.to_dict()}

@@ -48,9 +48,9 @@ def resolve(
     `name` is an alias of `ALIASES`, a folder, or a hub id (`owner/name`), looked up in that order;
     write `./smollm2` for a folder that shares its name with an alias. `revision` is a branch, tag
     or commit of a hub id, `cache_dir` its cache, by default HF_HOME's. The model may be in a
-    `subfolder`. Fetched are the weights that transformers reads, pickled ones (.bin, which are read
-    as tensors only) where there are no others; `HF_HUB_OFFLINE` is honored. A folder in some hub
-    cache that is gone is looked up by its id and commit.
+    `subfolder`. Only files without pickle are fetched (a .bin that is in the cache already is
+    read, as tensors only); `HF_HUB_OFFLINE` is honored. A folder in some hub cache that is gone is
+    looked up by its id and commit.
     Raises HubError, one sentence, when nothing fits; ResourceError when the disk is too small.
     """
     name = os.fspath(name)
@@ -91,10 +91,11 @@ def _from_hub(
         info = hub.HfApi().model_info(name, revision=revision, timeout=10)
         wanted = _wanted([s.rfilename for s in info.siblings or []], subfolder)
         if wanted:
-            where = {"cache_dir": cache_dir, "revision": info.sha or revision}
+            where = {"cache_dir": cache_dir, "revision": revision}
             return Path(hub.snapshot_download(name, allow_patterns=wanted, **where))
         inside = f" in {subfolder!r}" if subfolder else ""
-        message = f"The hub's {name!r} lacks config.json or weights{inside}: choose another."
+        why = f"the hub's {name!r} lacks config.json or .safetensors weights{inside}"
+        return _hub_cached(name, revision, cache_dir, f"{why}: choose another.")
     except HubError:  # is a sentence already
         raise
     except errors.HFValidationError:
@@ -115,15 +116,11 @@ def _from_hub(
 
 
 def _wanted(files: list[str], subfolder: str) -> list[str]:
-    """The files of a repository that a model needs; empty if it holds none."""
-    from sparsecraft.dense.weights import is_weights
-
+    """The files of a repository that a model needs; empty if it holds none without pickle."""
     start = f"{subfolder}/" if subfolder else ""
     inside = [file.removeprefix(start) for file in files if file.startswith(start)]
     weights = [file for file in inside if file.endswith(".safetensors") and "/" not in file]
-    weights = [f for f in weights if not f.startswith("consolidated")] or [
-        file for file in inside if is_weights(file) or re.fullmatch(r"pytorch_model-.*\.bin", file)
-    ]
+    weights = [file for file in weights if not file.startswith("consolidated")]
     if "config.json" not in inside or not weights:
         return []
     beside = [
@@ -137,7 +134,13 @@ def _wanted(files: list[str], subfolder: str) -> list[str]:
 
 def _hub_cached(name: str, revision: str | None, cache_dir: str | Path | None, reason: str) -> Path:
     """The snapshot in the local hub cache; a snapshot cut short is caught when weights load."""
-    if folder := snapshot_of(name, revision, cache_dir):
+    import huggingface_hub as hub
+
+    where = {"cache_dir": cache_dir, "revision": revision}
+    config = hub.try_to_load_from_cache(name, "config.json", **where)
+    if isinstance(config, str):
+        return Path(config).parent
+    if folder := snapshot_of(name, revision, cache_dir):  # the only one, or a model in a subfolder
         return folder
     at = f" at revision {revision!r}" if revision else ""
     message = f"{name!r} is no folder here and not in the local hub cache{at}, and {reason}"

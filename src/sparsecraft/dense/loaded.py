@@ -30,19 +30,17 @@ def check_loaded(model: Any, folder: Path, variant: str | None, info: Mapping[st
         HubError: weights are missing, have another shape, or could not be converted.
     """
     kind = type(model).__name__
-    if wrong := sorted(info["mismatched_keys"]):
-        name, found, wanted = wrong[0]
-        raise HubError(
-            f"{str(folder)!r} holds {len(wrong)} weights in another shape than its config.json "
-            f"says, {name!r} {list(found)} instead of {list(wanted)} among them: fetch it again, "
-            "or correct the config."
-        )
-    missing, errors = info["missing_keys"], info["error_msgs"]
+    others = {name: shapes for name, *shapes in info["mismatched_keys"]}
+    missing, errors = {*info["missing_keys"], *others}, info["error_msgs"]
     if missing or errors:
         shown = named(missing) if missing else errors[0]
+        shapes = [
+            f" (its {name} is {list(found)} and the config says {list(wanted)})"
+            for name, (found, wanted) in sorted(others.items())
+        ]
         raise HubError(
             f"{str(folder)!r} lacks {len(missing)} weights of {kind}, which would be random: "
-            f"{shown}, in this shape: fetch it again."
+            f"{shown}, in this shape: fetch it again{shapes[0] if shapes else ''}."
         )
     if unread := info["unexpected_keys"]:
         beyond = _beyond(model, unread)

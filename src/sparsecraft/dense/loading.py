@@ -120,6 +120,9 @@ def load_model(
     except (OSError, SafetensorError, pickle.UnpicklingError) as error:
         why = str(error).strip().splitlines()[0]
         raise HubError(f"The weights in {str(folder)!r} cannot be read ({why}).") from None
+    except (ValueError, ImportError) as error:  # of settings, or for want of a quantizer's package
+        why = " ".join(str(error).split())
+        raise HubError(f"{str(folder)!r} cannot be loaded: {why:.300}") from None
     check_loaded(model, folder, kwargs.get("variant"), info)
     return model.eval()
 

@@ -9,7 +9,7 @@ The first of these that is there, as `PreTrainedModel.from_pretrained` takes it:
 5. the files that pytorch_model.bin.index.json names.
 
 A variant, such as "fp16", is part of the names: model.fp16.safetensors. Whatever else lies there,
-shards of another upload, averages of a training, other formats, is read by nobody.
+shards of another upload, averages of a training, other formats, is not read.
 """
 
 from __future__ import annotations
@@ -161,12 +161,6 @@ def variants(folder: Path) -> list[str]:
     single = [p.name.split(".")[1] for p in folder.glob(f"{stem}.*.{ending}")]
     index = [p.name.split(".")[-2] for p in folder.glob(f"{SAFE_WEIGHTS_INDEX_NAME[:-5]}.*.json")]
     return sorted({*single, *index})
-
-
-def is_weights(name: str) -> bool:
-    """Whether a file of this name can be one that transformers reads."""
-    variant = name.split(".")[-2] if "." in name else None
-    return any(name in (known, _with_variant(known, variant)) for known in NAMES)
 
 
 def every_safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

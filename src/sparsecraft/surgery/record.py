@@ -68,14 +68,24 @@ class Conversion:
         return self.base and self.base.folder
 
 
+def origin_of(model: nn.Module) -> Origin | None:
+    """Where a dense or converted model came from, if that is still there."""
+    return conversion_of(model).base if is_converted(model) else Origin.of(model)
+
+
+def settings_of(model: nn.Module) -> Path | None:
+    """The folder whose tokenizer, license and generation settings are a model's, if any is."""
+    if is_converted(model):
+        return conversion_of(model).settings
+    origin = Origin.of(model)
+    return origin and origin.folder
+
+
 def tokenizer_of(model: nn.Module) -> Any:
     """The tokenizer that came with a dense or a converted model; None if none did."""
-    if not is_converted(model):
-        origin = Origin.of(model)
-        return origin and load_tokenizer(origin.folder)
-    record = conversion_of(model)
-    found = record.settings and load_tokenizer(record.settings)
-    return found or (record.base and load_tokenizer(record.base.folder))
+    folder, origin = settings_of(model), origin_of(model)
+    found = folder and load_tokenizer(folder)
+    return found or (origin and load_tokenizer(origin.folder))
 
 
 def is_converted(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsecraft.checkpoint.companions import check_settings
 from sparsecraft.checkpoint.folder import check_free
 from sparsecraft.checkpoint.load import load
 from sparsecraft.checkpoint.save import check_loadable, save
@@ -77,6 +78,7 @@ def train(
     record = conversion_of(model)
     check_free(out, overwrite)
     check_loadable(model)
+    check_settings(model, tokenizer)
     _check_devices(model)
     states = out.with_name(f"{out.name}.training")
     check_folder(states, resume, asked.stages)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.checkpoint.card import copy_companions
+from sparsecraft.checkpoint.companions import write_dense
 from sparsecraft.checkpoint.folder import EXPORT_RECORD, check_free, replacing
 from sparsecraft.checkpoint.jsonfile import write_json
 from sparsecraft.checkpoint.pretrained import writes_ours
@@ -379,10 +379,7 @@ def write_merged(
     require(out, disk=size, memory=size, task="Saving")
     probes = [random_probe(model)]
     with replacing(out, overwrite) as folder:
-        model.save_pretrained(folder)
-        for path in folder.iterdir():
-            path.chmod(0o644)  # transformers writes weights for the owner alone
-        copy_companions(Path(source), folder)
+        write_dense(model, folder, Path(source))
         again = type(model).from_pretrained(folder, dtype="auto").to(model.device)
         certificate = compare(outputs(model, probes), outputs(again, probes))
         if not certificate.exact:
