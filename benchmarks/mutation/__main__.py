@@ -29,6 +29,8 @@ WHERE = (
 TESTS_EACH = 60
 SECONDS_EACH = 240
 COVERAGE = Path(".coverage.mutation")
+# A recipe is made when a table of tests is read, outside of any test.
+READ_FIRST = {"recipes/": ["tests/recipes/test_published.py"]}
 
 
 def main() -> None:
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--count", type=int, default=200, help="mutants made from syntax trees")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--marks", default="not gpu and not slow", help="pytest's -m")
     parser.add_argument("--only", choices=("all", "named", "made"), default="all")
     parser.add_argument("--coverage", type=Path, default=ROOT / COVERAGE)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("mutants.json"))
@@ -47,7 +50,7 @@ def main() -> None:
 def cover(asked: argparse.Namespace) -> None:
     """The whole suite once, noting for each line the tests that run it."""
     command = [sys.executable, "-m", "pytest", "-n", str(asked.jobs), "-p", "no:cacheprovider"]
-    command += [f"--cov={SOURCE}", "--cov-context=test", "--cov-report="]
+    command += ["-m", asked.marks, f"--cov={SOURCE}", "--cov-context=test", "--cov-report="]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"COVERAGE_FILE": str(asked.coverage)})
 
 
@@ -121,9 +124,14 @@ def _covering(coverage: Path, chosen: list[Mutant]) -> dict[Mutant, list[str]]:
             for number in numbers:
                 lines[file, number].add(test)
     return {
-        m: sorted(_near(lines, m), key=lambda test: (breadth[test], test))[:TESTS_EACH]
+        m: _first(m) + sorted(_near(lines, m), key=lambda test: (breadth[test], test))[:TESTS_EACH]
         for m in chosen
     }
+
+
+def _first(mutant: Mutant) -> list[str]:
+    return [test for place, tests in READ_FIRST.items() if mutant.file.startswith(place)
+            for test in tests]  # fmt: skip
 
 
 def _near(lines: dict[tuple[str, int], set[str]], mutant: Mutant) -> set[str]:
