@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -26,7 +27,7 @@ SOURCE = Path("src/sparsecraft")
 WHERE = (
     "moe/losses.py", "moe/routing.py", "moe/routers", "moe/experts", "data", "checkpoint",
 )  # fmt: skip
-TESTS_EACH = 60
+TESTS_EACH = 120
 SECONDS_EACH = 240
 COVERAGE = Path(".coverage.mutation")
 # A recipe is made when a table of tests is read, outside of any test.
@@ -60,13 +61,15 @@ def run(asked: argparse.Namespace) -> None:
     if asked.only != "named":
         chosen += _drawn(asked.count, asked.seed)
     covering = _covering(asked.coverage, chosen)
-    import sparsecraft.training.train  # noqa: F401  # what every process would import
-
-    _forget_sparsecraft()
+    for heavy in ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "pytest"):
+        importlib.import_module(heavy)  # once, for all processes
     start = time.perf_counter()
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(asked.jobs, fork, max_tasks_per_child=None) as pool:
+    with ProcessPoolExecutor(asked.jobs, fork) as pool:
         jobs = [(m, covering[m]) for m in chosen]
+        sound = Mutant("errors.py", 1, 0, "", "")
+        if (end := pool.submit(_in_a_child, sound, jobs[0][1]).result())["end"] != "survived":
+            raise SystemExit(f"Without any fault the tests fail: {end}")
         results = list(pool.map(_in_a_child, *zip(*jobs, strict=True)))
     rows = [
         {"file": m.file, "line": m.line, "fault": str(m), "named": bool(m.about), **result}
@@ -142,12 +145,6 @@ def _near(lines: dict[tuple[str, int], set[str]], mutant: Mutant) -> set[str]:
     return set()
 
 
-def _forget_sparsecraft() -> None:
-    """Every process imports the package from its own copy."""
-    for name in [n for n in sys.modules if n.split(".")[0] in ("sparsecraft", "tests")]:
-        del sys.modules[name]
-
-
 def _in_a_child(mutant: Mutant, tests: list[str]) -> dict:
     if not tests:
         return {"end": "not covered", "seconds": 0}
@@ -160,7 +157,8 @@ def _in_a_child(mutant: Mutant, tests: list[str]) -> dict:
         output = (Path(folder) / "output").read_text(errors="replace")
     failed = [row for row in output.splitlines() if row.startswith(("FAILED", "ERROR"))]
     seconds = round(time.perf_counter() - start, 1)
-    return {"end": end, "seconds": seconds, "tests": len(tests), "by": failed[:1]}
+    by = failed[:1] or output.splitlines()[-1:]
+    return {"end": end, "seconds": seconds, "tests": len(tests), "by": by}
 
 
 def _waited(child: int) -> str:
