@@ -28,7 +28,7 @@ from sparsecraft.moe.cost import Cost
 from sparsecraft.moe.losses import check_names
 from sparsecraft.moe.names import dense_tensors, unique_tensors
 from sparsecraft.recipe.recipe import Recipe
-from sparsecraft.surgery.install import apply
+from sparsecraft.surgery.install import apply, on_packed
 from sparsecraft.surgery.plan import PlannedEdit, plan
 from sparsecraft.surgery.record import Conversion, conversion_of, is_converted
 from sparsecraft.surgery.revert import take_out
@@ -119,6 +119,7 @@ def convert(
             model has been given back.
     """
     _check_arguments(model, recipe)
+    recipe = on_packed(model, recipe)
     edits, origin = plan(model, recipe), Origin.of(model)
     given = opened(model, recipe, edits, sources, unrelated=unrelated)
     networks, children = expand(recipe, edits, given, unique_tensors(model).__getitem__, seed)
