@@ -31,7 +31,7 @@ def convert_base(model: nn.Module, recipe: Recipe, origin: Origin | None) -> Con
     record = apply(model, recipe, plan(model, recipe), on_meta=True)
     record.digests = digests
     if origin is not None:
-        record.origin = origin
+        record.came_from = origin
     return record
 
 

@@ -168,7 +168,7 @@ def check_claim(recipe: Recipe, certificate: Certificate | None) -> None:
 
 def remember_origin(record: Conversion, origin: Origin | None) -> None:
     if origin is not None:
-        record.origin = origin
+        record.came_from = origin
         record.base_card = card_of(origin)
 
 

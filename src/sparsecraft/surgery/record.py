@@ -30,7 +30,7 @@ class Conversion:
         dense: module path -> the module that stood there, for `revert`.
         digests: dense tensor name -> its dtype and digest before the conversion.
         trainable: names of the dense parameters that required gradients before.
-        origin: where the dense model came from, if it did from anywhere.
+        came_from: where the dense model came from, if it did from anywhere.
         base_card: name, license and commit of the base, for the checkpoint's README.
         folder: the checkpoint that the model was loaded from, if it was.
         written: the recipe's JSON in that folder, of whatever format.
@@ -46,7 +46,7 @@ class Conversion:
     dense: dict[str, nn.Module] = field(default_factory=dict)
     digests: dict[str, tuple[torch.dtype, str]] = field(default_factory=dict)
     trainable: frozenset[str] = frozenset()
-    origin: Origin | None = None
+    came_from: Origin | None = None
     folder: Path | None = None
     written: dict[str, Any] | None = None
     base_card: tuple[str | None, ...] | None = None
@@ -57,7 +57,12 @@ class Conversion:
     @property
     def base(self) -> Origin | None:
         """Where the dense model came from, if it is still there."""
-        return self.origin if self.origin and self.origin.is_there else None
+        return self.came_from if self.came_from and self.came_from.is_there else None
+
+    @property
+    def origin(self) -> str | None:
+        """The folder, hub id or alias that the dense model came from, if any."""
+        return self.came_from and self.came_from.name
 
     @property
     def settings(self) -> Path | None:

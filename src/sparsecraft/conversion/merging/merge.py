@@ -73,7 +73,7 @@ HOWS = ("exact", "fixed", "average")
 MERGE_TOLERANCE = 1e-4
 
 # What the record of a conversion says of the dense model and of the past.
-REMEMBERED = ("digests", "origin", "folder", "base_card", "report", "running")
+REMEMBERED = ("digests", "came_from", "folder", "base_card", "report", "running")
 
 
 @dataclass(frozen=True, slots=True)
