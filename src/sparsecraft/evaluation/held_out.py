@@ -23,7 +23,7 @@ from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.certificate import evaluation_mode
 from sparsecraft.evaluation.choice import score_choice
-from sparsecraft.evaluation.lm_eval import run_lm_eval
+from sparsecraft.evaluation.lm_eval import check_tasks, run_lm_eval
 from sparsecraft.evaluation.logprobs import BATCH_TOKENS, label_logprobs
 from sparsecraft.evaluation.routing import first_choices_E, load_entropy, mutual_information
 from sparsecraft.moe.routing import Routing
@@ -66,6 +66,7 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise SparsecraftError(f"limit is {limit}; it must be at least 1, or None for all rows.")
+    check_tasks(tasks)
     if isinstance(model, (str, Path)):
         tokenizer = tokenizer or load_tokenizer(model)
         model = load(model)

@@ -97,11 +97,11 @@ class FFNLoRAExperts(Experts):
         weights_TK = routing.weights_TK.to(hidden_NF.dtype) * chosen_TK
         weighted_NF = hidden_NF * weights_TK.reshape(-1, 1)
         down = self._part(base, "down")
-        y_TO = down(weighted_NF.reshape(T, K, -1).sum(1))
+        y_TO = down(weighted_NF.unflatten(0, (T, K)).sum(1))
         bias = getattr(down, "bias", None)
         if bias is not None and not routing.sums_to_one:
             y_TO = y_TO + (weights_TK.sum(1, keepdim=True) - 1) * bias
-        y_TO = y_TO + self.down(weighted_NF, chosen).reshape(T, K, -1).sum(1)
+        y_TO = y_TO + self.down(weighted_NF, chosen).unflatten(0, (T, K)).sum(1)
         return F.dropout(y_TO, self.output_dropout, self.training)
 
     @staticmethod
