@@ -137,7 +137,10 @@ class FFNLoRAExperts(Experts):
             first, up = first.chunk(2, dim=-1)
         hidden = activation(first) if up is None else activation(first) * up
         dropout = self._part(base, "hidden_dropout")
-        return hidden if dropout is None else dropout(hidden)
+        hidden = hidden if dropout is None else dropout(hidden)
+        # T5 keeps its second matrix in float32 where all else is float16.
+        weight = getattr(self._part(base, "down"), "weight", None)
+        return hidden.float() if weight is not None and weight.dtype == torch.float32 else hidden
 
     def _part(self, base: nn.Module, name: str) -> nn.Module | None:
         path = self.parts.get(name)
