@@ -26,6 +26,7 @@ from sparsecraft.evaluation.choice import score_choice
 from sparsecraft.evaluation.lm_eval import check_tasks, run_lm_eval
 from sparsecraft.evaluation.logprobs import BATCH_TOKENS, label_logprobs
 from sparsecraft.evaluation.routing import first_choices_E, load_entropy, mutual_information
+from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.routing import Routing
 from sparsecraft.moe.tracing import trace
 
@@ -183,8 +184,9 @@ def _losses(model: nn.Module, sources: dict) -> tuple[dict[str, Any], dict[str, 
             tokens += logprobs_N.numel()
             correct += right_N.sum().item()
             rows += len(batch["labels"])
+            masks = layer_masks(model, batch, mask)
             for layer, routing in traced.items():
-                slots[layer] = slots.get(layer, 0) + _load_2E(routing, mask)
+                slots[layer] = slots.get(layer, 0) + _load_2E(routing, masks(layer))
         if not tokens:
             raise DataError(f"{name} has no label to predict.")
         losses[name] = {"loss": total / tokens, "tokens": tokens, "rows": rows}
@@ -210,16 +212,13 @@ def _check_classes(name: str, labels: Tensor, model: nn.Module) -> None:
             )
 
 
-def _load_2E(routing: Routing, mask: Tensor | None) -> Tensor:
-    """For each expert: its share of all slots, times tokens; and the tokens that chose it first."""
-    routed = len(routing.logits_TE)
-    if mask is None or mask.numel() != routed:
-        mask_T, tokens = None, routed
-    else:
-        mask_T = mask.reshape(-1).to(routing.logits_TE.device)
-        tokens = mask_T.sum().item()
-    slots_E = routing.load_E(mask_T).double().cpu() * tokens
-    return torch.stack([slots_E, first_choices_E(routing, mask_T)])
+def _load_2E(routing: Routing, mask_T: Tensor | None) -> Tensor:
+    """For each expert: its share of all slots (or weights), times the rows that were routed; and
+    those that chose it first."""
+    counted_T = routing.counted(mask_T)
+    rows = len(routing.logits_TE) if counted_T is None else counted_T.sum().item()
+    amounts_E = routing.load_E(mask_T).double().cpu() * rows
+    return torch.stack([amounts_E, first_choices_E(routing, mask_T)])
 
 
 def _routing_summary(loads: dict[str, list[Tensor]]) -> dict[str, float]:

@@ -44,6 +44,7 @@ def apply(
         record.hooks = attach(model, batch)
         for layer in record.layers:
             layer.batch = batch
+    record.own_loss.attach(model)
     set_trainable(model, recipe.stages[0].trains)
     return record
 

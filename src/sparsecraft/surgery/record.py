@@ -11,8 +11,10 @@ from torch import nn
 
 from sparsecraft.errors import SurgeryError
 from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.own_loss import OwnLoss
 from sparsecraft.moe.routers.running import Running
 from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.plan import PlannedEdit
 
 
@@ -35,6 +37,7 @@ class Conversion:
         report: what `convert` and `train` measured, as written to report.json.
         hooks: handles of the hooks that give the layers each batch's masks.
         running: what of its split networks the model runs.
+        own_loss: adds the recipe's auxiliary losses to the loss that the model gives in training.
     """
 
     recipe: Recipe
@@ -52,6 +55,16 @@ class Conversion:
     report: dict[str, Any] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
     running: Running = field(default_factory=Running)
+    own_loss: OwnLoss = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.own_loss = OwnLoss(self.next_stage)
+
+    def next_stage(self) -> Stage | None:
+        """The first stage by gradient that has not been trained; the last one after all have."""
+        done = {entry.get("stage") for entry in self.report.get("training", ())}
+        stages = [stage for stage in self.recipe.stages if isinstance(stage, Stage)]
+        return next((s for s in stages if s.name not in done), stages[-1] if stages else None)
 
 
 def is_converted(model: nn.Module) -> bool:

@@ -74,6 +74,7 @@ def take_out(model: nn.Module) -> None:
         parameter.requires_grad_(name in record.trainable)
     for handle in record.hooks:
         handle.remove()
+    record.own_loss.remove()
     del model.sparsecraft
     vars(model).pop("save_pretrained", None)
 

@@ -125,7 +125,7 @@ def _run(trainer: Any, counts: dict[str, int], run: Run) -> TrainReport:
     first_step = int(last.name.rpartition("-")[2]) if last else 0
     try:
         if first_step < args.max_steps:
-            result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
             if args.save_strategy == "no":
                 # Should the final save fail, the run can be resumed from its end.
                 trainer.keep_state()
@@ -134,13 +134,22 @@ def _run(trainer: Any, counts: dict[str, int], run: Run) -> TrainReport:
     finally:
         trainer.progress.stop()
     seconds = time.perf_counter() - start
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    loss = sum(entry["loss"] for entry in logged) / max(1, len(logged))
-    loss = loss if last else result.training_loss  # exact, but blind to what came before a resume
+    loss = mean_loss(trainer.state.log_history)
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes()
     tokens = counts["tokens"] / max(1, len(trainer.train_dataset)) * sequences
     speed = tokens * (args.max_steps - first_step) / seconds
     return TrainReport(run.out, trainer.state.global_step, loss, seconds, speed, counts)
+
+
+def mean_loss(log: list[dict[str, Any]]) -> float:
+    """The mean over all steps, before a resume too; each line's loss is one of those since the
+    last line, over all processes."""
+    total, before = 0.0, 0
+    for entry in log:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - before)
+            before = entry["step"]
+    return total / max(1, before)
 
 
 def prepare_parameters(model: nn.Module, stage: Stage) -> None:

@@ -73,7 +73,8 @@ class Router(nn.Module):
             return _directed(batch.expert_ids, logits, self.sums_to_one)
         weights_TK, indices_TK = self.select(logits)
         facts = self.sums_to_one, self.in_order
-        return Routing(weights_TK, indices_TK, logits, *facts, outputs_TEO=outputs_TEO)
+        soft = weights_TK.shape == logits.shape  # also top-k of all experts
+        return Routing(weights_TK, indices_TK, logits, *facts, outputs_TEO=outputs_TEO, soft=soft)
 
     def scores_of_input(self) -> Tensor | None:
         """The matrix (E, D) whose product with each token of the layer's input is all that the
