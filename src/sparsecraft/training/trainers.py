@@ -30,6 +30,7 @@ from sparsecraft.moe.tracing import trace
 from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.record import conversion_of
 from sparsecraft.surgery.trainable import matches
+from sparsecraft.training.watch import WatchedTrainerMixin
 
 log = logging.getLogger("sparsecraft")
 
@@ -211,15 +212,15 @@ def adapters_known(model: torch.nn.Module) -> Iterator[None]:
         vars(model).pop("_hf_peft_config_loaded", None)
 
 
-class RoutedSFTTrainer(RoutedTrainerMixin, SFTTrainer):
+class RoutedSFTTrainer(WatchedTrainerMixin, RoutedTrainerMixin, SFTTrainer):
     """Causal language models."""
 
 
-class RoutedSeq2SeqTrainer(RoutedTrainerMixin, Seq2SeqTrainer):
+class RoutedSeq2SeqTrainer(WatchedTrainerMixin, RoutedTrainerMixin, Seq2SeqTrainer):
     """Encoder-decoder models."""
 
 
-class RoutedTrainer(RoutedTrainerMixin, Trainer):
+class RoutedTrainer(WatchedTrainerMixin, RoutedTrainerMixin, Trainer):
     """Classifiers."""
 
 
