@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sparsecraft.dense.digests import digest
 from sparsecraft.errors import TrainingError
+from sparsecraft.evaluation.history import moved_lines
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routing import Routing
 
@@ -148,12 +149,6 @@ def say(stage: str, moved: dict[str, Any]) -> None:
     first, *others = moved_lines(moved)
     level = logging.WARNING if others else logging.INFO
     log.log(level, f"Stage {stage!r}: {first}{' The report says why.' if others else ''}")
-
-
-def moved_lines(moved: dict[str, Any]) -> list[str]:
-    """What a stage has moved, in words; a line for each tensor or pattern that did not move."""
-    first = f"{moved['moved']} of {moved['should']} tensors that should train have moved."
-    return [first, *(f"  not moved: {n}: {reason}" for n, reason in moved["unmoved"].items())]
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparsecraft.evaluation.history import moved_lines
 from sparsecraft.recipe.stages import Fit, Stage
 from sparsecraft.surgery.record import Conversion
-from sparsecraft.training.moved import moved_lines
 from sparsecraft.training.options import TrainOptions
 
 # Why rows are not trained on, among `TrainReport.counts`.
