@@ -65,7 +65,7 @@ def fit_routers(
             return measure(torch.func.functional_call(form, weights, (x_BD,)), y_BR)
 
         aims = [
-            _scaled(inputs[n], wanted[n], spec)[:, layers[n].router.spec.shared :] for n in names
+            _scaled(inputs[n], wanted[n][:, layers[n].router.spec.shared :], spec) for n in names
         ]
         modules = [scorers[name] for name in names]
         found = _descend(names, modules, loss, [inputs[n] for n in names], aims, spec)
