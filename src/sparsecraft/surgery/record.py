@@ -29,6 +29,9 @@ class Conversion:
         devices: where each layer's donor was.
         dense: module path -> the module that stood there, for `revert`.
         digests: dense tensor name -> its dtype and digest before the conversion.
+        shapes: dense tensor name -> its shape then.
+        vocabulary: rows of the embedding of tokens then; None without one.
+        masters: dense names of what training holds in float32, whatever type it had.
         trainable: names of the dense parameters that required gradients before.
         origin: the folder, hub id or alias that the dense model came from, if any.
         base_card: name and license of the base, for the checkpoint's README.
@@ -46,6 +49,9 @@ class Conversion:
     devices: list[torch.device] = field(default_factory=list)
     dense: dict[str, nn.Module] = field(default_factory=dict)
     digests: dict[str, tuple[torch.dtype, str]] = field(default_factory=dict)
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
+    vocabulary: int | None = None
+    masters: set[str] = field(default_factory=set)
     trainable: frozenset[str] = frozenset()
     origin: str | None = None
     revision: str | None = None
@@ -80,3 +86,18 @@ def conversion_of(model: nn.Module) -> Conversion:
     if not is_converted(model):
         raise SurgeryError(f"This {type(model).__name__} is dense; call sc.convert first.")
     return model.sparsecraft
+
+
+def check_stands(model: nn.Module) -> None:
+    """Refuse to change a model whose layers are no longer where they were installed.
+
+    Raises:
+        SurgeryError: the model is dense, or something else took a layer's place.
+    """
+    record, inside = conversion_of(model), set(model.modules())
+    for item, layer in zip(record.plan, record.layers, strict=True):
+        if layer not in inside:
+            raise SurgeryError(
+                f"The layer that was installed at {item.site.path!r} is no longer in the model: "
+                "something else took its place. Put it back, or load the model again."
+            )

@@ -58,7 +58,7 @@ def training_arguments(
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": schedule,
         "lr_scheduler_kwargs": ends,
-        "warmup_steps": min(warmup, steps),
+        "warmup_steps": min(warmup, steps - 1),  # one step at least has a learning rate
         "weight_decay": stage.weight_decay,
         "max_grad_norm": stage.max_grad_norm,
         "optim": {"adamw": "adamw_torch", "adafactor": "adafactor"}[stage.optimizer],
@@ -68,6 +68,7 @@ def training_arguments(
         "data_seed": settings.seed,
         "logging_steps": settings.log_every,
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it shows NaN as a loss that falls
         "save_strategy": "steps" if every else "no",
         "save_steps": every or steps,
         "save_total_limit": 1,

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ from sparsecraft.data.batches import collate
 from sparsecraft.data.encoding import pad_id
 from sparsecraft.data.prepare import count_tokens, pack
 from sparsecraft.data.sentences import Prompts
+from sparsecraft.moe.names import dense_name
 from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.record import conversion_of
 from sparsecraft.surgery.trainable import set_trainable
 from sparsecraft.training.arguments import processes, training_arguments
 from sparsecraft.training.deal import deal, directed, sampled
 from sparsecraft.training.defaults import needs, objective_of
+from sparsecraft.training.moved import Before, watched_routers
 from sparsecraft.training.options import TrainOptions
 from sparsecraft.training.progress import ProgressBar
 from sparsecraft.training.report import TrainReport, note
@@ -95,8 +97,13 @@ def descend(
             dataset = pack(dataset, settings.max_length, settings.seed)
     forced = directed(model) if stage.deal else nullcontext()
     with _untouched(model), adapters_known(model), forced:
+        should = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         trainer = make_trainer(run, stage, settings, dataset, folder)
-        report = _run(trainer, counts, run)
+        before = Before(model, should)
+        with watched_routers(model, trainer.evidence):
+            report = _run(trainer, counts, run)
+        moved = trainer.moved(before)
+    report = replace(report, moved={stage.name: moved})
     note(conversion_of(model), stage, settings, report, log=trainer.state.log_history, **found)
     return trainer, report
 
@@ -126,6 +133,7 @@ def _run(trainer: Any, counts: dict[str, int], run: Run) -> TrainReport:
     try:
         if first_step < args.max_steps:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
+            trainer.check_model()
             if args.save_strategy == "no":
                 # Should the final save fail, the run can be resumed from its end.
                 trainer.keep_state()
@@ -168,9 +176,11 @@ def prepare_parameters(model: nn.Module, stage: Stage) -> None:
 
 def _float32_masters(model: nn.Module) -> None:
     """Steps of 1e-4 relative size vanish in bf16; the layers compute in their input's dtype."""
-    for parameter in model.parameters():
+    masters = conversion_of(model).masters
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
+            masters |= {dense} if (dense := dense_name(model, name)) else set()
 
 
 def make_trainer(run: Run, stage: Stage, settings: TrainOptions, dataset: Any, folder: Path) -> Any:

@@ -32,7 +32,9 @@ from sparsecraft.training.arguments import processes
 from sparsecraft.training.deal import check_deal
 from sparsecraft.training.defaults import checked, fill, fit_tokens, objective_of, stages_of
 from sparsecraft.training.descend import Run, descend
-from sparsecraft.training.fit.fit import fit
+from sparsecraft.training.fit.fit import NOT_BETTER, before_fit, fit
+from sparsecraft.training.moved import Evidence, say
+from sparsecraft.training.moved import found as moved_by
 from sparsecraft.training.options import TrainOptions
 from sparsecraft.training.report import TrainReport, note
 from sparsecraft.training.resume import check_folder
@@ -73,6 +75,8 @@ def train(
 
     Raises:
         DataError, CheckpointError, ResourceError: before anything is written.
+        TrainingError: a loss, a gradient or a weight is not finite, or something has changed that
+            a stage does not train. `out` is as it was, and the last state waits for `resume`.
     """
     asked, out = checked(options), Path(out).resolve()
     model = load(model) if isinstance(model, (str, Path)) else model
@@ -85,7 +89,7 @@ def train(
     run = Run(model, tokenizer or _tokenizer_of(record), out, Prompts.of(model), resume)
     stages = stages_of(record.recipe, asked.stages)
     _check_stages(model, [stage for _, stage in stages])
-    trainer = None
+    trainer, moved = None, {}
     for number, stage in stages:
         settings = fill(model, stage, asked)
         dataset, counts = _dataset(run, data, settings, whole=stage.deals)
@@ -95,8 +99,9 @@ def train(
             else:
                 folder = states / f"{number}-{stage.name}"
                 trainer, report = descend(run, stage, settings, dataset, counts, folder)
+        moved |= report.moved
     _finish(run, states, overwrite, tokenizer, trainer)
-    return report
+    return dataclasses.replace(report, moved=moved)
 
 
 def _finish(run: Run, states: Path, overwrite: bool, tokenizer: Any, trainer: Any | None) -> None:
@@ -140,14 +145,18 @@ def _fit(
         )
         for start in range(0, len(dataset), rows)
     )
-    start = time.perf_counter()
+    start, before = time.perf_counter(), before_fit(run.model, stage)
     found = fit(run.model, batches, spec, masks=_masks_of, seed=settings.seed)
+    moved = moved_by(before, run.model, Evidence(otherwise=NOT_BETTER))
+    say(stage.name, moved)
     seconds = time.perf_counter() - start
     log.info(f"Stage {stage.name!r}: {summary(found)}, {seconds:.0f} s.")
     losses = [layer["loss"] for layer in found["layers"].values() if "loss" in layer]
     loss = sum(losses) / max(1, len(losses))
     speed = found["tokens"] / seconds
-    report = TrainReport(run.out, found["steps"], loss, seconds, speed, counts)
+    report = TrainReport(
+        run.out, found["steps"], loss, seconds, speed, counts, moved={stage.name: moved}
+    )
     note(conversion_of(run.model), stage, settings, report, fit=found)
     return report
 

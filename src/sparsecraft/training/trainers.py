@@ -31,6 +31,7 @@ from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.record import conversion_of
 from sparsecraft.surgery.trainable import matches
 from sparsecraft.training.tally import Tally
+from sparsecraft.training.watch import WatchedTrainerMixin
 
 log = logging.getLogger("sparsecraft")
 
@@ -230,7 +231,7 @@ class LogsWhatEnds(TrainerCallback):
             control.should_log = True
 
 
-class RoutedSFTTrainer(RoutedTrainerMixin, SFTTrainer):
+class RoutedSFTTrainer(WatchedTrainerMixin, RoutedTrainerMixin, SFTTrainer):
     """Causal language models."""
 
     shifts_labels = True
@@ -245,9 +246,9 @@ class RoutedSFTTrainer(RoutedTrainerMixin, SFTTrainer):
         return result
 
 
-class RoutedSeq2SeqTrainer(RoutedTrainerMixin, Seq2SeqTrainer):
+class RoutedSeq2SeqTrainer(WatchedTrainerMixin, RoutedTrainerMixin, Seq2SeqTrainer):
     """Encoder-decoder models."""
 
 
-class RoutedTrainer(RoutedTrainerMixin, Trainer):
+class RoutedTrainer(WatchedTrainerMixin, RoutedTrainerMixin, Trainer):
     """Classifiers."""

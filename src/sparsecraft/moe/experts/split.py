@@ -313,11 +313,12 @@ class SplitExperts(Experts):
         for parameter in (self.first, self.first_bias):
             if parameter is None:
                 continue
-            parameter.copy_(by_expert(by_part(parameter, self.parts)[:, take_F], E))
-        self.down.copy_(self.down.flatten(0, 1)[take_F].view_as(self.down))
+            arranged = by_expert(by_part(parameter, self.parts)[:, take_F], E)
+            parameter.data = arranged.contiguous()
+        self.down.data = self.down.flatten(0, 1)[take_F].view_as(self.down)
         if self.mean is not None:
-            self.mean.copy_(self.mean.flatten()[take_F].view_as(self.mean))
-        self.neurons.copy_(order_F.view(E, m))
+            self.mean.data = self.mean.flatten()[take_F].view_as(self.mean)
+        self.neurons.data = order_F.view(E, m).clone()
 
     @torch.no_grad()
     def dense(self) -> dict[str, Tensor | None]:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.recipe.stages import Fit
+from sparsecraft.training.watch import checked_losses
 
 # Tokens of a held-out step.
 CHUNK_TOKENS = 4096
@@ -70,7 +71,7 @@ def fit_routers(
             for n in names
         ]
         modules = [scorers[name] for name in names]
-        found = _descend(modules, loss, [inputs[n] for n in names], aims, spec)
+        found = _descend(names, modules, loss, [inputs[n] for n in names], aims, spec)
         report |= dict(zip(names, found, strict=True))
     return report
 
@@ -94,7 +95,7 @@ def fit_imitations(layers: dict[str, MoELayer], inputs: dict[str, Tensor], spec:
         aims = [_outputs(layers[name].base, inputs[name]) for name in names]
         modules = [banks[name] for name in names]
         dtype = modules[0].down.dtype
-        found = _descend(modules, loss, [inputs[name] for name in names], aims, spec)
+        found = _descend(names, modules, loss, [inputs[n] for n in names], aims, spec)
         for bank in modules:  # routers stay float32, networks are of the model
             bank.to(dtype)
         report |= dict(zip(names, found, strict=True))
@@ -118,9 +119,18 @@ def _alike(modules: dict[str, nn.Module]) -> list[list[str]]:
 
 
 def _descend(
-    modules: list[nn.Module], loss: Loss, inputs: list[Tensor], aims: list[Tensor], spec: Fit
+    layers: list[str],
+    modules: list[nn.Module],
+    loss: Loss,
+    inputs: list[Tensor],
+    aims: list[Tensor],
+    spec: Fit,
 ) -> list[dict[str, float]]:
-    """Adam on all modules at once; each keeps the epoch that was best on the held-out tokens."""
+    """Adam on all modules at once; each keeps the epoch that was best on the held-out tokens.
+
+    Raises:
+        TrainingError: the loss of one of the layers is not finite; its modules are as they were.
+    """
     device = next(modules[0].parameters()).device
     names = [name for name, _ in modules[0].named_parameters()]
     weights = {
@@ -142,7 +152,8 @@ def _descend(
         parts = torch.arange(held, tokens).split(CHUNK_TOKENS)
         losses = [loss_of(weights, rows(inputs, p), rows(aims, p), None) for p in parts]
         sizes = torch.tensor([len(p) for p in parts], device=device)
-        return (torch.stack(losses) * sizes[:, None]).sum(0) / sizes.sum()
+        found_L = (torch.stack(losses) * sizes[:, None]).sum(0) / sizes.sum()
+        return checked_losses(spec.name, layers, found_L)
 
     steps = spec.epochs * -(-held // spec.batch_tokens)
     step, start_L = 0, held_out()
