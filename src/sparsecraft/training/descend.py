@@ -57,6 +57,8 @@ class Run:
         out: the checkpoint folder to write.
         prompts: takes in the prompt of every row, for routers that decide by sentence.
         resume: continue from the last state.
+        unpacked: why rows are not packed though packing was asked for; None if they are, or it
+            was not.
     """
 
     model: nn.Module
@@ -64,6 +66,12 @@ class Run:
     out: Path
     prompts: Prompts | None = None
     resume: bool = False
+    unpacked: str | None = None
+
+    @property
+    def noted(self) -> dict[str, str]:
+        """What the report of every stage says of the run."""
+        return {"unpacked": self.unpacked} if self.unpacked else {}
 
 
 def descend(
@@ -97,7 +105,8 @@ def descend(
     with _untouched(model), adapters_known(model), forced:
         trainer = make_trainer(run, stage, settings, dataset, folder)
         report = _run(trainer, counts, run)
-    note(conversion_of(model), stage, settings, report, log=trainer.state.log_history, **found)
+    found |= {"log": trainer.state.log_history} | run.noted
+    note(conversion_of(model), stage, settings, report, **found)
     return trainer, report
 
 

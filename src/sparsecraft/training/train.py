@@ -34,6 +34,7 @@ from sparsecraft.training.defaults import checked, fill, fit_tokens, objective_o
 from sparsecraft.training.descend import Run, descend
 from sparsecraft.training.fit.fit import fit
 from sparsecraft.training.options import TrainOptions
+from sparsecraft.training.packing import leak
 from sparsecraft.training.report import TrainReport, note
 from sparsecraft.training.resume import check_folder
 from sparsecraft.training.staging import staged
@@ -82,9 +83,11 @@ def train(
     _check_devices(model)
     states = out.with_name(f"{out.name}.training")
     check_folder(states, resume, asked.stages)
-    run = Run(model, tokenizer or _tokenizer_of(record), out, Prompts.of(model), resume)
     stages = stages_of(record.recipe, asked.stages)
     _check_stages(model, [stage for _, stage in stages])
+    reader = tokenizer or _tokenizer_of(record)
+    asked, unpacked = _packable(model, reader, stages, asked)
+    run = Run(model, reader, out, Prompts.of(model), resume, unpacked)
     trainer = None
     for number, stage in stages:
         settings = fill(model, stage, asked)
@@ -148,8 +151,24 @@ def _fit(
     loss = sum(losses) / max(1, len(losses))
     speed = found["tokens"] / seconds
     report = TrainReport(run.out, found["steps"], loss, seconds, speed, counts)
-    note(conversion_of(run.model), stage, settings, report, fit=found)
+    note(conversion_of(run.model), stage, settings, report, fit=found, **run.noted)
     return report
+
+
+def _packable(
+    model: nn.Module, tokenizer: Any, stages: list[tuple[int, Stage | Fit]], asked: TrainOptions
+) -> tuple[TrainOptions, str | None]:
+    """The options, without packing where documents of a pack would see each other, and how."""
+    settings = fill(model, stages[0][1], asked)
+    if not settings.packing:
+        return asked, None
+    why = leak(model, tokenizer, settings.max_length, settings.micro_batch)
+    if why is None:
+        return asked, None
+    log.warning(
+        f"Rows are not packed, each is a sequence of its own: in this {type(model).__name__} {why}."
+    )
+    return dataclasses.replace(asked, packing=False), why
 
 
 def _masks_of(model: nn.Module, batch: dict[str, Any]) -> Any:
