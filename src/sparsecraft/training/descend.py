@@ -24,7 +24,7 @@ from transformers import (
 from trl import SFTConfig
 
 from sparsecraft.data.batches import collate
-from sparsecraft.data.encoding import pad_id
+from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import count_tokens, pack
 from sparsecraft.data.sentences import Prompts
 from sparsecraft.recipe.stages import Stage
@@ -96,7 +96,7 @@ def descend(
     check_same_run(folder, described, run.resume, read_as(model))
     found: dict[str, Any] = {}
     if stage.deal:
-        where = {"pad_id": pad_id(run.tokenizer), "resume": run.resume}
+        where = {"pad_id": pad_id(run.tokenizer, model), "resume": run.resume}
         dataset, found["buckets"] = deal(model, dataset, folder, **where)
         counts = counts | {"dealt": len(dataset)} | count_tokens(dataset)
         if settings.packing:
@@ -198,11 +198,13 @@ def make_trainer(run: Run, stage: Stage, settings: TrainOptions, dataset: Any, f
         train_dataset=dataset,
         data_collator=functools.partial(
             collate,
-            pad_id=pad_id(tokenizer),
+            pad_id=pad_id(tokenizer, model),
             packed=settings.packing,
             prompts=run.prompts,
         ),
-        processing_class=tokenizer,
+        # Trainer would write the tokenizer's padding over the configuration's, by which a
+        # classifier and T5 find their way; SFTTrainer would fetch a tokenizer of its own.
+        processing_class=tokenizer if arguments_class is SFTConfig else None,
         callbacks=[progress],
     )
     trainer.progress = progress

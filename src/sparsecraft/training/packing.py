@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.data.batches import collate
-from sparsecraft.data.encoding import IGNORED, pad_id
+from sparsecraft.data.encoding import IGNORED
+from sparsecraft.data.limits import pad_id
 from sparsecraft.evaluation.certificate import evaluation_mode
 from sparsecraft.moe.context import sentence_width
 from sparsecraft.training.arguments import on_cpu
@@ -56,7 +57,7 @@ def leak(model: nn.Module, tokenizer: Any, max_length: int, rows: int) -> str | 
         [_documents(model, tokenizer, row[:1], seed + 2)[0], *kept[1:]]
         for seed, (row, kept) in enumerate(zip(sizes, documents, strict=False))
     ]
-    pad = pad_id(tokenizer)
+    pad = pad_id(tokenizer, model)
     _to_the_trainers_device(model)
     with evaluation_mode(model), torch.no_grad(), _same_random_numbers(model):
         alone, beside = (_apart(model, given, pad) for given in (documents, changed))

@@ -17,7 +17,7 @@ from sparsecraft.checkpoint.folder import check_free
 from sparsecraft.checkpoint.load import load
 from sparsecraft.checkpoint.save import check_loadable, save
 from sparsecraft.data.batches import collate
-from sparsecraft.data.encoding import pad_id
+from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
 from sparsecraft.data.sentences import Prompts
 from sparsecraft.dense import hub
@@ -138,7 +138,7 @@ def _fit(
     batches = (
         collate(
             list(dataset.select(range(start, min(start + rows, len(dataset))))),
-            pad_id(run.tokenizer),
+            pad_id(run.tokenizer, run.model),
             packed=settings.packing,
         )
         for start in range(0, len(dataset), rows)
@@ -188,6 +188,7 @@ def _dataset(
         seed=settings.seed,
         task=TASK_OF_MODEL[objective_of(run.model)],
         prompts=run.prompts,
+        model=run.model,
     )
     if run.prompts is not None:
         run.prompts.embeddings()  # of all, in large batches
