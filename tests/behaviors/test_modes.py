@@ -1,4 +1,4 @@
-"""Other ways to run a layer: compiled, exported, under torch.func, differentiated twice, in fp16."""
+"""Other ways to run a layer: compiled, exported, under torch.func, differentiated twice, fp16."""
 
 from __future__ import annotations
 
