@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -26,9 +27,11 @@ SOURCE = Path("src/sparsecraft")
 WHERE = (
     "moe/losses.py", "moe/routing.py", "moe/routers", "moe/experts", "data", "checkpoint",
 )  # fmt: skip
-TESTS_EACH = 60
+TESTS_EACH = 120
 SECONDS_EACH = 240
 COVERAGE = Path(".coverage.mutation")
+# A recipe is made when a table of tests is read, outside of any test.
+READ_FIRST = {"recipes/": ["tests/recipes/test_published.py"]}
 
 
 def main() -> None:
@@ -37,6 +40,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--count", type=int, default=200, help="mutants made from syntax trees")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--marks", default="not gpu and not slow", help="pytest's -m")
     parser.add_argument("--only", choices=("all", "named", "made"), default="all")
     parser.add_argument("--coverage", type=Path, default=ROOT / COVERAGE)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("mutants.json"))
@@ -47,7 +51,7 @@ def main() -> None:
 def cover(asked: argparse.Namespace) -> None:
     """The whole suite once, noting for each line the tests that run it."""
     command = [sys.executable, "-m", "pytest", "-n", str(asked.jobs), "-p", "no:cacheprovider"]
-    command += [f"--cov={SOURCE}", "--cov-context=test", "--cov-report="]
+    command += ["-m", asked.marks, f"--cov={SOURCE}", "--cov-context=test", "--cov-report="]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"COVERAGE_FILE": str(asked.coverage)})
 
 
@@ -57,13 +61,15 @@ def run(asked: argparse.Namespace) -> None:
     if asked.only != "named":
         chosen += _drawn(asked.count, asked.seed)
     covering = _covering(asked.coverage, chosen)
-    import sparsecraft.training.train  # noqa: F401  # what every process would import
-
-    _forget_sparsecraft()
+    for heavy in ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "pytest"):
+        importlib.import_module(heavy)  # once, for all processes
     start = time.perf_counter()
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(asked.jobs, fork, max_tasks_per_child=None) as pool:
+    with ProcessPoolExecutor(asked.jobs, fork) as pool:
         jobs = [(m, covering[m]) for m in chosen]
+        sound = Mutant("errors.py", 1, 0, "", "")
+        if (end := pool.submit(_in_a_child, sound, jobs[0][1]).result())["end"] != "survived":
+            raise SystemExit(f"Without any fault the tests fail: {end}")
         results = list(pool.map(_in_a_child, *zip(*jobs, strict=True)))
     rows = [
         {"file": m.file, "line": m.line, "fault": str(m), "named": bool(m.about), **result}
@@ -121,9 +127,14 @@ def _covering(coverage: Path, chosen: list[Mutant]) -> dict[Mutant, list[str]]:
             for number in numbers:
                 lines[file, number].add(test)
     return {
-        m: sorted(_near(lines, m), key=lambda test: (breadth[test], test))[:TESTS_EACH]
+        m: _first(m) + sorted(_near(lines, m), key=lambda test: (breadth[test], test))[:TESTS_EACH]
         for m in chosen
     }
+
+
+def _first(mutant: Mutant) -> list[str]:
+    return [test for place, tests in READ_FIRST.items() if mutant.file.startswith(place)
+            for test in tests]  # fmt: skip
 
 
 def _near(lines: dict[tuple[str, int], set[str]], mutant: Mutant) -> set[str]:
@@ -132,12 +143,6 @@ def _near(lines: dict[tuple[str, int], set[str]], mutant: Mutant) -> set[str]:
         if lines[mutant.file, line]:
             return lines[mutant.file, line]
     return set()
-
-
-def _forget_sparsecraft() -> None:
-    """Every process imports the package from its own copy."""
-    for name in [n for n in sys.modules if n.split(".")[0] in ("sparsecraft", "tests")]:
-        del sys.modules[name]
 
 
 def _in_a_child(mutant: Mutant, tests: list[str]) -> dict:
@@ -152,7 +157,8 @@ def _in_a_child(mutant: Mutant, tests: list[str]) -> dict:
         output = (Path(folder) / "output").read_text(errors="replace")
     failed = [row for row in output.splitlines() if row.startswith(("FAILED", "ERROR"))]
     seconds = round(time.perf_counter() - start, 1)
-    return {"end": end, "seconds": seconds, "tests": len(tests), "by": failed[:1]}
+    by = failed[:1] or output.splitlines()[-1:]
+    return {"end": end, "seconds": seconds, "tests": len(tests), "by": by}
 
 
 def _waited(child: int) -> str:
