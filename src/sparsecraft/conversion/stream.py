@@ -36,6 +36,7 @@ from sparsecraft.conversion.sources.lora_folder import WEIGHTS as WEIGHTS_OF_LOR
 from sparsecraft.conversion.sources.source import Source, mean
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
+from sparsecraft.dense.donors import FFN
 from sparsecraft.dense.loading import load_model
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weight
@@ -220,17 +221,24 @@ class _Stream:
         paths = {module: path for path, module in self.model.named_modules()}
         makers = {}
         for number, (item, layer) in enumerate(zip(self.edits, self.record.layers, strict=True)):
-            copied = layer.experts.copied(item.donor) is not None
+            copied = layer.experts.copied(item.donor) or ()
             for name in unique_tensors(layer):
                 part, _, leaf = name.partition(".")
-                if part == "experts" and copied:
+                if part == "experts" and leaf in copied:
                     make = partial(self._bank, item, layer.experts, leaf)
+                elif copied and leaf.startswith("activation."):  # one for all experts
+                    make = partial(self._shared, item.donor, leaf.removeprefix("activation."))
                 elif part in ("experts", "router"):
                     make = partial(self.drawn.tensor, number, name)
                 else:
                     continue
                 makers[f"{paths[layer]}.{name}"] = make
         return makers
+
+    def _shared(self, donor: FFN, leaf: str) -> Iterator[Tensor]:
+        name = f"{donor.activation_path}.{leaf}"
+        means = self.sources and self.recipe.others == "mean"
+        yield mean(self.sources, name).to(self.dtype) if means else self._base(name)
 
     def _bank(self, item: PlannedEdit, bank: Experts, leaf: str) -> Iterator[Tensor]:
         """The experts of one bank, one after the other."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.dense.digests import digest
+from sparsecraft.dense.sites import silence
 from sparsecraft.errors import SurgeryError
 from sparsecraft.moe.names import dense_tensors
 from sparsecraft.surgery.record import Conversion, check_stands, conversion_of
@@ -155,6 +156,8 @@ def take_out(model: nn.Module) -> None:
     # In the reverse order of installation: an outer module has to be back before its parts.
     for path, module in reversed(record.dense.items()):
         model.set_submodule(path, module)
+    for item in record.plan:
+        silence(model, item.site, undo=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in record.trainable)
     for handle in record.hooks:
