@@ -136,7 +136,7 @@ def _places(plan: Sequence[PlannedEdit]) -> dict[str, list[Linear]]:
     """Path of a Linear -> the views of it, or of some of its rows, that get experts."""
     places = defaultdict(list)
     for item in plan:
-        if item.site.chain or not isinstance(item.donor, Linear):
+        if item.site.activated or not isinstance(item.donor, Linear):
             raise RecipeError(
                 f"LoRA experts beside the {item.site.kind} at {item.site.path!r}, which is no "
                 "single Linear; PEFT's LoRAs are updates of one."
