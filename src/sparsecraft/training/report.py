@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ class TrainReport:
     Attributes:
         out: the checkpoint folder.
         steps: optimizer steps, those before a resume included.
-        loss: mean training loss; after a resume the mean of what was logged, before it too.
+        loss: mean training loss of all steps and processes, those before a resume included; task
+            and auxiliary losses.
         seconds: wall time of this call's training.
         tokens_per_second: real tokens, padding excluded, of this call's training.
         counts: rows read, dropped and kept, by reason.
@@ -42,6 +45,18 @@ class TrainReport:
             f"{self.tokens_per_second:.0f} tokens/s."
             + (f" Rows dropped: {dropped}." if dropped else "")
         )
+
+
+@contextmanager
+def noted_if_done(record: Conversion) -> Iterator[None]:
+    """Keep what the stages of one call note only if the call ends well: one that resumes it notes
+    them again, those that were complete too."""
+    before = list(record.report.get("training", ()))
+    try:
+        yield
+    except BaseException:
+        record.report["training"] = before
+        raise
 
 
 def note(

@@ -34,7 +34,7 @@ from sparsecraft.training.defaults import checked, fill, fit_tokens, objective_o
 from sparsecraft.training.descend import Run, descend
 from sparsecraft.training.fit.fit import fit
 from sparsecraft.training.options import TrainOptions
-from sparsecraft.training.report import TrainReport, note
+from sparsecraft.training.report import TrainReport, note, noted_if_done
 from sparsecraft.training.resume import check_folder
 from sparsecraft.training.staging import staged
 from sparsecraft.training.trainers import (
@@ -86,16 +86,17 @@ def train(
     stages = stages_of(record.recipe, asked.stages)
     _check_stages(model, [stage for _, stage in stages])
     trainer = None
-    for number, stage in stages:
-        settings = fill(model, stage, asked)
-        dataset, counts = _dataset(run, data, settings, whole=stage.deals)
-        with staged(model, stage):
-            if isinstance(stage, Fit):
-                report = _fit(run, stage, settings, dataset, counts)
-            else:
-                folder = states / f"{number}-{stage.name}"
-                trainer, report = descend(run, stage, settings, dataset, counts, folder)
-    _finish(run, states, overwrite, tokenizer, trainer)
+    with noted_if_done(record):
+        for number, stage in stages:
+            settings = fill(model, stage, asked)
+            dataset, counts = _dataset(run, data, settings, whole=stage.deals)
+            with staged(model, stage):
+                if isinstance(stage, Fit):
+                    report = _fit(run, stage, settings, dataset, counts)
+                else:
+                    folder = states / f"{number}-{stage.name}"
+                    trainer, report = descend(run, stage, settings, dataset, counts, folder)
+        _finish(run, states, overwrite, tokenizer, trainer)
     return report
 
 
