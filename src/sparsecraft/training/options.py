@@ -33,7 +33,8 @@ class TrainOptions:
     schedule: Literal["constant", "linear", "cosine"] | None = None
     """After the warm-up; linear goes down to zero, cosine to what the recipe says, or zero."""
     packing: bool = True
-    """Put several documents into one sequence (causal models); they do not see each other."""
+    """Put several documents into one sequence (causal models). They do not see each other: where
+    the model would let them, which is tried before the run, rows are not packed, with a warning."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     seed: int = 0

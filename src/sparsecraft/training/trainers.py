@@ -31,6 +31,7 @@ from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.record import conversion_of
 from sparsecraft.surgery.trainable import matches
 from sparsecraft.training.tally import Tally
+from sparsecraft.training.watch import WatchedTrainerMixin
 
 log = logging.getLogger("sparsecraft")
 
@@ -96,13 +97,12 @@ class RoutedTrainerMixin:
             # Without a number of items: the mean over these, in all of transformers' models.
             result = super().compute_loss(model, inputs, return_outputs=return_outputs)
             routings = dict(traced)
-        if not model.training:
-            return result
         num_items = items if num_items_in_batch is None else num_items_in_batch
         loss = result[0] if return_outputs else result
-        auxiliary = self._auxiliary(unwrapped, routings, masks, items / num_items.clamp_min(1))
-        if auxiliary is not None:
-            loss = loss + auxiliary.to(loss.device)
+        if model.training:
+            share = items / num_items.clamp_min(1)
+            auxiliary = self._auxiliary(unwrapped, routings, masks, share)
+            loss = loss if auxiliary is None else loss + auxiliary.to(loss.device)
         loss = weighed(loss, items, num_items)
         if num_items_in_batch is not None:  # Trainer divides by these, DDP averages over those
             loss = loss * self.current_gradient_accumulation_steps * self.accelerator.num_processes
@@ -230,7 +230,7 @@ class LogsWhatEnds(TrainerCallback):
             control.should_log = True
 
 
-class RoutedSFTTrainer(RoutedTrainerMixin, SFTTrainer):
+class RoutedSFTTrainer(WatchedTrainerMixin, RoutedTrainerMixin, SFTTrainer):
     """Causal language models."""
 
     shifts_labels = True
@@ -245,9 +245,9 @@ class RoutedSFTTrainer(RoutedTrainerMixin, SFTTrainer):
         return result
 
 
-class RoutedSeq2SeqTrainer(RoutedTrainerMixin, Seq2SeqTrainer):
+class RoutedSeq2SeqTrainer(WatchedTrainerMixin, RoutedTrainerMixin, Seq2SeqTrainer):
     """Encoder-decoder models."""
 
 
-class RoutedTrainer(RoutedTrainerMixin, Trainer):
+class RoutedTrainer(WatchedTrainerMixin, RoutedTrainerMixin, Trainer):
     """Classifiers."""

@@ -109,6 +109,10 @@ class Gate(nn.Module):
         """Multiplications for one token; those of the oracle are not counted, it saves nothing."""
         return self.scorer.products
 
+    def repeated(self, width: int) -> int:
+        """Multiplications for a token beyond one for each parameter: none."""
+        return 0
+
     def begin(self, bank: SplitExperts, representatives_R: Tensor | None = None) -> None:
         """Start the scorer anew from the bank's weights, which are in another order now."""
         self.scorer.begin(bank, representatives_R)

@@ -146,6 +146,12 @@ class Router(nn.Module):
         weights_BS = real_BS / real_BS.sum(1, keepdim=True).clamp_min(1)
         return torch.einsum("bs,bsd->bd", weights_BS.to(dtype), x_BSD.to(dtype))
 
+    def repeated(self, width: int) -> int:
+        """Multiplications for a token of `width` features beyond one for each parameter: those of
+        every head but the first."""
+        heads = width // self.scorer.width if self.by_head else 1
+        return (heads - 1) * sum(p.numel() for p in self.scorer.parameters())
+
     def extra_repr(self) -> str:
         return router_words(self.spec)
 
