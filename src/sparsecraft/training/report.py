@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ class TrainReport:
     Attributes:
         out: the checkpoint folder.
         steps: optimizer steps, those before a resume included.
-        loss: mean training loss; after a resume the mean of what was logged, before it too.
+        loss: mean training loss of all steps and processes, those before a resume included; task
+            and auxiliary losses.
         seconds: wall time of this call's training.
         tokens_per_second: real tokens, padding excluded, of this call's training.
         counts: rows read, dropped and kept, by reason.
@@ -54,6 +57,18 @@ class TrainReport:
     def _moved_lines(self, stage: str) -> list[str]:
         first, *others = moved_lines(self.moved[stage])
         return [f"Stage {stage!r}: {first}", *others]
+
+
+@contextmanager
+def noted_if_done(record: Conversion) -> Iterator[None]:
+    """Keep what the stages of one call note only if the call ends well: one that resumes it notes
+    them again, those that were complete too."""
+    before = list(record.report.get("training", ()))
+    try:
+        yield
+    except BaseException:
+        record.report["training"] = before
+        raise
 
 
 def note(
