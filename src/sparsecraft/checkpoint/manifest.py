@@ -89,6 +89,7 @@ def base_dtype(model: nn.Module) -> torch.dtype:
     record, sizes = conversion_of(model), {}
     for name, tensor in dense_tensors(model).items():
         if tensor.is_floating_point():
-            dtype = record.digests[name][0] if name in record.masters else tensor.dtype
+            held = name in record.masters and name in record.digests
+            dtype = record.digests[name][0] if held else tensor.dtype
             sizes[dtype] = sizes.get(dtype, 0) + tensor.numel()
     return max(sizes, key=sizes.get)

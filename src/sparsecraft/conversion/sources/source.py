@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class Source:
         tokenizer: gives its tokenizer, if it has one.
         folder: where it is, if it is not in memory.
         lora: the adapter that it is, where its update is kept apart.
+        changes: of an adapter, the names of the base's tensors that it changes.
+        used: names that were read for the model.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Source:
     tokenizer: Callable[[], Any] = lambda: None
     folder: Path | None = None
     lora: LoraFolder | None = None
+    changes: frozenset[str] | None = None
+    used: set[str] = field(default_factory=set, compare=False)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of a dense name, a weight.
@@ -53,6 +57,7 @@ class Source:
         tensor = self.find(name)
         if tensor is None:
             raise self._lacks(name)
+        self.used.add(name)
         return check_weight(name, tensor, repr(self.name), SourceError)
 
     def check_shape(self, name: str, wanted: torch.Size) -> None:
@@ -128,6 +133,7 @@ def _open_lora(model: nn.Module, folder: Path) -> Source:
         shape=lora.shape,
         tokenizer=lambda: load_tokenizer(folder),
         folder=folder,
+        changes=lora.lora.changes(),
     )
 
 
