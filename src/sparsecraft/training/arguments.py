@@ -45,7 +45,11 @@ def training_arguments(
         )
     every = settings.save_every or (steps // 10 if steps >= 100 else None)
     warmup = stage.warmup_steps or math.ceil(stage.warmup_ratio * steps)
-    schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+    schedule, ends = settings.schedule, {}
+    if schedule == "constant":
+        schedule = "constant_with_warmup"
+    elif schedule == "cosine" and stage.ends_at:
+        schedule, ends = "cosine_with_min_lr", {"min_lr_rate": stage.ends_at}
     return {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -53,6 +57,7 @@ def training_arguments(
         "gradient_accumulation_steps": accumulation,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": schedule,
+        "lr_scheduler_kwargs": ends,
         "warmup_steps": min(warmup, steps - 1),  # one step at least has a learning rate
         "weight_decay": stage.weight_decay,
         "max_grad_norm": stage.max_grad_norm,

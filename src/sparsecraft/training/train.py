@@ -13,21 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsecraft.checkpoint.companions import check_settings
 from sparsecraft.checkpoint.folder import check_free
 from sparsecraft.checkpoint.load import load
 from sparsecraft.checkpoint.save import check_loadable, save
 from sparsecraft.data.batches import collate
-from sparsecraft.data.encoding import pad_id
+from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
 from sparsecraft.data.sentences import Prompts
-from sparsecraft.dense import hub
-from sparsecraft.dense.loading import load_tokenizer
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.split_report import summary
 from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.init.graph import check_metis
 from sparsecraft.recipe.stages import Fit, Stage
-from sparsecraft.surgery.record import Conversion, conversion_of
+from sparsecraft.surgery.record import conversion_of, tokenizer_of
 from sparsecraft.training.arguments import processes
 from sparsecraft.training.deal import check_deal
 from sparsecraft.training.defaults import checked, fill, fit_tokens, objective_of, stages_of
@@ -36,6 +35,7 @@ from sparsecraft.training.fit.fit import NOT_BETTER, before_fit, fit
 from sparsecraft.training.moved import Evidence, say
 from sparsecraft.training.moved import found as moved_by
 from sparsecraft.training.options import TrainOptions
+from sparsecraft.training.packing import leak
 from sparsecraft.training.report import TrainReport, note
 from sparsecraft.training.resume import check_folder
 from sparsecraft.training.staging import staged
@@ -83,12 +83,15 @@ def train(
     record = conversion_of(model)
     check_free(out, overwrite)
     check_loadable(model)
+    check_settings(model, tokenizer)
     _check_devices(model)
     states = out.with_name(f"{out.name}.training")
     check_folder(states, resume, asked.stages)
-    run = Run(model, tokenizer or _tokenizer_of(record), out, Prompts.of(model), resume)
     stages = stages_of(record.recipe, asked.stages)
     _check_stages(model, [stage for _, stage in stages])
+    reader = tokenizer or _tokenizer_of(model)
+    asked, unpacked = _packable(model, reader, stages, asked)
+    run = Run(model, reader, out, Prompts.of(model), resume, unpacked)
     trainer, moved = None, {}
     for number, stage in stages:
         settings = fill(model, stage, asked)
@@ -140,7 +143,7 @@ def _fit(
     batches = (
         collate(
             list(dataset.select(range(start, min(start + rows, len(dataset))))),
-            pad_id(run.tokenizer),
+            pad_id(run.tokenizer, run.model),
             packed=settings.packing,
         )
         for start in range(0, len(dataset), rows)
@@ -157,8 +160,24 @@ def _fit(
     report = TrainReport(
         run.out, found["steps"], loss, seconds, speed, counts, moved={stage.name: moved}
     )
-    note(conversion_of(run.model), stage, settings, report, fit=found)
+    note(conversion_of(run.model), stage, settings, report, fit=found, **run.noted)
     return report
+
+
+def _packable(
+    model: nn.Module, tokenizer: Any, stages: list[tuple[int, Stage | Fit]], asked: TrainOptions
+) -> tuple[TrainOptions, str | None]:
+    """The options, without packing where documents of a pack would see each other, and how."""
+    settings = fill(model, stages[0][1], asked)
+    if not settings.packing:
+        return asked, None
+    why = leak(model, tokenizer, settings.max_length, settings.micro_batch)
+    if why is None:
+        return asked, None
+    log.warning(
+        f"Rows are not packed, each is a sequence of its own: in this {type(model).__name__} {why}."
+    )
+    return dataclasses.replace(asked, packing=False), why
 
 
 def _masks_of(model: nn.Module, batch: dict[str, Any]) -> Any:
@@ -178,18 +197,17 @@ def _dataset(
         seed=settings.seed,
         task=TASK_OF_MODEL[objective_of(run.model)],
         prompts=run.prompts,
+        model=run.model,
     )
     if run.prompts is not None:
         run.prompts.embeddings()  # of all, in large batches
     return rows, counts
 
 
-def _tokenizer_of(record: Conversion) -> Any:
-    folder = record.folder or (record.origin and hub.resolve(record.origin, record.revision))
-    tokenizer = load_tokenizer(folder) if folder else None
-    if tokenizer is None:
-        raise DataError("The model came without a tokenizer; pass tokenizer=...")
-    return tokenizer
+def _tokenizer_of(model: nn.Module) -> Any:
+    if found := tokenizer_of(model):
+        return found
+    raise DataError("The model came without a tokenizer; pass tokenizer=...")
 
 
 def _check_devices(model: nn.Module) -> None:

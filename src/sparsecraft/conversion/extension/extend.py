@@ -33,7 +33,6 @@ from sparsecraft.conversion.sources.checks import check_sources
 from sparsecraft.conversion.sources.gather import donor_tensors
 from sparsecraft.conversion.sources.source import Source, open_source
 from sparsecraft.dense.digests import combine, digest
-from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import SurgeryError
 from sparsecraft.evaluation.history import arrived_lines
@@ -146,9 +145,13 @@ def extend(
     check_weights(model, SurgeryError)
     how = "projected" if by_domain else rows
     result = Extension(source.name, count, share, how, *_shares(record, seen))
+    return _noted(record, replace(result, arrived=_arrived(model, record, source)))
+
+
+def _arrived(model: nn.Module, record: Conversion, source: Source) -> dict[str, Any]:
+    """What of the dense model's weights was used."""
     held = dense_tensors(model) | donor_tensors(record.plan)
-    names = [name for name, tensor in held.items() if tensor.is_floating_point()]
-    return _noted(record, replace(result, arrived=arrival(source, names)))
+    return arrival(source, (name for name, t in held.items() if t.is_floating_point()))
 
 
 def _new_rows(
@@ -170,9 +173,7 @@ def _opened(model: nn.Module, record: Conversion, expert: Any, unrelated: bool) 
         raise SurgeryError("The expert is a converted model; give the dense model it came from.")
     tensors = dense_tensors(model) | donor_tensors(record.plan)
     source = open_source(model, expert)
-    origin = Origin.find(record.origin, record.revision)
-    folder = record.folder or (origin and origin.folder)
-    check_sources(model, [source], tensors, unrelated=unrelated, tokenizer=folder)
+    check_sources(model, [source], tensors, unrelated=unrelated, tokenizer=record.settings)
     for item, layer in zip(record.plan, record.layers, strict=True):
         if reason := layer.experts.misfit(item.donor):
             raise SurgeryError(

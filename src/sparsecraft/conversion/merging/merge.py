@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.checkpoint.card import copy_companions
+from sparsecraft.checkpoint.companions import write_dense
 from sparsecraft.checkpoint.folder import EXPORT_RECORD, check_free, replacing
 from sparsecraft.checkpoint.jsonfile import write_json
 from sparsecraft.checkpoint.pretrained import writes_ours
@@ -38,7 +38,6 @@ from sparsecraft.conversion.merging.mergeable import (
 )
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
-from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CertificateError, MergeError, did_you_mean
 from sparsecraft.evaluation.certificate import (
@@ -71,9 +70,7 @@ HOWS = ("exact", "fixed", "average")
 MERGE_TOLERANCE = 1e-4
 
 # What the record of a conversion says of the dense model and of the past.
-REMEMBERED = (
-    "digests shapes vocabulary masters origin revision folder base_card report running"
-).split()
+REMEMBERED = "digests shapes vocabulary masters origin folder base_card report running".split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +154,7 @@ def merge(
             hold the update; the model has been given back.
     """
     record = conversion_of(model)
-    check_stands(model)
-    check_weights(model, MergeError)
-    _check_arguments(how, weights, data)
+    _check(model, how, weights, data)
     heldout = HeldOut.read(model, data, tokenizer)
     steps = plan_steps(model, how, weights, heldout.batches)
     check_steps(model, steps, how, partial)
@@ -182,7 +177,11 @@ def merge(
         loss={name: (losses[name], now[name]) for name in losses},
     )
     report = _report(model, record, steps, how, certificate, change, bool(ledger.old))
-    report = replace(report, activation=setting and str(setting), arrived=arrived)
+    return _noted(model, replace(report, activation=setting and str(setting), arrived=arrived))
+
+
+def _noted(model: nn.Module, report: MergeReport) -> MergeReport:
+    """The report, remembered on what is still converted."""
     if is_converted(model):
         conversion_of(model).report["merge"] = report.to_dict()
     return report
@@ -231,8 +230,7 @@ def _report(
         new.report = {**record.report}
         if new_base:  # no folder holds the merged weights: a checkpoint will
             new.digests = {n: (t.dtype, digest(t)) for n, t in dense_tensors(model).items()}
-            origin = Origin.find(record.origin, record.revision)
-            new.folder = record.folder or (origin and origin.folder)
+            new.folder = record.settings
     return report
 
 
@@ -252,7 +250,10 @@ def read_weights(text: str | None) -> str | list[float] | None:
         ) from None
 
 
-def _check_arguments(how: str, weights: Any, data: Any) -> None:
+def _check(model: nn.Module, how: str, weights: Any, data: Any) -> None:
+    """Refuse a model that is not as it was converted, and arguments that make no sense."""
+    check_stands(model)
+    check_weights(model, MergeError)
     if how not in HOWS:
         raise MergeError(f"Unknown way to merge {how!r}." + did_you_mean(how, HOWS))
     if (weights is not None) != (how == "fixed"):
@@ -373,10 +374,7 @@ def write_merged(
     require(out, disk=size, memory=size, task="Saving")
     probes = [random_probe(model)]
     with replacing(out, overwrite) as folder:
-        model.save_pretrained(folder)
-        for path in folder.iterdir():
-            path.chmod(0o644)  # transformers writes weights for the owner alone
-        copy_companions(Path(source), folder)
+        write_dense(model, folder, Path(source))
         again = type(model).from_pretrained(folder, dtype="auto").to(model.device)
         certificate = compare(outputs(model, probes), outputs(again, probes))
         if not certificate.exact:

@@ -270,8 +270,9 @@ class SplitExperts(Experts):
         if self.mean is None:
             return self.down_bias
         tensors = [t for t in (self.mean, self.down, self.down_bias) if t is not None]
-        uncounted = any(t.is_inference() for t in tensors)
-        if self.training or uncounted or torch.compiler.is_compiling() or needs_grad(*tensors):
+        if self.training or torch.compiler.is_compiling() or needs_grad(*tensors):
+            return self._summed()
+        if any(t.is_inference() for t in tensors):  # nothing counts their versions
             return self._summed()
         state = [(t.data_ptr(), t._version, t.dtype) for t in tensors]
         if self._kept is None or self._kept[0] != state:

@@ -65,7 +65,10 @@ def fit_routers(
             return measure(torch.func.functional_call(form, weights, (x_BD,)), y_BR)
 
         aims = [
-            _scaled(inputs[n], wanted[n][:, layers[n].router.spec.shared :], spec) for n in names
+            _scaled(
+                inputs[n], wanted[n][:, layers[n].router.spec.shared :], spec, degree_of(layers[n])
+            )
+            for n in names
         ]
         modules = [scorers[name] for name in names]
         found = _descend(names, modules, loss, [inputs[n] for n in names], aims, spec)
@@ -177,16 +180,23 @@ def _descend(
     return [{"loss_before": before, "loss": after} for before, after in pairs]
 
 
-def _scaled(x_TD: Tensor, y_TE: Tensor, spec: Fit) -> Tensor:
+def degree_of(layer: MoELayer) -> int:
+    """n of target(s x) = s^n target(x), s > 0, where the activation is ReLU and there is no bias:
+    a gate is a second factor of x, and a squared target has twice as many."""
+    factors = layer.experts.parts
+    return 2 * factors if layer.router.spec.target == "squared_deviation" else factors
+
+
+def _scaled(x_TD: Tensor, y_TE: Tensor, spec: Fit, degree: int = 1) -> Tensor:
     """Targets in a range that a regression likes; ranks within a token stay as they are.
 
-    `bce`: divided by the token's length, as a router sees directions only (for ReLU without biases
-    that equals MoEfication's targets, which are of the direction), and by their maximum, here of
-    the layer, there of a batch. `mse`: divided by their mean over the layer, because the rules are
-    relative; D2DMoE regresses on the norms as they are.
+    `bce`: divided by the token's length to the power `degree`, as a router sees directions only
+    (for ReLU without biases that equals MoEfication's targets, which are of the direction), and by
+    their maximum, here of the layer, there of a batch. `mse`: divided by their mean over the layer,
+    because the rules are relative; D2DMoE regresses on the norms as they are.
     """
     if spec.loss == "bce":
         lengths_T1 = x_TD.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        y_TE = y_TE / lengths_T1
+        y_TE = y_TE / lengths_T1**degree
         return y_TE / y_TE.max().clamp_min(1e-12)
     return y_TE / y_TE.mean().clamp_min(1e-12)
