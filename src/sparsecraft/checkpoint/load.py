@@ -92,7 +92,7 @@ def _masters(model: nn.Module) -> set[str]:
     return {
         name
         for name, tensor in dense_tensors(model).items()
-        if tensor.is_floating_point() and tensor.dtype != digests[name][0]
+        if tensor.is_floating_point() and name in digests and tensor.dtype != digests[name][0]
     }
 
 

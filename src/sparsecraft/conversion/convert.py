@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from sparsecraft.checkpoint.base import card_of
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.conversion.domains.router_starts import find_starts
+from sparsecraft.conversion.sources.arrival import arrivals
 from sparsecraft.conversion.sources.expansion import Child, expand
 from sparsecraft.conversion.sources.gather import gather, opened
 from sparsecraft.conversion.sources.source import Source
@@ -47,6 +48,8 @@ class Report:
         sources: names of the dense models that the experts came from; none if from the converted.
         domains: names of what the routers started from, one for each expert, if anything.
         children: the experts beyond the sources, and what they were mixed from.
+        arrived: source -> how many of its tensors were used, and which were not; see
+            `sparsecraft.conversion.sources.arrival`.
     """
 
     recipe: str
@@ -58,6 +61,7 @@ class Report:
     sources: tuple[str, ...] = ()
     domains: tuple[str, ...] = ()
     children: tuple[Child, ...] = ()
+    arrived: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -122,6 +126,7 @@ def convert(
     _check_arguments(model, recipe)
     recipe = on_packed(model, recipe)
     check_weights(model, SurgeryError)
+    names = [name for name, _ in model.named_parameters()]
     edits, origin = plan(model, recipe), Origin.of(model)
     given = opened(model, recipe, edits, sources, unrelated=unrelated)
     networks, children = expand(recipe, edits, given, unique_tensors(model).__getitem__, seed)
@@ -137,6 +142,7 @@ def convert(
     if not given:  # a claim is about copies of one model
         check_claim(recipe, certificate)
     report = Report.of(model, certificate, given, starts.names, children)
+    report = dataclasses.replace(report, arrived=arrivals(given, names))
     record.report = {"conversion": report.to_dict()}
     writes_ours(model)
     return report

@@ -28,6 +28,7 @@ from sparsecraft.checkpoint.tensorfile import Lazy, size_of
 from sparsecraft.checkpoint.tensors import WEIGHTS
 from sparsecraft.conversion.bar import bytes_bar
 from sparsecraft.conversion.convert import Report, check_claim, remember_origin
+from sparsecraft.conversion.sources.arrival import arrivals
 from sparsecraft.conversion.sources.expansion import expand
 from sparsecraft.conversion.sources.gather import donor_tensors, opened
 from sparsecraft.conversion.sources.lora_experts import fill
@@ -205,6 +206,7 @@ class _Stream:
             for source in self.sources:
                 if name in self.own or (means and name in self.weights):
                     source.tensor(name)
+        self.arrived = arrivals(self.sources, self.weights)
 
     def _dense(self, name: str, tensor: Tensor) -> Callable[[], Iterable[Tensor]] | None:
         """What makes a tensor outside of the experts; None if the base holds it."""
@@ -308,6 +310,7 @@ class _Stream:
             cost=cost.count(self.model),
             sources=tuple(source.title for source in self.sources),
             children=self.children,
+            arrived=self.arrived,
         )
         self.record.report = {"conversion": report.to_dict()}
         return report

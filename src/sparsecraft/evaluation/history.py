@@ -13,10 +13,11 @@ from sparsecraft.recipe.recipe import Recipe
 
 # What the lines below say, or say by what they lead to.
 SAID = {
-    "conversion": "recipe variant exact_at_start certificate layers cost domains sources children",
+    "conversion": "recipe variant exact_at_start certificate layers cost domains sources children "
+    "arrived",
     "certificate": "max_difference scale exact tolerance dtype",
     "training": "stage steps loss settings counts log fit moved",
-    "merge": "how recipe result folded joined kept certificate change cost activation",
+    "merge": "how recipe result folded joined kept certificate change cost activation arrived",
 }
 
 # Entries of a list or a dict that are shown.
@@ -31,14 +32,18 @@ def history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     measured = f"{certificate['max_difference']:.1e}" if certificate else "not measured"
     lines = [*_source_lines(conversion), *_domain_lines(recipe, conversion)]
     lines += [f"At the start: claimed {claim}, measured max |logit difference| {measured}."]
-    lines += _unsaid("certificate", certificate or {})
+    if found := _unsaid("certificate", certificate or {}):
+        lines += [f"  certificate: {', '.join(line.strip() for line in found)}"]
     lines += _unsaid("conversion", conversion)
     runs, changes = report.get("training", []), report.get("extensions", [])
     for number in range(len(runs) + 1):  # in the order in which it happened
-        lines += [_extension_line(entry) for entry in changes if entry["trainings"] == number]
+        for entry in (entry for entry in changes if entry["trainings"] == number):
+            lines += [_extension_line(entry)]
+            lines += arrived_lines({entry.get("expert"): entry.get("arrived", {})})
         lines += [line for run in runs[number : number + 1] for line in _training_lines(run)]
     if merged := report.get("merge"):
         lines += [f"Merged ({merged['how']}) from {merged['recipe']}.", *_unsaid("merge", merged)]
+        lines += arrived_lines({"what the experts change": merged.get("arrived", {})})
     return lines if report.get("training") else [*lines, "Not trained yet."]
 
 
@@ -46,6 +51,20 @@ def moved_lines(moved: dict[str, Any]) -> list[str]:
     """What a stage has moved, in words; a line for each tensor or pattern that did not move."""
     first = f"{moved['moved']} of {moved['should']} tensors that should train have moved."
     return [first, *(f"  not moved: {n}: {reason}" for n, reason in moved["unmoved"].items())]
+
+
+def arrived_lines(arrived: dict[str, dict[str, Any]]) -> list[str]:
+    """What of each source is in the model, in words."""
+    return [
+        f"  of {name}: {found['used']} of {found['tensors']} tensors were used"
+        + (f"; not used: {_patterns(found['unused'])}." if found["unused"] else ".")
+        for name, found in arrived.items()
+        if found and found["tensors"]
+    ]
+
+
+def _patterns(unused: dict[str, int]) -> str:
+    return _listed([f"{pattern} ({count})" for pattern, count in unused.items()])
 
 
 def _training_lines(run: dict[str, Any]) -> list[str]:
@@ -74,13 +93,13 @@ def _extension_line(entry: dict[str, Any]) -> str:
     return (
         f"Extended by {entry['expert']}: expert {entry['number']}, its routers' rows "
         f"{entry['rows']}, {entry['mixed']:.3f} of all other tensors."
-        + (f" Of its tensors {words(entry['arrived'])}." if entry.get("arrived") else "")
     )
 
 
 def _source_lines(conversion: dict[str, Any]) -> list[str]:
     names = conversion.get("sources") or ()
-    return [f"The experts came from: {'; '.join(names)}."] if names else []
+    first = [f"The experts came from: {'; '.join(names)}."] if names else []
+    return [*first, *arrived_lines(conversion.get("arrived", {}))]
 
 
 def _domain_lines(recipe: Recipe, conversion: dict[str, Any]) -> list[str]:
@@ -96,7 +115,7 @@ def _unsaid(kind: str, entry: dict[str, Any]) -> list[str]:
     """A line for each field that no other line says, and that says something."""
     known = SAID[kind].split()
     return [
-        f"  {key.replace('_', ' ')}: {words(value)}"
+        f"  {_spaced(key)}: {words(value)}"
         for key, value in entry.items()
         if key not in known and value not in (None, [], {}, (), "", 0)
     ]
@@ -109,11 +128,16 @@ def words(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        parts = [f"{key.replace('_', ' ')} {words(inner)}" for key, inner in value.items()]
+        parts = [f"{_spaced(key)} {words(inner)}" for key, inner in value.items()]
         return _listed(parts)
     if isinstance(value, (list, tuple)):
         return _listed([words(inner) for inner in value])
     return str(value)
+
+
+def _spaced(key: str) -> str:
+    """A field's name as words; paths and files stay as they are."""
+    return key if "." in key or "/" in key else key.replace("_", " ")
 
 
 def _listed(parts: list[str]) -> str:

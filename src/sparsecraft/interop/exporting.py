@@ -100,7 +100,8 @@ def export(
 
     Returns:
         `difference`: largest |logit difference| of the model read back to ours; `scale`;
-        `parameters`; `lint`: of a standard architecture, what engines do otherwise.
+        `parameters`; `tensors`, how many were written; `lint`: of a standard architecture, what
+        engines do otherwise.
 
     Raises:
         ExportError: the target's mathematics is not the model's, and why; or the logits differ.
@@ -124,7 +125,7 @@ def export(
             raise ExportError(
                 f"The exported {target} model differs from ours: {certificate}. Nothing was kept."
             )
-        record = _record(model, target, again, certificate)
+        record = _record(model, target, again, certificate) | {"tensors": len(tensors)}
         write_json(folder / EXPORT_RECORD, record)
     return record
 

@@ -74,6 +74,11 @@ class Conversion:
         return next((s for s in stages if s.name not in done), stages[-1] if stages else None)
 
     @property
+    def types_of_masters(self) -> dict[str, torch.dtype]:
+        """Dense name -> type before the conversion, of what training holds in float32."""
+        return {name: self.digests[name][0] for name in self.masters if name in self.digests}
+
+    @property
     def base(self) -> Origin | None:
         """Where the dense model came from, if it is still there."""
         return self.came_from if self.came_from and self.came_from.is_there else None
