@@ -67,11 +67,24 @@ def _patterns(unused: dict[str, int]) -> str:
     return _listed([f"{pattern} ({count})" for pattern, count in unused.items()])
 
 
+def unused_lines(counts: dict[str, Any]) -> list[str]:
+    """A line for each file whose rows hold fields that nothing used."""
+    files = counts.get("unused_fields", {})
+    return [
+        f"{file}: fields that were not used, and in how many rows: "
+        + ", ".join(f"{name} ({rows})" for name, rows in fields.items())
+        for file, fields in files.items()
+    ]
+
+
 def _training_lines(run: dict[str, Any]) -> list[str]:
     first = fit_line(run) if "fit" in run else _training_line(run)
     moved = moved_lines(run["moved"]) if "moved" in run else []
-    counts = [f"  rows: {words(run['counts'])}"] if run.get("counts") else []
-    return [first, *counts, *(f"  {line}" for line in moved), *_unsaid("training", run)]
+    counts = {k: v for k, v in (run.get("counts") or {}).items() if k != "unused_fields"}
+    rows = [f"rows: {words(counts)}"] if counts else []
+    rows += unused_lines(run.get("counts") or {})
+    said = [f"  {line}" for line in (*rows, *moved)]
+    return [first, *said, *_unsaid("training", run)]
 
 
 def _training_line(run: dict[str, Any]) -> str:

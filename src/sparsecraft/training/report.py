@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsecraft.evaluation.history import moved_lines
+from sparsecraft.evaluation.history import moved_lines, unused_lines
 from sparsecraft.recipe.stages import Fit, Stage
 from sparsecraft.surgery.record import Conversion
 from sparsecraft.training.options import TrainOptions
@@ -29,7 +29,8 @@ class TrainReport:
             and auxiliary losses.
         seconds: wall time of this call's training.
         tokens_per_second: real tokens, padding excluded, of this call's training.
-        counts: rows read, dropped and kept, by reason.
+        counts: rows read, dropped and kept, by reason, and fields of theirs that nothing used; see
+            `sparsecraft.data.prepare`.
         moved: name of each stage -> how many tensors should have moved, how many have, and why the
             others have not; see `sparsecraft.training.moved`.
         skipped: steps that the scaler of a float16 run left out.
@@ -40,7 +41,7 @@ class TrainReport:
     loss: float
     seconds: float
     tokens_per_second: float
-    counts: dict[str, int]
+    counts: dict[str, Any]
     moved: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: int = 0
 
@@ -51,6 +52,7 @@ class TrainReport:
             f"{self.tokens_per_second:.0f} tokens/s."
             + (f" Rows dropped: {dropped}." if dropped else "")
             + (f" Steps left out by the scaler: {self.skipped}." if self.skipped else "")
+            + "".join(f"\n{line}" for line in unused_lines(self.counts))
             + "".join(f"\n{line}" for name in self.moved for line in self._moved_lines(name))
         )
 
