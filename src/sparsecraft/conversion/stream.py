@@ -8,7 +8,6 @@ is written, one expert at a time. The folder is the one that `convert` and `save
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from sparsecraft.checkpoint.shards import SHARD_SIZE
 from sparsecraft.checkpoint.space import require
 from sparsecraft.checkpoint.tensorfile import Lazy, size_of
 from sparsecraft.checkpoint.tensors import WEIGHTS
+from sparsecraft.conversion.bar import bytes_bar
 from sparsecraft.conversion.convert import Report, check_claim, remember_origin
 from sparsecraft.conversion.sources.expansion import expand
 from sparsecraft.conversion.sources.gather import donor_tensors, opened
@@ -35,7 +35,6 @@ from sparsecraft.conversion.sources.lora_folder import CONFIG
 from sparsecraft.conversion.sources.source import Source, mean
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
-from sparsecraft.dense.donors import FFN
 from sparsecraft.dense.loading import model_class
 from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import CheckpointError, RecipeError
@@ -207,9 +206,11 @@ class _Stream:
             )
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
-    def _dense(self, name: str, tensor: Tensor) -> Callable[[], Iterable[Tensor]] | None:
-        """What makes a tensor outside of the experts; None if the base holds it."""
-        kept = self.base is None
+    def _dense(
+        self, name: str, tensor: Tensor, copied: bool = False
+    ) -> Callable[[], Iterable[Tensor]] | None:
+        """What makes a dense tensor, or a copy of it; None if the base holds it."""
+        kept = copied or self.base is None
         means = self.sources and self.recipe.others == "mean" and tensor.is_floating_point()
         if means and name not in self.own:
             read = lambda: mean(self.sources, name).to(tensor.dtype)  # noqa: E731
@@ -223,23 +224,19 @@ class _Stream:
         makers = {}
         for number, (item, layer) in enumerate(zip(self.edits, self.record.layers, strict=True)):
             copied = layer.experts.copied(item.donor) or ()
-            for name in unique_tensors(layer):
+            for name, tensor in unique_tensors(layer).items():
                 part, _, leaf = name.partition(".")
                 if part == "experts" and leaf in copied:
                     make = partial(self._bank, item, layer.experts, leaf)
                 elif copied and leaf.startswith("activation."):  # one for all experts
-                    make = partial(self._shared, item.donor, leaf.removeprefix("activation."))
+                    dense = item.donor.activation_path + leaf.removeprefix("activation")
+                    make = self._dense(dense, tensor, copied=True)
                 elif part in ("experts", "router"):
                     make = partial(self.drawn.tensor, number, name)
                 else:
                     continue
                 makers[f"{paths[layer]}.{name}"] = make
         return makers
-
-    def _shared(self, donor: FFN, leaf: str) -> Iterator[Tensor]:
-        name = f"{donor.activation_path}.{leaf}"
-        means = self.sources and self.recipe.others == "mean"
-        yield mean(self.sources, name).to(self.dtype) if means else self._base(name)
 
     def _bank(self, item: PlannedEdit, bank: Experts, leaf: str) -> Iterator[Tensor]:
         """The experts of one bank, one after the other."""
@@ -363,7 +360,7 @@ def _write(
     """Write the shards that are not finished; the digest of all tensors."""
     if begun.finished:
         say(f"Going on: {len(begun.finished)} finished file(s) were left and are kept.")
-    with _bar(sum(map(size_of, tensors.values())), progress) as advance:
+    with bytes_bar(sum(map(size_of, tensors.values())), progress) as advance:
         counted = {n: Lazy(t.dtype, t.shape, _counted(t, advance)) for n, t in tensors.items()}
         path = begun.folder / WEIGHTS
         for digests in begun.finished.values():
@@ -378,29 +375,3 @@ def _counted(tensor: Lazy, advance: Callable[[int], None]) -> Callable[[], Itera
             advance(piece.numel() * piece.element_size())
 
     return make
-
-
-@contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes on standard error; gives the function that advances it."""
-    from rich import progress as rich_progress
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    bar = rich_progress.Progress(
-        TextColumn("converting"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not shown,
-    )
-    with bar:
-        yield partial(bar.advance, bar.add_task("", total=total))
