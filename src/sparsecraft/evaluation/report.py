@@ -55,9 +55,8 @@ def cost_lines(counted: cost.Cost) -> list[str]:
 def _history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     certificate = report.get("conversion", {}).get("certificate")
     claim = "exact" if recipe.exact_at_start else "not exact"
-    measured = f"{certificate['max_difference']:.1e}" if certificate else "not measured"
     lines = [*_domain_lines(recipe, report)]
-    lines += [f"At the start: claimed {claim}, measured max |logit difference| {measured}."]
+    lines += [f"At the start: claimed {claim}, {_measured_words(certificate)}."]
     runs, changes = report.get("training", []), report.get("extensions", [])
     for number in range(len(runs) + 1):  # in the order in which it happened
         lines += [_extension_line(entry) for entry in changes if entry["trainings"] == number]
@@ -65,6 +64,27 @@ def _history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     if merged := report.get("merge"):
         lines.append(f"Merged ({merged['how']}) from {merged['recipe']}.")
     return lines if report.get("training") else [*lines, "Not trained yet."]
+
+
+def _measured_words(certificate: dict[str, Any] | None) -> str:
+    """What a certificate says, of any version."""
+    if not certificate:
+        return "not measured"
+    found = f"{certificate['max_difference']:.1e}"
+    if not certificate.get("layers"):
+        return f"measured max |logit difference| {found}"
+    words = f"measured max |layer output difference| {found}"
+    if "ran" not in certificate:
+        return f"{words} in {certificate['layers']} layers"
+    words += f" in {certificate['ran']} of {certificate['layers']} layers"
+    if unreached := certificate["unreached"]:
+        words += (
+            f" ({unreached[0]} and others did not run)"
+            if len(unreached) > 1
+            else (f" ({unreached[0]} did not run)")
+        )
+    power = certificate["power"]
+    return words if power is None else f"{words}, an error of {power:.0e} would be seen"
 
 
 def _training_line(run: dict[str, Any]) -> str:
