@@ -184,7 +184,7 @@ def test_a_wrong_conversion_is_given_back(family, recipe, monkeypatch):
         dense(family),
         RECIPES[recipe].make(),
         f"{recipe!r} should start exactly",
-        "max |logit difference|",
+        "max |output difference|",
         "was given back",
     )
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from sparsecraft.checkpoint import shards
@@ -42,8 +41,8 @@ from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weight
 from sparsecraft.dense.weights import Weights
 from sparsecraft.errors import CheckpointError, RecipeError
-from sparsecraft.evaluation import layerwise
 from sparsecraft.evaluation.certificate import Certificate
+from sparsecraft.evaluation.streamed import CannotCompareError, certify_files
 from sparsecraft.moe import cost
 from sparsecraft.moe.experts.base import Experts
 from sparsecraft.moe.names import dense_name, dense_tensors, unique_tensors
@@ -255,8 +254,10 @@ class _Stream:
         certificate the largest layer and its dense module."""
         tensors = [t.numel() * t.element_size() for t in dense_tensors(self.model).values()]
         layers = [cost.bytes_of(layer) for layer in self.record.layers]
-        counts = [1 if certify else item.edit.experts.num_experts for item in self.edits]
+        wide = max(1, 4 // self.dtype.itemsize)  # the certificate computes in float32
+        counts = [item.edit.experts.num_experts for item in self.edits]
         made = max(n // count for n, count in zip(layers, counts, strict=True))
+        made = wide * max(layers) if certify else made
         if self.children:  # in float32, beside one tensor of each of its ancestors
             expert = 4 * max(layers) // len(self.networks) // self.dtype.itemsize
             made = max(made, expert * (1 + len(self.networks) // 4))
@@ -278,21 +279,15 @@ class _Stream:
         Raises:
             CertificateError: the recipe claims to start exactly as the dense model and does not.
         """
-        files = {}
-        for file in shards.files_of(folder / WEIGHTS):
-            with safe_open(file, "pt") as opened_file:
-                files |= dict.fromkeys(opened_file.keys(), file)
-
-        def written(name: str) -> Tensor:
-            with safe_open(files[name], "pt") as file:
-                return file.get_tensor(name)
-
+        # A claim is about copies of one model.
+        claims = self.recipe.exact_at_start and not self.sources
         try:
-            certificate = layerwise.certify(self.model, self._base, written, seed)
-        except layerwise.CannotCompareError as error:
+            written = shards.readers(folder / WEIGHTS)
+            certificate = certify_files(self.model, self._base, written, seed, claims=claims)
+        except CannotCompareError as error:
             say(f"No certificate layer by layer of this model: {error}.")
             return None
-        if not self.sources:  # a claim is about copies of one model
+        if claims:
             check_claim(self.recipe, certificate)
         return certificate
 

@@ -20,12 +20,12 @@ from sparsecraft.data.sentences import Prompts
 from sparsecraft.dense.loading import load_tokenizer, task_of
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import DataError, SparsecraftError
-from sparsecraft.evaluation.certificate import evaluation_mode
 from sparsecraft.evaluation.choice import score_choice
 from sparsecraft.evaluation.lm_eval import check_tasks, run_lm_eval
 from sparsecraft.evaluation.logprobs import BATCH_TOKENS, label_logprobs
 from sparsecraft.evaluation.routing import first_choices_E, load_entropy, mutual_information
 from sparsecraft.moe.context import layer_masks
+from sparsecraft.moe.outputs import evaluation_mode
 from sparsecraft.moe.routing import Routing
 from sparsecraft.moe.tracing import trace
 from sparsecraft.surgery.record import tokenizer_of
