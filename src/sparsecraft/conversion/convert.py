@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class Report:
         sources: names of the dense models that the experts came from; none if from the converted.
         domains: names of what the routers started from, one for each expert, if anything.
         children: the experts beyond the sources, and what they were mixed from.
+        left_out: reason -> modules of the nature that the recipe asks for which it does not reach,
+            those of like paths together; see `sparsecraft.surgery.left_out`.
     """
 
     recipe: str
@@ -58,6 +60,7 @@ class Report:
     sources: tuple[str, ...] = ()
     domains: tuple[str, ...] = ()
     children: tuple[Child, ...] = ()
+    left_out: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -80,6 +83,7 @@ class Report:
             sources=tuple(source.name for source in sources),
             domains=domains,
             children=children,
+            left_out=record.left_out,
         )
 
     def to_dict(self) -> dict[str, Any]:

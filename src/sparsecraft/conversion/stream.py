@@ -301,6 +301,7 @@ class _Stream:
             cost=cost.count(self.model),
             sources=tuple(source.name for source in self.sources),
             children=self.children,
+            left_out=self.record.left_out,
         )
         self.record.report = {"conversion": report.to_dict()}
         return report

@@ -29,6 +29,7 @@ def describe(folder: str | Path) -> list[str]:
         *edit_lines(recipe),
         *split_lines(model),
         *cost_lines(cost.count(model)),
+        *left_out_lines(record.left_out),
         *_history_lines(recipe, report),
     ]
 
@@ -50,6 +51,11 @@ def cost_lines(counted: cost.Cost) -> list[str]:
         share = f" ({value / counted.total:.1%})" if key in ("new", "trainable", "active") else ""
         lines.append(f"  {key.replace('_', ' '):<16}{value:>16,}{share}")
     return lines
+
+
+def left_out_lines(left_out: dict[str, list[str]]) -> list[str]:
+    """One line for each reason why the recipe does not reach modules that it asks for."""
+    return [f"Left out, {reason}: {', '.join(paths)}" for reason, paths in left_out.items()]
 
 
 def _history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from sparsecraft.moe.layer import MoELayer
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.budget import run, split_layers
 from sparsecraft.surgery.build import build_layer
+from sparsecraft.surgery.left_out import left_out
 from sparsecraft.surgery.plan import PlannedEdit
 from sparsecraft.surgery.record import Conversion
 from sparsecraft.surgery.trainable import set_trainable
@@ -27,6 +28,7 @@ def apply(
     check_quantization(model, recipe)
     trainable = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
     record = Conversion(recipe, edits, trainable=trainable)
+    record.left_out = left_out(model, recipe, edits)
     # All layers are built before the first change, so that a failure leaves the model whole.
     device = "meta" if on_meta else None
     record.layers = [

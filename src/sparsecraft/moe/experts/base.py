@@ -135,9 +135,18 @@ class Experts(nn.Module, ABC):
     def active(self, slots: float) -> int:
         """Parameters that a token meets which goes to `slots` of the E experts, their mean number
         where it differs by token."""
-        total = sum(p.numel() for p in self.parameters())
+        return self._met(sum(p.numel() for p in self.parameters()), slots)
+
+    def biases(self, slots: float) -> int:
+        """Those of them that are only added, not multiplied."""
+        return self._met(self._biases(), slots)
+
+    def _met(self, total: int, slots: float) -> int:
         idle = 0 if self.merges else total * (self.num_experts - slots) // self.num_experts
         return total - int(idle)
+
+    def _biases(self) -> int:
+        return sum(p.numel() for name, p in self.named_parameters() if name.endswith("bias"))
 
     def repeated(self, slots: float) -> int:
         """Multiplications for a token beyond one for each of these parameters."""

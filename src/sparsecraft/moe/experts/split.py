@@ -192,6 +192,9 @@ class SplitExperts(Experts):
         idle = round((1 - slots / self.num_experts) * self.products)
         return sum(p.numel() for p in self.parameters()) - idle
 
+    def biases(self, slots: float) -> int:
+        return self._biases()
+
     def noted(self, routing: Routing) -> Routing:
         pre_TF, self.pre_TF = self.pre_TF, None
         return replace(routing, pre_TF=pre_TF)
