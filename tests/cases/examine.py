@@ -139,8 +139,7 @@ def _lost_by_saving(model: nn.Module, inputs: dict[str, Tensor]) -> list[str]:
     return [] if difference == 0 else [f"loaded again, outputs differ by {difference:.1e}"]
 
 
-def in_general(text: str, family: nn.Module | None = None) -> str:
-    """A reason without numbers of layers and the name of the class, so that like ones are one."""
-    if family is not None:
-        text = text.replace(type(family).__name__, "the model")
-    return re.sub(r"(?<=\.)\d+(?=[.'\s,])", "*", text)
+def in_general(text: str, model: str) -> str:
+    """A reason without numbers of layers and the name of the model's class, so that like ones are
+    one."""
+    return re.sub(r"(?<=\.)\d+(?=[.'\s,])", "*", text.replace(model, "The model"))
