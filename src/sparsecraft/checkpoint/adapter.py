@@ -25,6 +25,7 @@ from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.checkpoint.tensors import ADAPTER
 from sparsecraft.dense import hub
 from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.sound import check_weight
 from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.moe.names import unique_tensors
 from sparsecraft.recipe.formats import to_json
@@ -231,6 +232,7 @@ def _read_tensors(model: nn.Module, path: Path, dtype: torch.dtype | None) -> No
                 f"{path} holds {name!r} with shape {list(new.shape)}; its recipe has "
                 f"{list(old.shape)} on this base."
             )
+        check_weight(name, new, path, CheckpointError)
         cast = dtype if new.is_floating_point() else None
         value = nn.Parameter(new.to(device, cast), requires_grad=old.requires_grad)
         setattr(module, leaf, value if isinstance(old, nn.Parameter) else value.data)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from sparsecraft.checkpoint.adapter import load_adapter
 from sparsecraft.checkpoint.base import convert_base, find_base, load_on
@@ -20,7 +20,7 @@ from sparsecraft.checkpoint.tensors import ADAPTER, WEIGHTS, read_tensors
 from sparsecraft.dense import hub
 from sparsecraft.dense.loading import load_tokenizer, model_class
 from sparsecraft.errors import CheckpointError
-from sparsecraft.moe.names import unique_tensors
+from sparsecraft.moe.names import dense_tensors, unique_tensors
 from sparsecraft.surgery.budget import restore
 from sparsecraft.surgery.record import conversion_of
 
@@ -65,8 +65,10 @@ def load(
     record.written, record.base_card = manifest["recipe"], manifest.get("base_card")
     record.folder, record.report = folder.absolute(), read_json(folder / "report.json")
     read_tensors(model, folder / WEIGHTS, manifest["tensors"], complete=origin is None)
+    record.masters = _masters(model)
     if dtype is not None:
         _cast(model, dtype)
+        record.masters.clear()
     restore(model, manifest.get("running"), changed=recipe != saved)
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -78,6 +80,19 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Not model.to(dtype): that would round the rotary frequencies, which are not saved."""
     for tensor in unique_tensors(model).values():
         tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.dtype = dtype
+
+
+def _masters(model: nn.Module) -> set[str]:
+    """Dense names of what was saved in another type than the base has: what training holds so."""
+    digests = conversion_of(model).digests
+    return {
+        name
+        for name, tensor in dense_tensors(model).items()
+        if tensor.is_floating_point() and tensor.dtype != digests[name][0]
+    }
 
 
 def _checked_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from sparsecraft.checkpoint.space import require
 from sparsecraft.checkpoint.tensors import WEIGHTS, new_or_changed
 from sparsecraft.dense.loading import model_class
 from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CheckpointError, HubError
 from sparsecraft.recipe.formats import FORMAT_VERSION, VERSION, to_json
 from sparsecraft.surgery.agreement import check_agrees
@@ -46,12 +47,13 @@ def save(
 
     Raises:
         SurgeryError: the model is dense.
-        CheckpointError: the folder exists, split networks were set one by one, or the disk gives
-            back other bytes than were written.
+        CheckpointError: the folder exists, a weight is not finite, split networks were set one by
+            one, or the disk gives back other bytes than were written.
         ResourceError: the disk is too small.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     conversion_of(model)
+    check_weights(model, CheckpointError)
     check_loadable(model)
     check_agrees(model)
     warn_untrained(model)

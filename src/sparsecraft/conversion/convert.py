@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from sparsecraft.conversion.sources.source import Source
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CertificateError, SurgeryError
 from sparsecraft.evaluation.certificate import Certificate, compare, outputs, probes
 from sparsecraft.moe import cost
@@ -31,7 +31,7 @@ from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.install import apply
 from sparsecraft.surgery.plan import PlannedEdit, plan
 from sparsecraft.surgery.record import Conversion, conversion_of, is_converted
-from sparsecraft.surgery.revert import take_out
+from sparsecraft.surgery.rollback import atomic
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,7 @@ class Report:
         return dataclasses.asdict(self)
 
 
+@atomic
 def convert(
     model: nn.Module,
     recipe: Recipe,
@@ -123,6 +124,7 @@ def convert(
             model has been given back.
     """
     _check_arguments(model, recipe)
+    check_weights(model, SurgeryError)
     edits = plan(model, recipe)
     given = opened(model, recipe, edits, sources, unrelated=unrelated)
     networks, children = expand(recipe, edits, given, unique_tensors(model).__getitem__, seed)
@@ -130,14 +132,13 @@ def convert(
     starts = find_starts(model, recipe, edits, domains, data, tokenizer=tokenizer, seed=seed)
     before = outputs(model, probing)
     digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
-    with _dense_on_failure(model):
-        record = _made(model, recipe, edits, given, networks, seed)
-        record.digests = digests
-        starts.put(record.layers)
-        remember_origin(model, record)
-        certificate = compare(before, outputs(model, probing)) if certify else None
-        if not given:  # a claim is about copies of one model
-            check_claim(recipe, certificate)
+    record = _made(model, recipe, edits, given, networks, seed)
+    record.digests = digests
+    starts.put(record.layers)
+    remember_origin(model, record)
+    certificate = compare(before, outputs(model, probing)) if certify else None
+    if not given:  # a claim is about copies of one model
+        check_claim(recipe, certificate)
     report = Report.of(model, certificate, given, starts.names, children)
     record.report = {"conversion": report.to_dict()}
     writes_ours(model)
@@ -187,14 +188,3 @@ def _check_arguments(model: Any, recipe: Any) -> None:
             "call sc.revert first."
         )
     check_names({name: 0.0 for stage in recipe.stages for name in stage.losses})
-
-
-@contextmanager
-def _dense_on_failure(model: nn.Module) -> Iterator[None]:
-    """Give the dense model back when the block fails, however far it came."""
-    try:
-        yield
-    except BaseException:
-        if is_converted(model):
-            take_out(model)
-        raise

@@ -8,7 +8,6 @@ is written, one expert at a time. The folder is the one that `convert` and `save
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from sparsecraft.checkpoint.shards import SHARD_SIZE
 from sparsecraft.checkpoint.space import require
 from sparsecraft.checkpoint.tensorfile import Lazy, size_of
 from sparsecraft.checkpoint.tensors import WEIGHTS
+from sparsecraft.conversion.bar import bytes_bar
 from sparsecraft.conversion.convert import Report, check_claim, remember_origin
 from sparsecraft.conversion.sources.expansion import expand
 from sparsecraft.conversion.sources.gather import donor_tensors, opened
@@ -37,6 +37,7 @@ from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.loading import model_class
 from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.sound import check_weight
 from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.evaluation import layerwise
 from sparsecraft.evaluation.certificate import Certificate
@@ -169,6 +170,7 @@ class _Stream:
     ):
         self.model = model = _skeleton(hub.resolve(name), dtype)
         self.recipe, self.dtype = recipe, model.dtype
+        self.weights = {name for name, _ in model.named_parameters()}
         self.origin = Origin.of(model)
         if self.origin is None:
             raise CheckpointError(f"{name} holds no safetensors; save the model as safetensors.")
@@ -185,6 +187,7 @@ class _Stream:
 
     def tensors(self, out: Path, standalone: bool) -> dict[str, Lazy]:
         """Name -> tensor of all that the checkpoint `out` holds."""
+        self._check_weights()
         self.base = usable_base(self.model, out, standalone)
         if self.base is None:
             found = ((name, self._base(name)) for name in self.dense_names)
@@ -204,7 +207,18 @@ class _Stream:
             raise CheckpointError(
                 f"{self.origin.folder} has no tensor {name!r}; convert the model in memory."
             )
+        if name in self.weights:
+            check_weight(name, tensor, self.origin.folder, CheckpointError)
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def _check_weights(self) -> None:
+        """Refuse a base or a source with something that is no weight, before a file is begun."""
+        means = self.recipe.others == "mean"
+        for name in self.dense_names:
+            self._base(name)
+            for source in self.sources:
+                if name in self.own or (means and name in self.weights):
+                    source.tensor(name)
 
     def _dense(self, name: str, tensor: Tensor) -> Callable[[], Iterable[Tensor]] | None:
         """What makes a tensor outside of the experts; None if the base holds it."""
@@ -356,7 +370,7 @@ def _write(
     """Write the shards that are not finished; the digest of all tensors."""
     if begun.finished:
         say(f"Going on: {len(begun.finished)} finished file(s) were left and are kept.")
-    with _bar(sum(map(size_of, tensors.values())), progress) as advance:
+    with bytes_bar(sum(map(size_of, tensors.values())), progress) as advance:
         counted = {n: Lazy(t.dtype, t.shape, _counted(t, advance)) for n, t in tensors.items()}
         path = begun.folder / WEIGHTS
         for digests in begun.finished.values():
@@ -371,29 +385,3 @@ def _counted(tensor: Lazy, advance: Callable[[int], None]) -> Callable[[], Itera
             advance(piece.numel() * piece.element_size())
 
     return make
-
-
-@contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes on standard error; gives the function that advances it."""
-    from rich import progress as rich_progress
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    bar = rich_progress.Progress(
-        TextColumn("converting"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not shown,
-    )
-    with bar:
-        yield partial(bar.advance, bar.add_task("", total=total))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
@@ -47,7 +48,10 @@ class Origin:
             folder = Path(name).resolve()
             name = aliases.get(str(folder), str(folder))
         else:
-            cached = try_to_load_from_cache(name, "config.json", revision=revision)
+            try:
+                cached = try_to_load_from_cache(name, "config.json", revision=revision)
+            except HFValidationError:  # a folder that is gone
+                return None
             if not isinstance(cached, str):
                 return None
             folder = Path(cached).parent

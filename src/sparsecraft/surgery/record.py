@@ -11,8 +11,10 @@ from torch import nn
 
 from sparsecraft.errors import SurgeryError
 from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.own_loss import OwnLoss
 from sparsecraft.moe.routers.running import Running
 from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.plan import PlannedEdit
 
 
@@ -27,6 +29,9 @@ class Conversion:
         devices: where each layer's donor was.
         dense: module path -> the module that stood there, for `revert`.
         digests: dense tensor name -> its dtype and digest before the conversion.
+        shapes: dense tensor name -> its shape then.
+        vocabulary: rows of the embedding of tokens then; None without one.
+        masters: dense names of what training holds in float32, whatever type it had.
         trainable: names of the dense parameters that required gradients before.
         origin: the folder, hub id or alias that the dense model came from, if any.
         base_card: name and license of the base, for the checkpoint's README.
@@ -36,6 +41,7 @@ class Conversion:
         hooks: handles of the hooks that give the layers each batch's masks.
         running: what of its split networks the model runs.
         left_out: reason -> what the recipe does not reach; see `sparsecraft.surgery.left_out`.
+        own_loss: adds the recipe's auxiliary losses to the loss that the model gives in training.
     """
 
     recipe: Recipe
@@ -44,6 +50,9 @@ class Conversion:
     devices: list[torch.device] = field(default_factory=list)
     dense: dict[str, nn.Module] = field(default_factory=dict)
     digests: dict[str, tuple[torch.dtype, str]] = field(default_factory=dict)
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
+    vocabulary: int | None = None
+    masters: set[str] = field(default_factory=set)
     trainable: frozenset[str] = frozenset()
     origin: str | None = None
     revision: str | None = None
@@ -54,6 +63,16 @@ class Conversion:
     hooks: list[Any] = field(default_factory=list)
     running: Running = field(default_factory=Running)
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    own_loss: OwnLoss = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.own_loss = OwnLoss(self.next_stage)
+
+    def next_stage(self) -> Stage | None:
+        """The first stage by gradient that has not been trained; the last one after all have."""
+        done = {entry.get("stage") for entry in self.report.get("training", ())}
+        stages = [stage for stage in self.recipe.stages if isinstance(stage, Stage)]
+        return next((s for s in stages if s.name not in done), stages[-1] if stages else None)
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -69,3 +88,18 @@ def conversion_of(model: nn.Module) -> Conversion:
     if not is_converted(model):
         raise SurgeryError(f"This {type(model).__name__} is dense; call sc.convert first.")
     return model.sparsecraft
+
+
+def check_stands(model: nn.Module) -> None:
+    """Refuse to change a model whose layers are no longer where they were installed.
+
+    Raises:
+        SurgeryError: the model is dense, or something else took a layer's place.
+    """
+    record, inside = conversion_of(model), set(model.modules())
+    for item, layer in zip(record.plan, record.layers, strict=True):
+        if layer not in inside:
+            raise SurgeryError(
+                f"The layer that was installed at {item.site.path!r} is no longer in the model: "
+                "something else took its place. Put it back, or load the model again."
+            )

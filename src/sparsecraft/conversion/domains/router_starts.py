@@ -254,6 +254,7 @@ def _centers(
         read_inputs(model, items, mixed_batches(model, domains, tokenizer), take)
     else:
         tokenizer = tokenizer or tokenizer_of(model)
-        batches = as_batches(data, tokenizer, max_length=length_of(model), batch_size=BATCH)
+        shape = {"batch_size": BATCH, "max_length": length_of(model)}
+        batches = as_batches(data, tokenizer, model=model, **shape)
         read_inputs(model, items, islice(batches, ROWS // BATCH), take)
     return {n: centers.centers() for n, centers in zip(numbered, found, strict=True)}

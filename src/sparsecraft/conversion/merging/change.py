@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsecraft.data.batches import as_batches, collate
-from sparsecraft.data.encoding import pad_id
+from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
 from sparsecraft.dense.loading import load_tokenizer, task_of
 from sparsecraft.dense.origin import Origin
@@ -70,7 +70,7 @@ class HeldOut:
         """
         listed = [data] if isinstance(data, (str, Path)) else list(data or ())
         if not all(isinstance(item, (str, Path)) for item in listed):
-            return cls({"data": list(as_batches(listed))}, from_files=False)
+            return cls({"data": list(as_batches(listed, model=model))}, from_files=False)
         record = conversion_of(model)
         if listed and tokenizer is None:
             origin = Origin.find(record.origin, record.revision)
@@ -82,6 +82,7 @@ class HeldOut:
         options = {
             "max_length": min(DEFAULT_MAX_LENGTH, positions),
             "task": TASK_OF_MODEL.get(task_of(model), "causal"),
+            "model": model,
         }
         return cls({str(p): _batches(p, tokenizer, options) for p in listed}, from_files=True)
 
@@ -114,7 +115,7 @@ def _batches(path: str | Path, tokenizer: Any, options: dict[str, Any]) -> list[
     batches = []
     for start in range(0, len(rows), BATCH_ROWS):
         part = rows.select(range(start, min(start + BATCH_ROWS, len(rows))))
-        batch = collate(list(part), pad_id(tokenizer))
+        batch = collate(list(part), pad_id(tokenizer, options["model"]))
         del batch["token_mask"]  # the models' forward does not know it
         batches.append(batch)
     return batches

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sparsecraft.dense.sound import check_weight
 from sparsecraft.errors import SourceError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -35,7 +36,13 @@ VARIANTS = {
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / CONFIG).read_text())
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{folder / CONFIG} cannot be read: {error}.") from None
+    if not isinstance(config, dict):
+        raise SourceError(f"{folder / CONFIG} holds no settings of an adapter.")
+    return config
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,10 @@ class LoraFolder:
             held = load_file(self.folder / WEIGHTS)
         except (OSError, SafetensorError) as error:
             raise SourceError(f"{self.folder / WEIGHTS} cannot be read: {error}.") from None
-        return {name.removeprefix(PREFIX): tensor for name, tensor in held.items()}
+        return {
+            name.removeprefix(PREFIX): check_weight(name, tensor, self.folder, SourceError)
+            for name, tensor in held.items()
+        }
 
     def check_kind(self) -> None:
         """Refuse what is more than W + scale B A on the base as it is.
@@ -100,7 +110,12 @@ class LoraFolder:
 
     def scale(self, path: str, rank: int) -> float:
         """What B A is multiplied by."""
-        alpha = self.config["lora_alpha"]
+        alpha = self.config.get("lora_alpha")
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+            raise SourceError(
+                f"{self.folder / CONFIG} has lora_alpha={alpha!r}, which the update of "
+                f"{path!r} is scaled by; save the adapter again."
+            )
         if patterns := self.config.get("alpha_pattern"):
             from peft.utils.other import get_pattern_key  # PEFT costs seconds to import
 

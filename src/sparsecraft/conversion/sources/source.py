@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from sparsecraft.conversion.sources.lora_folder import CONFIG, LoraFolder, Merge
 from sparsecraft.dense import hub
 from sparsecraft.dense.loading import load_tokenizer
 from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.sound import check_weight
 from sparsecraft.errors import SourceError
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import unique_tensors
@@ -44,15 +45,15 @@ class Source:
     lora: LoraFolder | None = None
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor of a dense name.
+        """The tensor of a dense name, a weight.
 
         Raises:
-            SourceError: the model has none.
+            SourceError: the model has none, or something else of that name.
         """
         tensor = self.find(name)
         if tensor is None:
             raise self._lacks(name)
-        return tensor
+        return check_weight(name, tensor, repr(self.name), SourceError)
 
     def check_shape(self, name: str, wanted: torch.Size) -> None:
         """Refuse a tensor of another shape than the base's.
@@ -128,18 +129,6 @@ def _open_lora(model: nn.Module, folder: Path) -> Source:
         tokenizer=lambda: load_tokenizer(folder),
         folder=folder,
     )
-
-
-def finite(source: Source) -> Source:
-    """The source, whose tensors are checked as they are read."""
-
-    def find(name: str) -> Tensor | None:
-        tensor = source.find(name)
-        if tensor is not None and not tensor.isfinite().all():
-            raise SourceError(f"{name!r} of {source.name!r} holds numbers that are not finite.")
-        return tensor
-
-    return replace(source, find=find)
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:

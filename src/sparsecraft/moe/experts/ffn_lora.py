@@ -97,11 +97,11 @@ class FFNLoRAExperts(Experts):
         weights_TK = routing.weights_TK.to(hidden_NF.dtype) * chosen_TK
         weighted_NF = hidden_NF * weights_TK.reshape(-1, 1)
         down = self._part(base, "down")
-        y_TO = down(weighted_NF.reshape(T, K, -1).sum(1))
+        y_TO = down(weighted_NF.unflatten(0, (T, K)).sum(1))
         bias = getattr(down, "bias", None)
         if bias is not None and not routing.sums_to_one:
             y_TO = y_TO + (weights_TK.sum(1, keepdim=True) - 1) * bias
-        y_TO = y_TO + self.down(weighted_NF, chosen).reshape(T, K, -1).sum(1)
+        y_TO = y_TO + self.down(weighted_NF, chosen).unflatten(0, (T, K)).sum(1)
         return F.dropout(y_TO, self.output_dropout, self.training)
 
     @staticmethod
@@ -137,7 +137,10 @@ class FFNLoRAExperts(Experts):
             first, up = first.chunk(2, dim=-1)
         hidden = activation(first) if up is None else activation(first) * up
         dropout = self._part(base, "hidden_dropout")
-        return hidden if dropout is None else dropout(hidden)
+        hidden = hidden if dropout is None else dropout(hidden)
+        # T5 keeps its second matrix in float32 where all else is float16.
+        weight = getattr(self._part(base, "down"), "weight", None)
+        return hidden.float() if weight is not None and weight.dtype == torch.float32 else hidden
 
     def _part(self, base: nn.Module, name: str) -> nn.Module | None:
         path = self.parts.get(name)
