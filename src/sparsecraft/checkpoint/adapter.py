@@ -188,10 +188,10 @@ def _base(
             f"{folder} does not say which model its adapter stands on, because that one was built "
             "in memory; pass its folder or hub id as sc.load(dir, base=...)."
         )
-    folder_of_base = hub.resolve(name, None if base else config.get("revision"))
-    origin = Origin.find(str(folder_of_base))
-    if origin is None:
-        raise CheckpointError(f"The base of {folder}, {name!r}, holds no safetensors.")
+    own = name == config.get("base_model_name_or_path")
+    origin = Origin.at(hub.resolve(name, config.get("revision") if own else None))
+    if not origin.is_there:
+        raise CheckpointError(f"The base of {folder}, {name!r}, holds no weights.")
     return origin, None
 
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from sparsecraft.checkpoint.adapter import load_adapter
 from sparsecraft.checkpoint.base import convert_base, find_base, load_on
 from sparsecraft.checkpoint.fields import CONFIG_FIELDS, check_fields
-from sparsecraft.checkpoint.folder import MANIFEST
+from sparsecraft.checkpoint.folder import GENERATION, MANIFEST
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json
 from sparsecraft.checkpoint.manifest import base_config, read_manifest, read_recipe
 from sparsecraft.checkpoint.pretrained import writes_ours
@@ -22,7 +22,7 @@ from sparsecraft.dense.loading import load_tokenizer, model_class
 from sparsecraft.errors import CheckpointError
 from sparsecraft.moe.names import dense_tensors, unique_tensors
 from sparsecraft.surgery.budget import restore
-from sparsecraft.surgery.record import conversion_of
+from sparsecraft.surgery.record import conversion_of, tokenizer_of
 
 
 def load(
@@ -70,7 +70,7 @@ def load(
         _cast(model, dtype)
         record.masters.clear()
     restore(model, manifest.get("running"), changed=recipe != saved)
-    if (folder / "generation_config.json").is_file() and model.can_generate():
+    if (folder / GENERATION).is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     writes_ours(model)
     return model.eval()
@@ -143,7 +143,7 @@ def load_any(name: str) -> tuple[nn.Module, Any]:
     folder = Path(name).expanduser()
     if (folder / "adapter_config.json").is_file():
         model = load(folder, device_map=device)
-        return model, load_tokenizer(folder) or load_tokenizer(_base_of(model))
+        return model, load_tokenizer(folder) or tokenizer_of(model)
     if not (folder / MANIFEST).is_file():
         folder = hub.resolve(name)
     tokenizer = load_tokenizer(folder)  # before the weights, which take long
@@ -156,8 +156,3 @@ def load_any(name: str) -> tuple[nn.Module, Any]:
             "copy or save the folder again."
         )
     return hub.load_dense(name, device_map=device), tokenizer
-
-
-def _base_of(model: nn.Module) -> Path:
-    record = conversion_of(model)
-    return hub.resolve(record.origin, record.revision)

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from sparsecraft.checkpoint import shards
-from sparsecraft.checkpoint.base import usable_base
-from sparsecraft.checkpoint.card import readme, write_companions
+from sparsecraft.checkpoint.base import entry, usable_base
+from sparsecraft.checkpoint.card import readme
+from sparsecraft.checkpoint.companions import write_companions
 from sparsecraft.checkpoint.folder import MANIFEST, replacing
 from sparsecraft.checkpoint.jsonfile import json_digest, write_json
 from sparsecraft.checkpoint.manifest import base_dtype, config_of, word
@@ -77,13 +78,7 @@ def write_rest(
         "format_version": FORMAT_VERSION,
         "sparsecraft": VERSION,
         "recipe": to_json(record.recipe),
-        "base": origin
-        and {
-            "name": origin.name,
-            "revision": origin.revision,
-            "fingerprint": origin.fingerprint(),
-            "dtype": word(base_dtype(model)),
-        },
+        "base": origin and entry(origin, base_dtype(model)),
         "base_card": record.base_card,
         # What `revert` compares with, where there is no base to read the originals from.
         "dense": None if origin else {n: [word(d), h] for n, (d, h) in record.digests.items()},

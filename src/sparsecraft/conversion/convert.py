@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparsecraft.checkpoint.base import card_of
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.conversion.domains.router_starts import find_starts
 from sparsecraft.conversion.sources.expansion import Child, expand
 from sparsecraft.conversion.sources.gather import gather, opened
 from sparsecraft.conversion.sources.source import Source
-from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weights
@@ -80,7 +80,7 @@ class Report:
             certificate=certificate,
             layers={item.site.path: item.edit.experts.kind for item in record.plan},
             cost=cost.count(model),
-            sources=tuple(source.name for source in sources),
+            sources=tuple(source.title for source in sources),
             domains=domains,
             children=children,
             left_out=record.left_out,
@@ -125,7 +125,7 @@ def convert(
     """
     _check_arguments(model, recipe)
     check_weights(model, SurgeryError)
-    edits = plan(model, recipe)
+    edits, origin = plan(model, recipe), Origin.of(model)
     given = opened(model, recipe, edits, sources, unrelated=unrelated)
     networks, children = expand(recipe, edits, given, unique_tensors(model).__getitem__, seed)
     probing = probes(model, data, tokenizer, seed) if certify else []
@@ -135,7 +135,7 @@ def convert(
     record = _made(model, recipe, edits, given, networks, seed)
     record.digests = digests
     starts.put(record.layers)
-    remember_origin(model, record)
+    remember_origin(record, origin)
     certificate = compare(before, outputs(model, probing)) if certify else None
     if not given:  # a claim is about copies of one model
         check_claim(recipe, certificate)
@@ -170,10 +170,10 @@ def check_claim(recipe: Recipe, certificate: Certificate | None) -> None:
         )
 
 
-def remember_origin(model: nn.Module, record: Conversion) -> None:
-    if origin := Origin.of(model):
-        record.origin, record.revision = origin.name, origin.revision
-        record.base_card = (origin.name, hub.license_of(origin.folder))
+def remember_origin(record: Conversion, origin: Origin | None) -> None:
+    if origin is not None:
+        record.origin = origin
+        record.base_card = card_of(origin)
 
 
 def _check_arguments(model: Any, recipe: Any) -> None:

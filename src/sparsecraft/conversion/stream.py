@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from sparsecraft.checkpoint import shards
 from sparsecraft.checkpoint.base import usable_base
+from sparsecraft.checkpoint.companions import check_settings
 from sparsecraft.checkpoint.folder import check_free
 from sparsecraft.checkpoint.progress import Progress, bytes_left, continued
 from sparsecraft.checkpoint.save import write_rest
@@ -32,12 +32,15 @@ from sparsecraft.conversion.sources.expansion import expand
 from sparsecraft.conversion.sources.gather import donor_tensors, opened
 from sparsecraft.conversion.sources.lora_experts import fill
 from sparsecraft.conversion.sources.lora_folder import CONFIG
+from sparsecraft.conversion.sources.lora_folder import WEIGHTS as WEIGHTS_OF_LORA
 from sparsecraft.conversion.sources.source import Source, mean
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
-from sparsecraft.dense.loading import model_class
+from sparsecraft.dense.donors import FFN
+from sparsecraft.dense.loading import load_model
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weight
+from sparsecraft.dense.weights import Weights
 from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.evaluation import layerwise
 from sparsecraft.evaluation.certificate import Certificate
@@ -96,6 +99,7 @@ def convert_files(
     check_free(out, overwrite)
     _check_recipe(recipe)
     stream = _Stream(model, recipe, sources, dtype=dtype, unrelated=unrelated, seed=seed)
+    check_settings(stream.model)
     tensors = stream.tensors(out, standalone)
     say(_require(out, tensors, stream.memory(certify), resume))
     task = stream.task(seed=seed, standalone=standalone, shard_size=shard_size)
@@ -138,23 +142,6 @@ def _require(out: Path, tensors: dict[str, Lazy], memory: int, resume: bool) -> 
     return require(out, disk=disk, memory=memory, task="Conversion, tensor by tensor,")
 
 
-def _skeleton(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The dense model without memory, otherwise as `hub.load_dense` gives it."""
-    config = AutoConfig.from_pretrained(folder)
-    dtype = dtype or getattr(config, "dtype", None) or _first_dtype(folder)
-    with torch.device("meta"):
-        model = model_class(folder)._from_config(config, dtype=dtype)
-    if (folder / "generation_config.json").is_file() and model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval()
-
-
-def _first_dtype(folder: Path) -> torch.dtype:
-    origin = Origin.find(str(folder))
-    tensors = origin.tensors() if origin else ()
-    return next((t.dtype for _, t in tensors if t.is_floating_point()), torch.float32)
-
-
 class _Stream:
     """A conversion of which only names and shapes are in memory."""
 
@@ -168,12 +155,11 @@ class _Stream:
         unrelated: bool,
         seed: int,
     ):
-        self.model = model = _skeleton(hub.resolve(name), dtype)
+        self.origin = Origin.at(hub.resolve(name))
+        # By transformers, which says what is missing; without memory otherwise as load_dense does.
+        self.model = model = load_model(self.origin.folder, dtype, "meta")
         self.recipe, self.dtype = recipe, model.dtype
         self.weights = {name for name, _ in model.named_parameters()}
-        self.origin = Origin.of(model)
-        if self.origin is None:
-            raise CheckpointError(f"{name} holds no safetensors; save the model as safetensors.")
         self.given = [str(source) for source in given]
         self.edits = plan(model, recipe)
         self.sources = opened(model, recipe, self.edits, self.given, unrelated=unrelated)
@@ -182,7 +168,7 @@ class _Stream:
         self.drawn = _Drawn(model, self.edits, seed, self.sources)
         self.dense_names = list(unique_tensors(model))
         self.record = apply(model, recipe, self.edits, on_meta=True)
-        remember_origin(model, self.record)
+        remember_origin(self.record, self.origin)
         self.base: Origin | None = None
 
     def tensors(self, out: Path, standalone: bool) -> dict[str, Lazy]:
@@ -235,17 +221,24 @@ class _Stream:
         paths = {module: path for path, module in self.model.named_modules()}
         makers = {}
         for number, (item, layer) in enumerate(zip(self.edits, self.record.layers, strict=True)):
-            copied = layer.experts.copied(item.donor) is not None
+            copied = layer.experts.copied(item.donor) or ()
             for name in unique_tensors(layer):
                 part, _, leaf = name.partition(".")
-                if part == "experts" and copied:
+                if part == "experts" and leaf in copied:
                     make = partial(self._bank, item, layer.experts, leaf)
+                elif copied and leaf.startswith("activation."):  # one for all experts
+                    make = partial(self._shared, item.donor, leaf.removeprefix("activation."))
                 elif part in ("experts", "router"):
                     make = partial(self.drawn.tensor, number, name)
                 else:
                     continue
                 makers[f"{paths[layer]}.{name}"] = make
         return makers
+
+    def _shared(self, donor: FFN, leaf: str) -> Iterator[Tensor]:
+        name = f"{donor.activation_path}.{leaf}"
+        means = self.sources and self.recipe.others == "mean"
+        yield mean(self.sources, name).to(self.dtype) if means else self._base(name)
 
     def _bank(self, item: PlannedEdit, bank: Experts, leaf: str) -> Iterator[Tensor]:
         """The experts of one bank, one after the other."""
@@ -313,7 +306,7 @@ class _Stream:
             certificate=certificate,
             layers={item.site.path: item.edit.experts.kind for item in self.edits},
             cost=cost.count(self.model),
-            sources=tuple(source.name for source in self.sources),
+            sources=tuple(source.title for source in self.sources),
             children=self.children,
             left_out=self.record.left_out,
         )
@@ -359,8 +352,8 @@ class _Drawn:
 
 def _stamps(folder: Path) -> dict[str, Any]:
     """File name -> size and time of change of what a dense model is read from."""
-    configs = (folder / name for name in ("config.json", CONFIG))
-    paths = [*filter(Path.is_file, configs), *sorted(folder.glob("*.safetensors"))]
+    configs = (folder / name for name in ("config.json", CONFIG, WEIGHTS_OF_LORA))
+    paths = [*filter(Path.is_file, configs), *Weights(folder).paths]
     return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in paths}
 
 

@@ -116,7 +116,9 @@ def _nature(
         return "ffn", member
     for owner in above:
         if _is_attention(modules[owner]):
-            return "attention", owner
+            below = [o for o in above if o.startswith(f"{owner}.")]
+            inner = [o for o in below if "MLP" in type(modules[o]).__name__]
+            return ("ffn", inner[0]) if inner else ("attention", owner)
     if block is None:
         return "outside", above[0] if above else path
     for owner in above:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsecraft.checkpoint.card import write_companions
+from sparsecraft.checkpoint.companions import write_companions
 from sparsecraft.checkpoint.folder import EXPORT_RECORD, MANIFEST, replacing
 from sparsecraft.checkpoint.jsonfile import write_json
 from sparsecraft.checkpoint.space import require

@@ -97,8 +97,9 @@ def scales_the_next(item: PlannedEdit, bank: Experts) -> bool:
 
 def _before_down(item: PlannedEdit) -> bool:
     """Whether what the layer gives is what the down projection of a network reads."""
-    spans = item.site.chain and not isinstance(item.donor, FFN)
-    return not item.edit.changes_input and (isinstance(item.donor, Activation) or bool(spans))
+    return not item.edit.changes_input and (
+        isinstance(item.donor, Activation) or item.site.activated
+    )
 
 
 def fold(

@@ -6,7 +6,7 @@ import functools
 
 from torch import nn
 
-from sparsecraft.dense.sites import FFNSpan
+from sparsecraft.dense.sites import FFNSpan, silence
 from sparsecraft.errors import RecipeError
 from sparsecraft.moe.context import Batch, asks_for_batch, attach
 from sparsecraft.moe.layer import MoELayer
@@ -95,6 +95,7 @@ def _install(
             dense[path] = dense.get(path, model.get_submodule(path))
             model.set_submodule(path, nn.Identity())
         base.train(training)
+        silence(model, site)
     else:
         dense[site.path] = dense.get(site.path, base)
     model.set_submodule(site.path, layer)

@@ -62,8 +62,10 @@ def left_out(
 
 def _reached(site: Site) -> list[str]:
     """Paths of what a site covers, of a part of a network or of an attention the whole."""
-    whole = [join(site.owner, part) for part in site.form.parts()] if site.form else [site.owner]
-    return [path for path in (*site.members, *whole) if path]
+    if site.form is None:
+        return [*site.members, *filter(None, [site.owner])]
+    linears = filter(None, (site.form.gate, site.form.up, site.form.down))
+    return [*site.members, *(join(site.owner, part) for part in linears)]
 
 
 def _missed(

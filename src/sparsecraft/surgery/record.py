@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsecraft.dense.loading import load_tokenizer
+from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import SurgeryError
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.own_loss import OwnLoss
@@ -33,8 +35,8 @@ class Conversion:
         vocabulary: rows of the embedding of tokens then; None without one.
         masters: dense names of what training holds in float32, whatever type it had.
         trainable: names of the dense parameters that required gradients before.
-        origin: the folder, hub id or alias that the dense model came from, if any.
-        base_card: name and license of the base, for the checkpoint's README.
+        origin: where the dense model came from, if it did from anywhere.
+        base_card: name, license and commit of the base, for the checkpoint's README.
         folder: the checkpoint that the model was loaded from, if it was.
         written: the recipe's JSON in that folder, of whatever format.
         report: what `convert` and `train` measured, as written to report.json.
@@ -54,11 +56,10 @@ class Conversion:
     vocabulary: int | None = None
     masters: set[str] = field(default_factory=set)
     trainable: frozenset[str] = frozenset()
-    origin: str | None = None
-    revision: str | None = None
+    origin: Origin | None = None
     folder: Path | None = None
     written: dict[str, Any] | None = None
-    base_card: tuple[str, str | None] | None = None
+    base_card: tuple[str | None, ...] | None = None
     report: dict[str, Any] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
     running: Running = field(default_factory=Running)
@@ -73,6 +74,39 @@ class Conversion:
         done = {entry.get("stage") for entry in self.report.get("training", ())}
         stages = [stage for stage in self.recipe.stages if isinstance(stage, Stage)]
         return next((s for s in stages if s.name not in done), stages[-1] if stages else None)
+
+    @property
+    def base(self) -> Origin | None:
+        """Where the dense model came from, if it is still there."""
+        return self.origin if self.origin and self.origin.is_there else None
+
+    @property
+    def settings(self) -> Path | None:
+        """The folder whose tokenizer, license and generation settings are the model's: the
+        checkpoint that it was loaded from, else the base's."""
+        if self.folder is not None and self.folder.is_dir():
+            return self.folder
+        return self.base and self.base.folder
+
+
+def origin_of(model: nn.Module) -> Origin | None:
+    """Where a dense or converted model came from, if that is still there."""
+    return conversion_of(model).base if is_converted(model) else Origin.of(model)
+
+
+def settings_of(model: nn.Module) -> Path | None:
+    """The folder whose tokenizer, license and generation settings are a model's, if any is."""
+    if is_converted(model):
+        return conversion_of(model).settings
+    origin = Origin.of(model)
+    return origin and origin.folder
+
+
+def tokenizer_of(model: nn.Module) -> Any:
+    """The tokenizer that came with a dense or a converted model; None if none did."""
+    folder, origin = settings_of(model), origin_of(model)
+    found = folder and load_tokenizer(folder)
+    return found or (origin and load_tokenizer(origin.folder))
 
 
 def is_converted(model: nn.Module) -> bool:

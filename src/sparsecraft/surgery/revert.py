@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.dense.digests import digest
-from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.sites import silence
 from sparsecraft.errors import SurgeryError
 from sparsecraft.moe.names import dense_tensors
 from sparsecraft.surgery.record import Conversion, check_stands, conversion_of
@@ -68,7 +68,7 @@ class _Originals:
     ):
         self.model, self.record, self.tensors, self.types = model, record, tensors, types
         self.changed = [name for name in tensors if not self._is_same(name)]
-        self.origin = Origin.find(record.origin, record.revision) if self.changed else None
+        self.origin = record.base if self.changed else None
 
     def values(self) -> dict[str, Tensor]:
         """Name -> its value, of those whose value or type is another now.
@@ -133,8 +133,7 @@ class _Originals:
         dtype, wanted = self.record.digests.get(name, (None, None))
         tensor = self.origin.tensor(self.model, name) if self.origin else None
         if tensor is None or digest(tensor.to(dtype)) != wanted:
-            base = self.record.origin
-            where = f"its base {base!r} no longer" if self.origin else "no base folder"
+            where = f"its base {self.origin.name!r} no longer" if self.origin else "no base folder"
             raise SurgeryError(
                 f"{len(self.changed)} tensors of the dense model are not as they were before the "
                 f"conversion, {name} among them, and {where} holds the original; "
@@ -157,6 +156,8 @@ def take_out(model: nn.Module) -> None:
     # In the reverse order of installation: an outer module has to be back before its parts.
     for path, module in reversed(record.dense.items()):
         model.set_submodule(path, module)
+    for item in record.plan:
+        silence(model, item.site, undo=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in record.trainable)
     for handle in record.hooks:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsecraft.checkpoint.companions import check_settings
 from sparsecraft.checkpoint.folder import check_free
 from sparsecraft.checkpoint.load import load
 from sparsecraft.checkpoint.save import check_loadable, save
@@ -20,14 +21,12 @@ from sparsecraft.data.batches import collate
 from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
 from sparsecraft.data.sentences import Prompts
-from sparsecraft.dense import hub
-from sparsecraft.dense.loading import load_tokenizer
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.split_report import summary
 from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.init.graph import check_metis
 from sparsecraft.recipe.stages import Fit, Stage
-from sparsecraft.surgery.record import Conversion, conversion_of
+from sparsecraft.surgery.record import conversion_of, tokenizer_of
 from sparsecraft.training.arguments import processes
 from sparsecraft.training.deal import check_deal
 from sparsecraft.training.defaults import checked, fill, fit_tokens, objective_of, stages_of
@@ -84,12 +83,13 @@ def train(
     record = conversion_of(model)
     check_free(out, overwrite)
     check_loadable(model)
+    check_settings(model, tokenizer)
     _check_devices(model)
     states = out.with_name(f"{out.name}.training")
     check_folder(states, resume, asked.stages)
     stages = stages_of(record.recipe, asked.stages)
     _check_stages(model, [stage for _, stage in stages])
-    reader = tokenizer or _tokenizer_of(record)
+    reader = tokenizer or _tokenizer_of(model)
     asked, unpacked = _packable(model, reader, stages, asked)
     run = Run(model, reader, out, Prompts.of(model), resume, unpacked)
     trainer, moved = None, {}
@@ -204,12 +204,10 @@ def _dataset(
     return rows, counts
 
 
-def _tokenizer_of(record: Conversion) -> Any:
-    folder = record.folder or (record.origin and hub.resolve(record.origin, record.revision))
-    tokenizer = load_tokenizer(folder) if folder else None
-    if tokenizer is None:
-        raise DataError("The model came without a tokenizer; pass tokenizer=...")
-    return tokenizer
+def _tokenizer_of(model: nn.Module) -> Any:
+    if found := tokenizer_of(model):
+        return found
+    raise DataError("The model came without a tokenizer; pass tokenizer=...")
 
 
 def _check_devices(model: nn.Module) -> None:

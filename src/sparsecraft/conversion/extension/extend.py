@@ -32,7 +32,6 @@ from sparsecraft.conversion.sources.checks import check_sources
 from sparsecraft.conversion.sources.gather import donor_tensors
 from sparsecraft.conversion.sources.source import Source, open_source
 from sparsecraft.dense.digests import combine, digest
-from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import SurgeryError
 from sparsecraft.moe.layer import MoELayer
@@ -163,9 +162,7 @@ def _opened(model: nn.Module, record: Conversion, expert: Any, unrelated: bool) 
         raise SurgeryError("The expert is a converted model; give the dense model it came from.")
     tensors = dense_tensors(model) | donor_tensors(record.plan)
     source = open_source(model, expert)
-    origin = Origin.find(record.origin, record.revision)
-    folder = record.folder or (origin and origin.folder)
-    check_sources(model, [source], tensors, unrelated=unrelated, tokenizer=folder)
+    check_sources(model, [source], tensors, unrelated=unrelated, tokenizer=record.settings)
     for item, layer in zip(record.plan, record.layers, strict=True):
         if reason := layer.experts.misfit(item.donor):
             raise SurgeryError(

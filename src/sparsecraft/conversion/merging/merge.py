@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.checkpoint.card import copy_companions
+from sparsecraft.checkpoint.companions import write_dense
 from sparsecraft.checkpoint.folder import EXPORT_RECORD, check_free, replacing
 from sparsecraft.checkpoint.jsonfile import write_json
 from sparsecraft.checkpoint.pretrained import writes_ours
@@ -38,7 +38,6 @@ from sparsecraft.conversion.merging.mergeable import (
 )
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
-from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CertificateError, MergeError, did_you_mean
 from sparsecraft.evaluation.certificate import (
@@ -70,9 +69,7 @@ HOWS = ("exact", "fixed", "average")
 MERGE_TOLERANCE = 1e-4
 
 # What the record of a conversion says of the dense model and of the past.
-REMEMBERED = (
-    "digests shapes vocabulary masters origin revision folder base_card report running"
-).split()
+REMEMBERED = "digests shapes vocabulary masters origin folder base_card report running".split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +220,7 @@ def _report(
         new.report = {**record.report, "merge": report.to_dict()}
         if new_base:  # no folder holds the merged weights: a checkpoint will
             new.digests = {n: (t.dtype, digest(t)) for n, t in dense_tensors(model).items()}
-            origin = Origin.find(record.origin, record.revision)
-            new.folder = record.folder or (origin and origin.folder)
+            new.folder = record.settings
     return report
 
 
@@ -365,10 +361,7 @@ def write_merged(
     require(out, disk=size, memory=size, task="Saving")
     probes = [random_probe(model)]
     with replacing(out, overwrite) as folder:
-        model.save_pretrained(folder)
-        for path in folder.iterdir():
-            path.chmod(0o644)  # transformers writes weights for the owner alone
-        copy_companions(Path(source), folder)
+        write_dense(model, folder, Path(source))
         again = type(model).from_pretrained(folder, dtype="auto").to(model.device)
         certificate = compare(outputs(model, probes), outputs(again, probes))
         if not certificate.exact:

@@ -156,6 +156,22 @@ class MergedLora:
                     "PEFT, save the dense model and name that."
                 )
 
+    def check_tied(self, head: str | None, table: str | None) -> None:
+        """Refuse an adapter that trained the head or the table of embeddings where they are one:
+        PEFT gives it a copy of its own, and the other stays as it was.
+
+        Raises:
+            SourceError: it did, and did not tie the two (`ensure_weight_tying`).
+        """
+        changed = [name for name in self.lora.tensors if self._dense_name(name) in (head, table)]
+        if changed and not self.lora.config.get("ensure_weight_tying"):
+            raise SourceError(
+                f"{self.folder} trained {changed[0]!r} on a base whose head is its table of "
+                "embeddings (tie_word_embeddings), of which PEFT leaves the other as it was: no "
+                "model of the base's architecture. Train the LoRA without it (modules_to_save), or "
+                "with ensure_weight_tying=True, or merge it into a base that is not tied."
+            )
+
     def tensor(self, name: str) -> Tensor | None:
         """The merged tensor of a dense name; None if the base has none."""
         if name in self.lora.tensors:  # trained in full (`modules_to_save`, biases)
