@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -49,9 +50,33 @@ class Network:
     why: str | None = None
 
 
+_FOUND: ContextVar[dict[int, tuple[list[Network], list[Network]]] | None] = ContextVar(
+    "found networks", default=None
+)
+
+
+@contextmanager
+def looked_at_once() -> Iterator[None]:
+    """While the block runs and no model is changed, each is searched for networks once."""
+    token = _FOUND.set({})
+    try:
+        yield
+    finally:
+        _FOUND.reset(token)
+
+
 def find_networks(model: nn.Module) -> tuple[list[Network], list[Network]]:
     """The networks in the model's order, with those among them that are to be refused; and modules
     that are perhaps no networks at all, for an error's sake."""
+    known = _FOUND.get()
+    if known is None:
+        return _find_networks(model)
+    if id(model) not in known:
+        known[id(model)] = _find_networks(model)
+    return known[id(model)]
+
+
+def _find_networks(model: nn.Module) -> tuple[list[Network], list[Network]]:
     order = {path: n for n, (path, _) in enumerate(model.named_modules())}
     claimed: set[str] = set()
     found, doubtful = [], []

@@ -32,6 +32,7 @@ class PlannedEdit:
         return self.site.members, self.site.rows, self.edit.modality
 
 
+@looked_at_once()
 def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
     """Every edit of `recipe` at every site of the untouched `model`, inner sites first.
 
