@@ -37,12 +37,7 @@ def training_arguments(
     accumulation = each // micro_batch
     per_epoch = math.ceil(rows / (micro_batch * accumulation * world))
     steps = settings.steps or max(1, math.ceil(per_epoch * settings.epochs))
-    if stage.optimizer == "adafactor" and settings.learning_rate * steps < 1:
-        log.warning(
-            f"The stage's Adafactor moves a parameter by {settings.learning_rate:g} of its size a "
-            f"step; {steps} such steps change little, and least what starts at zero (the MoV paper "
-            "takes 500,000). Raise the learning rate, or use variant='tuned' of the recipe."
-        )
+    _warn_of_small_steps(stage, settings.learning_rate, steps)
     every = settings.save_every or (steps // 10 if steps >= 100 else None)
     warmup = stage.warmup_steps or math.ceil(stage.warmup_ratio * steps)
     schedule, ends = settings.schedule, {}
@@ -77,6 +72,15 @@ def training_arguments(
         "remove_unused_columns": False,
         "dataloader_pin_memory": not on_cpu(),
     }
+
+
+def _warn_of_small_steps(stage: Stage, rate: float, steps: int) -> None:
+    if stage.optimizer == "adafactor" and rate * steps < 1:
+        log.warning(
+            f"The stage's Adafactor moves a parameter by {rate:g} of its size a step; {steps} such "
+            "steps change little, and least what starts at zero (the MoV paper takes 500,000). "
+            "Raise the learning rate, or use variant='tuned' of the recipe."
+        )
 
 
 def processes() -> int:

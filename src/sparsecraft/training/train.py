@@ -92,7 +92,20 @@ def train(
     reader = tokenizer or _tokenizer_of(model)
     asked, unpacked = _packable(model, reader, stages, asked)
     run = Run(model, reader, out, Prompts.of(model), resume, unpacked)
-    trainer, moved = None, {}
+    trainer, report = _run_stages(run, data, stages, asked, states)
+    _finish(run, states, overwrite, tokenizer, trainer)
+    return report
+
+
+def _run_stages(
+    run: Run,
+    data: Any,
+    stages: list[tuple[int, Stage | Fit]],
+    asked: TrainOptions,
+    states: Path,
+) -> tuple[Any | None, TrainReport]:
+    """One stage after the other; the last one's trainer, if it has one, and report."""
+    model, trainer, moved = run.model, None, {}
     for number, stage in stages:
         settings = fill(model, stage, asked)
         dataset, counts = _dataset(run, data, settings, whole=stage.deals)
@@ -103,8 +116,7 @@ def train(
                 folder = states / f"{number}-{stage.name}"
                 trainer, report = descend(run, stage, settings, dataset, counts, folder)
         moved |= report.moved
-    _finish(run, states, overwrite, tokenizer, trainer)
-    return dataclasses.replace(report, moved=moved)
+    return trainer, dataclasses.replace(report, moved=moved)
 
 
 def _finish(run: Run, states: Path, overwrite: bool, tokenizer: Any, trainer: Any | None) -> None:
