@@ -22,8 +22,9 @@ from sparsecraft.checkpoint import shards
 from sparsecraft.cli.main import main
 from sparsecraft.conversion.stream import _Stream, convert_files
 from sparsecraft.dense.loading import load_model
+from sparsecraft.dense.probes import random_probe
 from sparsecraft.errors import CertificateError, CheckpointError, RecipeError, SourceError
-from sparsecraft.evaluation import layerwise
+from sparsecraft.evaluation.streamed import _fill_buffers
 from sparsecraft.moe.names import unique_tensors
 from sparsecraft.recipe.recipe import Quantize
 from sparsecraft.recipe.selections import Sentence
@@ -291,37 +292,31 @@ def test_exact_recipes_are_exact_layer_by_layer(family, recipe, tmp_path):
     report = convert_files(folder, RECIPES[recipe], tmp_path / "out")
     layers = sc.load(tmp_path / "out").sparsecraft.layers
     assert report.certificate.exact and report.certificate.layers == len(layers) > 0
-    assert "layers one by one" in str(report.certificate)
+    assert f"exact in {len(layers)} layers" in str(report.certificate)
     assert "layer output difference" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "opt", "t5", "vit"])
 def test_the_difference_is_that_of_the_worst_layer(family, tmp_path):
-    """Measured again with both models whole in memory."""
+    """Measured again with both models in memory, on the hidden states of the converted one."""
     folder = base(tmp_path, family)
     sources = [folder, base(tmp_path, family, 1, "one")]
     report = convert_files(folder, BTX, tmp_path / "out", sources=sources)
     original, converted = sc.hub.load_dense(folder), sc.load(tmp_path / "out")
-    inputs: dict[str, torch.Tensor] = {}
-    outputs: dict[str, torch.Tensor] = {}
+    calls: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for item in converted.sparsecraft.plan:
-        first, last = item.site.members[0], item.site.members[-1]
-        original.get_submodule(first).register_forward_pre_hook(
-            lambda module, args, path=first: inputs.update({path: args[0]})
+        converted.get_submodule(item.site.path).register_forward_hook(
+            lambda module, args, out, path=item.site.path: calls.update({path: (args[0], out)})
         )
-        original.get_submodule(last).register_forward_hook(
-            lambda module, args, output, path=first: outputs.update({path: output})
-        )
-    from sparsecraft.evaluation.certificate import random_probe
-
     shares = []
     with torch.no_grad():
-        original(**random_probe(original))
+        converted(**random_probe(converted))
         for item in converted.sparsecraft.plan:
-            path = item.site.members[0]
-            found = converted.get_submodule(item.site.path)(inputs[path])
-            difference = (found - outputs[path]).abs().max() / outputs[path].abs().max()
-            shares.append(difference.item())
+            wanted, found = calls[item.site.path]
+            for member in item.site.members:
+                wanted = original.get_submodule(member)(wanted)
+            scale = wanted.abs() + wanted.pow(2).mean(-1, keepdim=True).sqrt()
+            shares.append(((found - wanted).abs() / scale).max().item())
     certificate = report.certificate
     assert not certificate.exact and len(shares) == certificate.layers
     share = certificate.max_difference / certificate.scale
@@ -333,7 +328,7 @@ def test_a_false_claim_is_an_error_and_nothing_is_kept(tmp_path):
     false = dataclasses.replace(
         sc.recipes.upcycling(num_experts=4, renormalize=False), exact_at_start=True
     )
-    with pytest.raises(CertificateError, match="2 layers one by one"):
+    with pytest.raises(CertificateError, match="different in 2 layers"):
         convert_files(folder, false, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
@@ -342,7 +337,7 @@ def test_a_false_claim_is_an_error_and_nothing_is_kept(tmp_path):
 def test_buffers_that_are_in_no_file_are_those_of_a_loaded_model(family, tmp_path):
     folder = base(tmp_path, family)
     skeleton = load_model(Path(folder), None, "meta")
-    layerwise._fill_buffers(skeleton)
+    _fill_buffers(skeleton)
     wanted = dict(sc.hub.load_dense(folder).named_buffers())
     hidden = [n for n, b in skeleton.named_buffers() if not b.is_meta]
     assert set(hidden) == set(wanted) - set(unique_tensors(skeleton))
@@ -350,17 +345,15 @@ def test_buffers_that_are_in_no_file_are_those_of_a_loaded_model(family, tmp_pat
         assert torch.equal(skeleton.get_buffer(name), wanted[name]), name
 
 
-def test_layers_that_read_the_batch_are_said_not_to_be_compared(tmp_path):
-    said = []
+def test_layers_that_read_the_batch_are_compared_too(tmp_path):
     recipe = sc.recipes.molora(2)
     edits = [
         dataclasses.replace(edit, router=dataclasses.replace(edit.router, decides=Sentence()))
         for edit in recipe.edits
     ]
     recipe = dataclasses.replace(recipe, edits=tuple(edits))
-    report = convert_files(base(tmp_path), recipe, tmp_path / "out", say=said.append)
-    assert report.certificate is None
-    assert any("No certificate layer by layer" in line for line in said)
+    certificate = convert_files(base(tmp_path), recipe, tmp_path / "out").certificate
+    assert certificate.exact and certificate.ran == certificate.layers > 0
 
 
 def test_options_that_do_not_fit_a_stream_are_refused(tmp_path, capsys):
@@ -375,7 +368,7 @@ def test_options_that_do_not_fit_a_stream_are_refused(tmp_path, capsys):
     assert "--resume is for --stream" in capsys.readouterr().err
     assert main([*command(folder, out), "--no-progress"]) == 0
     output = capsys.readouterr()
-    assert "layers one by one" in output.out and "converting" not in output.err
+    assert "of each beside its dense module" in output.out and "converting" not in output.err
 
 
 def test_routers_that_start_from_domains_are_refused(tmp_path):

@@ -14,6 +14,7 @@ from sparsecraft.checkpoint.companions import write_companions
 from sparsecraft.checkpoint.folder import MANIFEST, replacing
 from sparsecraft.checkpoint.jsonfile import json_digest, write_json
 from sparsecraft.checkpoint.manifest import base_dtype, config_of, word
+from sparsecraft.checkpoint.rebuild import check_rebuilt
 from sparsecraft.checkpoint.space import require
 from sparsecraft.checkpoint.tensors import WEIGHTS, new_or_changed
 from sparsecraft.dense.loading import model_class
@@ -49,7 +50,8 @@ def save(
     Raises:
         SurgeryError: the model is dense.
         CheckpointError: the folder exists, a weight is not finite, split networks were set one by
-            one, or the disk gives back other bytes than were written.
+            one, the disk gives back other bytes than were written, or what is built from the folder
+            is another model.
         ResourceError: the disk is too small.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
@@ -66,6 +68,7 @@ def save(
     with replacing(out, overwrite, keep or (), foreign=keep is not None) as folder:
         weights_digest = shards.write(folder / WEIGHTS, tensors, shard_size)
         write_rest(model, folder, origin, weights_digest, tokenizer)
+        check_rebuilt(model, folder, origin)
     return out
 
 
@@ -78,7 +81,7 @@ def write_rest(
         "format_version": FORMAT_VERSION,
         "sparsecraft": VERSION,
         "recipe": to_json(record.recipe),
-        "base": origin and entry(origin, base_dtype(model)),
+        "base": origin and entry(origin, model, base_dtype(model)),
         "base_card": record.base_card,
         # What `revert` compares with, where there is no base to read the originals from.
         "dense": None if origin else {n: [word(d), h] for n, (d, h) in record.digests.items()},

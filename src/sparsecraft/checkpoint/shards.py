@@ -8,8 +8,10 @@ moe.safetensors.index.json    {"metadata": {"total_size"}, "weight_map": {tensor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
+from safetensors import safe_open
 from torch import Tensor
 
 from sparsecraft.checkpoint import tensorfile
@@ -87,6 +89,20 @@ def read(path: Path) -> Iterator[tuple[str, Tensor]]:
     """
     for file in files_of(path):
         yield from tensorfile.read(file)
+
+
+def readers(path: Path) -> dict[str, Callable[[], Tensor]]:
+    """Name of each tensor of what `write` wrote as `path` -> what reads it."""
+    found = {}
+    for file in files_of(path):
+        with safe_open(file, "pt") as opened:
+            found |= {name: partial(_read_one, file, name) for name in opened.keys()}  # noqa: SIM118
+    return found
+
+
+def _read_one(file: Path, name: str) -> Tensor:
+    with safe_open(file, "pt") as opened:
+        return opened.get_tensor(name)
 
 
 def files_of(path: Path) -> list[Path]:

@@ -25,7 +25,7 @@ def require(folder: Path, disk: int, memory: int, task: str, free_memory: int | 
     """
     existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
     free_disk = shutil.disk_usage(existing).free
-    free_memory = psutil.virtual_memory().available if free_memory is None else free_memory
+    free_memory = main_memory() if free_memory is None else free_memory
     if disk > free_disk:
         raise ResourceError(
             f"{task} needs {gigabytes(disk)} of disk at {folder} and {gigabytes(free_disk)} "
@@ -36,6 +36,11 @@ def require(folder: Path, disk: int, memory: int, task: str, free_memory: int | 
         f"{gigabytes(disk)} of disk ({gigabytes(free_disk)} free)."
     )
     return line + (" MEMORY MAY NOT SUFFICE." if memory > free_memory else "")
+
+
+def main_memory() -> int:
+    """Bytes of the main memory that are free."""
+    return psutil.virtual_memory().available
 
 
 def gigabytes(size: int) -> str:

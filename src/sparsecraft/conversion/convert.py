@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,19 +21,24 @@ from sparsecraft.conversion.sources.expansion import Child, expand
 from sparsecraft.conversion.sources.gather import gather, opened
 from sparsecraft.conversion.sources.source import Source
 from sparsecraft.dense.digests import digest
+from sparsecraft.dense.foreign import check_own
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CertificateError, SurgeryError
-from sparsecraft.evaluation.certificate import Certificate, compare, outputs, probes
+from sparsecraft.evaluation.certificate import Certificate, probes
+from sparsecraft.evaluation.layerwise import certify as certify_layers
 from sparsecraft.moe import cost
 from sparsecraft.moe.cost import Cost
 from sparsecraft.moe.losses import check_names
 from sparsecraft.moe.names import dense_tensors, unique_tensors
+from sparsecraft.moe.outputs import outputs
 from sparsecraft.recipe.recipe import Recipe
-from sparsecraft.surgery.install import apply
+from sparsecraft.surgery.install import apply, on_packed
 from sparsecraft.surgery.plan import PlannedEdit, plan
 from sparsecraft.surgery.record import Conversion, conversion_of, is_converted
 from sparsecraft.surgery.rollback import atomic
+
+log = logging.getLogger("sparsecraft")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +114,7 @@ def convert(
     Args:
         data: batches to compare on beside a random one: a dataset path (needs `tokenizer`), or
             an iterable of (B, S) token ids or of dicts of model inputs.
-        certify: measure the largest output difference to the dense model.
+        certify: measure how far each layer is from the dense module that it stands for.
         seed: of the new parameters. The global random state is left as it was.
         sources: dense models of one ancestor with `model` (of LoRA experts: PEFT LoRAs), for the
             experts, see `Recipe.expansion`, and `Recipe.others`; without them `model` gives both.
@@ -124,6 +130,7 @@ def convert(
             model has been given back.
     """
     _check_arguments(model, recipe)
+    recipe = on_packed(model, recipe)
     check_weights(model, SurgeryError)
     names = [name for name, _ in model.named_parameters()]
     edits, origin = plan(model, recipe), Origin.of(model)
@@ -131,20 +138,35 @@ def convert(
     networks, children = expand(recipe, edits, given, unique_tensors(model).__getitem__, seed)
     probing = probes(model, data, tokenizer, seed) if certify else []
     starts = find_starts(model, recipe, edits, domains, data, tokenizer=tokenizer, seed=seed)
-    before = outputs(model, probing)
+    probing, before = _dense_outputs(model, probing)
     digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
     record = _made(model, recipe, edits, given, networks, seed)
     record.digests = digests
     starts.put(record.layers)
     remember_origin(record, origin)
-    certificate = compare(before, outputs(model, probing)) if certify else None
-    if not given:  # a claim is about copies of one model
+    claims = recipe.exact_at_start and not given  # a claim is about copies of one model
+    certificate = certify_layers(model, probing, before, claims=claims) if certify else None
+    if claims:
         check_claim(recipe, certificate)
     report = Report.of(model, certificate, given, starts.names, children)
     report = dataclasses.replace(report, arrived=arrivals(given, names))
     record.report = {"conversion": report.to_dict()}
     writes_ours(model)
     return report
+
+
+def _dense_outputs(
+    model: nn.Module, probing: list[dict[str, Tensor]]
+) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+    """The probes, without the random one if the family cannot read it, and what the dense model
+    gives for them."""
+    try:
+        found = outputs(model, probing[:1])
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        why = f"{type(model).__name__} does not run on random inputs ({error})"
+        log.warning("%s; its layers are compared on other hidden states.", why)
+        probing, found = probing[1:], []
+    return probing, found + outputs(model, probing[len(found) :])
 
 
 def _made(
@@ -174,7 +196,7 @@ def check_claim(recipe: Recipe, certificate: Certificate | None) -> None:
 
 def remember_origin(record: Conversion, origin: Origin | None) -> None:
     if origin is not None:
-        record.origin = origin
+        record.came_from = origin
         record.base_card = card_of(origin)
 
 
@@ -189,4 +211,5 @@ def _check_arguments(model: Any, recipe: Any) -> None:
             f"This model is already converted by {conversion_of(model).recipe.name!r}; "
             "call sc.revert first."
         )
+    check_own(model)
     check_names({name: 0.0 for stage in recipe.stages for name in stage.losses})

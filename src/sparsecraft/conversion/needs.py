@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig
 
 from sparsecraft.dense.loading import model_class
-from sparsecraft.evaluation.certificate import DATA_LENGTH, MAX_DATA_PROBES, PROBE_SHAPE
+from sparsecraft.dense.probes import PROBE_SHAPE
+from sparsecraft.evaluation.certificate import DATA_LENGTH, MAX_DATA_PROBES
 from sparsecraft.moe import cost
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.build import build_layer

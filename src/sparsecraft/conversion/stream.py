@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from sparsecraft.checkpoint import shards
@@ -37,14 +36,13 @@ from sparsecraft.conversion.sources.lora_folder import WEIGHTS as WEIGHTS_OF_LOR
 from sparsecraft.conversion.sources.source import Source, mean
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
-from sparsecraft.dense.donors import FFN
 from sparsecraft.dense.loading import load_model
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weight
 from sparsecraft.dense.weights import Weights
 from sparsecraft.errors import CheckpointError, RecipeError
-from sparsecraft.evaluation import layerwise
 from sparsecraft.evaluation.certificate import Certificate
+from sparsecraft.evaluation.streamed import CannotCompareError, certify_files
 from sparsecraft.moe import cost
 from sparsecraft.moe.experts.base import Experts
 from sparsecraft.moe.names import dense_name, dense_tensors, unique_tensors
@@ -208,9 +206,11 @@ class _Stream:
                     source.tensor(name)
         self.arrived = arrivals(self.sources, self.weights)
 
-    def _dense(self, name: str, tensor: Tensor) -> Callable[[], Iterable[Tensor]] | None:
-        """What makes a tensor outside of the experts; None if the base holds it."""
-        kept = self.base is None
+    def _dense(
+        self, name: str, tensor: Tensor, copied: bool = False
+    ) -> Callable[[], Iterable[Tensor]] | None:
+        """What makes a dense tensor, or a copy of it; None if the base holds it."""
+        kept = copied or self.base is None
         means = self.sources and self.recipe.others == "mean" and tensor.is_floating_point()
         if means and name not in self.own:
             read = lambda: mean(self.sources, name).to(tensor.dtype)  # noqa: E731
@@ -224,23 +224,19 @@ class _Stream:
         makers = {}
         for number, (item, layer) in enumerate(zip(self.edits, self.record.layers, strict=True)):
             copied = layer.experts.copied(item.donor) or ()
-            for name in unique_tensors(layer):
+            for name, tensor in unique_tensors(layer).items():
                 part, _, leaf = name.partition(".")
                 if part == "experts" and leaf in copied:
                     make = partial(self._bank, item, layer.experts, leaf)
                 elif copied and leaf.startswith("activation."):  # one for all experts
-                    make = partial(self._shared, item.donor, leaf.removeprefix("activation."))
+                    dense = item.donor.activation_path + leaf.removeprefix("activation")
+                    make = self._dense(dense, tensor, copied=True)
                 elif part in ("experts", "router"):
                     make = partial(self.drawn.tensor, number, name)
                 else:
                     continue
                 makers[f"{paths[layer]}.{name}"] = make
         return makers
-
-    def _shared(self, donor: FFN, leaf: str) -> Iterator[Tensor]:
-        name = f"{donor.activation_path}.{leaf}"
-        means = self.sources and self.recipe.others == "mean"
-        yield mean(self.sources, name).to(self.dtype) if means else self._base(name)
 
     def _bank(self, item: PlannedEdit, bank: Experts, leaf: str) -> Iterator[Tensor]:
         """The experts of one bank, one after the other."""
@@ -258,8 +254,10 @@ class _Stream:
         certificate the largest layer and its dense module."""
         tensors = [t.numel() * t.element_size() for t in dense_tensors(self.model).values()]
         layers = [cost.bytes_of(layer) for layer in self.record.layers]
-        counts = [1 if certify else item.edit.experts.num_experts for item in self.edits]
+        wide = max(1, 4 // self.dtype.itemsize)  # the certificate computes in float32
+        counts = [item.edit.experts.num_experts for item in self.edits]
         made = max(n // count for n, count in zip(layers, counts, strict=True))
+        made = wide * max(layers) if certify else made
         if self.children:  # in float32, beside one tensor of each of its ancestors
             expert = 4 * max(layers) // len(self.networks) // self.dtype.itemsize
             made = max(made, expert * (1 + len(self.networks) // 4))
@@ -281,21 +279,15 @@ class _Stream:
         Raises:
             CertificateError: the recipe claims to start exactly as the dense model and does not.
         """
-        files = {}
-        for file in shards.files_of(folder / WEIGHTS):
-            with safe_open(file, "pt") as opened_file:
-                files |= dict.fromkeys(opened_file.keys(), file)
-
-        def written(name: str) -> Tensor:
-            with safe_open(files[name], "pt") as file:
-                return file.get_tensor(name)
-
+        # A claim is about copies of one model.
+        claims = self.recipe.exact_at_start and not self.sources
         try:
-            certificate = layerwise.certify(self.model, self._base, written, seed)
-        except layerwise.CannotCompareError as error:
+            written = shards.readers(folder / WEIGHTS)
+            certificate = certify_files(self.model, self._base, written, seed, claims=claims)
+        except CannotCompareError as error:
             say(f"No certificate layer by layer of this model: {error}.")
             return None
-        if not self.sources:  # a claim is about copies of one model
+        if claims:
             check_claim(self.recipe, certificate)
         return certificate
 

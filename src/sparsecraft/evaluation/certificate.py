@@ -1,9 +1,7 @@
-"""The certificate: how far the converted model's outputs are from the dense ones."""
+"""The certificate: how far the converted model is from the dense one, and what that would show."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,31 +10,49 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.data.batches import as_batches
-from sparsecraft.errors import DataError
-from sparsecraft.moe.context import sentence_width
+from sparsecraft.dense.probes import PROBE_SHAPE, random_probe
 
-# Largest |difference| that counts as the same function, relative to the largest |output| (at
-# least 1): a reordered sum of a few thousand products, through a few dozen layers.
+# Largest |difference| of a model's outputs that counts as the same function, relative to the
+# largest |output| (at least 1): a reordered sum of a few thousand products, through a few dozen
+# layers.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-PROBE_SHAPE = (2, 64)
 # What of the user's data enters the certificate: all logits are kept until the comparison.
 MAX_DATA_PROBES, DATA_LENGTH = 4, 128
+# How many names a sentence lists.
+NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What was measured on the probe batches.
+    """What was measured on the probe batches: of each converted layer beside the dense module that
+    it stands for, on the hidden states that arrive there; or of a model's outputs.
 
     Attributes:
-        max_difference: largest |converted - dense| over all outputs.
-        scale: largest |dense output|.
-        tolerance: the difference up to which the two count as equal, for this dtype and scale.
-        dtype: of the outputs.
+        max_difference: largest |converted - dense|, of the layer where it is largest for the size
+            of the output; with `layers` 0, over the outputs of the whole model.
+        scale: what it is relative to: in a layer |dense output| there plus the root mean square of
+            that token's; of outputs, the largest.
+        tolerance: the difference up to which the two count as equal, at this scale.
+        dtype: in which the two were computed, whatever the model's is.
         probes: how many batches were compared, the random one included.
-        layers: 0 if the model's outputs were compared; else how many layers were, each alone on
-            the input that it has in the dense model. The numbers are then those of the layer with
-            the largest difference relative to its output.
+        layers: how many were converted; 0 if outputs were compared.
+        ran: how many of them the probes reached. The numbers above are of these.
+        unreached: paths of the others.
+        alone: how many of the others gave what the dense module gives for random hidden states,
+            which proves the layer and not that it stands where it should.
+        experts: of the layers that ran, those that a router chooses from.
+        chosen: how many of them tokens went to.
+        forced: how many of the others were run all the same, as if all tokens had chosen them.
+        power: the smallest relative change of a layer's whole output that would have been seen, of
+            the layer where it is largest: measured, by scaling the outputs that were compared until
+            they count as different. None if all outputs were zero.
+        worst: path of the layer that the numbers are of.
+        lifted: how many layers were computed in a wider type than the model's; a quantized one
+            cannot be.
+        logit_difference, logit_scale: of the whole model's outputs, in its own dtype, before and
+            after; None where it does not fit into memory. In half precision they prove little.
+        differs: what else is not as in the dense model.
     """
 
     max_difference: float
@@ -45,26 +61,70 @@ class Certificate:
     dtype: str
     probes: int
     layers: int = 0
+    ran: int = 0
+    unreached: tuple[str, ...] = ()
+    alone: int = 0
+    experts: int = 0
+    chosen: int = 0
+    forced: int = 0
+    power: float | None = None
+    worst: str | None = None
+    lifted: int = 0
+    logit_difference: float | None = None
+    logit_scale: float | None = None
+    differs: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
-        return self.max_difference <= self.tolerance
+        """Whether all that ran is equal."""
+        nothing = self.layers > 0 and self.ran + self.alone == 0
+        return self.max_difference <= self.tolerance and not self.differs and not nothing
 
     def within(self, relative: float) -> bool:
         """Whether the difference is at most this share of the scale, beyond what is equal."""
         return self.max_difference <= relative * self.scale + self.tolerance
 
     def __str__(self) -> str:
-        verdict = "equal" if self.exact else "different"
-        compared = (
-            f"of {self.layers} layers one by one, max |output" if self.layers else "max |logit"
+        if not self.layers:
+            return (
+                f"max |logit difference| {self.max_difference:.1e} on {self.probes} probe "
+                f"batch(es), logit scale {self.scale:.1f}, tolerance {self.tolerance:.1e} "
+                f"in {self.dtype}: {'equal' if self.exact else 'different'}"
+            )
+        return "; ".join([self._verdict(), *self._details()])
+
+    def _verdict(self) -> str:
+        word = "exact" if self.exact else "different"
+        where = f"{self.ran} of {self.layers} layers" if self.unreached else f"{self.ran} layers"
+        measured = (
+            f"of each beside its dense module, max |output difference| {self.max_difference:.1e} "
+            f"(tolerance {self.tolerance:.1e}, output scale {self.scale:.2g}) in {self.dtype} on "
+            f"{self.probes} probe batch(es)"
         )
-        scale = "that layer's output" if self.layers else "logit"
-        return (
-            f"{compared} difference| {self.max_difference:.1e} on {self.probes} probe "
-            f"batch(es), {scale} scale {self.scale:.1f}, tolerance {self.tolerance:.1e} "
-            f"in {self.dtype}: {verdict}"
+        return f"{word} in {where}: {measured}" + (
+            f", at {self.worst}" if self.worst and not self.exact else ""
         )
+
+    def _details(self) -> list[str]:
+        lines = []
+        if self.power is not None:
+            lines.append(f"an error of {self.power:.0e} in any of them would be seen")
+        if self.unreached:
+            lines.append(
+                f"{len(self.unreached)} did not run on the probe: {_some(self.unreached)} "
+                f"({self.alone} of them equal on random hidden states)"
+            )
+        if self.chosen < self.experts:
+            others = f"; {self.forced} of the others were run as if all had" if self.forced else ""
+            lines.append(f"tokens chose {self.chosen} of {self.experts} experts{others}")
+        if self.logit_difference is not None:
+            logits = f"{self.logit_difference:.1e} at scale {self.logit_scale:.1f}"
+            lines.append(f"max |logit difference| {logits}")
+        return [*lines, *self.differs[:NAMED]]
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
 
 
 def probes(model: nn.Module, data: Any, tokenizer: Any, seed: int) -> list[dict[str, Tensor]]:
@@ -75,47 +135,6 @@ def probes(model: nn.Module, data: Any, tokenizer: Any, seed: int) -> list[dict[
         batches = as_batches(data, tokenizer, model=model, **shape)
         found += islice(batches, MAX_DATA_PROBES)
     return found
-
-
-def random_probe(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    """A batch of 2 x 64 random token ids, or 2 random images, for any transformers model."""
-    generator = torch.Generator().manual_seed(seed)
-    config = model.config.get_text_config()
-    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
-        size = config.image_size
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        shape = (PROBE_SHAPE[0], config.num_channels, height, width)
-        return {"pixel_values": torch.randn(shape, generator=generator)}
-    length = min(PROBE_SHAPE[1], getattr(config, "max_position_embeddings", None) or PROBE_SHAPE[1])
-    ids = torch.randint(0, config.vocab_size, (PROBE_SHAPE[0], length), generator=generator)
-    if config.is_encoder_decoder:
-        return {"input_ids": ids, "decoder_input_ids": ids.flip(-1)}
-    return {"input_ids": ids}
-
-
-def outputs(model: nn.Module, batches: Iterable[dict[str, Any]]) -> list[Tensor]:
-    """The model's logits (or last hidden states) on each batch, in evaluation mode, on the CPU."""
-    device = next(model.parameters()).device
-    floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    results = []
-    with evaluation_mode(model), torch.no_grad():
-        for batch in batches:
-            inputs = {
-                key: _to(value, device, floating) for key, value in batch.items() if key != "labels"
-            }
-            if getattr(model.config, "is_encoder_decoder", False):
-                inputs.setdefault("decoder_input_ids", inputs["input_ids"])
-            if width := sentence_width(model):
-                rows = len(next(iter(inputs.values())))
-                inputs.setdefault("sentence_embeddings", _random_sentences(rows, width))
-            output = model(**inputs)
-            logits = getattr(output, "logits", None)
-            results.append((output.last_hidden_state if logits is None else logits).cpu())
-    return results
-
-
-def _random_sentences(rows: int, width: int) -> Tensor:
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
 
 
 def compare(dense: list[Tensor], converted: list[Tensor]) -> Certificate:
@@ -133,23 +152,3 @@ def compare(dense: list[Tensor], converted: list[Tensor]) -> Certificate:
         dtype=str(dtype).removeprefix("torch."),
         probes=len(dense),
     )
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, then each back in its own mode."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        # Not train(): that would reach into modules which were in another mode than their parent.
-        for module in model.modules():
-            module.training = modes.get(module, module.training)
-
-
-def _to(value: Any, device: torch.device, floating: torch.dtype | None) -> Any:
-    if not isinstance(value, Tensor):
-        raise DataError(f"A probe batch holds a {type(value).__name__}; it must hold tensors.")
-    value = value.to(device)
-    return value.to(floating) if value.is_floating_point() and floating else value

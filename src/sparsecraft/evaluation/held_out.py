@@ -20,12 +20,12 @@ from sparsecraft.data.sentences import Prompts
 from sparsecraft.dense.loading import load_tokenizer, task_of
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import DataError, SparsecraftError
-from sparsecraft.evaluation.certificate import evaluation_mode
 from sparsecraft.evaluation.choice import score_choice
 from sparsecraft.evaluation.lm_eval import check_tasks, run_lm_eval
 from sparsecraft.evaluation.logprobs import BATCH_TOKENS, label_logprobs
 from sparsecraft.evaluation.routing import first_choices_E, load_entropy, mutual_information
 from sparsecraft.moe.context import layer_masks
+from sparsecraft.moe.outputs import evaluation_mode
 from sparsecraft.moe.routing import Routing
 from sparsecraft.moe.tracing import trace
 from sparsecraft.surgery.record import tokenizer_of
@@ -57,10 +57,9 @@ def evaluate(
         limit: rows of each file at most; None is all.
 
     Returns:
-        `loss`: file -> loss in nats per label token, tokens, rows, dropped (and accuracy for
-        classifiers), and `unused_fields` of its rows where there are such; `choice`: file ->
-        accuracies, median over templates; `tasks`: lm-eval's
-        results; `routing`: load entropy over all slots and, for several files, the mutual
+        `loss`: file -> loss in nats per label token, tokens, rows, dropped (a classifier: accuracy;
+        `unused_fields` of rows); `choice`: file -> accuracies, median over templates; `tasks`:
+        lm-eval's results; `routing`: load entropy over all slots and, for several files, the mutual
         information of a token's first expert and its file, mean over layers.
 
     Raises:

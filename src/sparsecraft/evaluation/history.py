@@ -15,7 +15,7 @@ from sparsecraft.recipe.recipe import Recipe
 SAID = {
     "conversion": "recipe variant exact_at_start certificate layers cost domains sources children "
     "arrived",
-    "certificate": "max_difference scale exact tolerance dtype",
+    "certificate": "max_difference scale exact tolerance dtype probes layers ran unreached power",
     "training": "stage steps loss settings counts log fit moved",
     "merge": "how recipe result folded joined kept certificate change cost activation arrived",
 }
@@ -29,9 +29,8 @@ def history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     conversion = report.get("conversion", {})
     certificate = conversion.get("certificate")
     claim = "exact" if recipe.exact_at_start else "not exact"
-    measured = f"{certificate['max_difference']:.1e}" if certificate else "not measured"
     lines = [*_source_lines(conversion), *_domain_lines(recipe, conversion)]
-    lines += [f"At the start: claimed {claim}, measured max |logit difference| {measured}."]
+    lines += [f"At the start: claimed {claim}, {_measured(certificate)}."]
     if found := _unsaid("certificate", certificate or {}):
         lines += [f"  certificate: {', '.join(line.strip() for line in found)}"]
     lines += _unsaid("conversion", conversion)
@@ -45,6 +44,23 @@ def history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
         lines += [f"Merged ({merged['how']}) from {merged['recipe']}.", *_unsaid("merge", merged)]
         lines += arrived_lines({"what the experts change": merged.get("arrived", {})})
     return lines if report.get("training") else [*lines, "Not trained yet."]
+
+
+def _measured(certificate: dict[str, Any] | None) -> str:
+    """What a certificate says, of any version."""
+    if not certificate:
+        return "not measured"
+    found, layers = f"{certificate['max_difference']:.1e}", certificate.get("layers")
+    if not layers:
+        return f"measured max |logit difference| {found}"
+    words = f"measured max |layer output difference| {found}"
+    if "ran" not in certificate:
+        return f"{words} in {layers} layers"
+    words += f" in {certificate['ran']} of {layers} layers"
+    if unreached := certificate["unreached"]:
+        words += f" (did not run: {_listed(list(unreached))})"
+    power = certificate["power"]
+    return words if power is None else f"{words}, an error of {power:.0e} would be seen"
 
 
 def moved_lines(moved: dict[str, Any]) -> list[str]:
@@ -67,11 +83,24 @@ def _patterns(unused: dict[str, int]) -> str:
     return _listed([f"{pattern} ({count})" for pattern, count in unused.items()])
 
 
+def unused_lines(counts: dict[str, Any]) -> list[str]:
+    """A line for each file whose rows hold fields that nothing used."""
+    files = counts.get("unused_fields", {})
+    return [
+        f"{file}: fields that were not used, and in how many rows: "
+        + ", ".join(f"{name} ({rows})" for name, rows in fields.items())
+        for file, fields in files.items()
+    ]
+
+
 def _training_lines(run: dict[str, Any]) -> list[str]:
     first = fit_line(run) if "fit" in run else _training_line(run)
     moved = moved_lines(run["moved"]) if "moved" in run else []
-    counts = [f"  rows: {words(run['counts'])}"] if run.get("counts") else []
-    return [first, *counts, *(f"  {line}" for line in moved), *_unsaid("training", run)]
+    counts = {k: v for k, v in (run.get("counts") or {}).items() if k != "unused_fields"}
+    rows = [f"rows: {words(counts)}"] if counts else []
+    rows += unused_lines(run.get("counts") or {})
+    said = [f"  {line}" for line in (*rows, *moved)]
+    return [first, *said, *_unsaid("training", run)]
 
 
 def _training_line(run: dict[str, Any]) -> str:

@@ -1,159 +1,368 @@
-"""The certificate of a model that does not fit into memory: layer by layer.
+"""The certificate of a converted model: every layer beside the dense module that it stands for.
 
-The dense model runs on a probe, module by module, with its weights read when a module is called
-and dropped when it returns. Each converted layer gets the same input as the dense module it stands
-for, and its output is compared; the probe goes on with the dense output, so that no difference
-carries over to the next layer.
+The model runs on a probe. Wherever a hidden state arrives at a converted layer, the dense module,
+which the conversion's record keeps untouched, and the layer both compute from it, in float32
+whatever the model's type is: rounding hides nothing, and the depth of a model adds nothing up.
+Where a difference is as small as float32 can make it and no smaller, float64 decides.
+
+What no hidden state of the probe reaches is counted and named: layers are called with random hidden
+states; experts that no token has chosen, each with all tokens.
+
+A model that does not fit into memory is `sparsecraft.evaluation.streamed`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.errors import SparsecraftError
-from sparsecraft.evaluation.certificate import TOLERANCE, Certificate, random_probe
+from sparsecraft.evaluation.certificate import TOLERANCE, Certificate, compare
+from sparsecraft.evaluation.distance import Distance, distance, first_tensor, mean_distance, power
+from sparsecraft.evaluation.lending import Lender, widened
 from sparsecraft.moe.layer import MoELayer
-from sparsecraft.moe.names import dense_name, unique_tensors
+from sparsecraft.moe.outputs import evaluation_mode, inputs_of, output_of, undisturbed
+from sparsecraft.moe.routing import Routing
 from sparsecraft.surgery.record import conversion_of
-from sparsecraft.surgery.revert import replaced_tensors
 
-Read = Callable[[str], Tensor]
+# A difference this small may be rounding, and is measured again in float64.
+MAYBE_ROUNDING = 1e-2
+# Of outputs in float32: coarser than of a layer, for what many layers make of rounding.
+OUTPUTS_EQUAL = 1e-3
+# Largest mean difference, relative to the output, of a layer in the model's own type.
+NARROW = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
+ALONE = (2, 16)  # random hidden states for a layer that no probe reached
+FEW_TOKENS = 16  # for an expert that no token has chosen
 
 
-class CannotCompareError(SparsecraftError):
-    """A model whose layers cannot be compared one by one."""
+@dataclass(slots=True)
+class Measured:
+    """What was found of one layer.
+
+    Attributes:
+        worst: the largest distance of all calls.
+        power: the least sensitive of them.
+        calls: how often it ran on the probes.
+        experts: those to choose from; `chosen`, those that a token went to; `forced`, how many of
+            the others were run all the same.
+        lifted: whether it was computed in a wider type than the model's.
+        alone: whether it was compared on random hidden states.
+        narrow: how far the layer is in the model's own type, `narrow_type`, where that is narrower.
+    """
+
+    path: str
+    worst: Distance | None = None
+    power: float | None = None
+    calls: int = 0
+    experts: int = 0
+    chosen: set[int] = field(default_factory=set)
+    forced: int = 0
+    lifted: bool = False
+    alone: bool = False
+    narrow: float = 0.0
+    narrow_type: torch.dtype | None = None
+
+    def add(self, found: Distance) -> None:
+        if self.worst is None or found.rank > self.worst.rank:
+            self.worst = found
+
+    def note_power(self, found: float | None) -> None:
+        if found is not None:
+            self.power = max(found, self.power or 0.0)
 
 
-def certify(model: nn.Module, dense: Read, new: Read, seed: int = 0) -> Certificate:
-    """Compare every layer of a converted model without memory (on the meta device) with the dense
-    module that it stands for. The model cannot be used for anything else afterwards.
+def certify(
+    model: nn.Module,
+    batches: Sequence[dict[str, Any]],
+    before: Sequence[Tensor],
+    *,
+    claims: bool = True,
+) -> Certificate:
+    """Compare a converted model with the dense one.
 
     Args:
-        dense: gives the tensor of a dense name.
-        new: gives the tensor of a name that the dense model does not have.
-
-    Raises:
-        CannotCompareError: the recipe's layers read more than their input, or the family's modules
-            other weights than their own.
+        before: what the dense model gave for the batches.
+        claims: whether the layers should be equal, every expert by itself.
     """
-    if conversion_of(model).hooks:
-        raise CannotCompareError("its layers act on what they know of the whole batch")
-    _fill_buffers(model)
-    comparison = _Comparison(model, dense, new)
-    comparison.listen()
-    try:
-        with torch.no_grad():
-            model.base_model(**random_probe(model, seed))
-    except (NotImplementedError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
-        raise CannotCompareError(f"{type(model).__name__} failed on it: {why}") from error
-    return comparison.certificate()
+    comparison = Comparison(model, Lender(), claims)
+    after = comparison.run(batches)
+    comparison.run_alone()
+    found = comparison.certificate(len(batches))
+    if not batches:
+        return found
+    logits = compare(list(before), after)
+    differs, wide = found.differs, before[0].dtype in (torch.float32, torch.float64)
+    tolerance = OUTPUTS_EQUAL if logits.dtype == "float32" else TOLERANCE[torch.float64]
+    if claims and wide and not logits.max_difference <= tolerance * max(1.0, logits.scale):
+        differs += (f"the model's outputs differ by {logits.max_difference:.1e}",)
+    return replace(
+        found,
+        logit_difference=logits.max_difference,
+        logit_scale=logits.scale,
+        differs=differs,
+    )
 
 
-def _fill_buffers(model: nn.Module) -> None:
-    """Compute the buffers that are in no file, such as rotary frequencies, as transformers does
-    when it loads a model."""
-    for module in model.modules():
-        hidden = [n for n in module._non_persistent_buffers_set if module._buffers[n] is not None]
-        for name in hidden:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-        if hidden:
-            model._init_weights(module)
+class Comparison:
+    """Listens to a converted model while it runs."""
 
+    def __init__(self, model: nn.Module, lender: Lender, claims: bool):
+        self.model, self.lender, self.record = model, lender, conversion_of(model)
+        self.layers = dict(zip(self.record.layers, self.record.plan, strict=True))
+        self.found = {layer: Measured(item.site.path) for layer, item in self.layers.items()}
+        self.claims = claims
+        self.within: str | None = None  # what runs: a dense module, or a layer, as a whole
 
-class _Comparison:
-    """Listens to a model's modules while it runs."""
+    def run(self, batches: Sequence[dict[str, Any]]) -> list[Tensor]:
+        """The model's outputs on each batch, all layers compared on the way."""
+        wrapped = []
+        with self._undisturbed():
+            try:
+                for module in self.model.modules():
+                    wrap = self._wrapper(module)
+                    if wrap is not None:
+                        wrapped.append((module, vars(module).get("forward")))
+                        module.forward = wrap
+                inputs = (inputs_of(self.model, batch) for batch in batches)
+                return [output_of(self.model(**batch)).cpu() for batch in inputs]
+            finally:
+                for module, forward in wrapped:
+                    vars(module).pop("forward")
+                    if forward is not None:
+                        module.forward = forward
 
-    def __init__(self, model: nn.Module, dense: Read, new: Read):
-        self.model, self.record = model, conversion_of(model)
-        self.sources: dict[int, Callable[[], Tensor]] = {}
-        for name, tensor in unique_tensors(model).items():
-            was = dense_name(model, name)
-            self._remember(tensor, *((new, name) if was is None else (dense, was)))
-        for name, tensor in replaced_tensors(self.record).items():
-            self._remember(tensor, dense, name)
-        self.converted = False
-        self.found: list[tuple[float, float, torch.dtype]] = []
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Evaluation, of the dense modules too that stand in the record alone."""
+        with ExitStack() as stack:
+            stack.enter_context(undisturbed(self.model))
+            for module in self.record.dense.values():
+                stack.enter_context(evaluation_mode(module))
+            yield
 
-    def _remember(self, tensor: Tensor, read: Read, name: str) -> None:
-        self.sources[id(tensor)] = lambda: read(name)
-
-    def listen(self) -> None:
-        """Give every module its weights while it runs, and every layer its comparison."""
-        layers = dict(zip(self.record.layers, self.record.plan, strict=True))
-        for module in self.model.modules():
-            if module in layers:
-                module.forward = self._compared(module, layers[module])
-            elif self._waiting(module, below=False):
-                module.forward = self._with_weights(module, module.forward)
+    def _wrapper(self, module: nn.Module) -> Callable | None:
+        if module in self.layers:
+            return self._compared(module, module.forward)
+        if self.lender.waits(module):
+            return self._with_weights(module, module.forward)
+        return None
 
     def _with_weights(self, module: nn.Module, forward: Callable) -> Callable:
         def run(*args: Any, **kwargs: Any) -> Any:
-            with self._loaded(module, below=False):
+            with self.lender.lent(module, below=False):
                 return forward(*args, **kwargs)
 
         return run
 
-    def _compared(self, layer: MoELayer, item: Any) -> Callable:
-        forward = layer.forward
-        paths = item.site.members if item.site.spans_siblings else (item.site.path,)
-        replaced = item.edit.replaces
-        base = nn.Sequential(*(self.record.dense[p] for p in paths)) if replaced else layer.base
-
-        def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if self.converted:  # inside another layer, which is compared as a whole
-                with self._loaded(layer):
-                    return forward(x, *args, **kwargs)
-            with self._loaded(base):
-                wanted = base(x) if replaced else base(x, *args, **kwargs)
-            self.converted = True
-            with self._loaded(layer):
-                found = forward(x, *args, **kwargs)
-            self.converted = False
-            difference = (found - wanted).abs().max().item()
-            self.found.append((difference, wanted.abs().max().item(), wanted.dtype))
-            return wanted
+    def _compared(self, layer: MoELayer, forward: Callable) -> Callable:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self.within == "layer":  # inside another layer, which is compared as a whole
+                return forward(*args, **kwargs)
+            self.found[layer].calls += 1
+            wanted, given = self._compare(layer, forward, args, kwargs)
+            # What is inside a dense module that another layer stands for has to be dense as well.
+            return wanted if self.within == "dense" else given
 
         return run
 
-    def _waiting(self, module: nn.Module, below: bool) -> list[tuple[dict, str, Tensor]]:
-        """Where a module, or all below it, holds tensors without memory."""
-        return [
-            (store, name, tensor)
-            for part in (module.modules() if below else (module,))
-            for store in (part._parameters, part._buffers)
-            for name, tensor in store.items()
-            if tensor is not None and tensor.is_meta
-        ]
+    def _compare(
+        self, layer: MoELayer, forward: Callable, args: tuple, kwargs: dict
+    ) -> tuple[Any, Any]:
+        """What the dense module gives, and what the layer gives in the model's own type."""
+        measured, base = self.found[layer], self._dense(layer)
+        dtype = self.lender.wide_type(base, layer)
+        measured.lifted = dtype not in (None, self.model.dtype)
+
+        def both(dtype: torch.dtype | None) -> tuple[Any, Any]:
+            wanted = self._call("dense", base, base, dtype, args, kwargs)
+            return wanted, self._call("layer", layer, forward, dtype, args, kwargs)
+
+        with self._noted(layer):
+            wanted, found = both(dtype)
+        worst = distance(found, wanted)
+        if dtype == torch.float32 and not worst.equal and worst.relative < MAYBE_ROUNDING:
+            worst = replace(_in_double(both) or worst, dtype=dtype)
+        measured.add(worst)
+        measured.note_power(power(found, wanted))
+        if self.claims and measured.calls < 2:
+            self._force(layer, forward, dtype, args, kwargs, wanted)
+        x = first_tensor((*args, *kwargs.values()))
+        if dtype is None or self._is_all(layer, x, dtype):
+            return wanted, found
+        if self.lender.sources:  # one more reading of the files
+            return _as(wanted, x.dtype), _as(found, x.dtype)
+        given = self._call("layer", layer, forward, None, args, kwargs)
+        measured.narrow = max(measured.narrow, mean_distance(given, wanted))
+        measured.narrow_type = x.dtype
+        return _as(wanted, x.dtype), given
+
+    def _dense(self, layer: MoELayer) -> nn.Module:
+        """The dense module that a layer stands for."""
+        item = self.layers[layer]
+        if not item.edit.replaces:
+            return layer.base
+        modules = [self.record.dense[path] for path in item.site.members]
+        return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
+
+    def _call(
+        self,
+        within: str,
+        module: nn.Module,
+        forward: Callable,
+        dtype: torch.dtype | None,
+        args: tuple,
+        kwargs: dict,
+    ) -> Any:
+        before, self.within = self.within, within
+        try:
+            with self.lender.lent(module, dtype):
+                return forward(*widened(args, dtype), **widened(kwargs, dtype))
+        finally:
+            self.within = before
+
+    def _is_all(self, layer: MoELayer, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether a layer computes in this type as it is."""
+        return {x.dtype, *(p.dtype for p in layer.parameters())} == {dtype}
+
+    # ------------------------------------------------------------------------------------- experts
 
     @contextmanager
-    def _loaded(self, module: nn.Module, below: bool = True) -> Iterator[None]:
-        waiting = self._waiting(module, below)
-        for store, name, tensor in waiting:
-            value = self.sources[id(tensor)]().to(tensor.dtype)
-            store[name] = nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value
-        try:
-            yield
-        finally:
-            for store, name, tensor in waiting:
-                store[name] = tensor
+    def _noted(self, layer: MoELayer) -> Iterator[None]:
+        """Note which experts tokens go to."""
+        measured = self.found[layer]
 
-    def certificate(self) -> Certificate:
-        """Of the layer that differs most, relative to its output."""
-        share = [d / s if s else (float("inf") if d else 0.0) for d, s, _ in self.found]
-        # A NaN is larger than anything.
-        worst = max(range(len(share)), key=lambda i: (share[i] != share[i], share[i]))
-        difference, scale, dtype = self.found[worst]
+        def note(routing: Routing) -> Routing:
+            measured.experts = routing.num_experts
+            reached = routing.indices_TK.where(routing.weights_TK != 0, routing.num_experts)
+            measured.chosen |= set(reached.unique().tolist()) - {routing.num_experts}
+            return routing
+
+        with _changed_routing(layer, note):
+            yield
+
+    def _force(
+        self,
+        layer: MoELayer,
+        forward: Callable,
+        dtype: torch.dtype | None,
+        args: tuple,
+        kwargs: dict,
+        wanted: Any,
+    ) -> None:
+        """Run each expert that no token has chosen as if all tokens had."""
+        measured, item = self.found[layer], self.layers[layer]
+        if layer.router is None or item.edit.experts.parts or layer.mixes_slots:
+            return
+        idle = sorted(set(range(measured.experts)) - measured.chosen)
+        if len(args) == 1 and not kwargs and layer.batch is None:  # tokens know of no other
+            few = (slice(None),) * (args[0].ndim - 2) + (slice(FEW_TOKENS),)
+            args, wanted = (args[0][few].contiguous(),), first_tensor(wanted)[few]
+        for e in idle:
+            with _changed_routing(layer, lambda routing, e=e: _all_at(routing, e)):
+                found = self._call("layer", layer, forward, dtype, args, kwargs)
+            measured.add(distance(found, wanted))
+            measured.forced += 1
+
+    # ------------------------------------------------------------------------ what no probe reached
+
+    def run_alone(self) -> None:
+        """Compare the layers that have not run, on random hidden states."""
+        generator = torch.Generator().manual_seed(0)
+        with self._undisturbed():
+            for layer, item in self.layers.items():
+                if self.found[layer].calls:
+                    continue
+                donor = item.donor.reference
+                x = torch.randn(*ALONE, item.donor.in_features, generator=generator)
+                x = x.to("cpu" if donor.is_meta else donor.device, self.model.dtype)
+                # A module that reads more than its hidden states fails in its own way.
+                with suppress(Exception):
+                    self._compare(layer, layer.forward, (x,), {})
+                    self.found[layer].alone = True
+
+    # ------------------------------------------------------------------------------------- results
+
+    def certificate(self, probes: int) -> Certificate:
+        """Of the layer that differs most, relative to what counts as equal."""
+        ran = [m for m in self.found.values() if m.calls]
+        others = [m for m in self.found.values() if not m.calls]
+        alone = [m for m in others if m.alone]
+        measured = ran or alone
+        worst = max(measured, key=lambda m: m.worst.rank, default=None)
+        at = worst.worst if worst else Distance(0.0, 0.0, torch.float32)
         return Certificate(
-            max_difference=difference,
-            scale=scale,
-            tolerance=TOLERANCE[dtype] * scale,
-            dtype=str(dtype).removeprefix("torch."),
-            probes=1,
-            layers=len(self.found),
+            max_difference=at.difference,
+            scale=at.scale,
+            tolerance=at.tolerance * at.scale,
+            dtype=str(at.dtype).removeprefix("torch."),
+            probes=probes,
+            layers=len(self.layers),
+            ran=len(ran),
+            unreached=tuple(m.path for m in others),
+            alone=sum(m.worst.equal for m in alone),
+            experts=sum(m.experts for m in ran),
+            chosen=sum(len(m.chosen) for m in ran),
+            forced=sum(m.forced for m in ran),
+            power=max((m.power for m in measured if m.power is not None), default=None),
+            worst=worst and worst.path,
+            lifted=sum(m.lifted for m in ran),
+            differs=tuple(self._differences(ran, alone)),
         )
+
+    def _differences(self, ran: list[Measured], alone: list[Measured]) -> Iterator[str]:
+        """In words, what of the layers that are equal in float32 is not."""
+        for m in ran:
+            if self.claims and m.narrow_type and not m.narrow <= NARROW[m.narrow_type]:
+                own = f"in {str(m.narrow_type).removeprefix('torch.')}, the model's own type,"
+                yield f"{own} {m.path} is off by {m.narrow:.1e}"
+        for m in alone:
+            if not m.worst.equal:
+                yield f"{m.path}, on random hidden states, differs by {m.worst.difference:.1e}"
+
+
+@contextmanager
+def _changed_routing(layer: MoELayer, change: Callable[[Routing], Routing]) -> Iterator[None]:
+    """Let `change` see every decision of a layer's router, and make another of it."""
+    route = layer.route
+
+    def changed(*args: Any, **kwargs: Any) -> Routing | None:
+        routing = route(*args, **kwargs)
+        return None if routing is None else change(routing)
+
+    layer.route = changed
+    try:
+        yield
+    finally:
+        del layer.route
+
+
+def _all_at(routing: Routing, e: int) -> Routing:
+    """Every token at expert `e`, with weight one."""
+    ones_T1 = torch.ones_like(routing.weights_TK[:, :1])
+    indices_T1 = torch.full_like(ones_T1, e, dtype=torch.long)
+    return replace(
+        routing,
+        weights_TK=ones_T1,
+        indices_TK=indices_T1,
+        sums_to_one=True,
+        in_order=False,
+        every=False,
+    )
+
+
+def _in_double(both: Callable) -> Distance | None:
+    """The distance in float64; None where a device has none."""
+    try:
+        wanted, found = both(torch.float64)
+    except (TypeError, RuntimeError):
+        return None
+    return distance(found, wanted)
+
+
+def _as(output: Any, dtype: torch.dtype) -> Any:
+    """A module's output in the type that the model goes on with."""
+    return widened(output, dtype)

@@ -37,23 +37,20 @@ def training_arguments(
     accumulation = each // micro_batch
     per_epoch = math.ceil(rows / (micro_batch * accumulation * world))
     steps = settings.steps or max(1, math.ceil(per_epoch * settings.epochs))
-    _warn_of_small_steps(stage, settings.learning_rate, steps)
+    if stage.optimizer == "adafactor" and settings.learning_rate * steps < 1:
+        log.warning(
+            f"The stage's Adafactor moves a parameter by {settings.learning_rate:g} of its size a "
+            f"step; {steps} such steps change little, and least what starts at zero (the MoV paper "
+            "takes 500,000). Raise the learning rate, or use variant='tuned' of the recipe."
+        )
     every = settings.save_every or (steps // 10 if steps >= 100 else None)
-    warmup = stage.warmup_steps or math.ceil(stage.warmup_ratio * steps)
-    schedule, ends = settings.schedule, {}
-    if schedule == "constant":
-        schedule = "constant_with_warmup"
-    elif schedule == "cosine" and stage.ends_at:
-        schedule, ends = "cosine_with_min_lr", {"min_lr_rate": stage.ends_at}
     return {
         "output_dir": str(folder),
         "max_steps": steps,
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": schedule,
-        "lr_scheduler_kwargs": ends,
-        "warmup_steps": min(warmup, steps - 1),  # one step at least has a learning rate
+        **_schedule(stage, settings.schedule, steps),
         "weight_decay": stage.weight_decay,
         "max_grad_norm": stage.max_grad_norm,
         "optim": {"adamw": "adamw_torch", "adafactor": "adafactor"}[stage.optimizer],
@@ -74,13 +71,17 @@ def training_arguments(
     }
 
 
-def _warn_of_small_steps(stage: Stage, rate: float, steps: int) -> None:
-    if stage.optimizer == "adafactor" and rate * steps < 1:
-        log.warning(
-            f"The stage's Adafactor moves a parameter by {rate:g} of its size a step; {steps} such "
-            "steps change little, and least what starts at zero (the MoV paper takes 500,000). "
-            "Raise the learning rate, or use variant='tuned' of the recipe."
-        )
+def _schedule(stage: Stage, schedule: str, steps: int) -> dict[str, Any]:
+    warmup, ends = stage.warmup_steps or math.ceil(stage.warmup_ratio * steps), {}
+    if schedule == "constant":
+        schedule = "constant_with_warmup"
+    elif schedule == "cosine" and stage.ends_at:
+        schedule, ends = "cosine_with_min_lr", {"min_lr_rate": stage.ends_at}
+    return {
+        "lr_scheduler_type": schedule,
+        "lr_scheduler_kwargs": ends,
+        "warmup_steps": min(warmup, steps - 1),  # one step at least has a learning rate
+    }
 
 
 def processes() -> int:

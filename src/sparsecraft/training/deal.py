@@ -20,10 +20,10 @@ from sparsecraft.checkpoint.jsonfile import read_json, write_json
 from sparsecraft.data.batches import collate
 from sparsecraft.data.encoding import IGNORED
 from sparsecraft.errors import SparsecraftError
-from sparsecraft.evaluation.certificate import evaluation_mode
 from sparsecraft.evaluation.logprobs import BATCH_TOKENS
 from sparsecraft.moe.context import Batch, attach
 from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.outputs import evaluation_mode
 from sparsecraft.recipe.stages import Deal, Fit, Stage
 from sparsecraft.recipe.words import router_words
 from sparsecraft.surgery.record import conversion_of

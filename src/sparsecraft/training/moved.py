@@ -87,7 +87,9 @@ class Evidence:
     otherwise: str = "its steps were lost in rounding"
 
     def note_rates(self, optimizer: Any) -> None:
-        """Remember this step's learning rates."""
+        """Remember this step's learning rates, if it is a step of one."""
+        if optimizer is None:
+            return
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.highest = [max(pair) for pair in zip(rates, self.highest or rates, strict=True)]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.dense.tokens import reads
-from sparsecraft.evaluation.certificate import evaluation_mode
+from sparsecraft.moe.outputs import evaluation_mode
 from sparsecraft.surgery.plan import PlannedEdit
 
 

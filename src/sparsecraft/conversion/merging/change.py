@@ -16,9 +16,10 @@ from sparsecraft.data.batches import as_batches, collate
 from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
 from sparsecraft.dense.loading import task_of
+from sparsecraft.dense.probes import PROBE_SHAPE
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import DataError
-from sparsecraft.evaluation.certificate import DATA_LENGTH, PROBE_SHAPE
+from sparsecraft.evaluation.certificate import DATA_LENGTH
 from sparsecraft.evaluation.held_out import DEFAULT_MAX_LENGTH, evaluate
 from sparsecraft.surgery.record import tokenizer_of
 

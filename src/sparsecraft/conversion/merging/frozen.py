@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.errors import MergeError, did_you_mean
-from sparsecraft.evaluation.certificate import outputs
 from sparsecraft.moe.context import sentence_width
 from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.outputs import outputs
 from sparsecraft.moe.routers.router import Router
 from sparsecraft.moe.routing import Routing, spread
 from sparsecraft.moe.tracing import trace

@@ -38,20 +38,17 @@ from sparsecraft.conversion.merging.mergeable import (
 )
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
+from sparsecraft.dense.probes import random_probe
 from sparsecraft.dense.sound import check_weights
+from sparsecraft.dense.windows import long_probe
 from sparsecraft.errors import CertificateError, MergeError, did_you_mean
-from sparsecraft.evaluation.certificate import (
-    MAX_DATA_PROBES,
-    Certificate,
-    compare,
-    outputs,
-    random_probe,
-)
+from sparsecraft.evaluation.certificate import MAX_DATA_PROBES, Certificate, compare
 from sparsecraft.evaluation.history import arrived_lines
 from sparsecraft.moe import cost
 from sparsecraft.moe.cost import Cost
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import dense_tensors
+from sparsecraft.moe.outputs import outputs
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.fold import Ledger, fold, scales_the_next
@@ -70,7 +67,7 @@ HOWS = ("exact", "fixed", "average")
 MERGE_TOLERANCE = 1e-4
 
 # What the record of a conversion says of the dense model and of the past.
-REMEMBERED = "digests shapes vocabulary masters origin folder base_card report running".split()
+REMEMBERED = "digests shapes vocabulary masters came_from folder base_card report running".split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,7 +369,7 @@ def write_merged(
     check_free(out, overwrite)
     size = cost.bytes_of(model)
     require(out, disk=size, memory=size, task="Saving")
-    probes = [random_probe(model)]
+    probes = [random_probe(model), *filter(None, [long_probe(model)])]
     with replacing(out, overwrite) as folder:
         write_dense(model, folder, Path(source))
         again = type(model).from_pretrained(folder, dtype="auto").to(model.device)

@@ -21,8 +21,8 @@ from sparsecraft.dense.loading import task_of
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import DataError
 from sparsecraft.evaluation.budget.loads import NOT_READ, Batch
-from sparsecraft.evaluation.certificate import evaluation_mode
 from sparsecraft.moe.context import CACHES
+from sparsecraft.moe.outputs import evaluation_mode
 
 CONTEXT, ROUNDS = 128, 20
 

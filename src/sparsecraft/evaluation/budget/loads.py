@@ -21,12 +21,12 @@ from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
 from sparsecraft.dense.loading import task_of
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import DataError
-from sparsecraft.evaluation.certificate import evaluation_mode
 from sparsecraft.evaluation.held_out import DEFAULT_MAX_LENGTH, evaluate
 from sparsecraft.evaluation.logprobs import BATCH_TOKENS
 from sparsecraft.moe import cost
 from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.outputs import evaluation_mode
 from sparsecraft.moe.routing import Routing
 from sparsecraft.moe.tracing import trace
 from sparsecraft.surgery.budget import split_layers

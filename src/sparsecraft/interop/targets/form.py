@@ -3,6 +3,7 @@ the attention of the dense model around it."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,9 +75,9 @@ def attention_of(config: Any) -> Attention | str:
     if family not in FAMILIES:
         known = ", ".join(FAMILIES)
         return f"no standard MoE has the blocks of {family!r}; those of {known} have one."
-    biased = family == "qwen2" or bool(getattr(config, "attention_bias", False))
-    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if types is None or family == "mistral":
+    biased = family == "qwen2" or bool(read_field(config, "attention_bias"))
+    window, types = read_field(config, "sliding_window"), read_field(config, "layer_types")
+    if types is None:
         types = ["sliding_attention"] * config.num_hidden_layers
     return Attention(
         family=family,
@@ -88,6 +89,15 @@ def attention_of(config: Any) -> Attention | str:
         windows=tuple(window if kind == "sliding_attention" else None for kind in types),
         scaled=family == "granite",
     )
+
+
+def read_field(config: Any, name: str) -> Any:
+    """A field of a configuration, if its family has such a field; None otherwise.
+
+    transformers keeps whatever a config.json says, and other families' fields do nothing.
+    """
+    known = inspect.signature(type(config).__init__).parameters
+    return getattr(config, name, None) if name in known else None
 
 
 def form_of(model: nn.Module) -> Form | str:

@@ -1,0 +1,126 @@
+"""What a folder gives, built anew from the folder alone before it takes its name.
+
+That the bytes came back from the disk does not say that the same model does: a tensor may have no
+place there, a setting may be lost, a module may stand in the model that no configuration builds.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecraft.checkpoint.base import convert_base, find_base, load_on
+from sparsecraft.checkpoint.jsonfile import read_json
+from sparsecraft.checkpoint.manifest import base_config, read_manifest, read_recipe
+from sparsecraft.checkpoint.space import main_memory
+from sparsecraft.checkpoint.tensors import WEIGHTS, read_tensors
+from sparsecraft.dense.loading import model_class
+from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.probes import random_probe
+from sparsecraft.errors import CheckpointError
+from sparsecraft.moe import cost
+from sparsecraft.moe.names import unique_tensors
+from sparsecraft.moe.outputs import outputs
+from sparsecraft.surgery.budget import restore
+
+log = logging.getLogger("sparsecraft")
+
+# Beyond this, names, shapes and types are compared and not the values: to build it twice would take
+# as long as to load it.
+MOST_BYTES = 4 * 2**30
+PROBE = (1, 16)
+# Largest difference of the outputs, relative to the largest of them: values that are saved are
+# equal; those that are computed anew, such as rotary frequencies, may be less rounded.
+OUTPUTS_EQUAL = {torch.float64: 1e-6, torch.float32: 1e-4}
+HALF_OUTPUTS_EQUAL = 1e-1
+
+
+def check_rebuilt(model: nn.Module, folder: Path, origin: Origin | None) -> None:
+    """Build the model of a folder that has just been written, and compare.
+
+    Args:
+        origin: the base that it stands on.
+
+    Raises:
+        CheckpointError: it is another model.
+    """
+    size = cost.bytes_of(model)
+    whole = size <= MOST_BYTES and main_memory() > 2 * size
+    again = _rebuilt(folder, origin, device=model.device if whole else None)
+    if again is None:
+        return
+    ours, theirs = unique_tensors(model), unique_tensors(again)
+    if missing := sorted(ours.keys() ^ theirs.keys()):
+        raise _other(f"{len(missing)} tensors are in one of them alone, such as {missing[0]!r}")
+    for name, tensor in ours.items():
+        if not _same(tensor, theirs[name], values=whole):
+            raise _other(f"the tensor {name!r} is another one")
+    if whole:
+        _compare_outputs(model, again)
+    log.info("Rebuilt from the folder: %s.", "all is equal" if whole else "names and shapes agree")
+
+
+def _rebuilt(folder: Path, origin: Origin | None, device: torch.device | None) -> nn.Module | None:
+    """The model of a folder, as `load` builds it; without a device, without memory, if possible."""
+    manifest, data = read_manifest(folder), read_json(folder / "config.json")
+    recipe = read_recipe(manifest["recipe"], None)[1]
+    config = base_config(data)
+    if device is None:
+        if recipe.quantization:
+            return None  # a quantizer needs the values
+        with torch.device("meta"):
+            again = _of_class(data, config)
+        convert_base(again, recipe, None)
+        return again
+    if origin is None:
+        again = _of_class(data, config)
+        convert_base(again, recipe, None)
+    else:
+        base = find_base(folder, manifest["base"], str(origin.folder))
+        dtype = getattr(torch, manifest["base"]["dtype"])
+        again, _ = load_on(base, recipe, config=config, dtype=dtype)
+    read_tensors(again, folder / WEIGHTS, manifest["tensors"], complete=origin is None)
+    restore(again, manifest.get("running"), changed=False)
+    return again.to(device) if not recipe.quantization else again
+
+
+def _of_class(data: dict[str, Any], config: Any) -> nn.Module:
+    dtype = getattr(torch, data["dtype"])
+    return model_class(data["base_config"])._from_config(config, dtype=dtype)
+
+
+def _same(ours: Tensor, theirs: Tensor, values: bool) -> bool:
+    """Whether two tensors have one shape and, where values are known, the same bytes."""
+    if not values:
+        return ours.shape == theirs.shape
+    pair = (ours.detach().to(theirs.device), theirs.detach())
+    as_bytes = [t.contiguous().reshape(-1).view(torch.uint8) for t in pair]
+    return (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype) and torch.equal(*as_bytes)
+
+
+def _compare_outputs(model: nn.Module, again: nn.Module) -> None:
+    probe = random_probe(again, shape=PROBE)
+    try:
+        wanted = outputs(model, [probe])[0]
+    except (RuntimeError, ValueError, TypeError, NotImplementedError):
+        return  # a model that only its own inputs run
+    found = outputs(again, [probe])[0]
+    scale = max(1.0, wanted.abs().max().nan_to_num().item())
+    tolerance = OUTPUTS_EQUAL.get(wanted.dtype, HALF_OUTPUTS_EQUAL) * scale
+    if not torch.allclose(found, wanted.to(found.dtype), rtol=0, atol=tolerance, equal_nan=True):
+        difference = (found - wanted).abs().max().item()
+        raise _other(
+            f"its tensors are equal and its outputs differ by {difference:.1e} at scale {scale:.1f}"
+        )
+
+
+def _other(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"The folder was written and gives another model than the one in memory: {what}. Nothing "
+        "was kept. A module or a setting of this model is in no file that load reads; undo it, or "
+        "keep its state_dict()."
+    )
