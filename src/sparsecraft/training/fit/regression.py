@@ -118,6 +118,16 @@ def _alike(modules: dict[str, nn.Module]) -> list[list[str]]:
     return list(groups.values())
 
 
+def _stacked(modules: list[nn.Module], device: torch.device) -> dict[str, Tensor]:
+    """Name -> that parameter of all modules, (L, ...), float32."""
+    return {
+        name: torch.stack([m.get_parameter(name).detach().float() for m in modules])
+        .to(device)
+        .requires_grad_()
+        for name, _ in modules[0].named_parameters()
+    }
+
+
 def _descend(
     layers: list[str],
     modules: list[nn.Module],
@@ -132,13 +142,7 @@ def _descend(
         TrainingError: the loss of one of the layers is not finite; its modules are as they were.
     """
     device = next(modules[0].parameters()).device
-    names = [name for name, _ in modules[0].named_parameters()]
-    weights = {
-        name: torch.stack([m.get_parameter(name).detach().float() for m in modules])
-        .to(device)
-        .requires_grad_()
-        for name in names
-    }
+    weights = _stacked(modules, device)
     tokens = min(map(len, inputs))
     held = first_held(tokens, spec)
     optimizer = torch.optim.Adam(weights.values(), lr=spec.learning_rate)
