@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from sparsecraft.data.batches import collate
 from sparsecraft.data.encoding import IGNORED
 from sparsecraft.data.limits import pad_id
-from sparsecraft.evaluation.certificate import evaluation_mode
 from sparsecraft.moe.context import sentence_width
+from sparsecraft.moe.outputs import evaluation_mode
 from sparsecraft.training.arguments import on_cpu
 
 log = logging.getLogger("sparsecraft")
