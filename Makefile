@@ -5,7 +5,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two torch processes of one thread each beat one of two threads, and never wait for each other.
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: install model demo test slow lint docs bench clean
+.PHONY: install model demo test slow lint docs families bench clean
 
 install: .venv/installed
 # torch first and by itself, so that a build which lies ready on the machine (without CUDA, say) is
@@ -39,6 +39,11 @@ lint: install
 # What README.md and docs/ print from the code; a test compares.
 docs: install
 	$(OFFLINE) $(BIN)/python docs/generate.py
+
+# Every family by every kind of method: docs/families.md. Some twenty minutes on two quiet cores.
+PROCESSES ?= $(shell nproc)
+families: install
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python docs/families.py --processes $(PROCESSES)
 
 # The benchmark that needs no GPU; benchmarks/README.md lists the others.
 bench: model

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import sparsecraft as sc
+from sparsecraft.moe import cost
 from sparsecraft.moe.experts.base import set_dispatch
 from sparsecraft.moe.experts.split import SplitExperts
 from sparsecraft.moe.layer import MoELayer
@@ -481,12 +482,8 @@ def test_experts_that_are_mixed_first_are_all_active(family):
     report = sc.convert(sc.revert(model), RECIPES["mixlora"].make())
     inside = [m for m in model.modules() if isinstance(m, MoELayer) and m.place == "inside"]
     again = (K - 1) * sum(p.numel() for layer in inside for p in layer.experts.parameters())
-    embedding = (
-        0
-        if getattr(model.config, "tie_word_embeddings", False)
-        else sum(p.numel() for p in model.get_input_embeddings().parameters())
-    )
-    assert report.cost.flops_per_token == 2 * (report.cost.total + again - embedding)
+    dense_flops = cost.count(dense(family)).flops_per_token
+    assert report.cost.flops_per_token == dense_flops + 2 * (report.cost.new + again)
 
 
 @kinds

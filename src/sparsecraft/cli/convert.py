@@ -269,10 +269,10 @@ def _stream(recipe: Recipe, options: ConvertOptions, dtype: Any, say: Say) -> No
 
 def _say_report(report: Any, recipe: Recipe, options: ConvertOptions, say: Say) -> None:
     from sparsecraft.evaluation.history import arrived_lines
-    from sparsecraft.evaluation.report import cost_lines
+    from sparsecraft.evaluation.report import cost_lines, left_out_lines
 
     measured = report.certificate or "not measured"
-    say("\n".join(cost_lines(report.cost)))
+    say("\n".join([*cost_lines(report.cost), *left_out_lines(report.left_out)]))
     if report.domains:
         say(f"Routers start from {', '.join(report.domains)}.")
     if report.sources:

@@ -56,6 +56,8 @@ class Report:
         children: the experts beyond the sources, and what they were mixed from.
         arrived: source -> how many of its tensors were used, and which were not; see
             `sparsecraft.conversion.sources.arrival`.
+        left_out: reason -> modules of the nature that the recipe asks for which it does not reach,
+            those of like paths together; see `sparsecraft.surgery.left_out`.
     """
 
     recipe: str
@@ -68,6 +70,7 @@ class Report:
     domains: tuple[str, ...] = ()
     children: tuple[Child, ...] = ()
     arrived: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -90,6 +93,7 @@ class Report:
             sources=tuple(source.title for source in sources),
             domains=domains,
             children=children,
+            left_out=record.left_out,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -303,6 +303,7 @@ class _Stream:
             sources=tuple(source.title for source in self.sources),
             children=self.children,
             arrived=self.arrived,
+            left_out=self.record.left_out,
         )
         self.record.report = {"conversion": report.to_dict()}
         return report

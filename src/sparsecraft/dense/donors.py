@@ -231,7 +231,30 @@ class Attention:
         return {f"{self.path}.{name}": t for name, t in self.module.named_parameters()}
 
 
-Donor = FFN | Attention | Linear | Activation
+@dataclass(frozen=True)
+class Block:
+    """A mixture of experts that the dense model has of its own, with its router: experts can stand
+    around it, and none can be made from it."""
+
+    module: nn.Module
+    path: str
+    width: int
+
+    @property
+    def reference(self) -> Tensor:
+        """A weight of the mixture, whose device and dtype new tensors take."""
+        return next(p for p in self.module.parameters() if p.ndim > 1)
+
+    @property
+    def in_features(self) -> int:
+        return self.width
+
+    @property
+    def out_features(self) -> int:
+        return self.width
+
+
+Donor = FFN | Attention | Linear | Activation | Block
 
 
 def view(model: nn.Module, site: Site) -> Donor:
@@ -239,6 +262,9 @@ def view(model: nn.Module, site: Site) -> Donor:
     if site.kind == "activation":
         ffn = _view_ffn(model, site)
         return Activation(ffn.down.module, site.path, ffn.hidden_width)
+    if site.kind == "ffn" and site.form is None:
+        width = model.config.get_text_config().hidden_size
+        return Block(model.get_submodule(site.path), site.path, width)
     if site.kind == "ffn":
         return _view_ffn(model, site)
     if site.kind == "attention":

@@ -117,13 +117,11 @@ class Origin:
 
     def tensor(self, model: nn.Module, name: str) -> Tensor | None:
         """The folder's tensor for a dense tensor of `model`; None if the folder has none."""
-        found = self._weights.find(model, name)
-        return None if found is None else self._weights.tensor(found)
+        return self._weights.tensor_of(model, name)
 
     def shape(self, model: nn.Module, name: str) -> tuple[int, ...] | None:
         """The shape of what `tensor` gives, from the file's header; None if the folder has none."""
-        found = self._weights.find(model, name)
-        return None if found is None else self._weights.shape(found)
+        return self._weights.shape_of(model, name)
 
     def holds(self, model: nn.Module, shapes: dict[str, torch.Size]) -> bool:
         """Whether the dense `model` can be built from this folder: its class and its shapes."""

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from sparsecraft.dense.attentions import find_attentions, fused_rows, why_not
 from sparsecraft.dense.forms import (
@@ -18,6 +17,8 @@ from sparsecraft.dense.forms import (
     features,
     join,
 )
+from sparsecraft.dense.linears import Placed, linears
+from sparsecraft.dense.mixtures import Mixture, inside, mixtures
 from sparsecraft.dense.networks import Network, find_networks
 from sparsecraft.dense.proof import span
 from sparsecraft.errors import DonorError, SurgeryError
@@ -94,11 +95,23 @@ def silence(model: nn.Module, site: Site, *, undo: bool = False) -> None:
 def find_sites(model: nn.Module, kind: SiteKind, paths: str = "*") -> list[Site]:
     """Every site of one kind whose path matches the glob `paths`, in the model's order.
 
+    None lies inside the experts of a mixture that the model has of its own.
+
     Raises:
-        DonorError: the model has no feed-forward network, or no attention, of a known form.
+        DonorError: the model has no feed-forward network, no attention, of a known form, or no
+            Linear that is a site.
         SurgeryError: it has some, and none matches `paths`.
     """
-    sites = FINDERS[kind](model)
+    own = mixtures(model)
+    experts = [mixture.path for mixture in own]
+    try:
+        sites = [site for site in FINDERS[kind](model) if not inside(site.path, experts)]
+    except DonorError as error:
+        if not own or kind not in OF_NETWORKS:
+            raise
+        raise DonorError(_only_mixtures(model, kind, own)) from error
+    if not sites:
+        raise DonorError(_only_mixtures(model, kind, own))
     found = [site for site in sites if fnmatch.fnmatch(site.path, paths)]
     if not found:
         examples = ", ".join(site.path for site in sites[:3])
@@ -113,6 +126,16 @@ def find_sites(model: nn.Module, kind: SiteKind, paths: str = "*") -> list[Site]
             "at Linears (molora, lora)."
         )
     return found
+
+
+def _only_mixtures(model: nn.Module, kind: SiteKind, own: list[Mixture]) -> str:
+    """Why the networks of a mixture of experts are no sites."""
+    examples = ", ".join(mixture.owner for mixture in own[:2])
+    return (
+        f"{type(model).__name__} has no {kind} outside of the experts of its own mixtures (such as "
+        f"{examples}), which nothing of ours enters yet; adapters and vectors can stand around a "
+        "mixture (site='ffn', place='after'), and LoRAs at the Linears of its attentions."
+    )
 
 
 def _ffn_sites(model: nn.Module) -> list[Site]:
@@ -204,21 +227,24 @@ def _ffn_part(model: nn.Module, ffn: Site, kind: SiteKind) -> Site:
     return Site(kind, path, members, form, owner, chain, rows, activated=activated, refused=refused)
 
 
-def _linear_sites(model: nn.Module, kind: SiteKind) -> list[Site]:
-    """Linear and Conv1D layers inside an attention module or a feed-forward network."""
-    blocks = []
-    if kind != "attention_linear":
-        ffns = [_ffn_site(model, network) for network in find_networks(model)[0]]
-        blocks += [member for site in ffns for member in site.members]
-    if kind != "ffn_linear":
-        blocks += [n for n, m in model.named_modules() if "Attention" in type(m).__name__]
-    inside = tuple(f"{block}." for block in blocks)
-    return [
-        Site(kind, path, (path,))
-        for path, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and f"{path}.".startswith(inside)
-    ]
+def placed_linears(model: nn.Module) -> list[Placed]:
+    """Every Linear of a model, with what it belongs to; see `sparsecraft.dense.linears`."""
+    sites = [_ffn_site(model, network) for network in find_networks(model)[0]]
+    return linears(model, [member for site in sites for member in site.members])
 
+
+def _linear_sites(model: nn.Module, kind: SiteKind) -> list[Site]:
+    """Linear and Conv1D layers of the blocks, or of their attentions or networks alone."""
+    found = [Site(kind, at.path, (at.path,)) for at in placed_linears(model) if at.at(kind)]
+    if not found:
+        raise DonorError(
+            f"{type(model).__name__} has no {kind}: none of its Linears stands in a transformer "
+            "block where experts could be put beside it."
+        )
+    return found
+
+
+OF_NETWORKS = ("ffn", "ffn_linear", "gate", "down", "intermediate", "activation")
 
 FINDERS: dict[SiteKind, Callable[[nn.Module], list[Site]]] = {
     "ffn": _ffn_sites,

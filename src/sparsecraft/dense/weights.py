@@ -26,7 +26,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -34,6 +33,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from sparsecraft.dense import layout
 from sparsecraft.errors import CheckpointError
 
 NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -120,8 +120,14 @@ class Weights:
         Hub files are written with or without the prefix of the base model (GPT-2, BERT), and
         under the names of older versions of transformers (ViT).
         """
+        if name in self.files:
+            return name
+        written = layout.renamed(model, name)
+        return None if written is None else self._called(model, written)
+
+    def _called(self, model: nn.Module, written: str) -> str | None:
+        """The name of a tensor that transformers would write by the name `written`."""
         names, prefix = self.files, f"{getattr(model, 'base_model_prefix', '')}."
-        written = name if name in names else _name_in_files(model, name)
         for new, old in LEGACY.items():
             if written.endswith(new) and written not in names:
                 written = written.removesuffix(new) + old
@@ -129,6 +135,36 @@ class Weights:
             if candidate in names:
                 return candidate
         return None
+
+    def shape_of(self, model: nn.Module, name: str) -> tuple[int, ...] | None:
+        """The shape of what `tensor_of` gives, from the files' headers."""
+        if (found := self.find(model, name)) is not None:
+            return self.shape(found)
+        held = self._parts(model, name)
+        if any(self.shape(found) != tuple(part.shape) for found, part in held.items()):
+            return None
+        return tuple(layout.shape_of(model, name)) if held else None
+
+    def tensor_of(self, model: nn.Module, name: str) -> Tensor | None:
+        """The folder's tensor for a dense tensor of `model`, put together where the files hold it
+        in parts, as each expert's own; None if the folder has none."""
+        if (found := self.find(model, name)) is not None:
+            return self.tensor(found)
+        shape, whole = layout.shape_of(model, name), None
+        for found, places in self._parts(model, name, places=True).items():
+            part = self.tensor(found)
+            whole = part.new_empty(shape.numel()) if whole is None else whole
+            whole[places.flatten()] = part.flatten()
+        return None if whole is None else whole.view(shape)
+
+    def _parts(self, model: nn.Module, name: str, **how: bool) -> dict[str, Tensor]:
+        """What `layout.parts` gives, by the names that the files have; empty if not all are
+        there."""
+        if layout.shape_of(model, name) is None or layout.renamed(model, name) is not None:
+            return {}
+        parts = layout.parts(model, name, **how)
+        found = {self._called(model, part): places for part, places in parts.items()}
+        return {} if None in found else found
 
     def _pickled(self, path: Path) -> dict[str, Tensor]:
         """What a .bin file holds, mapped into memory where its format can be."""
@@ -147,12 +183,6 @@ class Weights:
     @cached_property
     def _mapped(self) -> dict[Path, dict[str, Tensor]]:
         return {}
-
-
-def _name_in_files(model: nn.Module, name: str) -> str:
-    """What transformers calls the model's tensor `name` when it saves it."""
-    names = revert_weight_conversion(model, {name: torch.empty(0, device="meta")})
-    return next(iter(names), name)
 
 
 def variants(folder: Path) -> list[str]:

@@ -31,6 +31,7 @@ def describe(folder: str | Path) -> list[str]:
         *edit_lines(recipe),
         *split_lines(model),
         *cost_lines(cost.count(model)),
+        *left_out_lines(record.left_out),
         *history_lines(recipe, report),
     ]
 
@@ -52,6 +53,11 @@ def cost_lines(counted: cost.Cost) -> list[str]:
         share = f" ({value / counted.total:.1%})" if key in ("new", "trainable", "active") else ""
         lines.append(f"  {key.replace('_', ' '):<16}{value:>16,}{share}")
     return lines
+
+
+def left_out_lines(left_out: dict[str, list[str]]) -> list[str]:
+    """One line for each reason why the recipe does not reach modules that it asks for."""
+    return [f"Left out, {reason}: {', '.join(paths)}" for reason, paths in left_out.items()]
 
 
 def result_tables(results: dict[str, Any]) -> list[Table]:

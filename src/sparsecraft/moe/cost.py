@@ -7,9 +7,13 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
+from sparsecraft.dense.mixtures import mixtures
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import dense_name
 from sparsecraft.moe.routers.gate import Gate
+
+# In the names of parameters that are no module's `weight`, what tables of rows are called.
+TABLES = ("position", "token", "relative", "embed", "probe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +24,12 @@ class Cost:
         total: all parameters.
         new: those that the dense model does not have, in its order or, split, in another.
         trainable: those that require gradients.
-        active: those that one token meets; K of E experts per routed layer, and all of experts
-            that are mixed before they meet it (LoRAs, vectors), whatever their weights.
+        active: those that one token meets; K of E experts per routed layer, ours and the dense
+            model's own, and all of experts that are mixed before they meet it (LoRAs, vectors),
+            whatever their weights.
         flops_per_token: multiply-adds times two of all matrices that one token meets in a
-            forward pass, without attention scores and without the embedding lookup.
+            forward pass: without attention scores, norms, biases, and tables such as embeddings
+            and positions, of which it looks a row up.
     """
 
     total: int
@@ -43,17 +49,53 @@ def count(model: nn.Module) -> Cost:
     idle, repeated = sum(map(_idle, layers)), sum(map(_repeated, layers))
     precomputed = sum(layer.router.scorer.precomputed for layer in layers if layer.router)
     total = sum(_numel(p) for p in parameters.values())
-    embedding = model.get_input_embeddings()
-    tied = getattr(model.config, "tie_word_embeddings", False)
-    looked_up = 0 if embedding is None or tied else sum(p.numel() for p in embedding.parameters())
+    shares = _own_shares(model, [layer.experts for layer in layers])
+    own = sum(_numel(p) - _share(p, shares) for p in parameters.values())
+    active = total - idle - own
+    added = sum(_share(p, shares) for p in _unmultiplied(model, layers).values())
+    biases = sum(la.experts.biases(slots_of(la)) for la in layers if la.runs_experts)
     return Cost(
         total=total,
         new=sum(_numel(p) for name, p in parameters.items() if dense_name(model, name) is None)
         - sum(_size(layer.experts) for layer in layers if layer.experts.of_dense),
         trainable=sum(_numel(p) for p in parameters.values() if p.requires_grad),
-        active=total - idle,
-        flops_per_token=2 * (total - idle - looked_up + repeated - precomputed),
+        active=active,
+        flops_per_token=2 * (active - added - biases + repeated - precomputed),
     )
+
+
+def _own_shares(model: nn.Module, ours: list[nn.Module]) -> dict[int, tuple[int, int]]:
+    """id of a parameter -> (K, E), for the experts of mixtures that the dense model has itself."""
+    shares = {}
+    for mixture in mixtures(model):
+        module = model.get_submodule(mixture.path)
+        if module not in ours:
+            share = (mixture.top_k, mixture.num_experts)
+            shares |= {id(parameter): share for parameter in module.parameters()}
+    return shares
+
+
+def _share(parameter: nn.Parameter, shares: dict[int, tuple[int, int]]) -> int:
+    """How many of its values a token meets, on the average."""
+    k, count = shares.get(id(parameter), (1, 1))
+    return _numel(parameter) * k // count
+
+
+def _unmultiplied(model: nn.Module, layers: list[MoELayer]) -> dict[int, nn.Parameter]:
+    """The parameters that no matrix product reads, by their ids: norms, biases, and tables of
+    which a token looks one row up. Our experts, our routers and what does not run are left out."""
+    apart = [part for la in layers for part in (la.experts, la.router) if part is not None]
+    apart += [la.base for la in layers if la.base is not None and not la.runs_base]
+    skipped = {id(p) for part in apart for p in part.parameters()}
+    found, products = {}, set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            table = isinstance(module, nn.Embedding) or any(word in name for word in TABLES)
+            if parameter.ndim < 2 or table or name.endswith("bias"):
+                found[id(parameter)] = parameter
+            else:
+                products.add(id(parameter))  # such as a head that shares the embedding
+    return {key: p for key, p in found.items() if key not in products | skipped}
 
 
 def _idle(layer: MoELayer) -> int:

@@ -171,8 +171,11 @@ class MoELayer(nn.Module):
     def mixes_slots(self) -> bool:
         return self.router is not None and self.router.spec.mixes_tokens
 
-    def on_rows(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """y with the output features that the layer acts on changed."""
+    def on_rows(self, y: Tensor | tuple, change: Callable[[Tensor], Tensor]) -> Tensor | tuple:
+        """y with the output features that the layer acts on changed; of a mixture that returns more
+        than its output, such as its router's scores, the output alone."""
+        if isinstance(y, tuple):
+            return (self.on_rows(y[0], change), *y[1:])
         if self.rows is None:
             return change(y)
         start, length = self.rows

@@ -36,8 +36,9 @@ class Edit:
     """Put one MoE layer at every matching site of the model."""
 
     site: SiteKind = "ffn"
-    """Every feed-forward network (`ffn`) or attention (`attention`); every Linear/Conv1D of
-    attention and feed-forward (`linear`), or of one of them; one projection of every attention
+    """Every feed-forward network (`ffn`) or attention (`attention`); every Linear/Conv1D of the
+    transformer blocks (`linear`, see `sparsecraft.dense.linears`), or those of attentions or of
+    feed-forward networks alone; one projection of every attention
     (`query`, `key`, `value`, `output`); or a part of every feed-forward network: `gate`, the
     projection that the activation follows; `down`; the `activation`; and `intermediate`, what the
     down projection reads, at the last module whose input is still that of the network."""

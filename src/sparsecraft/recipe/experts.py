@@ -17,10 +17,12 @@ from sparsecraft.errors import RecipeError
 from sparsecraft.recipe.kinds import add_kind, family
 from sparsecraft.recipe.numbers import check_adapter, check_deviation, check_whole, is_number
 
-DonorWord = Literal["ffn", "attention", "linear", "activation"]
-"""What a dense module is read as; see `sparsecraft.dense.donors`."""
+DonorWord = Literal["block", "ffn", "attention", "linear", "activation"]
+"""What a dense module is read as; see `sparsecraft.dense.donors`. A `block` is a mixture that the
+dense model has of its own, at site `ffn`."""
 
 ANYTHING: tuple[DonorWord, ...] = ("ffn", "linear", "activation")
+AROUND: tuple[DonorWord, ...] = ("block", *ANYTHING)
 
 
 def stands(**places: tuple[DonorWord, ...]) -> Mapping[str, tuple[DonorWord, ...]]:
@@ -186,6 +188,7 @@ class AttentionSpec(ExpertsSpec):
 class AdapterSpec(ExpertsSpec):
     """Bottleneck adapters, x + scale * up(activation(down(x))), `up` zero at the start."""
 
+    places = stands(replace=ANYTHING, beside=AROUND, after=AROUND, before=AROUND)
     needs_memory = None
     joins = "adapter"
     words = ("adapter", "adapters")
@@ -237,7 +240,7 @@ class LoRASpec(ExpertsSpec):
 class VectorSpec(ExpertsSpec):
     """Vectors that scale features one by one, as (IA)3's; ones at the start."""
 
-    places = stands(after=ANYTHING, before=ANYTHING)
+    places = stands(after=AROUND, before=AROUND)
     needs_memory = None
     words = ("vector", "vectors")
 

@@ -16,6 +16,7 @@ from sparsecraft.moe.names import unique_tensors
 from sparsecraft.recipe.recipe import Quantize, Recipe
 from sparsecraft.surgery.budget import run, split_layers
 from sparsecraft.surgery.build import build_layer
+from sparsecraft.surgery.left_out import left_out
 from sparsecraft.surgery.plan import PlannedEdit
 from sparsecraft.surgery.record import Conversion
 from sparsecraft.surgery.state import load_state_dict
@@ -38,6 +39,7 @@ def apply(
         trainable=trainable,
         shapes={name: tensor.shape for name, tensor in unique_tensors(model).items()},
         vocabulary=_vocabulary(model),
+        left_out=left_out(model, recipe, edits),
     )
     # All layers are built before the first change, so that a failure leaves the model whole.
     device = "meta" if on_meta else None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fnmatch
 from dataclasses import dataclass
 
 from torch import nn
 
 from sparsecraft.dense.donors import Attention, Donor, view
+from sparsecraft.dense.mixtures import inside, mixtures
 from sparsecraft.dense.sites import Site, find_sites
 from sparsecraft.dense.tokens import is_causal, reads
-from sparsecraft.errors import SurgeryError
+from sparsecraft.errors import SparsecraftError, SurgeryError
 from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.attention_proof import prove
@@ -42,7 +44,7 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
     planned = [
         PlannedEdit(site, edit, view(model, site))
         for edit in recipe.edits
-        for site in find_sites(model, edit.site, edit.paths)
+        for site in _sites(model, edit)
     ]
     for item in planned:
         if isinstance(item.donor, Attention):
@@ -71,6 +73,26 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
     return sorted(
         planned, key=lambda p: sum(other.site.contains(p.site) for other in planned), reverse=True
     )
+
+
+def _sites(model: nn.Module, edit: Edit) -> list[Site]:
+    """Where an edit stands. At site `ffn` what can stand around a mixture of the model's own takes
+    it as one network, and not the shared expert in it."""
+    around = edit.site == "ffn" and "block" in edit.experts.places[edit.place]
+    owners = [m.owner for m in mixtures(model) if m.is_network] if around else []
+    owners = list(dict.fromkeys(owners))  # JetMoE has its experts' two matrices apart
+    blocks = [
+        Site("ffn", owner, (owner,), owner=owner)
+        for owner in owners
+        if fnmatch.fnmatch(owner, edit.paths)
+    ]
+    try:
+        found = find_sites(model, edit.site, edit.paths)
+    except SparsecraftError:
+        if not blocks:
+            raise
+        found = []
+    return [site for site in found if not inside(site.path, owners)] + blocks
 
 
 def _check_nesting(outer: PlannedEdit, inner: PlannedEdit) -> None:

@@ -42,6 +42,7 @@ class Conversion:
         report: what `convert` and `train` measured, as written to report.json.
         hooks: handles of the hooks that give the layers each batch's masks.
         running: what of its split networks the model runs.
+        left_out: reason -> what the recipe does not reach; see `sparsecraft.surgery.left_out`.
         own_loss: adds the recipe's auxiliary losses to the loss that the model gives in training.
     """
 
@@ -62,6 +63,7 @@ class Conversion:
     report: dict[str, Any] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
     running: Running = field(default_factory=Running)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
     own_loss: OwnLoss = field(init=False)
 
     def __post_init__(self) -> None:

@@ -47,6 +47,7 @@ class Experts(nn.Module, ABC):
         rectified: its activation is ReLU, and the dense module's another.
         folds: what `fold` gives, where it gives anything.
         one_for_all: names of tensors that are not stacked, because all experts share them.
+        adds_all_biases: a token meets all biases, however few experts it goes to.
     """
 
     num_experts: int
@@ -62,6 +63,7 @@ class Experts(nn.Module, ABC):
     rectified: bool = False
     folds: ClassVar[type[Update] | type[Scale] | type[Network] | None] = None
     one_for_all: ClassVar[tuple[str, ...]] = ()
+    adds_all_biases: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -135,7 +137,14 @@ class Experts(nn.Module, ABC):
     def active(self, slots: float) -> int:
         """Parameters that a token meets which goes to `slots` of the E experts, their mean number
         where it differs by token."""
-        total = sum(p.numel() for p in self.parameters())
+        return self._met(sum(p.numel() for p in self.parameters()), slots)
+
+    def biases(self, slots: float) -> int:
+        """Those of them that are only added, not multiplied."""
+        total = sum(p.numel() for name, p in self.named_parameters() if name.endswith("bias"))
+        return total if self.adds_all_biases else self._met(total, slots)
+
+    def _met(self, total: int, slots: float) -> int:
         idle = 0 if self.merges else total * (self.num_experts - slots) // self.num_experts
         return total - int(idle)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sparsecraft.dense.donors import FFN, Activation, Attention, Donor, Linear
+from sparsecraft.dense.donors import FFN, Activation, Attention, Block, Donor, Linear
 from sparsecraft.dense.sites import Site
 from sparsecraft.errors import RecipeError
 from sparsecraft.moe.experts.adapter import AdapterExperts
@@ -39,7 +39,13 @@ BANKS: dict[type[ExpertsSpec], type[Experts]] = {
 }
 
 # What a recipe calls the dense modules that experts stand at.
-DONORS = {"ffn": FFN, "attention": Attention, "linear": Linear, "activation": Activation}
+DONORS = {
+    "block": Block,
+    "ffn": FFN,
+    "attention": Attention,
+    "linear": Linear,
+    "activation": Activation,
+}
 
 
 def register(spec: type[ExpertsSpec], bank: type[Experts]) -> None:

@@ -60,6 +60,7 @@ class SplitExperts(Experts):
     of_dense = True
     folds = Network
     one_for_all = ("down_bias",)
+    adds_all_biases = True
 
     def __init__(self, spec: SplitSpec, donor: FFN, *, device: torch.device | str | None = None):
         super().__init__()
