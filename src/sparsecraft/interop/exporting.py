@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from sparsecraft.checkpoint.card import write_companions
+from sparsecraft.checkpoint.companions import write_companions
 from sparsecraft.checkpoint.folder import EXPORT_RECORD, MANIFEST, replacing
 from sparsecraft.checkpoint.jsonfile import write_json
 from sparsecraft.checkpoint.space import require
 from sparsecraft.dense.probes import random_probe
+from sparsecraft.dense.sound import check_weights
 from sparsecraft.dense.windows import long_probe, unprobed
 from sparsecraft.errors import ExportError, did_you_mean
 from sparsecraft.evaluation.certificate import Certificate, compare
@@ -140,6 +141,7 @@ def _check(model: nn.Module, target: str, out: Path) -> None:
         raise ExportError(
             f"{out} holds a checkpoint, which an export would replace; choose another."
         )
+    check_weights(model, ExportError)
     if reason := why_not(model, TARGETS[target]):
         raise ExportError(f"This model has no exact form as {target}: {reason}")
 

@@ -18,6 +18,7 @@ from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.dense import hub
 from sparsecraft.dense.probes import random_probe
+from sparsecraft.dense.sound import check_weights
 from sparsecraft.dense.windows import long_probe
 from sparsecraft.errors import CertificateError, CheckpointError
 from sparsecraft.evaluation.certificate import compare
@@ -86,6 +87,7 @@ def import_moe(source: str | Path, revision: str | None = None) -> nn.Module:
 
 def _import_standard(folder: Path, kind: str) -> nn.Module:
     target, theirs = KINDS[kind], hub.load_dense(str(folder))
+    check_weights(theirs, CheckpointError)
     if not aligned(theirs):
         theirs.set_experts_implementation("eager")
     tensors = {name: tensor.detach() for name, tensor in theirs.state_dict().items()}
@@ -111,6 +113,7 @@ def _build(config: Any, recipe: Recipe, tensors: Part, dtype: torch.dtype) -> nn
     if wrong := missing or sorted(found.unexpected_keys):
         word = "lacks" if missing else "holds what ours has no place for:"
         raise CheckpointError(f"The mixture {word} {len(wrong)} tensors: {', '.join(wrong[:3])}.")
+    check_weights(model, CheckpointError)
     record.digests = {}  # there is no dense model to give back
     return model
 
