@@ -26,6 +26,8 @@ from sparsecraft.moe import cost
 from sparsecraft.moe.names import unique_tensors
 from sparsecraft.moe.outputs import outputs
 from sparsecraft.surgery.budget import restore
+from sparsecraft.surgery.install import apply
+from sparsecraft.surgery.plan import plan
 
 log = logging.getLogger("sparsecraft")
 
@@ -50,7 +52,8 @@ def check_rebuilt(model: nn.Module, folder: Path, origin: Origin | None) -> None
     """
     size = cost.bytes_of(model)
     whole = size <= MOST_BYTES and main_memory() > 2 * size
-    again = _rebuilt(folder, origin, device=model.device if whole else None)
+    with torch.random.fork_rng():  # a class draws weights before it gets its own
+        again = _rebuilt(folder, origin, device=model.device if whole else None)
     if again is None:
         return
     ours, theirs = unique_tensors(model), unique_tensors(again)
@@ -74,7 +77,7 @@ def _rebuilt(folder: Path, origin: Origin | None, device: torch.device | None) -
             return None  # a quantizer needs the values
         with torch.device("meta"):
             again = _of_class(data, config)
-        convert_base(again, recipe, None)
+        apply(again, recipe, plan(again, recipe), on_meta=True)
         return again
     if origin is None:
         again = _of_class(data, config)

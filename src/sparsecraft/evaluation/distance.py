@@ -18,6 +18,8 @@ from torch import Tensor
 # can be distinguished from rounding.
 EQUAL = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
+SCALED_TOKENS = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Distance:
@@ -50,8 +52,10 @@ class Distance:
 
 def distance(found: Any, wanted: Any) -> Distance:
     """How far `found` is from `wanted`, two outputs of one module."""
-    w_TO = first_tensor(wanted)
-    share, difference, scale = _shares(first_tensor(found), w_TO)
+    f_TO, w_TO = first_tensor(found), first_tensor(wanted)
+    if torch.equal(f_TO, w_TO):
+        return Distance(0.0, w_TO.abs().mean().item(), w_TO.dtype)
+    share, difference, scale = _shares(f_TO, w_TO)
     at = share.flatten().argmax()  # of a NaN, if there is one
     return Distance(difference.flatten()[at].item(), scale.flatten()[at].item(), w_TO.dtype)
 
@@ -65,9 +69,12 @@ def mean_distance(found: Any, wanted: Any) -> float:
 def power(found: Any, wanted: Any) -> float | None:
     """The smallest error of `found` that `distance` would not let pass, by trying: all of it is
     scaled, by more and more. None if nothing shows, as in an output of zeros."""
-    output, error = first_tensor(found), EQUAL[first_tensor(wanted).dtype]
+    wanted = first_tensor(wanted)
+    # A few tokens show no more than all of them do.
+    f_TO, w_TO = (t.flatten(0, -2)[:SCALED_TOKENS] for t in (first_tensor(found), wanted))
+    f_TO, error = f_TO.double(), EQUAL[w_TO.dtype]
     while error < 1:
-        if not distance(output.double() * (1 + error), wanted).equal:
+        if not distance(f_TO * (1 + error), w_TO).equal:
             return error
         error *= 1.25
     return None

@@ -438,3 +438,59 @@ def test_split_networks_are_merged_and_not_exported(tmp_path, target):
         with pytest.raises(ExportError, match=r"sc\.merge\(model\) makes it a dense model again"):
             sc.export(model, target, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------ fields that a family does not read
+
+
+FOREIGN = {
+    "llama": {"sliding_window": 80},
+    "llama_types": {
+        "sliding_window": 80,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "granite": {"sliding_window": 80},
+    "mistral": {"attention_bias": True, "sliding_window": None},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_field_of_another_family_is_not_believed(name, tmp_path):
+    family = name.split("_")[0].capitalize()
+    fields = {**FOREIGN[name], "max_position_embeddings": 256}
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**sizes, **heads, **fields)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    ids = torch.randint(0, 96, (1, 150))
+    with torch.no_grad():
+        wanted = model(ids).logits
+    sc.convert(model, sc.recipes.upcycling(num_experts=2))
+    target = "granite" if family == "Granite" else "mixtral"
+    record = sc.export(model, target, tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.allclose(again(ids).logits, wanted, atol=1e-5)
+    assert record["probed_tokens"] == (96 if fields["sliding_window"] else 64)
+
+
+def test_a_difference_beyond_the_window_is_seen(tmp_path, monkeypatch):
+    """A target that loses the window agrees on every shorter probe."""
+    config = transformers.MistralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=100,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.MistralForCausalLM(config).eval()
+    sc.convert(model, sc.recipes.upcycling(num_experts=2))
+    target = STANDARD["mixtral"]
+    settings = type(target).settings
+
+    def without(self, form, attention):
+        return settings(self, form, attention) | {"sliding_window": None}
+
+    monkeypatch.setattr(type(target), "settings", without)
+    with pytest.raises(ExportError, match="differs from ours"):
+        sc.export(model, "mixtral", tmp_path / "out")

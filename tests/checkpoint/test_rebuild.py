@@ -1,0 +1,97 @@
+"""A folder counts only once the same model has been built from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import sparsecraft as sc
+from sparsecraft.checkpoint import rebuild
+from sparsecraft.errors import CheckpointError
+from tests.cases.families import batch, dense, logits
+
+
+def model_on(base=None, recipe=None):
+    model = sc.hub.load_dense(str(base)) if base else dense("llama")
+    sc.convert(model, recipe or sc.recipes.upcycling(num_experts=2))
+    return model
+
+
+def refused(model, out, *words):
+    with pytest.raises(CheckpointError) as refusal:
+        sc.save(model, out)
+    assert all(word in str(refusal.value) for word in words), str(refusal.value)
+    assert not out.exists() and not [*out.parent.glob(f"*{out.name}*")]
+
+
+def base_of(tmp_path):
+    dense("llama").save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("on_base", [True, False], ids=["base", "standalone"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_comes_back_is_the_model(on_base, dtype, tmp_path, caplog):
+    model = model_on(base_of(tmp_path) if on_base else None).to(dtype)
+    torch.manual_seed(5)
+    state, modes = torch.get_rng_state(), [m.training for m in model.modules()]
+    with caplog.at_level("INFO", "sparsecraft"):
+        sc.save(model, tmp_path / "out")
+    assert "Rebuilt from the folder: all is equal" in caplog.text
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in model.modules()] == modes
+    again, inputs = sc.load(tmp_path / "out"), batch("llama")
+    # In bfloat16 the cast has rounded the rotary frequencies too, which are in no file.
+    near = 1e-6 if dtype == torch.float32 else 0.1
+    assert torch.allclose(logits(again, inputs), logits(model, inputs), rtol=0, atol=near)
+
+
+def test_a_module_that_came_in_after_the_conversion_is_seen(tmp_path):
+    """Nothing that is in the folder says that it stands there."""
+    model = model_on()
+    model.model.norm.register_parameter("shift", nn.Parameter(torch.ones(32)))
+    refused(model, tmp_path / "out", "'model.norm.shift'", "no place for")
+
+
+def test_a_setting_of_the_model_alone_is_seen(tmp_path):
+    """Its tensors and its configuration are equal."""
+    model = model_on()
+    model.model.layers[0].self_attn.scaling *= 3
+    refused(model, tmp_path / "out", "its tensors are equal and its outputs differ")
+
+
+def test_an_activation_that_was_exchanged_is_seen(tmp_path):
+    model = model_on(recipe=sc.recipes.molora(num_experts=2))
+    model.model.layers[0].mlp.act_fn = nn.ReLU()
+    refused(model, tmp_path / "out", "its outputs differ")
+
+
+def test_a_layer_that_was_taken_out_is_seen(tmp_path):
+    model = model_on(recipe=sc.recipes.upcycling(num_experts=2))
+    del model.model.layers[1]
+    refused(model, tmp_path / "out", "model.layers.1")
+
+
+def test_a_tensor_that_was_written_wrong_is_seen(tmp_path, monkeypatch):
+    """The digests are those of the file, so that they agree."""
+    model = model_on(base_of(tmp_path))
+    kept = rebuild.read_tensors
+
+    def other(again, *args, **kwargs):
+        kept(again, *args, **kwargs)
+        with torch.no_grad():
+            again.model.layers[1].mlp.experts.down[0, 0, 0] += 1e-3
+
+    monkeypatch.setattr(rebuild, "read_tensors", other)
+    refused(model, tmp_path / "out", "model.layers.1.mlp.experts.down", "another one")
+
+
+def test_a_large_model_is_compared_by_names_and_shapes(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(rebuild, "MOST_BYTES", 0)
+    model = model_on()
+    with caplog.at_level("INFO", "sparsecraft"):
+        sc.save(model, tmp_path / "out")
+    assert "names and shapes agree" in caplog.text
+    del model.model.layers[1]
+    refused(model, tmp_path / "other", "model.layers.1")
