@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from sparsecraft.dense.donors import FFN
 from sparsecraft.dense.forms import FFNForm
 from sparsecraft.dense.sites import Site
+from sparsecraft.kernels.projections import is_plain, is_watched
 from sparsecraft.moe.experts.base import Experts
 from sparsecraft.moe.experts.ffn import SUM_OF_NETWORKS
 from sparsecraft.moe.experts.folded import Update
@@ -70,12 +71,12 @@ class FFNLoRAExperts(Experts):
 
     def expert(self, e: int, x: Tensor, base: nn.Module) -> Tensor:
         hidden = self._hidden(
-            base, *(self._part(base, n)(x) + bank.expert(e, x) for n, bank in self._first())
+            base, *(self._part(base, n)(x) + bank(x, e, way=_expert) for n, bank in self._first())
         )
-        y = self._part(base, "down")(hidden) + self.down.expert(e, hidden)
+        y = self._part(base, "down")(hidden) + self.down(hidden, e, way=_expert)
         return F.dropout(y, self.output_dropout, self.training)
 
-    def forward(
+    def mixed(
         self,
         x_TI: Tensor,
         routing: Routing | None = None,
@@ -98,15 +99,15 @@ class FFNLoRAExperts(Experts):
         weighted_NF = hidden_NF * weights_TK.reshape(-1, 1)
         down = self._part(base, "down")
         y_TO = down(weighted_NF.reshape(T, K, -1).sum(1))
-        bias = getattr(down, "bias", None)
-        if bias is not None and not routing.sums_to_one:
-            y_TO = y_TO + (weights_TK.sum(1, keepdim=True) - 1) * bias
+        if not routing.sums_to_one and getattr(down, "bias", None) is not None:
+            bias_1O = _bias(down, weighted_NF)
+            y_TO = y_TO + (weights_TK.sum(1, keepdim=True) - 1) * bias_1O
         y_TO = y_TO + self.down(weighted_NF, chosen).reshape(T, K, -1).sum(1)
         return F.dropout(y_TO, self.output_dropout, self.training)
 
     @staticmethod
     def _added(bank: LoRAExperts, y_NO: Tensor, x_NI: Tensor, chosen: Routing) -> Tensor:
-        if bank.runs_merged:
+        if bank.runs_merged and not is_watched(bank):
             return bank.added(y_NO, x_NI, chosen.weights_TE())
         return y_NO + bank(x_NI, chosen)
 
@@ -151,6 +152,17 @@ def _parts(site: Site) -> dict[str, str | None]:
     names = ("gate", "up", "activation", "hidden_dropout", "down")
     form: FFNForm = site.form
     return {name: getattr(form, name) for name in names}
+
+
+def _expert(bank: LoRAExperts, x: Tensor, e: int) -> Tensor:
+    return bank.expert(e, x)
+
+
+def _bias(linear: nn.Module, x: Tensor) -> Tensor:
+    """Its bias, (O,); (1, O) of a module whose tensors are not read but by calling it."""
+    if is_plain(linear, nn.Linear):
+        return linear.bias
+    return linear(x.new_zeros(1, x.shape[-1]))
 
 
 def _one_each(routing: Routing) -> Routing:

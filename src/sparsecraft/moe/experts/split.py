@@ -139,7 +139,7 @@ class SplitExperts(Experts):
             hidden = hidden - self.mean[e].to(x.dtype)
         return hidden @ self.down[e].to(x.dtype)
 
-    def forward(self, x_TD: Tensor, routing: Routing | None = None) -> Tensor:
+    def mixed(self, x_TD: Tensor, routing: Routing | None = None) -> Tensor:
         """y_TD; every expert with weight one where there is no routing."""
         if routing is None or routing.every:
             return F.dropout(self._every(x_TD), self.output_dropout, self.training)
@@ -167,7 +167,7 @@ class SplitExperts(Experts):
             used: the experts that any token uses, where a kernel has listed them.
         """
         if self.dispatch == "loop":
-            return self(x_TD, Routing.of_weights(weights_TE))
+            return self.mixed(x_TD, Routing.of_weights(weights_TE))
         if self._is_plain():
             y_TD = self._weighed(x_TD, weights_TE)
         else:
