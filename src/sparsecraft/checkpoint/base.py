@@ -11,6 +11,7 @@ from torch import nn
 
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
+from sparsecraft.dense.memory import check_in_memory
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.packaged import is_alias
 from sparsecraft.errors import CheckpointError, HubError
@@ -43,6 +44,7 @@ def load_on(origin: Origin, recipe: Recipe, **kwargs: Any) -> tuple[nn.Module, C
         kwargs: passed to `hub.load_dense`.
     """
     model = hub.load_dense(str(origin.folder), quantize=recipe.quantization, **kwargs)
+    check_in_memory(model, "pass no device_map that offloads")
     record = convert_base(model, recipe, origin)
     record.base_card = (origin.name, hub.license_of(origin.folder))
     return model, record

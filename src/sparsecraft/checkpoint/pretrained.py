@@ -16,11 +16,14 @@ from torch import nn
 from sparsecraft.checkpoint.folder import COMPANIONS
 from sparsecraft.checkpoint.save import save
 from sparsecraft.errors import SparsecraftError
+from sparsecraft.surgery.identity import stands_nowhere
 
 
 def writes_ours(model: nn.Module) -> None:
-    """Let `model.save_pretrained`, and all that calls it, write our checkpoint."""
+    """Let `model.save_pretrained`, and all that calls it, write our checkpoint, and let the model
+    bear its base's name no more."""
     model.save_pretrained = functools.partial(save_pretrained, model)
+    stands_nowhere(model)
 
 
 def save_pretrained(model: nn.Module, save_directory: str | Path, **kwargs: Any) -> None:

@@ -21,6 +21,7 @@ from sparsecraft.errors import CheckpointError, HubError
 from sparsecraft.recipe.formats import FORMAT_VERSION, VERSION, to_json
 from sparsecraft.surgery.agreement import check_agrees
 from sparsecraft.surgery.budget import state_of, warn_untrained
+from sparsecraft.surgery.identity import stands_in
 from sparsecraft.surgery.record import conversion_of
 
 
@@ -63,6 +64,7 @@ def save(
     with replacing(out, overwrite, keep or (), foreign=keep is not None) as folder:
         weights_digest = shards.write(folder / WEIGHTS, tensors, shard_size)
         write_rest(model, folder, origin, weights_digest, tokenizer)
+    stands_in(model, out)
     return out
 
 

@@ -20,6 +20,7 @@ from sparsecraft.conversion.sources.gather import gather, opened
 from sparsecraft.conversion.sources.source import Source
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
+from sparsecraft.dense.memory import check_in_memory
 from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import CertificateError, SurgeryError
 from sparsecraft.evaluation.certificate import Certificate, compare, outputs, probes
@@ -182,6 +183,7 @@ def _check_arguments(model: Any, recipe: Any) -> None:
             f"This model is already converted by {conversion_of(model).recipe.name!r}; "
             "call sc.revert first."
         )
+    check_in_memory(model, "convert it")
     check_names({name: 0.0 for stage in recipe.stages for name in stage.losses})
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from sparsecraft.dense.digests import combine, digest
-from sparsecraft.dense.loading import load_tokenizer, model_class
+from sparsecraft.dense.loading import model_class
 from sparsecraft.dense.packaged import ALIASES, alias_folder, is_alias
 from sparsecraft.errors import CheckpointError
 
@@ -56,7 +55,7 @@ class Origin:
 
     @classmethod
     def of(cls, model: nn.Module) -> Origin | None:
-        """The origin of a model that transformers loaded; None for one built in memory."""
+        """The origin of a dense model that transformers loaded; None for one built in memory."""
         config = getattr(model, "config", None)
         return cls.find(getattr(model, "name_or_path", None), getattr(config, "_commit_hash", None))
 
@@ -123,8 +122,3 @@ def _name_in_files(model: nn.Module, name: str) -> str:
     """What transformers calls the model's tensor `name` when it saves it."""
     names = revert_weight_conversion(model, {name: torch.empty(0, device="meta")})
     return next(iter(names), name)
-
-
-def tokenizer_of(model: nn.Module) -> Any:
-    origin = Origin.of(model)
-    return origin and load_tokenizer(origin.folder)

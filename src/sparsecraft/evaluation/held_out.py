@@ -18,7 +18,6 @@ from sparsecraft.data.encoding import pad_id
 from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
 from sparsecraft.data.sentences import Prompts
 from sparsecraft.dense.loading import load_tokenizer, task_of
-from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.certificate import evaluation_mode
@@ -28,6 +27,7 @@ from sparsecraft.evaluation.logprobs import BATCH_TOKENS, label_logprobs
 from sparsecraft.evaluation.routing import first_choices_E, load_entropy, mutual_information
 from sparsecraft.moe.routing import Routing
 from sparsecraft.moe.tracing import trace
+from sparsecraft.surgery.identity import tokenizer_of
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -69,8 +69,7 @@ def evaluate(
     if isinstance(model, (str, Path)):
         tokenizer = tokenizer or load_tokenizer(model)
         model = load(model)
-    if tokenizer is None and (origin := Origin.of(model)):
-        tokenizer = load_tokenizer(origin.folder)
+    tokenizer = tokenizer or tokenizer_of(model)
     results: dict[str, Any] = {}
     if data is not None or choices:
         task, max_length = _task(model), _max_length(model, max_length)

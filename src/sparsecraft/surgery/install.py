@@ -26,7 +26,7 @@ def apply(
     """
     check_quantization(model, recipe)
     trainable = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
-    record = Conversion(recipe, edits, trainable=trainable)
+    record = Conversion(recipe, edits, trainable=trainable, named=model.name_or_path)
     # All layers are built before the first change, so that a failure leaves the model whole.
     device = "meta" if on_meta else None
     record.layers = [

@@ -28,6 +28,7 @@ class Conversion:
         dense: module path -> the module that stood there, for `revert`.
         digests: dense tensor name -> its dtype and digest before the conversion.
         trainable: names of the dense parameters that required gradients before.
+        named: the dense model's `name_or_path`; a converted one does not bear it, see `identity`.
         origin: the folder, hub id or alias that the dense model came from, if any.
         base_card: name and license of the base, for the checkpoint's README.
         folder: the checkpoint that the model was loaded from, if it was.
@@ -44,6 +45,7 @@ class Conversion:
     dense: dict[str, nn.Module] = field(default_factory=dict)
     digests: dict[str, tuple[torch.dtype, str]] = field(default_factory=dict)
     trainable: frozenset[str] = frozenset()
+    named: str = ""
     origin: str | None = None
     revision: str | None = None
     folder: Path | None = None

@@ -9,6 +9,7 @@ from sparsecraft.dense.digests import digest
 from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import SurgeryError
 from sparsecraft.moe.names import dense_tensors
+from sparsecraft.surgery.identity import bears
 from sparsecraft.surgery.record import Conversion, conversion_of
 
 
@@ -74,6 +75,7 @@ def take_out(model: nn.Module) -> None:
         parameter.requires_grad_(name in record.trainable)
     for handle in record.hooks:
         handle.remove()
+    bears(model, record.named)
     del model.sparsecraft
     vars(model).pop("save_pretrained", None)
 

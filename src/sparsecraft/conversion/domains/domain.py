@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from sparsecraft.data.batches import as_batches, collate
 from sparsecraft.data.encoding import pad_id, row_ids
 from sparsecraft.data.rows import load_rows
-from sparsecraft.dense.origin import tokenizer_of
 from sparsecraft.errors import DataError
+from sparsecraft.surgery.identity import tokenizer_of
 
 # Rows of a data set that are taken, tokens of a row, rows of a forward pass; and the tokens of a
 # domain after which the model reads no further: the sentence encoder is much smaller.

@@ -26,11 +26,11 @@ from sparsecraft.conversion.domains.domain import (
 from sparsecraft.conversion.domains.inputs import read_inputs
 from sparsecraft.data.batches import as_batches
 from sparsecraft.data.sentences import embed
-from sparsecraft.dense.origin import tokenizer_of
 from sparsecraft.errors import DataError, RecipeError
 from sparsecraft.moe.init.centers import Centers
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.surgery.identity import tokenizer_of
 from sparsecraft.surgery.plan import PlannedEdit
 
 log = logging.getLogger("sparsecraft")

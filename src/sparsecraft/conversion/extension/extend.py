@@ -39,6 +39,7 @@ from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import dense_tensors
 from sparsecraft.moe.routers.build import build_router
 from sparsecraft.recipe.edits import Edit
+from sparsecraft.surgery.identity import stands_nowhere
 from sparsecraft.surgery.record import Conversion, conversion_of, is_converted
 
 log = logging.getLogger("sparsecraft")
@@ -135,6 +136,7 @@ def extend(
     with _mixed(model, record, source, share):
         seen = [inputs_of(model, record.plan, domain, tokenizer) for domain in given]
         _join(model, record, source, _new_rows(record, seen, embedding, rows), seed)
+    stands_nowhere(model)
     how = "projected" if by_domain else rows
     result = Extension(source.name, count, share, how, *_shares(record, seen))
     return _noted(record, result)

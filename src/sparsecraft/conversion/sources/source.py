@@ -19,6 +19,7 @@ from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import SourceError
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import unique_tensors
+from sparsecraft.surgery.identity import dense_name, origin_of
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ def _open_lora(model: nn.Module, folder: Path) -> Source:
     The base's tensors are read one by one.
     """
     named = read_config(folder).get("base_model_name_or_path")
-    own = Origin.of(model)
-    if not named or named == getattr(model, "name_or_path", None):
+    own = origin_of(model)
+    if not named or named == dense_name(model):
         config, held = model.config, unique_tensors(model)
         changed = any(isinstance(module, MoELayer) for module in model.modules())
         on_disk = own is not None and (changed or any(tensor.is_meta for tensor in held.values()))

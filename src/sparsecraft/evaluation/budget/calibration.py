@@ -16,7 +16,6 @@ from torch import nn
 
 from sparsecraft.checkpoint.load import load_any
 from sparsecraft.checkpoint.save import save
-from sparsecraft.dense.origin import tokenizer_of
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.budget.loads import (
     Batch,
@@ -29,6 +28,7 @@ from sparsecraft.evaluation.budget.loads import (
 from sparsecraft.evaluation.budget.thresholds import Search, Trial
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.surgery.budget import run, set_budget, split_layers, unchanged, untrained
+from sparsecraft.surgery.identity import tokenizer_of
 from sparsecraft.surgery.record import conversion_of
 
 MAX_TOKENS = 16_384

@@ -25,6 +25,20 @@ from sparsecraft.recipe.edits import Edit, Place
 from sparsecraft.recipe.experts import ExpertsSpec
 
 
+class Rate:
+    """The rate of a dropout that a bank applies by itself, held in an `nn.Dropout`: what turns
+    dropout off in a model, as TRL's trainers do, looks for those."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = f"{name}_rate"
+
+    def __get__(self, bank: nn.Module, owner: type) -> float:
+        return bank._modules[self.name].p
+
+    def __set__(self, bank: nn.Module, rate: float) -> None:
+        bank.add_module(self.name, nn.Dropout(rate))
+
+
 class Experts(nn.Module, ABC):
     """E experts in stacked tensors. A kind writes `build` and `expert`; dispatch is inherited.
 

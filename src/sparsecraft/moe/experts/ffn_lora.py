@@ -22,7 +22,7 @@ from sparsecraft.dense.donors import FFN
 from sparsecraft.dense.forms import FFNForm
 from sparsecraft.dense.sites import Site
 from sparsecraft.kernels.projections import is_plain, is_watched
-from sparsecraft.moe.experts.base import Experts
+from sparsecraft.moe.experts.base import Experts, Rate
 from sparsecraft.moe.experts.ffn import SUM_OF_NETWORKS
 from sparsecraft.moe.experts.folded import Update
 from sparsecraft.moe.experts.lora import LoRAExperts
@@ -39,6 +39,7 @@ class FFNLoRAExperts(Experts):
     sum_k w_k W_down h_k = W_down sum_k w_k h_k.
     """
 
+    output_dropout = Rate()
     folds = Update
     merges = True  # each slot's LoRA is taken out of all of them by a gate
 
@@ -126,11 +127,11 @@ class FFNLoRAExperts(Experts):
 
     def fold(self, weights_E: Tensor) -> Update:
         e = int(weights_E.argmax())
-        banks = self.named_children()
+        banks = [*self._first(), ("down", self.down)]
         return Update({name: bank.delta(weights_E[e, None], e) for name, bank in banks})
 
     def _first(self) -> list[tuple[str, LoRAExperts]]:
-        return [(name, bank) for name, bank in self.named_children() if name != "down"]
+        return [(name, self._modules[name]) for name in ("gate", "up") if name in self._modules]
 
     def _hidden(self, base: nn.Module, first: Tensor, up: Tensor | None = None) -> Tensor:
         activation = self._part(base, "activation")

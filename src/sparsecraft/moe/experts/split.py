@@ -33,7 +33,7 @@ from sparsecraft.kernels import split
 from sparsecraft.kernels.device import needs_grad, usable
 from sparsecraft.kernels.selection import Active
 from sparsecraft.kernels.split import SplitNet
-from sparsecraft.moe.experts.base import Experts
+from sparsecraft.moe.experts.base import Experts, Rate
 from sparsecraft.moe.experts.dispatch import loop
 from sparsecraft.moe.experts.folded import Network
 from sparsecraft.moe.experts.imitation import imitation
@@ -57,6 +57,7 @@ class SplitExperts(Experts):
         pre_TF: that input (of the gate where there is one), neurons in the bank's order.
     """
 
+    hidden_dropout, output_dropout = Rate(), Rate()
     of_dense = True
     folds = Network
     one_for_all = ("down_bias",)
