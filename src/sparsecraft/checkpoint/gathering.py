@@ -20,7 +20,7 @@ def whole_tensors(model: nn.Module, given: Mapping[str, Tensor] | None = None) -
     parallelism); what accelerate has offloaded is read from where it lies.
 
     Args:
-        given: the model's state dict, where somebody has gathered it already.
+        given: the model's state dict, where it has been gathered already.
 
     Raises:
         CheckpointError: `given` is of another model, or tensors have no values anywhere.

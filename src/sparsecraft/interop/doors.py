@@ -23,7 +23,7 @@ def open_models(module: ModuleType) -> None:
     """Register a loader with every Auto class of models."""
     for name in dir(module):
         auto_class = getattr(module, name)
-        if name.startswith("AutoModel") and hasattr(auto_class, "_model_mapping"):
+        if name.startswith("AutoModel") and getattr(auto_class, "_model_mapping", None) is not None:
             auto_class.register(_config_class(), _loader_class(name), exist_ok=True)
 
 
@@ -63,7 +63,8 @@ def open_configs(module: ModuleType) -> None:
         config = reading.config_in(folder, name)
         if type(config) is not cls:
             _wrong_class(folder, type(config).__name__, cls.__name__)
-        kept = {key: kwargs.pop(key) for key in list(kwargs) if hasattr(config, key)}
+        fields = config.to_dict()
+        kept = {key: kwargs.pop(key) for key in list(kwargs) if key in fields}
         config.update(kept)
         return (config, kwargs) if kwargs.pop("return_unused_kwargs", False) else config
 
