@@ -11,6 +11,7 @@ from sparsecraft.errors import RecipeError
 from sparsecraft.moe.losses import (
     LOSSES,
     auxiliary_loss,
+    btx_balance,
     pesc_released_balance,
     router_z,
     switch_balance,
@@ -86,6 +87,29 @@ def test_gradients_equal_the_papers_loops(E, k):
         # With every expert chosen, f is constant and p sums to one: balance cannot act.
         assert grads[1].abs().max() > 1e-3 or (k == E and theirs is papers.switch_balance)
         assert torch.allclose(grads[0], grads[1].float(), atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("E", "k"), [(5, 2), (4, 4), (3, 1)])
+def test_the_loss_of_btx_equals_its_formula_and_u_has_a_gradient(E, k, masked):
+    """E sum_e u_e p_e with u and p both functions of the logits (section 3.3)."""
+    logits_TE = torch.randn(12, E, generator=torch.Generator().manual_seed(3)).double()
+    mask_T = torch.arange(12) % 3 != 1 if masked else torch.ones(12, dtype=torch.bool)
+    found = []
+    for ours in (True, False):
+        leaf_TE = logits_TE.clone().requires_grad_()
+        if ours:
+            value = btx_balance(routing_of(leaf_TE, k), mask_T if masked else None)
+        else:
+            kept_TE = torch.full_like(leaf_TE, -torch.inf).scatter(
+                -1, leaf_TE.topk(k).indices, leaf_TE.topk(k).values
+            )
+            u_E = kept_TE.softmax(-1)[mask_T].mean(0)
+            value = E * (u_E * leaf_TE.softmax(-1)[mask_T].mean(0)).sum()
+        value.backward()
+        found.append((value.item(), leaf_TE.grad))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert (found[0][1] - found[1][1]).abs().max() < 1e-6 < found[1][1].abs().max()
 
 
 def test_balance_pushes_a_collapsed_router_apart():

@@ -98,6 +98,28 @@ def test_what_is_drawn_has_the_statistics_of_what_it_replaces_in_each_matrix():
                 assert (new.std() - replaced.std()).abs() <= error
 
 
+def test_one_large_neuron_that_stays_says_nothing_of_what_is_drawn():
+    model, source = dense("llama"), dense("llama")
+    with torch.no_grad():
+        for m in (model, source):
+            for layer in m.model.layers:
+                for weight in (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight):
+                    weight[7] = 1e4
+                layer.mlp.down_proj.weight[:, 7] = 1e4
+    sc.convert(model, sc.recipes.drop_upcycling(E), certify=False)
+    kept = 0
+    for bank, layer in zip(banks(model), source.model.layers, strict=True):
+        mlp = layer.mlp
+        before = [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.t()]
+        for e in range(E):
+            for (now, _), old in zip(bank.neurons(e), before, strict=True):
+                chosen = changed(now, old)
+                if not chosen[7]:
+                    kept += 1
+                    assert now[chosen].abs().max() < 10 * old[chosen].abs().max()
+    assert kept
+
+
 def test_the_released_code_permutes_and_draws_apart():
     model = converted("llama", sc.recipes.drop_upcycling(E, variant="released"))
     orders = []

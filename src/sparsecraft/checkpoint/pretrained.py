@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.utils.hub import convert_file_size_to_int
 
 from sparsecraft.checkpoint import shards
-from sparsecraft.checkpoint.folder import COMPANIONS
+from sparsecraft.checkpoint.folder import COMPANIONS, GENERATION
 from sparsecraft.checkpoint.gathering import is_sharded, whole_tensors
 from sparsecraft.checkpoint.save import save
 from sparsecraft.errors import SparsecraftError
@@ -65,8 +65,7 @@ def save_pretrained(
         return
     chosen = {name: kwargs[name] for name in OURS & given}
     # As in transformers: into a folder of the user's too, beside a tokenizer saved before.
-    settings = "generation_config.json"
-    keep = () if "tokenizer" in chosen else tuple(c for c in COMPANIONS if c != settings)
+    keep = () if "tokenizer" in chosen else tuple(c for c in COMPANIONS if c != GENERATION)
     size = convert_file_size_to_int(max_shard_size)
     chosen |= {"state_dict": state_dict, "shard_size": size, "resumable": True}
     save(model, save_directory, overwrite=True, keep=keep, **chosen)

@@ -1,8 +1,9 @@
 """One view of every dense feed-forward network and linear layer, whatever its family calls them.
 
-A family is recognized by the names of a module's parts, not by its class, so that relatives of a
-known family work too. Where a family has no feed-forward module (OPT, BERT), the network spans
-siblings: the MoE layer takes the first Linear's place and the other parts become Identity.
+A network is recognized by its structure and by what it computes, not by its class or its names, so
+that families that stand in no list work too. Where a family has no module that is the network and
+nothing else (OPT, BERT, Bloom), the network spans siblings: the MoE layer takes the first Linear's
+place and the other parts become Identity.
 
 Shapes: D width, F hidden width; weights are (out, in) here, also for GPT-2's transposed Conv1D.
 """
@@ -14,14 +15,19 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from sparsecraft.dense.forms import ATTENTION_FORMS, AttentionForm, features, has, join
-from sparsecraft.dense.sites import Site
+from sparsecraft.dense.forms import ATTENTION_FORMS, AttentionForm, FFNForm, features, has, join
 from sparsecraft.errors import DonorError
+
+if TYPE_CHECKING:
+    from sparsecraft.dense.sites import Site
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,8 @@ class FFN:
     """Between activation and down, as in T5."""
     output_dropout: float
     """After down, as in GPT-2."""
+    activation_path: str = ""
+    """Of the activation's module in the model, if it has one: it may have parameters (xIELU)."""
 
     @property
     def reference(self) -> Tensor:
@@ -128,6 +136,18 @@ class FFN:
     @property
     def hidden_width(self) -> int:
         return self.down.in_features
+
+    def compute(self, x: Tensor, training: bool = False) -> Tensor:
+        """The formula: what every kind of experts takes the network for, (..., D) -> (..., D)."""
+        hidden = F.linear(x, self.first_weight(), self.first_bias())
+        if self.gated:
+            gate, up = hidden.chunk(2, dim=-1)
+            hidden = self.activation(gate) * up
+        else:
+            hidden = self.activation(hidden)
+        hidden = F.dropout(hidden, self.hidden_dropout, training)
+        y = F.linear(hidden, self.down_weight(), self.down_bias())
+        return F.dropout(y, self.output_dropout, training)
 
     def first_weight(self, neurons: slice | None = None) -> Tensor:
         """(2F, D) with the gate's rows first when gated, else (F, D); or of some neurons only."""
@@ -223,30 +243,37 @@ def view(model: nn.Module, site: Site) -> Donor:
         return _view_ffn(model, site)
     if site.kind == "attention":
         return _view_attention(model, site)
-    return Linear(model.get_submodule(site.path), site.path, site.rows)
+    path = join(site.owner, site.form.up) if site.activated else site.path
+    return Linear(model.get_submodule(path), path, site.rows)
 
 
-def _view_ffn(model: nn.Module, site: Site) -> FFN:
-    def part(name: str | None) -> nn.Module | None:
-        return model.get_submodule(join(site.owner, name)) if name else None
+def view_ffn(owner: nn.Module, form: FFNForm, path: str = "", at: str | None = None) -> FFN:
+    """The network that `form` describes below `owner`, a module at `path` of the model.
+
+    Args:
+        at: what the network is called; None for the owner's path.
+    """
 
     def linear(name: str | None) -> Linear | None:
-        return Linear(part(name), join(site.owner, name)) if name else None
+        return Linear(owner.get_submodule(name), join(path, name)) if name else None
 
-    def rate(name: str | None) -> float:
-        return part(name).p if name else 0.0
-
-    form = site.form
+    act = form.activation
     return FFN(
-        path=site.path,
+        path=path if at is None else at,
         gate=linear(form.gate),
         up=linear(form.up),
         down=linear(form.down),
-        activation=part(form.activation),
+        activation=ACT2FN[form.function] if act is None else owner.get_submodule(act),
         fused=form.fused,
-        hidden_dropout=rate(form.hidden_dropout),
-        output_dropout=rate(form.output_dropout),
+        hidden_dropout=form.hidden_dropout,
+        output_dropout=form.output_dropout,
+        activation_path=join(path, act) if act else "",
     )
+
+
+def _view_ffn(model: nn.Module, site: Site) -> FFN:
+    owner = model.get_submodule(site.owner)
+    return view_ffn(owner, site.form, site.owner, site.path)
 
 
 def _view_attention(model: nn.Module, site: Site) -> Attention:

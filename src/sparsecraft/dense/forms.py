@@ -10,45 +10,31 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FFNForm:
-    """Where a family keeps the parts of its feed-forward network, as paths below one module."""
+    """Where the parts of one feed-forward network are, as paths below one module, its owner.
+
+    It is found by structure and then proven (`sparsecraft.dense.networks`): no family is listed.
+    """
 
     up: str
     down: str
-    activation: str
+    activation: str | None
+    """The activation's module; None where the owner's code calls a function."""
+    function: str | None = None
+    """The activation's name in `transformers.activations`, where it is no module."""
     gate: str | None = None
     fused: bool = False
     """`up` holds gate and up in one matrix, gate rows first."""
-    hidden_dropout: str | None = None
-    output_dropout: str | None = None
-    spans: tuple[str, ...] = ()
-    """Classes in which the parts are siblings of other modules, applied one after the other."""
+    hidden_dropout: float = 0.0
+    """Between activation and down."""
+    output_dropout: float = 0.0
+    """After down, within the network."""
+    silenced: str | None = None
+    """The owner's attribute that sets a dropout between activation and down where these are
+    siblings of other modules: zero while a layer that stands there does that itself."""
 
-    def parts(self) -> list[str]:
-        names = (self.gate, self.up, self.activation, self.down)
-        return [name for name in (*names, self.hidden_dropout, self.output_dropout) if name]
-
-
-FORMS = (
-    # Llama, Mistral, Qwen2, Qwen3, Gemma
-    FFNForm(gate="gate_proj", up="up_proj", down="down_proj", activation="act_fn"),
-    # Phi-3
-    FFNForm(up="gate_up_proj", down="down_proj", activation="activation_fn", fused=True),
-    # GPT-2
-    FFNForm(up="c_fc", down="c_proj", activation="act", output_dropout="dropout"),
-    # T5 v1.1 and Flan-T5
-    FFNForm(gate="wi_0", up="wi_1", down="wo", activation="act", hidden_dropout="dropout"),
-    # T5
-    FFNForm(up="wi", down="wo", activation="act", hidden_dropout="dropout"),
-    # ViT (a module) and OPT (siblings in the decoder layer)
-    FFNForm(up="fc1", down="fc2", activation="activation_fn", spans=("OPTDecoderLayer",)),
-    # BERT, MiniLM and their close relatives
-    FFNForm(
-        up="intermediate.dense",
-        down="output.dense",
-        activation="intermediate.intermediate_act_fn",
-        spans=("BertLayer", "RobertaLayer", "XLMRobertaLayer", "ElectraLayer"),
-    ),
-)
+    @property
+    def gated(self) -> bool:
+        return self.fused or self.gate is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,26 +53,51 @@ class AttentionForm:
         return list(dict.fromkeys((self.query, self.key, self.value, self.output)))
 
 
+def _fused(name: str, output: str) -> AttentionForm:
+    return AttentionForm(query=name, key=name, value=name, output=output)
+
+
+# Only candidates: what they say is proven before it is used (`sparsecraft.dense.attentions`).
 ATTENTION_FORMS = (
     # Llama, Mistral, Qwen, Gemma, ViT
     AttentionForm(query="q_proj", key="k_proj", value="v_proj", output="o_proj"),
-    # OPT
+    # OPT, BART, CLIP, Whisper
     AttentionForm(query="q_proj", key="k_proj", value="v_proj", output="out_proj"),
+    # Phi
+    AttentionForm(query="q_proj", key="k_proj", value="v_proj", output="dense"),
     # T5
     AttentionForm(query="q", key="k", value="v", output="o"),
+    # DistilBERT
+    AttentionForm(query="q_lin", key="k_lin", value="v_lin", output="out_lin"),
     # BERT, MiniLM
     AttentionForm(query="self.query", key="self.key", value="self.value", output="output.dense"),
+    # DeBERTa-v2
+    AttentionForm(
+        query="self.query_proj", key="self.key_proj", value="self.value_proj", output="output.dense"
+    ),
+    # ALBERT
+    AttentionForm(query="query", key="key", value="value", output="dense"),
     # ViT before transformers 5.20
     AttentionForm(
         query="attention.query", key="attention.key", value="attention.value", output="output.dense"
     ),
     # Phi-3
-    AttentionForm(query="qkv_proj", key="qkv_proj", value="qkv_proj", output="o_proj"),
-    # GPT-2
-    AttentionForm(query="c_attn", key="c_attn", value="c_attn", output="c_proj"),
+    _fused("qkv_proj", "o_proj"),
+    # GPT-2, GPT-BigCode
+    _fused("c_attn", "c_proj"),
+    # GPT-NeoX, Falcon, Bloom, Persimmon
+    _fused("query_key_value", "dense"),
+    # MPT
+    _fused("Wqkv", "out_proj"),
+    # ModernBERT
+    _fused("Wqkv", "Wo"),
 )
 
 HEAD_DIM_NAMES = ("head_dim", "key_value_proj_dim", "attention_head_size")
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
 
 
 def features(module: nn.Module) -> tuple[int, int]:

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sparsecraft.dense.attentions import find_attentions, fused_rows, why_not
 from sparsecraft.dense.forms import (
     ATTENTION_FORMS,
-    FORMS,
     HEAD_DIM_NAMES,
     AttentionForm,
     FFNForm,
     features,
-    has,
     join,
 )
+from sparsecraft.dense.networks import Network, find_networks
+from sparsecraft.dense.proof import span
 from sparsecraft.errors import DonorError, SurgeryError
 from sparsecraft.recipe.edits import SiteKind
 
@@ -37,6 +38,8 @@ class Site:
             each gets in an `FFNSpan`, and its path.
         rows: (start, length) of the output features, where several projections are fused.
         head_dim: width of one attention head, for keys and values.
+        activated: it covers one Linear of a network and the activation behind it.
+        refused: why no experts can stand here, if so.
     """
 
     kind: SiteKind
@@ -47,6 +50,8 @@ class Site:
     chain: tuple[tuple[str, str], ...] = ()
     rows: tuple[int, int] | None = None
     head_dim: int | None = None
+    activated: bool = False
+    refused: str | None = None
 
     @property
     def spans_siblings(self) -> bool:
@@ -61,18 +66,29 @@ class Site:
 
 
 class FFNSpan(nn.Module):
-    """Siblings gathered into one module: `first`, `activation` and, if covered, `second`."""
+    """Siblings gathered into one module: `first`, `activation` and, if covered, `second`; an
+    activation that is a function belongs to `first`."""
 
     def __init__(self, model: nn.Module, site: Site):
         super().__init__()
         self.paths = dict(site.chain)
         for name, path in site.chain:
+            if name == "second" and site.form.silenced:
+                self.dropout = nn.Dropout(site.form.hidden_dropout)
             setattr(self, name, model.get_submodule(path))
 
     def forward(self, x: Tensor) -> Tensor:
         for module in self.children():
             x = module(x)
         return x
+
+
+def silence(model: nn.Module, site: Site, *, undo: bool = False) -> None:
+    """Set the block's own dropout to zero between siblings that a layer has taken the place of: it
+    would fall on the network's output; or set it as it was."""
+    if "second" in dict(site.chain) and site.form.silenced:
+        rate = site.form.hidden_dropout if undo else 0.0
+        setattr(model.get_submodule(site.owner), site.form.silenced, rate)
 
 
 def find_sites(model: nn.Module, kind: SiteKind, paths: str = "*") -> list[Site]:
@@ -90,43 +106,46 @@ def find_sites(model: nn.Module, kind: SiteKind, paths: str = "*") -> list[Site]
             f"The path {paths!r} matches none of the {len(sites)} {kind} sites of "
             f"{type(model).__name__}; they are called like {examples}."
         )
+    if refused := [site for site in found if site.refused]:
+        raise DonorError(
+            f"{len(refused)} of the {len(found)} {kind} sites of {type(model).__name__} are "
+            f"refused; the first: {refused[0].refused}. Leave them out by paths=, or use a recipe "
+            "at Linears (molora, lora)."
+        )
     return found
 
 
 def _ffn_sites(model: nn.Module) -> list[Site]:
-    sites = []
-    for owner, module in model.named_modules():
-        for form in FORMS:
-            if not all(has(module, part) for part in form.parts()):
-                continue
-            roots = {part.split(".")[0] for part in form.parts()}
-            if roots == {name for name, _ in module.named_children()}:
-                sites.append(Site("ffn", owner, (owner,), form, owner))
-            elif type(module).__name__ in form.spans:
-                chain = _chain(owner, form, ("first", "activation", "second"))
-                members = tuple(path for _, path in chain)
-                sites.append(Site("ffn", members[0], members, form, owner, chain))
-    if not sites:
-        known = "; ".join(", ".join(form.parts()) for form in FORMS)
+    networks, doubtful = find_networks(model)
+    if not any(network.why is None for network in networks):
+        nearest = [*networks, *doubtful][:1]
         raise DonorError(
-            f"{type(model).__name__} has no feed-forward network of a known form. A form is a "
-            f"module with these parts: {known}. Add one to sparsecraft.dense.forms.FORMS."
+            f"{type(model).__name__} has no feed-forward network of a known form: two or three "
+            "Linears with an activation between, which compute down(activation(up(x))) or "
+            "down(activation(gate(x)) * up(x)). "
+            + "".join(f"Nearest: {_described(model, network)}. " for network in nearest)
+            + "Recipes at Linears (molora, lora) need none."
         )
-    return sites
+    return [_ffn_site(model, network) for network in networks]
 
 
-def _chain(owner: str, form: FFNForm, names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    parts = {"first": form.up, "activation": form.activation, "second": form.down}
-    return tuple((name, join(owner, parts[name])) for name in names)
+def _described(model: nn.Module, network: Network) -> str:
+    name = type(model.get_submodule(network.owner)).__name__
+    return f"{network.owner!r} ({name}) computes something else: {network.why}"
+
+
+def _ffn_site(model: nn.Module, network: Network) -> Site:
+    owner, form = network.owner, network.form
+    refused = network.why and _described(model, network)
+    if network.whole or refused:
+        return Site("ffn", owner, (owner,), form, owner, refused=refused)
+    chain = tuple((name, join(owner, part)) for name, part in span(form).items())
+    members = tuple(path for _, path in chain)
+    return Site("ffn", members[0], members, form, owner, chain)
 
 
 def _attentions(model: nn.Module) -> list[tuple[str, nn.Module, AttentionForm]]:
-    found = [
-        (owner, module, form)
-        for owner, module in model.named_modules()
-        for form in ATTENTION_FORMS
-        if all(has(module, part) for part in form.parts())
-    ]
+    found = find_attentions(model)
     if not found:
         known = "; ".join(", ".join(form.parts()) for form in ATTENTION_FORMS)
         raise DonorError(
@@ -140,16 +159,14 @@ def _projection_sites(model: nn.Module, kind: SiteKind) -> list[Site]:
     """The query, key, value or output projection of every attention."""
     sites = []
     for owner, module, form in _attentions(model):
-        path = join(owner, getattr(form, kind))
-        rows = None
-        if kind != "output" and form.query == form.key:
-            width = features(model.get_submodule(join(owner, form.output)))[0]
-            fused = features(model.get_submodule(path))[1]
-            shared = (fused - width) // 2  # of keys and of values
-            starts = {"query": 0, "key": width, "value": width + shared}
-            rows = (starts[kind], width if kind == "query" else shared)
+        path, rows, refused = join(owner, getattr(form, kind)), None, None
+        if kind != "output":
+            rows, refused = fused_rows(module, form, kind), why_not(module, form, kind)
+        if refused:
+            refused = f"the attention {owner!r} ({type(module).__name__}): {refused}"
         head_dim = _head_dim(module) if kind in ("key", "value") else None
-        sites.append(Site(kind, path, (path,), owner=owner, rows=rows, head_dim=head_dim))
+        site = Site(kind, path, (path,), owner=owner, rows=rows, head_dim=head_dim, refused=refused)
+        sites.append(site)
     return sites
 
 
@@ -164,23 +181,34 @@ def _ffn_part_sites(model: nn.Module, kind: SiteKind) -> list[Site]:
 
 
 def _ffn_part(model: nn.Module, ffn: Site, kind: SiteKind) -> Site:
-    form, owner = ffn.form, ffn.owner
+    form, owner, refused = ffn.form, ffn.owner, ffn.refused
     name = form.gate or form.up if kind == "gate" else getattr(form, kind, form.up)
-    path, rows, chain = join(owner, name), None, ()
+    rows, parts = None, {}
+    activated = kind == "intermediate" and not form.gated
+    if name is None:  # an activation that is a function
+        name = form.up
+        refused = refused or (
+            f"{owner!r} ({type(model.get_submodule(owner)).__name__}) calls its activation as a "
+            "function, and has no module that experts could stand at"
+        )
     if form.fused and kind in ("gate", "intermediate"):
-        half = features(model.get_submodule(path))[1] // 2
+        half = features(model.get_submodule(join(owner, name)))[1] // 2
         rows = (0 if kind == "gate" else half, half)
-    if kind == "intermediate" and not (form.gate or form.fused):
-        chain = _chain(owner, form, ("first", "activation"))
+    if activated:
+        parts = {part: path for part, path in span(form).items() if part != "second"}
+        name = parts["first"]
+    chain = tuple((part, join(owner, path)) for part, path in parts.items())
+    chain = chain if len(chain) > 1 else ()
+    path = join(owner, name)
     members = tuple(member for _, member in chain) or (path,)
-    return Site(kind, path, members, form, owner, chain, rows)
+    return Site(kind, path, members, form, owner, chain, rows, activated=activated, refused=refused)
 
 
 def _linear_sites(model: nn.Module, kind: SiteKind) -> list[Site]:
     """Linear and Conv1D layers inside an attention module or a feed-forward network."""
     blocks = []
-    ffns = _ffn_sites(model)
     if kind != "attention_linear":
+        ffns = [_ffn_site(model, network) for network in find_networks(model)[0]]
         blocks += [member for site in ffns for member in site.members]
     if kind != "ffn_linear":
         blocks += [n for n, m in model.named_modules() if "Attention" in type(m).__name__]

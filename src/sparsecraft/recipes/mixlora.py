@@ -76,6 +76,7 @@ def mixlora(
                 learning_rate=2e-4,
                 batch_size=16,
                 max_length=512,
+                epochs=2.0,
             ),
         ),
     )

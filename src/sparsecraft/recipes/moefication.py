@@ -94,6 +94,7 @@ def relufication() -> Stage:
         warmup_ratio=0.1,
         batch_size=32,
         max_length=128,
+        epochs=3.0,
     )
 
 

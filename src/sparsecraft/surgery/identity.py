@@ -9,13 +9,10 @@ load. `revert` gives the dense name back.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from sparsecraft.dense.loading import load_tokenizer
-from sparsecraft.dense.origin import Origin
 from sparsecraft.surgery.record import conversion_of, is_converted
 
 UNSAVED = "a converted model that is not saved yet: call sc.save(model, folder) first. Its base: "
@@ -46,19 +43,3 @@ def base_in(name: str) -> str:
 def dense_name(model: nn.Module) -> str:
     """The `name_or_path` of a dense model, or of the base of a converted one."""
     return conversion_of(model).named if is_converted(model) else model.name_or_path
-
-
-def origin_of(model: nn.Module) -> Origin | None:
-    """Where a dense model, or the base of a converted one, came from."""
-    if not is_converted(model):
-        return Origin.of(model)
-    record = conversion_of(model)
-    return Origin.find(record.origin, record.revision)
-
-
-def tokenizer_of(model: nn.Module) -> Any | None:
-    """The tokenizer of the checkpoint that a model came from, or of its base."""
-    origin = origin_of(model)
-    folders = [conversion_of(model).folder if is_converted(model) else None]
-    folders += [origin.folder if origin else None]
-    return next((found for f in folders if f and (found := load_tokenizer(f)) is not None), None)

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sparsecraft.dense.donors import Donor, view
+from sparsecraft.dense.donors import Attention, Donor, view
 from sparsecraft.dense.sites import Site, find_sites
 from sparsecraft.dense.tokens import is_causal, reads
 from sparsecraft.errors import SurgeryError
 from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.surgery.attention_proof import prove
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,9 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
         for edit in recipe.edits
         for site in find_sites(model, edit.site, edit.paths)
     ]
+    for item in planned:
+        if isinstance(item.donor, Attention):
+            prove(item.donor, item.edit.experts)
     claims: dict[tuple, PlannedEdit] = {}
     for item in planned:
         other = claims.setdefault(item.claim, item)
@@ -77,7 +81,7 @@ def _check_nesting(outer: PlannedEdit, inner: PlannedEdit) -> None:
             f"{at} {outer.site.path!r}, which another edit replaces by "
             f"{outer.edit.experts.kind} experts."
         )
-    if outer.edit.opens and inner.site.chain:
+    if outer.edit.opens and inner.site.activated:
         raise SurgeryError(
             f"{at} {outer.site.path!r}, whose first Linear and activation the "
             f"{outer.edit.experts.kind} experts need apart; use site='activation'."

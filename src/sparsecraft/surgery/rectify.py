@@ -65,6 +65,9 @@ def setting_of(model: nn.Module, items: Iterable[PlannedEdit]) -> tuple[Setting 
     Models without weights are built from the changed configuration and compared by the classes of
     their modules, so that the answer holds for a family that is in no list.
     """
+    items = [*items]
+    if any(item.site.form.activation is None for item in items):
+        return None, "its networks call their activation as a function"
     wanted = {activation_of(item) for item in items}
     now = _modules(model, model.config)
     reason = "no field of its configuration is known to hold the activation"

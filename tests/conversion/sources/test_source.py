@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sparsecraft as sc
+from sparsecraft.conversion.sources.source import mean
 from sparsecraft.errors import RecipeError, SourceError
 from sparsecraft.moe.losses import btx_balance
 from sparsecraft.moe.names import dense_tensors
@@ -31,6 +32,20 @@ def test_equal_sources_give_the_dense_model(family):
     report = sc.convert(model, BTX, sources=[dense(family)] * 3)
     assert report.certificate.exact and len(report.sources) == 3
     torch.testing.assert_close(logits(model, batch(family)), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_mean_of_bf16_sources_is_taken_in_float32():
+    """256 + 1 is 256 in bf16, so that a sum of these in it would be 258 and not 260."""
+
+    class Fixed:
+        def __init__(self, value: float):
+            self.value = value
+
+        def tensor(self, name: str) -> torch.Tensor:
+            return torch.full((2,), self.value, dtype=torch.bfloat16)
+
+    found = mean([Fixed(256.0), Fixed(1.0), Fixed(1.0), Fixed(2.0)], "any")
+    assert found.dtype == torch.float32 and found.tolist() == [65.0, 65.0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -289,6 +289,17 @@ def test_weights_that_are_loaded_in_evaluation_count_at_once():
         assert near(other(tokens(3), routing), bank(tokens(3), routing), 1e-6)
 
 
+@pytest.mark.parametrize("name", ["mean", "down", "down_bias"])
+def test_an_edit_in_evaluation_counts_at_once(name):
+    bank = bank_of("gpt2", compensate=True)
+    routing = routing_of(torch.ones(3, E), masks_of([{0}, {1, 2}, set()]))
+    with torch.no_grad():
+        bank(tokens(3), routing)  # what is kept from now on
+        getattr(bank, name).add_(1.0)
+        fresh = copy.deepcopy(bank).train().eval()  # which keeps nothing
+        assert near(bank(tokens(3), routing), fresh(tokens(3), routing), 1e-12)
+
+
 @pytest.mark.parametrize("family", ["t5", "t5_gated"])
 def test_dropout_of_activations_is_that_of_the_dense_network(family):
     """In training T5 drops activations: with every expert, the same mask gives the same output."""
@@ -520,6 +531,15 @@ def test_weighting_scaled_is_the_softmax_of_the_kept_times_e_over_k():
         theirs = splitting.scaled(routing.logits_TE[t].detach(), chosen, 2)
         assert near(weights_TE[t], [theirs.get(e, 0.0) for e in range(6)], 1e-12)
         assert weights_TE[t].sum().item() == pytest.approx(3.0)
+
+
+def test_weighting_scaled_counts_no_shared_expert():
+    """E / k of the experts that are chosen among; a shared one runs with weight one."""
+    gate = gate_of(bank_of("gpt2", 6), select=TopK(2), weighting="scaled", shared=2)
+    weights_TE = gate(tokens()).weights_TE()
+    assert (weights_TE[:, :2] == 1).all()
+    assert near(weights_TE[:, 2:].sum(-1), torch.full((5,), 4 / 2), 1e-12)
+    assert torch.equal(gate.weigh(tokens())[0], weights_TE)
 
 
 def test_weighting_straight_through_is_one_with_the_gradient_of_the_softmax():

@@ -25,8 +25,9 @@ from sparsecraft.recipe.stages import Fit
 from sparsecraft.surgery.budget import run, set_budget, split_layers
 from sparsecraft.training import train as training
 from sparsecraft.training.fit import fit as fitting
+from sparsecraft.training.fit import regression
 from sparsecraft.training.fit.capture import capture
-from sparsecraft.training.fit.regression import _scaled
+from sparsecraft.training.fit.regression import _scaled, degree_of
 from sparsecraft.training.progress import ProgressBar
 from sparsecraft.training.staging import begin_stage
 from tests import tiny
@@ -232,7 +233,7 @@ def test_layers_fitted_together_equal_each_fitted_alone(tmp_path, family, recipe
         scorer = split_layers(before)[name].router.scorer
         y_TE = targets(layer.experts, inputs[name], layer.router.spec.target)
         if loss == "bce":
-            y_TE = y_TE / inputs[name].norm(dim=-1, keepdim=True)
+            y_TE = y_TE / inputs[name].norm(dim=-1, keepdim=True) ** layer.experts.parts
             y_TE = y_TE / y_TE.max()
         else:
             y_TE = y_TE / y_TE.mean()
@@ -275,6 +276,91 @@ def test_targets_are_scaled_into_a_range_and_keep_their_ranks(family, loss):
         unit = functional.normalize(x_TD, dim=-1)
         theirs = targets(bank, unit, "mass")
         assert torch.allclose(scaled, theirs / theirs.max(), atol=1e-5)
+
+
+def test_the_captured_mass_counts_no_shared_expert():
+    model = converted("llama", "gmoefication", **{"router.shared": 2})
+    layer = next(iter(split_layers(model).values()))
+    x_TD = torch.randn(20, D, generator=torch.Generator().manual_seed(2))
+    wanted_TE = targets(layer.experts, x_TD, "deviation")
+    changed_TE = wanted_TE.clone()
+    changed_TE[:, :2] *= 1000  # what shared experts matter
+    found, again = (fitting.captured_masses(layer, x_TD, y) for y in (wanted_TE, changed_TE))
+    for name in ("router", "oracle", "similarity"):
+        assert found[f"mass_{name}"] == again[f"mass_{name}"] > 0
+    kept = [splitting.largest(row.tolist(), 1) for row in wanted_TE[:, 2:]]
+    assert found["mass_oracle"] == pytest.approx(
+        splitting.captured(wanted_TE[:, 2:].tolist(), kept), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("target", ["mass", "squared_deviation"])
+@pytest.mark.parametrize("family", ["t5", "t5_gated"])
+def test_scaled_targets_are_of_directions_alone(family, target):
+    """A token that is ten times as long has the same targets, gated or not."""
+    model = converted(family, "moefication", **{"experts.compensate": True, "target": target})
+    layer = next(iter(split_layers(model).values()))
+    layer.experts.activation = nn.ReLU()
+    x_TD = torch.randn(30, D, generator=torch.Generator().manual_seed(4))
+    sizes_T1 = torch.logspace(-1, 1, 30)[:, None]
+    found = [
+        _scaled(x, targets(layer.experts, x, target), Fit(loss="bce"), degree_of(layer))
+        for x in (x_TD, sizes_T1 * x_TD)
+    ]
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["bce", "mse"])
+def test_targets_of_routed_experts_are_scaled_among_themselves(loss, monkeypatch):
+    model = converted("llama", "gmoefication", **{"router.shared": 2})
+    aims = []
+    monkeypatch.setattr(
+        regression, "_descend", lambda modules, *rest: aims.extend(rest[2]) or [{}] * len(modules)
+    )
+    fit(model, dataclasses.replace(SPEC, loss=loss))
+    assert len(aims) == len(split_layers(model))
+    for y_TR in aims:
+        assert y_TR.shape[1] == RECIPES["gmoefication"].make().edits[0].experts.num_experts - 2
+        assert (y_TR.max() if loss == "bce" else y_TR.mean()).item() == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "same"), [(1, True), (2, False)])
+def test_the_sparsity_of_imitations_rises_from_zero(steps, same, tmp_path):
+    """The first step of a run has no Hoyer loss, the second half of it where there are two."""
+    found = []
+    for sparsity in (1e-3, 1e6):
+        model = dense("llama")
+        recipe = sc.recipes.d2dmoe(4, attention_experts=4)
+        sc.convert(model, recipe, certify=False)
+        spec = dataclasses.replace(
+            recipe.stages[0], sparsity=sparsity, tokens=40 * steps, epochs=1, batch_tokens=36,
+            holdout=0.1,
+        )  # fmt: skip
+        fit(model, spec)
+        layers = [x for x in split_layers(model).values() if x.is_imitation]
+        found.append(torch.cat([x.experts.first.flatten() for x in layers]))
+    assert torch.equal(*found) is same
+
+
+def test_kmeans_of_a_gated_network_reads_the_gate():
+    """D2DMoE: "because they are actually sparse". Gate rows and up rows form other clusters."""
+    model = dense("llama")
+    generator = torch.Generator().manual_seed(1)
+    centers = torch.eye(D)[:4]
+    by_gate = torch.randperm(F, generator=generator) % 4
+    by_up = torch.randperm(F, generator=generator) % 4
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate_proj.weight.copy_(centers[by_gate])
+            layer.mlp.up_proj.weight.copy_(centers[by_up])
+    sc.convert(model, sc.recipes.moefication(4, relu=False), certify=False)
+    fit(model, dataclasses.replace(SPEC, loss="none"))
+    for layer in split_layers(model).values():
+        purity = {"gate": [], "up": []}
+        for neurons in layer.experts.neurons:
+            for name, labels in (("gate", by_gate), ("up", by_up)):
+                purity[name].append(labels[neurons].bincount().max().item() / len(neurons))
+        assert sum(purity["gate"]) >= 3 > 2.5 > sum(purity["up"])
 
 
 def test_the_report_is_of_tokens_that_were_held_out(tmp_path, monkeypatch):

@@ -26,8 +26,7 @@ from sparsecraft.evaluation.budget.loads import Batch, Source, ffn_flops, model_
 from sparsecraft.evaluation.budget.plots import sweep_png
 from sparsecraft.evaluation.budget.thresholds import Search
 from sparsecraft.surgery.budget import set_budget, split_layers, unchanged
-from sparsecraft.surgery.identity import tokenizer_of
-from sparsecraft.surgery.record import conversion_of
+from sparsecraft.surgery.record import conversion_of, tokenizer_of
 
 log = logging.getLogger("sparsecraft")
 

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sparsecraft.checkpoint.adapter_names import HELD, WRAPPED, Standing, standing_paths
-from sparsecraft.dense.sites import FFNSpan, Site
+from sparsecraft.dense.sites import FFNSpan, Site, silence
 from sparsecraft.errors import SparsecraftError
 
 
@@ -58,6 +58,7 @@ class ExpertsTunerLayer(nn.Module, BaseTunerLayer):
         for member in self.base_layer.paths.values() if spans else ():
             model.set_submodule(member, nn.Identity())
         model.set_submodule(path, self)
+        silence(model, self.site)
 
     def take_out(self, model: nn.Module) -> None:
         """Give the dense module its place back, in a model without outer layers of ours."""
@@ -66,6 +67,7 @@ class ExpertsTunerLayer(nn.Module, BaseTunerLayer):
             return
         for name, member in self.base_layer.paths.items():
             model.set_submodule(member, self.base_layer.get_submodule(name))
+        silence(model, self.site, undo=True)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
         # PEFT's own looks for the base's one weight, which a feed-forward network has not.

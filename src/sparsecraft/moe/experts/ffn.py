@@ -54,6 +54,7 @@ class FFNExperts(CopiedExperts):
         self.out_features = donor.width
         self.gated = donor.gated
         self.activation = donor.activation
+        self._activation_name = donor.activation_path.removeprefix(f"{donor.path}.")
         self.hidden_dropout = donor.hidden_dropout
         self.output_dropout = donor.output_dropout
         self.parts = spec.num_experts if spec.blend else spec.granularity
@@ -125,6 +126,10 @@ class FFNExperts(CopiedExperts):
     def diversify(self) -> None:
         diversify(self, self.spec.differ)
 
+    def shared_parts(self) -> dict[str, nn.Parameter]:
+        named = self.activation.named_parameters()
+        return {f"{self._activation_name}.{name}": p for name, p in named}
+
     def misfit(self, donor: FFN) -> str | None:
         width = self.down.shape[-1]
         if width == donor.hidden_width:
@@ -134,14 +139,15 @@ class FFNExperts(CopiedExperts):
     @torch.no_grad()
     def append(self, donor: FFN) -> None:
         network = self._network(self.num_experts, [donor])
-        longer = {n: with_one_more(p, network[n]) for n, p in self.named_parameters()}
+        stacked = self.named_parameters(recurse=False)  # an activation's are one for all
+        longer = {n: with_one_more(p, network[n]) for n, p in stacked}
         for name, parameter in longer.items():  # all of them, or none
             setattr(self, name, parameter)
         self._recount(self.num_experts + 1)
 
     @torch.no_grad()
     def remove(self, e: int) -> None:
-        for name, parameter in [*self.named_parameters()]:
+        for name, parameter in [*self.named_parameters(recurse=False)]:
             setattr(self, name, without(parameter, e))
         self._recount(self.num_experts - 1)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsecraft.dense.donors import FFN
-from sparsecraft.dense.forms import FFNForm
+from sparsecraft.dense.forms import join
 from sparsecraft.dense.sites import Site
 from sparsecraft.kernels.projections import is_plain, is_watched
 from sparsecraft.moe.experts.base import Experts, Rate
@@ -47,7 +47,9 @@ class FFNLoRAExperts(Experts):
         super().__init__()
         self.num_experts, self.out_features = spec.num_experts, donor.width
         self.parts = _parts(site)
-        self.fused, self.output_dropout = donor.fused, donor.output_dropout
+        self.function = (donor.activation,)  # in a tuple, so that it is no part of the bank
+        self.fused = donor.fused
+        self.hidden_dropout, self.output_dropout = donor.hidden_dropout, donor.output_dropout
         lora = LoRASpec(
             num_experts=spec.num_experts, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout
         )
@@ -99,11 +101,11 @@ class FFNLoRAExperts(Experts):
         weights_TK = routing.weights_TK.to(hidden_NF.dtype) * chosen_TK
         weighted_NF = hidden_NF * weights_TK.reshape(-1, 1)
         down = self._part(base, "down")
-        y_TO = down(weighted_NF.reshape(T, K, -1).sum(1))
+        y_TO = down(weighted_NF.unflatten(0, (T, K)).sum(1))
         if not routing.sums_to_one and getattr(down, "bias", None) is not None:
             bias_1O = _bias(down, weighted_NF)
             y_TO = y_TO + (weights_TK.sum(1, keepdim=True) - 1) * bias_1O
-        y_TO = y_TO + self.down(weighted_NF, chosen).reshape(T, K, -1).sum(1)
+        y_TO = y_TO + self.down(weighted_NF, chosen).unflatten(0, (T, K)).sum(1)
         return F.dropout(y_TO, self.output_dropout, self.training)
 
     @staticmethod
@@ -134,25 +136,32 @@ class FFNLoRAExperts(Experts):
         return [(name, self._modules[name]) for name in ("gate", "up") if name in self._modules]
 
     def _hidden(self, base: nn.Module, first: Tensor, up: Tensor | None = None) -> Tensor:
-        activation = self._part(base, "activation")
+        named = self.parts["activation"]
+        activation = base.get_submodule(named) if named else self.function[0]
         if self.fused:
             first, up = first.chunk(2, dim=-1)
         hidden = activation(first) if up is None else activation(first) * up
-        dropout = self._part(base, "hidden_dropout")
-        return hidden if dropout is None else dropout(hidden)
+        hidden = F.dropout(hidden, self.hidden_dropout, self.training)
+        # T5 keeps its second matrix in float32 where all else is float16.
+        weight = getattr(self._part(base, "down"), "weight", None)
+        return hidden.float() if weight is not None and weight.dtype == torch.float32 else hidden
 
-    def _part(self, base: nn.Module, name: str) -> nn.Module | None:
-        path = self.parts.get(name)
-        return base.get_submodule(path) if path else None
+    def _part(self, base: nn.Module, name: str) -> nn.Module:
+        return base.get_submodule(self.parts[name])
 
 
 def _parts(site: Site) -> dict[str, str | None]:
-    """Part of the network -> its path below the layer's base."""
-    if site.chain:
-        return {"up": "first", "activation": "activation", "down": "second"}
-    names = ("gate", "up", "activation", "hidden_dropout", "down")
-    form: FFNForm = site.form
-    return {name: getattr(form, name) for name in names}
+    """Part of the network -> its path below the layer's base; None where it is no module."""
+    form, names = site.form, {member: name for name, member in site.chain}
+    found = {}
+    for part in ("gate", "up", "activation", "down"):
+        path = getattr(form, part)
+        if path and names:
+            full = join(site.owner, path)
+            member = next(m for m in names if full == m or full.startswith(f"{m}."))
+            path = names[member] + full.removeprefix(member)
+        found[part] = path
+    return found
 
 
 def _expert(bank: LoRAExperts, x: Tensor, e: int) -> Tensor:

@@ -129,7 +129,7 @@ class LoRAExperts(Experts):
         self.lora_B[e, :, :rank] = (up_OR.float() * (scale / self.scale)).to(self.lora_B)
 
     def why_no_fold(self, edit: Edit, site: Site, single: bool) -> str | None:
-        if site.kind == "ffn" or site.chain:
+        if site.kind == "ffn" or site.activated:
             return "a LoRA beside a network with an activation has no Linear to be added to"
         return None
 

@@ -1,0 +1,196 @@
+"""Plant faults and see which the tests notice; see the package's docstring."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from benchmarks.mutation.named import named
+from benchmarks.mutation.operators import Mutant, mutants
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = Path("src/sparsecraft")
+# Files and folders below it whose code is changed.
+WHERE = (
+    "moe/losses.py", "moe/routing.py", "moe/routers", "moe/experts", "data", "checkpoint",
+)  # fmt: skip
+TESTS_EACH = 120
+SECONDS_EACH = 240
+COVERAGE = Path(".coverage.mutation")
+# A recipe is made when a table of tests is read, outside of any test.
+READ_FIRST = {"recipes/": ["tests/recipes/test_published.py"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("cover", "run"))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--count", type=int, default=200, help="mutants made from syntax trees")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--marks", default="not gpu and not slow", help="pytest's -m")
+    parser.add_argument("--only", choices=("all", "named", "made"), default="all")
+    parser.add_argument("--coverage", type=Path, default=ROOT / COVERAGE)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("mutants.json"))
+    asked = parser.parse_args()
+    cover(asked) if asked.what == "cover" else run(asked)
+
+
+def cover(asked: argparse.Namespace) -> None:
+    """The whole suite once, noting for each line the tests that run it."""
+    command = [sys.executable, "-m", "pytest", "-n", str(asked.jobs), "-p", "no:cacheprovider"]
+    command += ["-m", asked.marks, f"--cov={SOURCE}", "--cov-context=test", "--cov-report="]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"COVERAGE_FILE": str(asked.coverage)})
+
+
+def run(asked: argparse.Namespace) -> None:
+    """Each mutant in a process of its own, on a copy of the sources."""
+    chosen = [] if asked.only == "made" else named(ROOT / SOURCE)
+    if asked.only != "named":
+        chosen += _drawn(asked.count, asked.seed)
+    covering = _covering(asked.coverage, chosen)
+    for heavy in ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "pytest"):
+        importlib.import_module(heavy)  # once, for all processes
+    start = time.perf_counter()
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(asked.jobs, fork) as pool:
+        jobs = [(m, covering[m]) for m in chosen]
+        sound = Mutant("errors.py", 1, 0, "", "")
+        if (end := pool.submit(_in_a_child, sound, jobs[0][1]).result())["end"] != "survived":
+            raise SystemExit(f"Without any fault the tests fail: {end}")
+        results = list(pool.map(_in_a_child, *zip(*jobs, strict=True)))
+    rows = [
+        {"file": m.file, "line": m.line, "fault": str(m), "named": bool(m.about), **result}
+        for m, result in zip(chosen, results, strict=True)
+    ]
+    counts = Counter(row["end"] for row in rows)
+    seconds = time.perf_counter() - start
+    killed = counts["killed"] + counts["timeout"]
+    print(f"{killed} of {len(rows)} mutants killed ({killed / len(rows):.1%}), {seconds:.0f} s")
+    for row in rows:
+        if row["end"] not in ("killed", "timeout"):
+            print(f"  {row['end']}: {row['file']}:{row['line']} {row['fault']}")
+    report = {"seed": asked.seed, "counts": counts, "seconds": round(seconds), "mutants": rows}
+    asked.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _drawn(count: int, seed: int) -> list[Mutant]:
+    """As many mutants, of every file its share."""
+    root = ROOT / SOURCE
+    files = sorted(
+        str(path.relative_to(root))
+        for place in WHERE
+        for path in ([root / place] if place.endswith(".py") else (root / place).rglob("*.py"))
+        if path.name != "corpus.py"  # the words of the demonstration's data
+    )
+    found = {file: mutants(root, file) for file in files}
+    total = sum(map(len, found.values()))
+    generator = random.Random(seed)
+    drawn = []
+    for all_of_file in found.values():
+        share = round(count * len(all_of_file) / total)
+        drawn += generator.sample(all_of_file, min(len(all_of_file), max(1, share)))
+    generator.shuffle(drawn)
+    return drawn[:count]
+
+
+def _covering(coverage: Path, chosen: list[Mutant]) -> dict[Mutant, list[str]]:
+    """The tests that run each mutant's line, those of the fewest lines first: they are about it."""
+    connection = sqlite3.connect(coverage)
+    from coverage.numbits import numbits_to_nums
+
+    lines: dict[tuple[str, int], set[str]] = defaultdict(set)
+    breadth: Counter[str] = Counter()
+    wanted = {m.file for m in chosen}
+    query = (
+        "select file.path, context.context, line_bits.numbits from line_bits "
+        "join file on file.id = line_bits.file_id join context on context.id = line_bits.context_id"
+    )
+    for path, context, bits in connection.execute(query):
+        test = context.partition("|")[0]
+        numbers = numbits_to_nums(bits)
+        breadth[test] += len(numbers)
+        file = path.partition(f"{SOURCE}/")[2]
+        if test and file in wanted:
+            for number in numbers:
+                lines[file, number].add(test)
+    return {
+        m: _first(m) + sorted(_near(lines, m), key=lambda test: (breadth[test], test))[:TESTS_EACH]
+        for m in chosen
+    }
+
+
+def _first(mutant: Mutant) -> list[str]:
+    return [test for place, tests in READ_FIRST.items() if mutant.file.startswith(place)
+            for test in tests]  # fmt: skip
+
+
+def _near(lines: dict[tuple[str, int], set[str]], mutant: Mutant) -> set[str]:
+    """Tests of the mutant's own line or, where a statement spans several, of one just above it."""
+    for line in range(mutant.line, max(0, mutant.line - 8), -1):
+        if lines[mutant.file, line]:
+            return lines[mutant.file, line]
+    return set()
+
+
+def _in_a_child(mutant: Mutant, tests: list[str]) -> dict:
+    if not tests:
+        return {"end": "not covered", "seconds": 0}
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        child = os.fork()
+        if child == 0:
+            os._exit(_tested(mutant, tests, Path(folder)))
+        end = _waited(child)
+        output = (Path(folder) / "output").read_text(errors="replace")
+    failed = [row for row in output.splitlines() if row.startswith(("FAILED", "ERROR"))]
+    seconds = round(time.perf_counter() - start, 1)
+    by = failed[:1] or output.splitlines()[-1:]
+    return {"end": end, "seconds": seconds, "tests": len(tests), "by": by}
+
+
+def _waited(child: int) -> str:
+    until = time.monotonic() + SECONDS_EACH
+    while time.monotonic() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            return {0: "survived", 5: "not covered"}.get(code, "killed")
+        time.sleep(0.2)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return "timeout"
+
+
+def _tested(mutant: Mutant, tests: list[str], folder: Path) -> int:
+    """The exit status of pytest on a copy of the sources with the fault."""
+    output = os.open(folder / "output", os.O_CREAT | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    path = folder / SOURCE / mutant.file
+    path.write_text(mutant.text(path.read_text()))
+    sys.path.insert(0, str(folder / "src"))
+    os.environ["PYTHONPATH"] = f"{folder / 'src'}:{os.environ.get('PYTHONPATH', '')}"
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    os.chdir(ROOT)
+    import pytest
+
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    return int(pytest.main([*options, "--basetemp", str(folder / "tmp"), *tests]))
+
+
+if __name__ == "__main__":
+    main()
