@@ -5,7 +5,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two torch processes of one thread each beat one of two threads, and never wait for each other.
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: install model demo test slow lint docs families bench clean
+.PHONY: install model demo test slow clients lint docs families bench clean
 
 install: .venv/installed
 # torch first and by itself, so that a build which lies ready on the machine (without CUDA, say) is
@@ -31,6 +31,11 @@ test: model
 
 slow: model
 	$(PYTEST) -m slow
+
+# Other people's programs on our folders: TRL, Trainer, FSDP2, Lightning, accelerate, PEFT, lm-eval.
+clients: model
+	$(BIN)/python -m pip install --quiet --editable '.[dev,clients]'
+	$(PYTEST) -m slow tests/clients
 
 lint: install
 	$(BIN)/ruff check .

@@ -207,7 +207,6 @@ def test_a_model_built_in_memory_is_saved_whole(tmp_path, family, recipe):
     if hasattr(loaded, "lm_head") and family not in ("t5", "t5_gated"):
         assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) is bool(tied)
     refused(lambda: sc.load(folder, base="elsewhere"), "self-contained", "'elsewhere'")
-    refused(lambda: sc.load(folder, device_map={"": "cpu"}), "self-contained", "device_map")
     assert sc.load(folder, device_map="cpu").device.type == "cpu"
 
 
@@ -522,16 +521,16 @@ def test_a_wrong_or_missing_base_is_refused(shelf, llama, tmp_path):
 def test_plain_transformers_cannot_read_random_experts(shelf):
     """The silent failure: a Llama with random weights and only a warning."""
     folder = shelf.checkpoint("llama", "camelidae")
-    with pytest.raises(OSError, match=r"model\.safetensors"):
-        transformers.LlamaForCausalLM.from_pretrained(folder)
+    sc.load(folder).save_pretrained(folder)  # with the index that Trainer looks for
     code = (
         "import transformers, sys\n"
-        "try: transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "except Exception as error: print(type(error).__name__, 'sparsecraft' in str(error))"
+        "for cls in (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM):\n"
+        "    try: cls.from_pretrained(sys.argv[1])\n"
+        "    except Exception as error: print(type(error).__name__, 'sparsecraft' in str(error))"
     )
     run = [sys.executable, "-c", code, str(folder)]
     done = subprocess.run(run, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["ValueError", "True"], "without our import it is an error too"
+    assert done.stdout.split() == ["ValueError", "True"] * 2, "without our import it is an error"
 
 
 def test_the_auto_class_of_another_task_refuses(shelf):

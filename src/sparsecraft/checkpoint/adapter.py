@@ -30,6 +30,7 @@ from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.moe.names import unique_tensors
 from sparsecraft.recipe.formats import to_json
 from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.surgery.identity import stands_in
 from sparsecraft.surgery.record import conversion_of
 
 WEIGHTS = "adapter_model.safetensors"
@@ -153,6 +154,8 @@ def load_adapter(
         record.folder = folder.absolute()
     _read_tensors(model, folder / WEIGHTS, dtype)
     writes_ours(model)
+    if not override:
+        stands_in(model, folder)
     return model.eval()
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from sparsecraft.checkpoint.manifest import word
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
+from sparsecraft.dense.memory import check_in_memory
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.quantization import settings_in, settings_of
 from sparsecraft.errors import CheckpointError, HubError
@@ -50,6 +51,7 @@ def load_on(
         kwargs["config"].quantization_config = packed or own
     quantize = recipe.quantization and (packed or recipe.quantization)
     model = hub.load_dense(str(origin.folder), quantize=quantize, **kwargs)
+    check_in_memory(model, "pass no device_map that offloads")
     record = convert_base(model, recipe, origin)
     record.base_card = card_of(origin)
     return model, record

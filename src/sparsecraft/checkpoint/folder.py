@@ -44,6 +44,7 @@ OWN = (
     "model.safetensors",
     "model-*.safetensors",
     "model.safetensors.index.json",
+    "extra_state.safetensors",
     "adapter_config.json",
     "adapter_model.safetensors",
     "report.json",

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from sparsecraft.checkpoint.adapter import load_adapter
+from sparsecraft.checkpoint.arguments import meant
 from sparsecraft.checkpoint.base import convert_base, find_base, load_on
 from sparsecraft.checkpoint.fields import CONFIG_FIELDS, check_fields
 from sparsecraft.checkpoint.folder import GENERATION, MANIFEST
@@ -22,6 +23,7 @@ from sparsecraft.dense.loading import load_tokenizer, model_class
 from sparsecraft.errors import CheckpointError
 from sparsecraft.moe.names import dense_tensors, unique_tensors
 from sparsecraft.surgery.budget import restore
+from sparsecraft.surgery.identity import stands_in
 from sparsecraft.surgery.record import conversion_of, tokenizer_of
 
 
@@ -55,8 +57,10 @@ def load(
     # Not the base folder's: the model may have been loaded with other settings.
     config = base_config(_checked_config(folder, manifest))
     config.update({key: kwargs.pop(key) for key in list(kwargs) if key in config.to_dict()})
+    kwargs = meant(kwargs)
     if origin is None:
-        model = _from_config(folder, config, device_map, kwargs)
+        spread = None if _one_device(device_map) else device_map
+        model = _from_config(folder, config, None if spread else device_map, kwargs)
         record, held = convert_base(model, recipe, None), manifest["dense"].items()
         record.digests = {name: (getattr(torch, d), h) for name, (d, h) in held}
     else:
@@ -71,10 +75,19 @@ def load(
         _cast(model, dtype)
         record.masters.clear()
     restore(model, manifest.get("running"), changed=recipe != saved)
+    _settle(model, folder, changed=recipe != saved)
+    if origin is None and spread is not None:
+        _dispatch(model, spread, kwargs)
+    return model.eval()
+
+
+def _settle(model: nn.Module, folder: Path, changed: bool) -> None:
+    """How a model that is read generates, saves and is called; by the folder unless it differs."""
     if (folder / GENERATION).is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     writes_ours(model)
-    return model.eval()
+    if not changed:
+        stands_in(model, folder)
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -122,18 +135,37 @@ def _dtype(asked: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
+def _one_device(device_map: Any) -> bool:
+    if isinstance(device_map, dict):
+        return list(device_map) == [""] and device_map[""] != "disk"
+    return device_map not in ("auto", "balanced", "balanced_low_0", "sequential")
+
+
 def _from_config(folder: Path, config: Any, device_map: Any, kwargs: dict[str, Any]) -> nn.Module:
     data = read_json(folder / "config.json")
+    ways = {name: kwargs[name] for name in kwargs if name.endswith("_implementation")}
     model = model_class(data["base_config"])._from_config(
-        config, dtype=getattr(torch, data["dtype"]), **kwargs
+        config, dtype=getattr(torch, data["dtype"]), **ways
     )
-    if isinstance(device_map, (str, torch.device)) and device_map != "auto":
-        model.to(device_map)
-    elif device_map is not None:
-        raise CheckpointError(
-            f"{folder} is self-contained; device_map takes one device there, not {device_map!r}."
-        )
-    return model
+    where = device_map[""] if isinstance(device_map, dict) else device_map
+    return model if where is None else model.to(where)
+
+
+def _dispatch(model: nn.Module, device_map: Any, kwargs: dict[str, Any]) -> None:
+    """Spread a model that lies on the CPU, as accelerate does."""
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    if isinstance(device_map, str):
+        block = {"no_split_module_classes": list(model._no_split_modules or [])}
+        memory = kwargs.get("max_memory")
+        if device_map != "sequential":
+            low = device_map == "balanced_low_0"
+            memory = get_balanced_memory(model, memory, low_zero=low, **block)
+        device_map = infer_auto_device_map(model, max_memory=memory, **block)
+    where = {"offload_dir": kwargs.get("offload_folder")}
+    where["offload_buffers"] = kwargs.get("offload_buffers", False)
+    dispatch_model(model, device_map, **where)
 
 
 def load_any(name: str) -> tuple[nn.Module, Any]:

@@ -11,6 +11,7 @@ from torch import nn
 from sparsecraft.checkpoint.fields import MANIFEST_FIELDS, check_fields
 from sparsecraft.checkpoint.folder import MANIFEST
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json
+from sparsecraft.dense.loading import class_of
 from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.moe.names import dense_tensors
 from sparsecraft.recipe.formats import check_format, from_json
@@ -74,12 +75,14 @@ def base_config(data: dict[str, Any]) -> Any:
 def config_of(model: nn.Module) -> dict[str, Any]:
     """Our config.json."""
     inner = model.config.to_dict()
-    inner["architectures"] = [type(model).__name__]
+    inner["architectures"] = [class_of(model).__name__]
     inner.pop("_name_or_path", None)
     return {
         "model_type": "sparsecraft",
         "architectures": inner["architectures"],
         "dtype": word(base_dtype(model)),
+        # Where our classes are not known, transformers stops at this and says it.
+        "transformers_weights": "nothing that transformers reads alone; import sparsecraft first",
         "base_config": inner,
     }
 

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import get_rank
 
 from sparsecraft.checkpoint import shards
 from sparsecraft.checkpoint.base import entry, usable_base
 from sparsecraft.checkpoint.card import readme
 from sparsecraft.checkpoint.companions import write_companions
 from sparsecraft.checkpoint.folder import MANIFEST, replacing
+from sparsecraft.checkpoint.gathering import is_sharded, whole_tensors
 from sparsecraft.checkpoint.jsonfile import json_digest, write_json
 from sparsecraft.checkpoint.manifest import base_dtype, config_of, word
 from sparsecraft.checkpoint.rebuild import check_rebuilt
+from sparsecraft.checkpoint.resumable import may_change, write_index
 from sparsecraft.checkpoint.space import require
 from sparsecraft.checkpoint.tensors import WEIGHTS, new_or_changed
-from sparsecraft.dense.loading import model_class
+from sparsecraft.dense.loading import class_of, model_class
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CheckpointError, HubError
 from sparsecraft.recipe.formats import FORMAT_VERSION, VERSION, to_json
 from sparsecraft.surgery.agreement import check_agrees
 from sparsecraft.surgery.budget import state_of, warn_untrained
+from sparsecraft.surgery.identity import stands_in
 from sparsecraft.surgery.record import conversion_of
 
 
@@ -36,6 +41,8 @@ def save(
     tokenizer: Any = None,
     keep: tuple[str, ...] | None = None,
     shard_size: int = shards.SHARD_SIZE,
+    state_dict: Mapping[str, Tensor] | None = None,
+    resumable: bool = False,
 ) -> Path:
     """Write a converted model as a checkpoint folder.
 
@@ -46,6 +53,9 @@ def save(
         tokenizer: written beside the model; by default the base's own files are copied.
         keep: write into a folder of the user's too; these globs of its files win over ours.
         shard_size: bytes beyond which the tensors are split over several files.
+        state_dict: the model's, where it has been gathered already. Without it, every process of
+            a sharded model (FSDP2) has to call, and the first one writes.
+        resumable: let transformers' Trainer go on from the folder; see `checkpoint.resumable`.
 
     Raises:
         SurgeryError: the model is dense.
@@ -62,13 +72,21 @@ def save(
     warn_untrained(model)
     out = Path(out)
     origin = usable_base(model, out, standalone)
-    tensors = new_or_changed(model, origin)
+    tensors = whole_tensors(model, state_dict)
+    if state_dict is None and is_sharded(model) and get_rank() > 0:
+        stands_in(model, out)
+        return out
+    always = may_change(model) if resumable else frozenset()
+    tensors = new_or_changed(model, origin, tensors, always)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     require(out, disk=size, memory=0, task="Saving")
     with replacing(out, overwrite, keep or (), foreign=keep is not None) as folder:
         weights_digest = shards.write(folder / WEIGHTS, tensors, shard_size)
         write_rest(model, folder, origin, weights_digest, tokenizer)
         check_rebuilt(model, folder, origin)
+        if resumable:
+            write_index(model, folder, WEIGHTS, tensors, shard_size)
+    stands_in(model, out)
     return out
 
 
@@ -102,14 +120,15 @@ def check_loadable(model: nn.Module) -> None:
         found = model_class(model)
     except HubError:
         found = None
-    if found is not type(model):
+    if found is not class_of(model):
         raise CheckpointError(
             f"{type(model).__name__} is no class of transformers, so that a checkpoint of it could "
             "not be loaded again; save a model of a transformers class."
         )
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     head = model.get_output_embeddings() if tied else None
-    if head is not None and head.weight is not model.get_input_embeddings().weight:
+    embeddings = model.get_input_embeddings().weight if tied else None
+    if head is not None and not embeddings.is_meta and head.weight is not embeddings:
         raise CheckpointError(
             "The configuration says tie_word_embeddings=True and the head has a weight of its own; "
             "set model.config.tie_word_embeddings = False, or tie them."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import torch
@@ -19,12 +20,21 @@ from sparsecraft.surgery.record import conversion_of
 WEIGHTS, ADAPTER = "moe.safetensors", "adapter_config.json"
 
 
-def new_or_changed(model: nn.Module, origin: Origin | None) -> dict[str, torch.Tensor]:
-    """The tensors that a checkpoint has to hold: those that the base folder does not."""
+def new_or_changed(
+    model: nn.Module,
+    origin: Origin | None,
+    tensors: Mapping[str, torch.Tensor],
+    always: Set[str] = frozenset(),
+) -> dict[str, torch.Tensor]:
+    """Those of the model's tensors that a checkpoint has to hold: which the base folder does not.
+
+    Args:
+        always: names of tensors that it holds whatever the base does.
+    """
     kept = {}
-    for name, tensor in unique_tensors(model).items():
+    for name, tensor in tensors.items():
         dense = dense_name(model, name)
-        if dense is not None and origin is not None:
+        if dense is not None and origin is not None and name not in always:
             if conversion_of(model).recipe.quantization and not tensor.is_floating_point():
                 continue  # packed from the base, never trained
             original = origin.tensor(model, dense)

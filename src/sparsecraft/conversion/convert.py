@@ -22,6 +22,7 @@ from sparsecraft.conversion.sources.gather import gather, opened
 from sparsecraft.conversion.sources.source import Source
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.foreign import check_own
+from sparsecraft.dense.memory import check_in_memory
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CertificateError, SurgeryError
@@ -215,5 +216,6 @@ def _check_arguments(model: Any, recipe: Any) -> None:
             f"This model is already converted by {conversion_of(model).recipe.name!r}; "
             "call sc.revert first."
         )
+    check_in_memory(model, "convert it")
     check_own(model)
     check_names({name: 0.0 for stage in recipe.stages for name in stage.losses})

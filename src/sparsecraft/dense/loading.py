@@ -25,10 +25,17 @@ def checked(folder: Path) -> Path:
     raise HubError(f"{str(folder)!r} holds no config.json (found: {found}): give a model folder.")
 
 
+def class_of(model: Any) -> type:
+    """The class of a model; FSDP2 gives a sharded one a class of its own on top of that."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return type(model).__bases__[1] if isinstance(model, FSDPModule) else type(model)
+
+
 def _architecture(config: Any) -> tuple[str, str]:
     """(architectures[0], model_type) of a folder, a config.json's dict, a config or a model."""
     if hasattr(config, "named_modules"):  # a model built in memory names none in its config
-        return type(config).__name__, config.config.model_type
+        return class_of(config).__name__, config.config.model_type
     if isinstance(config, (str, Path)):
         file = checked(Path(config)) / "config.json"
         try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsecraft.dense.cache import snapshot_in, snapshot_of, snapshots
 from sparsecraft.dense.digests import combine, digest
-from sparsecraft.dense.loading import model_class
+from sparsecraft.dense.loading import class_of, model_class
 from sparsecraft.dense.packaged import ALIASES, alias_folder, is_alias
 from sparsecraft.dense.weights import Weights, every_safetensors, variants
 from sparsecraft.errors import CheckpointError
@@ -125,7 +125,7 @@ class Origin:
 
     def holds(self, model: nn.Module, shapes: dict[str, torch.Size]) -> bool:
         """Whether the dense `model` can be built from this folder: its class and its shapes."""
-        if model_class(self.folder) is not type(model):
+        if model_class(self.folder) is not class_of(model):
             return False
         return all(self.shape(model, name) == tuple(shape) for name, shape in shapes.items())
 

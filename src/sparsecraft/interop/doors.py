@@ -6,29 +6,12 @@ that registers our classes at the moment when transformers' Auto modules or PEFT
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.util
 import sys
 from collections.abc import Callable
 from types import ModuleType
-
-AUTO_CLASSES = (
-    "AutoModel",
-    "AutoModelForCausalLM",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForMaskedLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForImageClassification",
-)
-
-# Arguments that the Auto classes pass on and that mean nothing for a local checkpoint.
-HUB_ARGUMENTS = frozenset(
-    "adapter_kwargs cache_dir code_revision commit_hash _commit_hash force_download _from_auto "
-    "local_files_only proxies resume_download revision subfolder token trust_remote_code "
-    "use_safetensors weights_only _from_pipeline".split()
-)
 
 
 def open_config(module: ModuleType) -> None:
@@ -37,11 +20,69 @@ def open_config(module: ModuleType) -> None:
 
 
 def open_models(module: ModuleType) -> None:
-    """Register a loader with every Auto class of a task that a base can have."""
-    for name in AUTO_CLASSES:
-        auto_class = getattr(module, name, None)
-        if auto_class is not None:
+    """Register a loader with every Auto class of models."""
+    for name in dir(module):
+        auto_class = getattr(module, name)
+        if name.startswith("AutoModel") and getattr(auto_class, "_model_mapping", None) is not None:
             auto_class.register(_config_class(), _loader_class(name), exist_ok=True)
+
+
+def open_classes(module: ModuleType) -> None:
+    """Let the classes of models themselves (`LlamaForCausalLM.from_pretrained`) read a folder of
+    ours, and an adapter that stands on one: TRL loads by them."""
+    theirs = module.PreTrainedModel.from_pretrained.__func__
+
+    @functools.wraps(theirs)
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        from sparsecraft.interop import reading
+
+        name = pretrained_model_name_or_path
+        if (base := reading.base_of_adapter(name)) is not None:
+            found = {**(kwargs.get("adapter_kwargs") or {}), "_adapter_model_path": name}
+            kwargs["adapter_kwargs"], name = found, base
+        if (folder := reading.our_folder(name, kwargs.get("subfolder"))) is None:
+            return theirs(cls, name, *args, **kwargs)
+        _check_class(folder, cls.__name__, {cls.__name__})
+        return reading.read(name, **kwargs)
+
+    module.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+
+
+def open_configs(module: ModuleType) -> None:
+    """Let the classes of configurations read the dense model's out of a folder of ours."""
+    theirs = module.PreTrainedConfig.from_pretrained.__func__
+
+    @functools.wraps(theirs)
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        from sparsecraft.interop import reading
+
+        name = pretrained_model_name_or_path
+        folder = None if cls.model_type == "sparsecraft" else reading.our_folder(name)
+        if folder is None:
+            return theirs(cls, name, *args, **kwargs)
+        config = reading.config_in(folder, name)
+        if type(config) is not cls:
+            _wrong_class(folder, type(config).__name__, cls.__name__)
+        fields = config.to_dict()
+        kept = {key: kwargs.pop(key) for key in list(kwargs) if key in fields}
+        config.update(kept)
+        return (config, kwargs) if kwargs.pop("return_unused_kwargs", False) else config
+
+    module.PreTrainedConfig.from_pretrained = classmethod(from_pretrained)
+
+
+def open_reader(module: ModuleType) -> None:
+    """Let tokenizers and processors of a converted model that is not saved yet be its base's."""
+    auto_class = getattr(module, READERS[module.__name__])
+    theirs = auto_class.from_pretrained
+
+    @functools.wraps(theirs)
+    def from_pretrained(pretrained_model_name_or_path, *args, **kwargs):
+        from sparsecraft.surgery.identity import base_in
+
+        return theirs(base_in(pretrained_model_name_or_path), *args, **kwargs)
+
+    auto_class.from_pretrained = staticmethod(from_pretrained)
 
 
 def open_peft(module: ModuleType) -> None:
@@ -64,31 +105,44 @@ def _config_class() -> type:
     return _CONFIG
 
 
+def _wrong_class(folder: object, held: str, asked: str) -> None:
+    from sparsecraft.errors import CheckpointError
+
+    raise CheckpointError(
+        f"{folder} holds a {held}, which {asked} does not load; use the class of its task, or "
+        "sc.load."
+    )
+
+
+def _check_class(folder: object, asked: str, known: set[str], held: str | None = None) -> None:
+    """Refuse a class that would build another model than the folder holds."""
+    if held is None:
+        from sparsecraft.checkpoint.jsonfile import read_json
+
+        held = (read_json(folder / "config.json").get("architectures") or ["?"])[0]
+    if held not in known:
+        _wrong_class(folder, held, asked)
+
+
 def _loader_class(auto_class: str) -> type:
     """The class that an Auto class maps our configuration to; it only loads."""
 
-    def from_pretrained(cls, folder, *args, config=None, torch_dtype=None, **kwargs):
+    def from_pretrained(cls, folder, *args, config=None, **kwargs):
         from transformers.models.auto import modeling_auto
 
-        from sparsecraft.checkpoint.load import load
         from sparsecraft.checkpoint.manifest import base_config
-        from sparsecraft.errors import CheckpointError
+        from sparsecraft.interop import reading
 
-        mapping = getattr(modeling_auto, auto_class)._model_mapping
-        architecture = (config.architectures or ["?"])[0]
-        family = base_config({"base_config": config.base_config})
-        if auto_class != "AutoModel" and (
-            type(family) not in mapping or mapping[type(family)].__name__ != architecture
-        ):
-            raise CheckpointError(
-                f"{folder} holds a {architecture}, which {auto_class} does not load; "
-                "use the Auto class of its task, or sc.load."
-            )
-        kwargs = {k: v for k, v in kwargs.items() if k not in HUB_ARGUMENTS}
-        dtype = kwargs.pop("dtype", torch_dtype)
+        if auto_class != "AutoModel":
+            mapping = getattr(modeling_auto, auto_class)._model_mapping
+            family = type(base_config({"base_config": config.base_config}))
+            known = mapping.get(family, ())
+            known = known if isinstance(known, tuple) else (known,)
+            held = (config.architectures or ["?"])[0]
+            _check_class(folder, auto_class, {found.__name__ for found in known}, held)
         if config._attn_implementation is not None:  # AutoConfig has taken the argument
             kwargs["attn_implementation"] = config._attn_implementation
-        return load(folder, dtype=None if dtype == "auto" else dtype, **kwargs)
+        return reading.read(folder, **kwargs)
 
     def from_config(cls, config, **kwargs):
         from sparsecraft.errors import CheckpointError
@@ -109,11 +163,19 @@ def _loader_class(auto_class: str) -> type:
 
 _CONFIG: type | None = None
 
+READERS = {
+    "transformers.models.auto.tokenization_auto": "AutoTokenizer",
+    "transformers.models.auto.processing_auto": "AutoProcessor",
+    "transformers.models.auto.image_processing_auto": "AutoImageProcessor",
+    "transformers.models.auto.feature_extraction_auto": "AutoFeatureExtractor",
+}
 DOORS: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.configuration_utils": open_configs,
+    "transformers.modeling_utils": open_classes,
     "transformers.models.auto.configuration_auto": open_config,
     "transformers.models.auto.modeling_auto": open_models,
     "peft": open_peft,
-}
+} | dict.fromkeys(READERS, open_reader)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -23,15 +23,22 @@ CHUNK_TOKENS = 2048
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is exactly of this kind, and nothing else sees its tensors or gradients."""
-    hooks = (
-        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
-        module._backward_pre_hooks,
-    )  # fmt: skip
     return (
         type(module) is kind
-        and not any(hooks)
-        and "forward" not in vars(module)
+        and not is_watched(module)
         and type(module.weight) in (Tensor, nn.Parameter)
+    )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether other code runs when the module is called: hooks, or a `forward` of its own, as
+    accelerate puts in. Its tensors may have no memory except then (offloading, sharding)."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
     )
 
 

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from sparsecraft.kernels.projections import ScaledLinear, is_plain, joins, project, scales_in_chunks
+from sparsecraft.kernels.projections import (
+    ScaledLinear,
+    is_plain,
+    is_watched,
+    joins,
+    project,
+    scales_in_chunks,
+)
 from sparsecraft.moe.experts.lora import LoRAExperts
 from sparsecraft.moe.experts.split import SplitExperts
 from sparsecraft.moe.experts.vector import VectorExperts
@@ -30,7 +37,7 @@ def faster(layer: MoELayer) -> Callable | None:
     It runs at every call of every layer: one match, no tensor, nothing that stops a compiler.
     """
     bank = layer.experts
-    if bank.dispatch == "loop":
+    if bank.dispatch == "loop" or is_watched(bank):
         return None
     match layer.place, bank:
         case "beside", LoRAExperts() if merges(layer):
@@ -53,7 +60,7 @@ def merges(layer: MoELayer) -> bool:
 
 def unrecorded(layer: MoELayer) -> bool:
     """Whether the parts in use run by themselves, and nothing asks which they were."""
-    return layer.asks_router and not layer.tracing
+    return layer.asks_router and not layer.tracing and not is_watched(layer.router)
 
 
 def lora_beside(layer: MoELayer, x: Tensor, *args, **kwargs) -> Tensor:

@@ -101,7 +101,7 @@ class MoELayer(nn.Module):
         elif router.runs == "every":
             routing = Routing.of_all(flat(x), self.experts.num_experts)
         elif router.spec.reads == "experts":
-            outputs_TEO = self.experts.each(flat(y if self.place == "after" else x))
+            outputs_TEO = self.experts(flat(y if self.place == "after" else x), way=Experts.each)
             routing = router(x, batch, outputs_TEO=outputs_TEO)
         else:
             read = y if router.spec.reads == "output" else x

@@ -17,6 +17,7 @@ from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routers.gate import Gate, Runs
 from sparsecraft.moe.routers.running import Running
 from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.surgery.identity import bears, stands_nowhere
 from sparsecraft.surgery.record import check_stands, conversion_of, is_converted
 from sparsecraft.surgery.rollback import atomic
 
@@ -81,19 +82,21 @@ def set_budget(model: nn.Module, share: float | None) -> None:
             gate.threshold = threshold
             gate.share = share_of(threshold, running.calibration) if share is None else share
     running.budget = None if share is None else float(share)
+    stands_nowhere(model)
 
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Give a model's budget and calibration back as they were, whatever the block does."""
     running: Running = conversion_of(model).running
-    before = running.budget, list(running.calibration)
+    before, name = (running.budget, list(running.calibration)), model.name_or_path
     gates = [layer.router for layer in split_layers(model).values()]
     states = [(gate.runs, gate.k, gate.share, gate.threshold) for gate in gates]
     try:
         yield
     finally:
         running.budget, running.calibration = before
+        bears(model, name)
         for gate, state in zip(gates, states, strict=True):
             gate.runs, gate.k, gate.share, gate.threshold = state
 

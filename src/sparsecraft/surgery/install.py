@@ -37,6 +37,7 @@ def apply(
         recipe,
         edits,
         trainable=trainable,
+        named=model.name_or_path,
         shapes={name: tensor.shape for name, tensor in unique_tensors(model).items()},
         vocabulary=_vocabulary(model),
         left_out=left_out(model, recipe, edits),

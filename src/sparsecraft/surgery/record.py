@@ -35,6 +35,7 @@ class Conversion:
         vocabulary: rows of the embedding of tokens then; None without one.
         masters: dense names of what training holds in float32, whatever type it had.
         trainable: names of the dense parameters that required gradients before.
+        named: the dense model's `name_or_path`; a converted one does not bear it, see `identity`.
         came_from: where the dense model came from, if it did from anywhere.
         base_card: name, license and commit of the base, for the checkpoint's README.
         folder: the checkpoint that the model was loaded from, if it was.
@@ -56,6 +57,7 @@ class Conversion:
     vocabulary: int | None = None
     masters: set[str] = field(default_factory=set)
     trainable: frozenset[str] = frozenset()
+    named: str = ""
     came_from: Origin | None = None
     folder: Path | None = None
     written: dict[str, Any] | None = None

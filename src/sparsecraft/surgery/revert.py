@@ -11,6 +11,7 @@ from sparsecraft.dense.digests import digest
 from sparsecraft.dense.sites import silence
 from sparsecraft.errors import SurgeryError
 from sparsecraft.moe.names import dense_tensors
+from sparsecraft.surgery.identity import bears
 from sparsecraft.surgery.record import Conversion, check_stands, conversion_of
 from sparsecraft.surgery.rollback import atomic
 
@@ -162,6 +163,7 @@ def take_out(model: nn.Module) -> None:
         parameter.requires_grad_(name in record.trainable)
     for handle in record.hooks:
         handle.remove()
+    bears(model, record.named)
     record.own_loss.remove()
     del model.sparsecraft
     for name in ("save_pretrained", "load_state_dict"):

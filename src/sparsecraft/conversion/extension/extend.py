@@ -40,6 +40,7 @@ from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import dense_tensors
 from sparsecraft.moe.routers.build import build_router
 from sparsecraft.recipe.edits import Edit
+from sparsecraft.surgery.identity import stands_nowhere
 from sparsecraft.surgery.record import Conversion, check_stands, conversion_of, is_converted
 from sparsecraft.surgery.rollback import atomic
 
@@ -216,6 +217,7 @@ def _join(
         for layer, row in zip(record.layers, rows, strict=True):
             _take_row(layer, row)
     recount(record)
+    stands_nowhere(model)
 
 
 def _take_row(layer: MoELayer, row: Tensor | None) -> None:

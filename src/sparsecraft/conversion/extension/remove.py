@@ -8,6 +8,7 @@ from torch import nn
 from sparsecraft.conversion.extension.checks import count_experts
 from sparsecraft.conversion.extension.extend import note, recount, recounted
 from sparsecraft.errors import RecipeError
+from sparsecraft.surgery.identity import stands_nowhere
 from sparsecraft.surgery.record import check_stands, conversion_of
 from sparsecraft.surgery.rollback import atomic
 
@@ -43,4 +44,5 @@ def remove(model: nn.Module, expert: int) -> None:
         layer.experts.remove(expert)
         layer.router.scorer.remove(expert)
     recount(record)
+    stands_nowhere(model)
     note(record, {"removed": expert})

@@ -21,6 +21,7 @@ from sparsecraft.dense.sound import check_weight
 from sparsecraft.errors import SourceError
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import unique_tensors
+from sparsecraft.surgery.identity import dense_name
 from sparsecraft.surgery.record import origin_of
 
 
@@ -180,7 +181,7 @@ def is_base(model: nn.Module, named: str, revision: str | None) -> bool:
     """Whether a name, such as a LoRA's of its base, is that of the folder that `model` is from."""
     own, theirs = origin_of(model), Origin.find(named, revision)
     if own is None or theirs is None:
-        return named == getattr(model, "name_or_path", None)
+        return named == dense_name(model)
     return own.folder == theirs.folder
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsecraft.checkpoint.base import entry
+from sparsecraft.checkpoint.gathering import whole_tensors
 from sparsecraft.checkpoint.tensors import new_or_changed
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.origin import Origin
@@ -43,7 +44,7 @@ class PeftTarget:
 
     def _changed(self, model: nn.Module) -> list[str]:
         if origin := self._origin(model):
-            held = new_or_changed(model, origin)
+            held = new_or_changed(model, origin, whole_tensors(model))
             return [name for name in held if dense_name(model, name) is not None]
         known, now = conversion_of(model).digests, dense_tensors(model)
         return [name for name, tensor in now.items() if digest(tensor) != known[name][1]]

@@ -17,7 +17,7 @@ from sparsecraft.dense.donors import Donor
 from sparsecraft.dense.sites import Site
 from sparsecraft.errors import RecipeError, did_you_mean
 from sparsecraft.kernels.two_layer import TwoLayer
-from sparsecraft.moe.experts.base import Experts
+from sparsecraft.moe.experts.base import Experts, Rate
 from sparsecraft.recipe.edits import Edit, Place
 from sparsecraft.recipe.experts import AdapterSpec
 
@@ -28,6 +28,7 @@ class AdapterExperts(Experts):
     `up` starts at zero, so that every expert starts as the identity.
     """
 
+    dropout = Rate()
     residual = True
     # The largest count at which all experts at once lose nowhere on an H200, with a CUDA graph or
     # without (benchmarks/layer/pesc.md).

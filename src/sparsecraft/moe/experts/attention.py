@@ -81,7 +81,7 @@ class AttentionExperts(CopiedExperts):
     ) -> Self:
         return cls(spec, donor)
 
-    def forward(self, x_BSD: Tensor, routing: Routing, *args, **kwargs) -> tuple:
+    def mixed(self, x_BSD: Tensor, routing: Routing, *args, **kwargs) -> tuple:
         """What the dense attention returns, mixed by the routing's weights."""
         output = self.attention.get_submodule(self.form.output)
         output.gates_BSN = routing.weights_TE().view(*x_BSD.shape[:-1], -1)

@@ -25,6 +25,20 @@ from sparsecraft.recipe.edits import Edit, Place
 from sparsecraft.recipe.experts import ExpertsSpec
 
 
+class Rate:
+    """The rate of a dropout that a bank applies by itself, held in an `nn.Dropout`: what turns
+    dropout off in a model, as TRL's trainers do, looks for those."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = f"{name}_rate"
+
+    def __get__(self, bank: nn.Module, owner: type) -> float:
+        return bank._modules[self.name].p
+
+    def __set__(self, bank: nn.Module, rate: float) -> None:
+        bank.add_module(self.name, nn.Dropout(rate))
+
+
 class Experts(nn.Module, ABC):
     """E experts in stacked tensors. A kind writes `build` and `expert`; dispatch is inherited.
 
@@ -99,7 +113,16 @@ class Experts(nn.Module, ABC):
         """The bank's tensors in `dtype` for the fast paths; None if it has no such form."""
         return None
 
-    def forward(self, x_TI: Tensor, routing: Routing | None = None) -> Tensor:
+    def forward(self, *args, way: Callable | None = None, **kwargs) -> Tensor | tuple:
+        """`mixed`, or another function of the bank, with these arguments.
+
+        Its tensors are read nowhere but in here, so that hooks of a bank hold whatever is computed:
+        those of offloading and sharding give it its memory. Only the ways of
+        `sparsecraft.moe.fusions` read them elsewhere, and they leave a bank with hooks alone.
+        """
+        return self.mixed(*args, **kwargs) if way is None else way(self, *args, **kwargs)
+
+    def mixed(self, x_TI: Tensor, routing: Routing | None = None) -> Tensor:
         """Mix the experts' outputs, y_TO = sum_k w_k expert_k(x).
 
         Args:

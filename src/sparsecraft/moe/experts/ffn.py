@@ -20,7 +20,7 @@ from sparsecraft.dense.donors import FFN
 from sparsecraft.dense.sites import Site
 from sparsecraft.errors import RecipeError
 from sparsecraft.kernels.two_layer import TwoLayer
-from sparsecraft.moe.experts.base import CopiedExperts
+from sparsecraft.moe.experts.base import CopiedExperts, Rate
 from sparsecraft.moe.experts.folded import Network
 from sparsecraft.moe.experts.stacked import copies, with_one_more, without
 from sparsecraft.moe.init.neurons import diversify
@@ -44,6 +44,7 @@ class FFNExperts(CopiedExperts):
             width come without a checkpoint.
     """
 
+    hidden_dropout, output_dropout = Rate(), Rate()
     folds = Network
 
     def __init__(self, spec: FFNSpec, donor: FFN, *, device: torch.device | str | None = None):

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from sparsecraft.dense.donors import FFN
 from sparsecraft.dense.forms import join
 from sparsecraft.dense.sites import Site
-from sparsecraft.moe.experts.base import Experts
+from sparsecraft.kernels.projections import is_plain, is_watched
+from sparsecraft.moe.experts.base import Experts, Rate
 from sparsecraft.moe.experts.ffn import SUM_OF_NETWORKS
 from sparsecraft.moe.experts.folded import Update
 from sparsecraft.moe.experts.lora import LoRAExperts
@@ -38,6 +39,7 @@ class FFNLoRAExperts(Experts):
     sum_k w_k W_down h_k = W_down sum_k w_k h_k.
     """
 
+    output_dropout = Rate()
     folds = Update
     merges = True  # each slot's LoRA is taken out of all of them by a gate
 
@@ -72,12 +74,12 @@ class FFNLoRAExperts(Experts):
 
     def expert(self, e: int, x: Tensor, base: nn.Module) -> Tensor:
         hidden = self._hidden(
-            base, *(self._part(base, n)(x) + bank.expert(e, x) for n, bank in self._first())
+            base, *(self._part(base, n)(x) + bank(x, e, way=_expert) for n, bank in self._first())
         )
-        y = self._part(base, "down")(hidden) + self.down.expert(e, hidden)
+        y = self._part(base, "down")(hidden) + self.down(hidden, e, way=_expert)
         return F.dropout(y, self.output_dropout, self.training)
 
-    def forward(
+    def mixed(
         self,
         x_TI: Tensor,
         routing: Routing | None = None,
@@ -100,15 +102,15 @@ class FFNLoRAExperts(Experts):
         weighted_NF = hidden_NF * weights_TK.reshape(-1, 1)
         down = self._part(base, "down")
         y_TO = down(weighted_NF.unflatten(0, (T, K)).sum(1))
-        bias = getattr(down, "bias", None)
-        if bias is not None and not routing.sums_to_one:
-            y_TO = y_TO + (weights_TK.sum(1, keepdim=True) - 1) * bias
+        if not routing.sums_to_one and getattr(down, "bias", None) is not None:
+            bias_1O = _bias(down, weighted_NF)
+            y_TO = y_TO + (weights_TK.sum(1, keepdim=True) - 1) * bias_1O
         y_TO = y_TO + self.down(weighted_NF, chosen).unflatten(0, (T, K)).sum(1)
         return F.dropout(y_TO, self.output_dropout, self.training)
 
     @staticmethod
     def _added(bank: LoRAExperts, y_NO: Tensor, x_NI: Tensor, chosen: Routing) -> Tensor:
-        if bank.runs_merged:
+        if bank.runs_merged and not is_watched(bank):
             return bank.added(y_NO, x_NI, chosen.weights_TE())
         return y_NO + bank(x_NI, chosen)
 
@@ -127,11 +129,11 @@ class FFNLoRAExperts(Experts):
 
     def fold(self, weights_E: Tensor) -> Update:
         e = int(weights_E.argmax())
-        banks = self.named_children()
+        banks = [*self._first(), ("down", self.down)]
         return Update({name: bank.delta(weights_E[e, None], e) for name, bank in banks})
 
     def _first(self) -> list[tuple[str, LoRAExperts]]:
-        return [(name, bank) for name, bank in self.named_children() if name != "down"]
+        return [(name, self._modules[name]) for name in ("gate", "up") if name in self._modules]
 
     def _hidden(self, base: nn.Module, first: Tensor, up: Tensor | None = None) -> Tensor:
         named = self.parts["activation"]
@@ -160,6 +162,17 @@ def _parts(site: Site) -> dict[str, str | None]:
             path = names[member] + full.removeprefix(member)
         found[part] = path
     return found
+
+
+def _expert(bank: LoRAExperts, x: Tensor, e: int) -> Tensor:
+    return bank.expert(e, x)
+
+
+def _bias(linear: nn.Module, x: Tensor) -> Tensor:
+    """Its bias, (O,); (1, O) of a module whose tensors are not read but by calling it."""
+    if is_plain(linear, nn.Linear):
+        return linear.bias
+    return linear(x.new_zeros(1, x.shape[-1]))
 
 
 def _one_each(routing: Routing) -> Routing:

@@ -24,7 +24,7 @@ from sparsecraft.dense.donors import FFN, Linear
 from sparsecraft.dense.sites import Site
 from sparsecraft.kernels.lora import LoRAs, mix_lora
 from sparsecraft.kernels.two_layer import TwoLayer
-from sparsecraft.moe.experts.base import Experts
+from sparsecraft.moe.experts.base import Experts, Rate
 from sparsecraft.moe.experts.folded import Update
 from sparsecraft.moe.routing import Routing
 from sparsecraft.recipe.edits import Edit, Place
@@ -38,6 +38,7 @@ class LoRAExperts(Experts):
     2023): two matrix products, whatever E. With a shared A it is HydraLoRA (Tian et al. 2024).
     """
 
+    dropout = Rate()
     merges = True
     folds = Update
 

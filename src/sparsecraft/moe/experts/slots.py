@@ -45,7 +45,7 @@ def slots(
     dispatch_BSE = logits_BSE.masked_fill(~mixed_BS[..., None], floor).softmax(1)
     slots_BEI = torch.einsum("bse,bsi->bei", dispatch_BSE.to(x_BSI.dtype), x_BSI)
     combine_BSE = routing.weights_TK.unflatten(0, (B, S)).to(x_BSI.dtype)
-    y_BSO = torch.einsum("bse,beo->bso", combine_BSE, _each_its_own(bank, slots_BEI))
+    y_BSO = torch.einsum("bse,beo->bso", combine_BSE, bank(slots_BEI, way=_each_its_own))
     if alone_BSO is None:
         return y_BSO
     return torch.where(mixed_BS[..., None], y_BSO, alone_BSO)

@@ -33,7 +33,7 @@ from sparsecraft.kernels import split
 from sparsecraft.kernels.device import needs_grad, usable
 from sparsecraft.kernels.selection import Active
 from sparsecraft.kernels.split import SplitNet
-from sparsecraft.moe.experts.base import Experts
+from sparsecraft.moe.experts.base import Experts, Rate
 from sparsecraft.moe.experts.dispatch import loop
 from sparsecraft.moe.experts.folded import Network
 from sparsecraft.moe.experts.imitation import imitation
@@ -57,6 +57,7 @@ class SplitExperts(Experts):
         pre_TF: that input (of the gate where there is one), neurons in the bank's order.
     """
 
+    hidden_dropout, output_dropout = Rate(), Rate()
     of_dense = True
     folds = Network
     one_for_all = ("down_bias",)
@@ -140,7 +141,7 @@ class SplitExperts(Experts):
             hidden = hidden - self.mean[e].to(x.dtype)
         return hidden @ self.down[e].to(x.dtype)
 
-    def forward(self, x_TD: Tensor, routing: Routing | None = None) -> Tensor:
+    def mixed(self, x_TD: Tensor, routing: Routing | None = None) -> Tensor:
         """y_TD; every expert with weight one where there is no routing."""
         if routing is None or routing.every:
             return F.dropout(self._every(x_TD), self.output_dropout, self.training)
@@ -168,7 +169,7 @@ class SplitExperts(Experts):
             used: the experts that any token uses, where a kernel has listed them.
         """
         if self.dispatch == "loop":
-            return self(x_TD, Routing.of_weights(weights_TE))
+            return self.mixed(x_TD, Routing.of_weights(weights_TE))
         if self._is_plain():
             y_TD = self._weighed(x_TD, weights_TE)
         else:

@@ -57,11 +57,11 @@ class VectorExperts(Experts):
     def expert(self, e: int, x: Tensor) -> Tensor:
         return x * self.vectors[e].to(x.dtype)
 
-    def forward(self, x_TO: Tensor, routing: Routing | None = None) -> Tensor:
+    def mixed(self, x_TO: Tensor, routing: Routing | None = None) -> Tensor:
         heads = 1 if routing is None else len(routing.indices_TK) // max(1, len(x_TO))
         if heads > 1 and not self.runs_merged:
             return self._by_head(heads, x_TO, routing)
-        return super().forward(x_TO, routing)
+        return super().mixed(x_TO, routing)
 
     def _by_head(self, heads: int, x_TO: Tensor, routing: Routing) -> Tensor:
         """The same by one bank for each head."""
@@ -77,7 +77,7 @@ class VectorExperts(Experts):
             bank = copy.copy(self)
             bank._parameters = {"vectors": vectors_EV}
             bank.out_features = vectors_EV.shape[1]
-            columns.append(bank(x_TV, one))
+            columns.append(bank.mixed(x_TV, one))
         return torch.cat(columns, dim=1)
 
     def merged(self, x_TO: Tensor, routing: Routing) -> Tensor:

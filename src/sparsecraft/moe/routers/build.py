@@ -9,12 +9,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import nn
-
 from sparsecraft.errors import RecipeError
 from sparsecraft.moe.routers.domain import DomainScorer
 from sparsecraft.moe.routers.part_scorers import PART_SCORERS
-from sparsecraft.moe.routers.router import Router
+from sparsecraft.moe.routers.router import BaseGate, Router
 from sparsecraft.moe.routers.scorer import Scorer
 from sparsecraft.moe.routers.scorers import LinearScorer
 from sparsecraft.moe.routers.selectors import Sample, Selector, soft, top_k
@@ -96,11 +94,5 @@ def build_router(
     given = where | {"outputs": outputs} if spec.reads == "experts" else where
     scorer = named(SCORERS, spec.scorer, "scorer", DOOR)(spec.scorer, width, num_experts, **given)
     select = named(SELECTORS, spec.select, "selector", DOOR)(spec.select)
-    gate = _base_gate(width, device, dtype) if spec.gates_base else None
+    gate = BaseGate(width, **where) if spec.gates_base else None
     return Router(scorer, spec, select, gate)
-
-
-def _base_gate(width: int, device, dtype) -> nn.Linear:
-    gate = nn.Linear(width, 1, bias=False, device=device, dtype=dtype)
-    nn.init.zeros_(gate.weight)
-    return gate

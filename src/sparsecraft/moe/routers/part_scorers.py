@@ -166,7 +166,8 @@ class OracleScorer(PartScorer):
         self._bank = (bank,)  # in a tuple, so that it is no part of the router
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return targets(self._bank[0], x_TD, self.target)[:, self.shared :]
+        matters_TE = self._bank[0](x_TD, self.target, way=targets)
+        return matters_TE[:, self.shared :]
 
 
 PART_SCORERS: dict[type[PartScorerSpec], type[PartScorer]] = {

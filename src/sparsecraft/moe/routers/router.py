@@ -20,12 +20,22 @@ from sparsecraft.recipe.routers import RouterSpec
 from sparsecraft.recipe.words import router_words
 
 
+class BaseGate(nn.Linear):
+    """The sigmoid of one row's product with a token, x_TD -> (T, 1), float32."""
+
+    def __init__(self, width: int, *, device=None, dtype=None):
+        super().__init__(width, 1, bias=False, device=device, dtype=dtype)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return float32_product(x_TD, self.weight).sigmoid()
+
+
 class Router(nn.Module):
     """A scorer, x_TD -> logits_TE, followed by a selector, logits_TE -> weights and indices.
 
     Attributes:
-        base_gate: the row whose sigmoid the dense network is multiplied by, a Linear of D to 1; see
-            `RouterSpec.gates_base`.
+        base_gate: what the dense network is multiplied by; see `RouterSpec.gates_base`.
         runs: whole experts always run as their router selects them.
     """
 
@@ -36,7 +46,7 @@ class Router(nn.Module):
         scorer: Scorer,
         spec: RouterSpec,
         select: Selector,
-        base_gate: nn.Linear | None = None,
+        base_gate: BaseGate | None = None,
     ):
         super().__init__()
         self.scorer = scorer
@@ -88,7 +98,7 @@ class Router(nn.Module):
 
     def gate_base(self, x: Tensor) -> Tensor:
         """What the dense network's output for x (..., D) is multiplied by, (..., 1)."""
-        gate_T1 = float32_product(x.reshape(-1, x.shape[-1]), self.base_gate.weight).sigmoid()
+        gate_T1 = self.base_gate(x.reshape(-1, x.shape[-1]))
         return gate_T1.to(x.dtype).reshape(*x.shape[:-1], 1)
 
     def _for_tokens(self, logits: Tensor, x: Tensor, batch: Batch) -> Tensor:

@@ -1,0 +1,26 @@
+"""Whether a model's tensors have values here and now."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sparsecraft.errors import ResourceError
+
+
+def check_in_memory(model: nn.Module, task: str) -> None:
+    """Refuse a model of which some tensors are on the meta device.
+
+    Args:
+        task: what their values are needed for, such as "convert it".
+
+    Raises:
+        ResourceError: so it is.
+    """
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if absent := [name for name, tensor in tensors if tensor.is_meta]:
+        raise ResourceError(
+            f"{len(absent)} of {len(tensors)} tensors of this {type(model).__name__} are offloaded "
+            f"or on the meta device, {absent[0]!r} among them, and have no values to read. Load it "
+            f"whole (device_map=None, or one device), {task}, and offload it afterwards by "
+            "accelerate.cpu_offload, disk_offload or dispatch_model."
+        )
