@@ -14,13 +14,13 @@ def lines(**report) -> str:
 
 def test_a_report_of_an_older_version_is_read():
     assert "Trained (train): 2 steps, mean loss 1.500, last logged 1.250." in lines(training=[RUN])
-    assert "measured max |logit difference| not measured" in lines()
+    assert "claimed exact, not measured." in lines()
 
 
 def test_what_no_line_is_made_for_is_printed_as_it_stands():
     found = lines(
         conversion={
-            "certificate": {"max_difference": 0.0, "layers": 3, "power": 1e-3, "reached": None},
+            "certificate": {"max_difference": 0.0, "layers": 3, "seeds": 5, "reached": None},
             "left_out": {"model.layers.*.mixer": "a Mamba mixer"},
         },
         training=[
@@ -33,7 +33,7 @@ def test_what_no_line_is_made_for_is_printed_as_it_stands():
         ],
     )
     for line in (
-        "  certificate: layers: 3, power: 0.001",
+        "  certificate: seeds: 5",
         "  left out: model.layers.*.mixer a Mamba mixer",
         "  rows: rows 40, too long 2",
         "  unused fields: a.jsonl lang, source",

@@ -167,7 +167,7 @@ class MergedLora:
         Raises:
             SourceError: it did, and did not tie the two (`ensure_weight_tying`).
         """
-        changed = [name for name in self.lora.tensors if self._dense_name(name) in (head, table)]
+        changed = [name for name in self.lora.tensors if dense_name(name) in (head, table)]
         if changed and not self.lora.config.get("ensure_weight_tying"):
             raise SourceError(
                 f"{self.folder} trained {changed[0]!r} on a base whose head is its table of "
