@@ -6,6 +6,7 @@ import json
 import logging
 
 import pytest
+from datasets import Dataset
 
 from sparsecraft.data.rows import load_choices, load_rows
 from sparsecraft.errors import DataError
@@ -181,6 +182,20 @@ def test_flags_of_turns_and_rows(tmp_path, name):
 
 
 # ------------------------------------------------------------------ files
+def test_nulls_that_arrow_puts_into_structures_are_no_arguments(tmp_path):
+    called = [
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": f}]}
+        for f in ({"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {"y": "z"}})
+    ]
+    rows = [{"messages": [Q, call, A]} for call in called]
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    assert load_rows(tmp_path / "a.parquet").to_list() == rows
+    # In JSON a null is what somebody wrote.
+    call = called[0]["tool_calls"][0]["function"] | {"arguments": {"x": None}}
+    row = {"messages": [Q, A | {"tool_calls": [{"type": "function", "function": call}]}]}
+    assert read(tmp_path, row) == row
+
+
 @pytest.mark.parametrize(
     ("line", "found"),
     [

@@ -85,7 +85,7 @@ def test_a_path_that_matches_nothing_names_examples():
 
 
 @pytest.mark.parametrize(
-    "family",
+    "unknown",
     [
         lambda: transformers.MambaForCausalLM(
             transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1)
@@ -94,11 +94,10 @@ def test_a_path_that_matches_nothing_names_examples():
     ],
     ids=["mamba", "mixtral"],
 )
-@pytest.mark.parametrize("recipe", ["upcycling", "camel"])
-def test_a_family_without_a_known_network_is_refused(family, recipe):
-    model = family()
-    name = type(model).__name__
-    refused(DonorError, model, RECIPES[recipe].make(), name, "down_proj", "donor.FORMS")
+def test_a_family_without_a_known_network_is_refused(unknown):
+    model = unknown()
+    words = (type(model).__name__, "known form", "down(activation(up(x)))", "molora")
+    refused(DonorError, model, RECIPES["upcycling"].make(), *words)
 
 
 def test_two_edits_on_one_site_are_named():

@@ -67,7 +67,9 @@ def trainer_of(model, path: Path, micro: int, accumulation: int = 1):
     run = descend.Run(model, tiny.tokenizer(), path.parent / "out")
     dataset, _ = _dataset(run, str(path), settings)
     descend.prepare_parameters(model, stage)
-    return descend.make_trainer(run, stage, settings, dataset, path.parent / "state")
+    trainer = descend.make_trainer(run, stage, settings, dataset, path.parent / "state")
+    trainer.create_optimizer()
+    return trainer
 
 
 def plain_sum(model, batch: dict, task: str) -> tuple[torch.Tensor, int]:

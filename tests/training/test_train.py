@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -160,6 +161,75 @@ def test_router_and_experts_have_their_own_learning_rates(rows):
     for name, parameter in trainer.model.named_parameters():
         expected = 5e-4 if ".router." in name else 1e-2 if ".experts." in name else None
         assert rates.get(id(parameter)) == expected, name
+
+
+def test_every_training_has_its_own_entry_in_the_report(tmp_path, rows, monkeypatch):
+    """Of several stages, of one training after another, and of one that failed and was resumed."""
+    stage = recipe().stages[0]
+    two = dataclasses.replace(recipe(), stages=(stage, dataclasses.replace(stage, name="second")))
+    model = tiny.llama()
+    sc.convert(model, two)
+    options = {**FAST, "steps": 4, "tokenizer": tiny.tokenizer()}
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 2 and "second" in args.output_dir:
+            raise Interrupted
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(ProgressBar, "on_step_end", interrupt)
+        sc.train(model, rows, tmp_path / "one", **options)
+    assert model.sparsecraft.report["training"] == []
+    sc.train(model, rows, tmp_path / "one", resume=True, **options)
+    loaded = sc.load(tmp_path / "one")
+    sc.train(loaded, rows, tmp_path / "two", **{**options, "steps": 5, "stages": ("second",)})
+    first, both = (
+        json.loads((tmp_path / name / "report.json").read_text())["training"]
+        for name in ("one", "two")
+    )
+    assert [entry["stage"] for entry in both] == ["train", "second", "second"]
+    assert both[:2] == first and [entry["steps"] for entry in both] == [4, 4, 5]
+    for entry in both:
+        logged = [line for line in entry["log"] if "loss" in line]
+        assert [line["step"] for line in logged][-1] == entry["steps"]
+        total, before = 0.0, 0
+        for line in logged:
+            total += line["loss"] * (line["step"] - before)
+            before = line["step"]
+        assert entry["loss"] == pytest.approx(total / entry["steps"])
+    assert len({entry["loss"] for entry in both}) == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ({"num_labels": 1}, "num_labels=1"),
+        ({"problem_type": "multi_label_classification"}, "multi"),
+    ],
+)
+def test_classifiers_of_other_problems_are_refused(tmp_path, kind, said):
+    config = transformers.BertConfig(
+        vocab_size=len(tiny.tokenizer()), hidden_size=32, intermediate_size=64,
+        num_hidden_layers=1, num_attention_heads=4, **({"num_labels": 3} | kind),
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config).eval()
+    sc.convert(model, recipe(), certify=False)
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [{"text": "say red", "label": 0}])
+    with pytest.raises(SparsecraftError, match=said):
+        sc.train(model, path, tmp_path / "out", tokenizer=tiny.tokenizer(), **FAST)
+
+
+def test_a_cosine_ends_where_its_stage_says(tmp_path, rows):
+    rates = {}
+    for share in (0.0, 0.1):
+        model = tiny.llama()
+        changes = {"stages.0.schedule": "cosine", "stages.0.ends_at": share}
+        sc.convert(model, sc.override(recipe(), changes), certify=False)
+        options = {**FAST, "steps": 20, "log_every": 1, "router_learning_rate": 1e-3}
+        sc.train(model, rows, tmp_path / str(share), tokenizer=tiny.tokenizer(), **options)
+        log = model.sparsecraft.report["training"][0]["log"]
+        rates[share] = [entry["learning_rate"] for entry in log if "loss" in entry]
+    assert rates[0.0][-1] < 1.5e-4 and max(rates[0.1]) == pytest.approx(1e-2)
+    assert rates[0.1][-1] == pytest.approx(1e-3, rel=0.15)
 
 
 class Interrupted(Exception):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -231,3 +233,36 @@ def test_a_model_whose_outputs_are_not_finite_is_not_calibrated():
     with pytest.raises(SparsecraftError, match="not finite"):
         sc.calibrate(model, [{"input_ids": ids, "labels": ids}], max_tokens=36)
     assert model.sparsecraft.running.calibration == points
+
+
+ONE_OF_TWO = """
+import os, sys
+import torch
+from sparsecraft.training import trainers
+from sparsecraft.cli.main import main
+
+original = trainers.RoutedSFTTrainer.compute_loss
+
+def compute_loss(trainer, model, *args, **kwargs):
+    loss = original(trainer, model, *args, **kwargs)
+    broken = os.environ["RANK"] == "1" and trainer.state.global_step == 1
+    return loss * (1 + torch.nan * 0 * loss.detach()) if broken else loss
+
+trainers.RoutedSFTTrainer.compute_loss = compute_loss
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_two_processes_stop_together_when_one_diverges(tmp_path, rows):
+    base = tiny.save_dense(tmp_path / "base")
+    convert = ["convert", "camelidae", "--model", base, "--num-experts", "2", "--adapter-dim", "4"]
+    assert main([*convert, "--out", str(tmp_path / "in")]) == 0
+    script = tmp_path / "one_of_two.py"
+    script.write_text(ONE_OF_TWO)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launch += ["--master-port", "29613", str(script)]
+    options = ["--steps", "4", "--batch-size", "4", "--max-length", "64", "--no-progress"]
+    folders = ["train", str(tmp_path / "in"), "--data", rows, "--out", str(tmp_path / "out")]
+    done = subprocess.run([*launch, *folders, *options], capture_output=True, text=True, timeout=90)
+    assert done.returncode != 0 and "diverged in step 2" in done.stderr, done.stderr[-2000:]
+    assert "imeout" not in done.stderr and not (tmp_path / "out").exists()

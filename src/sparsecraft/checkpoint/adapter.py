@@ -145,9 +145,10 @@ def load_adapter(
     """
     config = read_json(folder / ADAPTER)
     recipe = _recipe(folder, config, override)
-    origin, saved_dtype = _base(folder, config, base)
+    origin, saved = _base(folder, config, base)
+    saved_dtype = getattr(torch, saved["dtype"]) if saved else None
     kwargs |= {"dtype": dtype or saved_dtype, "device_map": device_map}
-    model, record = load_on(origin, recipe, **kwargs)
+    model, record = load_on(origin, recipe, saved.get("quantization"), **kwargs)
     if (folder / EXPORT_RECORD).is_file():  # PEFT's own folders hold no tokenizer
         record.folder = folder.absolute()
     _read_tensors(model, folder / WEIGHTS, dtype)
@@ -172,16 +173,14 @@ def _recipe(folder: Path, config: dict[str, Any], changes: dict[str, Any] | None
     return recipe
 
 
-def _base(
-    folder: Path, config: dict[str, Any], base: str | None
-) -> tuple[Origin, torch.dtype | None]:
-    """The dense model that the adapter stands on, and the dtype that it had."""
+def _base(folder: Path, config: dict[str, Any], base: str | None) -> tuple[Origin, dict[str, Any]]:
+    """The dense model that the adapter stands on, and what an export of ours says of it."""
     written = folder / EXPORT_RECORD
     exported = read_json(written) if written.is_file() else {}
     check_fields(exported, EXPORT_FIELDS, written)
     saved = exported.get("base")
     if saved is not None:
-        return find_base(folder, saved, base), getattr(torch, saved["dtype"])
+        return find_base(folder, saved, base), saved
     name = base or config.get("base_model_name_or_path")
     if not name:
         raise CheckpointError(
@@ -192,7 +191,7 @@ def _base(
     origin = Origin.at(hub.resolve(name, config.get("revision") if own else None))
     if not origin.is_there:
         raise CheckpointError(f"The base of {folder}, {name!r}, holds no weights.")
-    return origin, None
+    return origin, {}
 
 
 def named_tensors(model: nn.Module) -> dict[str, tuple[nn.Module, str, torch.device]]:

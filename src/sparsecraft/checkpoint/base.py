@@ -12,6 +12,7 @@ from sparsecraft.checkpoint.manifest import word
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.quantization import settings_in, settings_of
 from sparsecraft.errors import CheckpointError, HubError
 from sparsecraft.moe.names import dense_tensors
 from sparsecraft.recipe.recipe import Recipe
@@ -30,19 +31,25 @@ def convert_base(model: nn.Module, recipe: Recipe, origin: Origin | None) -> Con
     record = apply(model, recipe, plan(model, recipe), on_meta=True)
     record.digests = digests
     if origin is not None:
-        record.origin = origin
+        record.came_from = origin
     return record
 
 
-def load_on(origin: Origin, recipe: Recipe, **kwargs: Any) -> tuple[nn.Module, Conversion]:
+def load_on(
+    origin: Origin, recipe: Recipe, packed: dict[str, Any] | None = None, **kwargs: Any
+) -> tuple[nn.Module, Conversion]:
     """The dense model of a folder with the layers of a checkpoint, which still lack their tensors,
     and what is remembered on it.
 
     Args:
+        packed: how its weights were packed, if the recipe says that they are; None is as usual.
         kwargs: passed to `hub.load_dense`.
     """
     kwargs |= origin.loading
-    model = hub.load_dense(str(origin.folder), quantize=recipe.quantization, **kwargs)
+    if "config" in kwargs and (own := settings_in(origin.folder)):
+        kwargs["config"].quantization_config = packed or own
+    quantize = recipe.quantization and (packed or recipe.quantization)
+    model = hub.load_dense(str(origin.folder), quantize=quantize, **kwargs)
     record = convert_base(model, recipe, origin)
     record.base_card = card_of(origin)
     return model, record
@@ -53,13 +60,17 @@ def card_of(origin: Origin) -> tuple[str | None, ...]:
     return origin.name, hub.license_of(origin.folder), origin.revision
 
 
-def entry(origin: Origin, dtype: torch.dtype) -> dict[str, Any]:
-    """What a folder says of the base that it stands on.
+def entry(origin: Origin, model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+    """What a folder says of the base that `model` stands on.
 
     Args:
         dtype: of the dense model's own tensors.
     """
-    place = {"subfolder": origin.subfolder, "variant": origin.variant}
+    place = {
+        "subfolder": origin.subfolder,
+        "variant": origin.variant,
+        "quantization": settings_of(model),
+    }
     return {
         "name": origin.name,
         "revision": origin.revision,
@@ -75,9 +86,17 @@ def usable_base(model: nn.Module, out: Path, standalone: bool) -> Origin | None:
     origin = record.base
     if origin is not None and out.resolve() == origin.folder.resolve():
         raise CheckpointError(f"{out} holds the base that the model stands on; choose another.")
-    if standalone or origin is None or not origin.holds(model, _dense_shapes(model)):
-        return None
-    return origin
+    alone = origin is None or not origin.holds(model, _dense_shapes(model))
+    if record.recipe.quantization and (standalone or alone):
+        raise CheckpointError(
+            f"The base is packed ({record.recipe.quantization}), and a checkpoint cannot hold it; "
+            + (
+                "leave out standalone=True (--standalone)."
+                if not alone
+                else "save the dense model as a folder, load that, and keep its head and sizes."
+            )
+        )
+    return None if standalone or alone else origin
 
 
 def _dense_shapes(model: nn.Module) -> dict[str, torch.Size]:

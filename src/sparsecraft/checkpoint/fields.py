@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,7 @@ def _is_base(value: Any) -> bool:
         isinstance(value, dict)
         and _is_text(value.get("name"))
         and all(_is_text_or_none(value.get(key)) for key in ("revision", "subfolder", "variant"))
+        and isinstance(value.get("quantization"), (dict, NoneType))
         and _is_text(value.get("fingerprint"))
         and _is_dtype(value.get("dtype"))
     )

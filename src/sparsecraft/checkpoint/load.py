@@ -61,7 +61,8 @@ def load(
         record.digests = {name: (getattr(torch, d), h) for name, (d, h) in held}
     else:
         kwargs |= {"config": config, "dtype": getattr(torch, manifest["base"]["dtype"])}
-        model, record = load_on(origin, recipe, device_map=device_map, **kwargs)
+        packed = manifest["base"].get("quantization") or _packed(folder)
+        model, record = load_on(origin, recipe, packed, device_map=device_map, **kwargs)
     record.written, record.base_card = manifest["recipe"], manifest.get("base_card")
     record.folder, record.report = folder.absolute(), read_json(folder / "report.json")
     read_tensors(model, folder / WEIGHTS, manifest["tensors"], complete=origin is None)
@@ -91,7 +92,7 @@ def _masters(model: nn.Module) -> set[str]:
     return {
         name
         for name, tensor in dense_tensors(model).items()
-        if tensor.is_floating_point() and tensor.dtype != digests[name][0]
+        if tensor.is_floating_point() and name in digests and tensor.dtype != digests[name][0]
     }
 
 
@@ -104,6 +105,11 @@ def _checked_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         )
     check_fields(config, CONFIG_FIELDS, folder / "config.json")
     return config
+
+
+def _packed(folder: Path) -> dict[str, Any] | None:
+    """How the base's weights were packed, where older versions kept it."""
+    return read_json(folder / "config.json")["base_config"].get("quantization_config")
 
 
 def _dtype(asked: torch.dtype | str | None) -> torch.dtype | None:

@@ -16,7 +16,7 @@ from sparsecraft.moe.names import dense_tensors
 from sparsecraft.recipe.formats import check_format, from_json
 from sparsecraft.recipe.overrides import override
 from sparsecraft.recipe.recipe import Recipe
-from sparsecraft.surgery.record import conversion_of
+from sparsecraft.surgery.record import conversion_of, is_converted
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -85,10 +85,12 @@ def config_of(model: nn.Module) -> dict[str, Any]:
 
 
 def base_dtype(model: nn.Module) -> torch.dtype:
-    """Most common floating dtype of the dense tensors, whatever training holds in float32."""
-    record, sizes = conversion_of(model), {}
+    """Most common floating dtype of the dense tensors of a dense or converted model, whatever
+    training holds in float32."""
+    before = conversion_of(model).types_of_masters if is_converted(model) else {}
+    sizes: dict[torch.dtype, int] = {}
     for name, tensor in dense_tensors(model).items():
         if tensor.is_floating_point():
-            dtype = record.digests[name][0] if name in record.masters else tensor.dtype
+            dtype = before.get(name, tensor.dtype)
             sizes[dtype] = sizes.get(dtype, 0) + tensor.numel()
     return max(sizes, key=sizes.get)

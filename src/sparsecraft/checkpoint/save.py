@@ -81,7 +81,7 @@ def write_rest(
         "format_version": FORMAT_VERSION,
         "sparsecraft": VERSION,
         "recipe": to_json(record.recipe),
-        "base": origin and entry(origin, base_dtype(model)),
+        "base": origin and entry(origin, model, base_dtype(model)),
         "base_card": record.base_card,
         # What `revert` compares with, where there is no base to read the originals from.
         "dense": None if origin else {n: [word(d), h] for n, (d, h) in record.digests.items()},

@@ -268,6 +268,7 @@ def _stream(recipe: Recipe, options: ConvertOptions, dtype: Any, say: Say) -> No
 
 
 def _say_report(report: Any, recipe: Recipe, options: ConvertOptions, say: Say) -> None:
+    from sparsecraft.evaluation.history import arrived_lines
     from sparsecraft.evaluation.report import cost_lines
 
     measured = report.certificate or "not measured"
@@ -276,6 +277,8 @@ def _say_report(report: Any, recipe: Recipe, options: ConvertOptions, say: Say) 
         say(f"Routers start from {', '.join(report.domains)}.")
     if report.sources:
         say(f"Experts from {', '.join(report.sources)}; other tensors: {recipe.others}.")
+        for line in arrived_lines(report.arrived):
+            say(line)
         for child in report.children:
             say(f"{child}.")
         say(f"Beside {options.model} alone: {measured}.")

@@ -45,7 +45,8 @@ def run(command: ExportCommand, say: Say) -> None:
     model = load(command.folder)
     record = export(model, command.to, command.out, overwrite=command.overwrite)
     say(
-        f"{command.out}: {record['parameters']:,} parameters as {command.to}; read back, "
+        f"{command.out}: {record['parameters']:,} parameters as {command.to}; "
+        f"{record['tensors']} tensors written and read back, "
         f"max |logit difference| {record['difference']:.1e} at scale {record['scale']:.1f}."
     )
     for warning in record.get("lint", ()):

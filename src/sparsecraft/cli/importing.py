@@ -38,5 +38,7 @@ def run(command: ImportCommand, say: Say) -> None:
     model = import_moe(command.source)
     save(model, command.out, overwrite=command.overwrite)
     recipe = conversion_of(model).recipe
+    found = conversion_of(model).report["import"]
+    say(f"{found['used']} of {found['tensors']} tensors of the mixture have their place.")
     say("\n".join([f"{recipe.paper}.", *edit_lines(recipe), *cost_lines(cost.count(model))]))
     say(f"Saved and read back: {command.out}")

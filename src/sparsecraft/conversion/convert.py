@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from sparsecraft.checkpoint.base import card_of
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.conversion.domains.router_starts import find_starts
+from sparsecraft.conversion.sources.arrival import arrivals
 from sparsecraft.conversion.sources.expansion import Child, expand
 from sparsecraft.conversion.sources.gather import gather, opened
 from sparsecraft.conversion.sources.source import Source
@@ -32,7 +33,7 @@ from sparsecraft.moe.losses import check_names
 from sparsecraft.moe.names import dense_tensors, unique_tensors
 from sparsecraft.moe.outputs import outputs
 from sparsecraft.recipe.recipe import Recipe
-from sparsecraft.surgery.install import apply
+from sparsecraft.surgery.install import apply, on_packed
 from sparsecraft.surgery.plan import PlannedEdit, plan
 from sparsecraft.surgery.record import Conversion, conversion_of, is_converted
 from sparsecraft.surgery.rollback import atomic
@@ -53,6 +54,8 @@ class Report:
         sources: names of the dense models that the experts came from; none if from the converted.
         domains: names of what the routers started from, one for each expert, if anything.
         children: the experts beyond the sources, and what they were mixed from.
+        arrived: source -> how many of its tensors were used, and which were not; see
+            `sparsecraft.conversion.sources.arrival`.
     """
 
     recipe: str
@@ -64,6 +67,7 @@ class Report:
     sources: tuple[str, ...] = ()
     domains: tuple[str, ...] = ()
     children: tuple[Child, ...] = ()
+    arrived: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -126,7 +130,9 @@ def convert(
             model has been given back.
     """
     _check_arguments(model, recipe)
+    recipe = on_packed(model, recipe)
     check_weights(model, SurgeryError)
+    names = [name for name, _ in model.named_parameters()]
     edits, origin = plan(model, recipe), Origin.of(model)
     given = opened(model, recipe, edits, sources, unrelated=unrelated)
     networks, children = expand(recipe, edits, given, unique_tensors(model).__getitem__, seed)
@@ -143,6 +149,7 @@ def convert(
     if claims:
         check_claim(recipe, certificate)
     report = Report.of(model, certificate, given, starts.names, children)
+    report = dataclasses.replace(report, arrived=arrivals(given, names))
     record.report = {"conversion": report.to_dict()}
     writes_ours(model)
     return report
@@ -189,7 +196,7 @@ def check_claim(recipe: Recipe, certificate: Certificate | None) -> None:
 
 def remember_origin(record: Conversion, origin: Origin | None) -> None:
     if origin is not None:
-        record.origin = origin
+        record.came_from = origin
         record.base_card = card_of(origin)
 
 

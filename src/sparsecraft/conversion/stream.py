@@ -27,6 +27,7 @@ from sparsecraft.checkpoint.tensorfile import Lazy, size_of
 from sparsecraft.checkpoint.tensors import WEIGHTS
 from sparsecraft.conversion.bar import bytes_bar
 from sparsecraft.conversion.convert import Report, check_claim, remember_origin
+from sparsecraft.conversion.sources.arrival import arrivals
 from sparsecraft.conversion.sources.expansion import expand
 from sparsecraft.conversion.sources.gather import donor_tensors, opened
 from sparsecraft.conversion.sources.lora_experts import fill
@@ -35,7 +36,6 @@ from sparsecraft.conversion.sources.lora_folder import WEIGHTS as WEIGHTS_OF_LOR
 from sparsecraft.conversion.sources.source import Source, mean
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
-from sparsecraft.dense.donors import FFN
 from sparsecraft.dense.loading import load_model
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weight
@@ -204,10 +204,13 @@ class _Stream:
             for source in self.sources:
                 if name in self.own or (means and name in self.weights):
                     source.tensor(name)
+        self.arrived = arrivals(self.sources, self.weights)
 
-    def _dense(self, name: str, tensor: Tensor) -> Callable[[], Iterable[Tensor]] | None:
-        """What makes a tensor outside of the experts; None if the base holds it."""
-        kept = self.base is None
+    def _dense(
+        self, name: str, tensor: Tensor, copied: bool = False
+    ) -> Callable[[], Iterable[Tensor]] | None:
+        """What makes a dense tensor, or a copy of it; None if the base holds it."""
+        kept = copied or self.base is None
         means = self.sources and self.recipe.others == "mean" and tensor.is_floating_point()
         if means and name not in self.own:
             read = lambda: mean(self.sources, name).to(tensor.dtype)  # noqa: E731
@@ -221,23 +224,19 @@ class _Stream:
         makers = {}
         for number, (item, layer) in enumerate(zip(self.edits, self.record.layers, strict=True)):
             copied = layer.experts.copied(item.donor) or ()
-            for name in unique_tensors(layer):
+            for name, tensor in unique_tensors(layer).items():
                 part, _, leaf = name.partition(".")
                 if part == "experts" and leaf in copied:
                     make = partial(self._bank, item, layer.experts, leaf)
                 elif copied and leaf.startswith("activation."):  # one for all experts
-                    make = partial(self._shared, item.donor, leaf.removeprefix("activation."))
+                    dense = item.donor.activation_path + leaf.removeprefix("activation")
+                    make = self._dense(dense, tensor, copied=True)
                 elif part in ("experts", "router"):
                     make = partial(self.drawn.tensor, number, name)
                 else:
                     continue
                 makers[f"{paths[layer]}.{name}"] = make
         return makers
-
-    def _shared(self, donor: FFN, leaf: str) -> Iterator[Tensor]:
-        name = f"{donor.activation_path}.{leaf}"
-        means = self.sources and self.recipe.others == "mean"
-        yield mean(self.sources, name).to(self.dtype) if means else self._base(name)
 
     def _bank(self, item: PlannedEdit, bank: Experts, leaf: str) -> Iterator[Tensor]:
         """The experts of one bank, one after the other."""
@@ -303,6 +302,7 @@ class _Stream:
             cost=cost.count(self.model),
             sources=tuple(source.title for source in self.sources),
             children=self.children,
+            arrived=self.arrived,
         )
         self.record.report = {"conversion": report.to_dict()}
         return report

@@ -124,7 +124,19 @@ def _read_parquet(file, extension: str) -> Iterator[tuple[str, Any]]:
     for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
         for row in batch.to_pylist():
             number += 1
-            yield f"row {number}", row
+            yield f"row {number}", _without_nulls(row)
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without the nulls that Arrow puts into a structure for keys that others have: a call
+    of one tool would have the arguments of all."""
+    return {key: _filled(value) for key, value in row.items()}
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled(inner) for key, inner in value.items() if inner is not None}
+    return [_filled(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _read_text(file, extension: str) -> Iterator[tuple[str, Any]]:
@@ -228,4 +240,5 @@ def _read_hub(name: str, split: str) -> Iterator[tuple[Place, Any]]:
             f"{name}: no such file or folder here, and the hub gave no dataset of that name with "
             f"split {split!r} ({type(err).__name__}: {reason})."
         ) from err
-    yield from ((Place(name, f"row {number}"), row) for number, row in enumerate(rows, 1))
+    for number, row in enumerate(rows, 1):
+        yield Place(name, f"row {number}"), _without_nulls(row)

@@ -81,14 +81,7 @@ def prepare(
     encoder = _Encoder(tokenizer, task, max_length, overlong, prompts, Limits.of(model), unused)
     for source in sources:
         own: Counter[str] = Counter()
-        examples = encoder.examples(read_rows(source, split, unused), own)
-        parts.append(collect(examples, _features(task)))
-        own["examples"] = len(parts[-1])
-        if not len(parts[-1]):
-            raise DataError(
-                f"{source}: no training rows remain of {own['rows']}: {own[TOO_LONG]} are longer "
-                f"than max_length {max_length}, {own[NO_TARGET]} have no trainable token."
-            )
+        parts.append(encoder.part(source, split, own))
         counts.update(own)
     mixed = mix(parts, weights, seed)
     counts["repeated"] = len(mixed) - counts["examples"]
@@ -137,6 +130,19 @@ class _Encoder:
     prompts: Prompts | None
     limits: Limits
     unused: Unused
+
+    def part(self, source: str | Path, split: str, counts: Counter[str]) -> datasets.Dataset:
+        """The examples of one source; `counts` says what became of its rows."""
+        examples = self.examples(read_rows(source, split, self.unused), counts)
+        found = collect(examples, _features(self.task))
+        counts["examples"] = len(found)
+        if not len(found):
+            raise DataError(
+                f"{source}: no training rows remain of {counts['rows']}: {counts[TOO_LONG]} are "
+                f"longer than max_length {self.max_length}, {counts[NO_TARGET]} have no trainable "
+                "token."
+            )
+        return found
 
     def examples(
         self, placed: Iterable[tuple[Place, dict]], counts: Counter[str]

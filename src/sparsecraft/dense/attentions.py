@@ -28,11 +28,13 @@ from sparsecraft.dense.forms import (
     has,
     join,
 )
-from sparsecraft.dense.twins import twin
+from sparsecraft.dense.twins import problem, twin
 
 Rows = tuple[int, int]
 Change = Callable[[Tensor], Tensor]
 """Of what a projection gives, (B, S, O)."""
+Run = Callable[[dict[str, list[Change]]], Tensor]
+"""What the output projection reads, (S, H), by changes of what the projection at a path gives."""
 
 AT = 1  # the position at which something is changed
 TOLERANCE = 1e-4
@@ -64,9 +66,14 @@ def fused_rows(module: nn.Module, form: AttentionForm, kind: str) -> Rows | None
 
 def why_not(module: nn.Module, form: AttentionForm, kind: str) -> str | None:
     """Why the rows that `form` names are not the queries, keys or values of the attention."""
-    run = _running(module, form)
-    if run is None:
-        return "it cannot be run on its own to show what its projections are"
+    try:
+        run = _running(module, form)
+        return "it cannot be run on its own" if run is None else _why_not(module, form, kind, run)
+    except Exception as error:  # of whatever code the module has
+        return f"it cannot be run on its own ({problem(error)})"
+
+
+def _why_not(module: nn.Module, form: AttentionForm, kind: str, run: Run) -> str | None:
     rows = {word: fused_rows(module, form, word) for word in ("query", "key", "value")}
     names = {"query": form.query, "key": form.key, "value": form.value}
 
@@ -127,11 +134,8 @@ def _near(found: Tensor, wanted: Tensor) -> bool:
     return bool((found - wanted).norm() <= TOLERANCE * wanted.norm())
 
 
-def _running(
-    module: nn.Module, form: AttentionForm
-) -> Callable[[dict[str, list[Change]]], Tensor] | None:
-    """A function of changes, by the projection's path: what the output projection then reads,
-    (S, H). None if the module's code does not run by any way of calling it that we know."""
+def _running(module: nn.Module, form: AttentionForm) -> Run | None:
+    """None if the module's code does not run by any way of calling it that we know."""
     copied = eager_twin(module)
     width = features(copied.get_submodule(form.query))[0]
     x = some_tokens(copied, width)

@@ -12,11 +12,12 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sparsecraft.dense.cache import snapshot_in, snapshot_of
 from sparsecraft.dense.loading import checked, load_model
 from sparsecraft.dense.packaged import ALIASES, alias_folder, fetch, is_alias
+from sparsecraft.dense.quantization import Packing
 from sparsecraft.errors import HubError, did_you_mean
 
 logger = logging.getLogger("sparsecraft")
@@ -167,14 +168,15 @@ def load_dense(
     name: str,
     dtype: Any = None,
     device_map: Any = None,
-    quantize: Literal["nf4"] | None = None,
+    quantize: Packing | dict[str, Any] | None = None,
     revision: str | None = None,
     **kwargs: Any,
 ) -> Any:
     """Resolve `name` and load it with the class its config names, in eval mode.
 
     `dtype` None keeps the checkpoint's. `quantize="nf4"` loads 4-bit NormalFloat with double
-    quantization (QLoRA) through bitsandbytes. `subfolder` and `cache_dir` are of `resolve`, other
+    quantization (QLoRA) through bitsandbytes, "fp4" and "int8" its other ways; a folder that is
+    packed already needs no word. `subfolder` and `cache_dir` are of `resolve`, other
     `kwargs` go to `from_pretrained`. Raises HubError when the name does not resolve, or any weight
     is missing, misshapen or unreadable.
     """

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import pickle
 from pathlib import Path
 from typing import Any, Literal
 
+from sparsecraft.dense.quantization import loading
 from sparsecraft.errors import HubError
 
 Task = Literal["causal", "seq2seq", "encoder", "classification", "image"]
@@ -96,7 +96,7 @@ def load_model(
     folder: Path,
     dtype: Any = None,
     device_map: Any = None,
-    quantize: Literal["nf4"] | None = None,
+    quantize: str | dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
     """The dense model of a local folder; see `load_dense`. On "meta" no tensor is read.
@@ -109,8 +109,7 @@ def load_model(
     from sparsecraft.dense.loaded import check_loaded
 
     cls = model_class(folder)
-    if quantize is not None:
-        kwargs["quantization_config"] = _nf4(quantize)
+    kwargs |= loading(folder, quantize)
     # Misshapen weights are reported, like missing ones, and become our one error below.
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
@@ -125,19 +124,6 @@ def load_model(
         raise HubError(f"{str(folder)!r} cannot be loaded: {why:.300}") from None
     check_loaded(model, folder, kwargs.get("variant"), info)
     return model.eval()
-
-
-def _nf4(quantize: str) -> Any:
-    if quantize != "nf4":
-        raise HubError(f"quantize={quantize!r} is unknown: give 'nf4' or None.")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise HubError("quantize='nf4' needs bitsandbytes: run `pip install 'sparsecraft[quant]'`.")
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute, **kind)
 
 
 def load_tokenizer(folder: str | Path) -> Any | None:

@@ -104,7 +104,7 @@ class Origin:
     @property
     def is_there(self) -> bool:
         """Whether it is on disk still, with weights."""
-        return bool(self._weights.paths)
+        return bool(self._weights.paths) and all(path.is_file() for path in self._weights.paths)
 
     @cached_property
     def _weights(self) -> Weights:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sparsecraft.dense.donors import FFN, view_ffn
 from sparsecraft.dense.forms import FFNForm, features, join
-from sparsecraft.dense.twins import Sizes, Stub, twin
+from sparsecraft.dense.twins import Sizes, Stub, problem, twin
 
 # Largest relative error of a formula that is the module's own, in float32.
 TOLERANCE = 1e-5
@@ -74,9 +74,10 @@ def outside_attention(owner: nn.Module, prefix: str = "") -> Iterator[tuple[str,
 class _Formula(nn.Module):
     def __init__(self, ffn: FFN):
         super().__init__()
-        self.ffn = ffn
+        self.ffn, self.calls = ffn, 0
 
     def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
         return self.ffn.compute(x, self.training)
 
 
@@ -94,7 +95,7 @@ class _Whole:
             try:
                 return self._result(sizes)
             except Exception as error:  # of whatever code the module has
-                reason = f"its code does not run on tokens alone ({type(error).__name__}: {error})"
+                reason = f"its code does not run on tokens alone ({problem(error)})"
         return Proof(self.form, float("inf"), reason)
 
     def _result(self, sizes: Sizes) -> Proof:
@@ -145,7 +146,16 @@ class _Span(_Whole):
         module.set_submodule(first, formula)
         if form.silenced:
             setattr(module, form.silenced, 0.0)
-        return self._runner(module, *self.convention)
+        run = self._runner(module, *self.convention)
+
+        def seen(training: bool, x: Tensor) -> Tensor:
+            formula.calls = 0
+            y = run(training, x)
+            if not formula.calls:
+                raise RuntimeError("it does not call its own parts")
+            return y
+
+        return seen
 
     def with_dropouts(self) -> Iterator[FFNForm]:
         yield self.form

@@ -28,13 +28,15 @@ HOOKED = ("_hf_hook", "_old_forward", "forward")
 
 
 class Stub(nn.Module):
-    """Stands for a part of a block that is none of the network's, such as its attention."""
+    """Stands for a part of a block that is none of the network's, such as its attention. It bends
+    what it reads, so that one between the network's parts is noticed."""
 
     returns = "pair"
 
     def forward(self, *args: object, **kwargs: object) -> Tensor | tuple:
         found = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         x = next(v for v in found if v.is_floating_point() and v.ndim > 1)
+        x = x / 2 + x.sin()
         return {"tensor": x, "pair": (x, None), "triple": (x, None, None)}[self.returns]
 
 
@@ -48,6 +50,11 @@ def twin(
         stubs: modules below that a `Stub` stands for.
     """
     return _twin(module, sizes, stubs, torch.Generator().manual_seed(seed))
+
+
+def problem(error: Exception) -> str:
+    """What the code of a module raised, in one line."""
+    return f"{type(error).__name__}: {[*str(error).splitlines(), ''][0]}"
 
 
 def _twin(

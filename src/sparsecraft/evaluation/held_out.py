@@ -57,10 +57,9 @@ def evaluate(
         limit: rows of each file at most; None is all.
 
     Returns:
-        `loss`: file -> loss in nats per label token, tokens, rows, dropped (and accuracy for
-        classifiers), and `unused_fields` of its rows where there are such; `choice`: file ->
-        accuracies, median over templates; `tasks`: lm-eval's
-        results; `routing`: load entropy over all slots and, for several files, the mutual
+        `loss`: file -> loss in nats per label token, tokens, rows, dropped (a classifier: accuracy;
+        `unused_fields` of rows); `choice`: file -> accuracies, median over templates; `tasks`:
+        lm-eval's results; `routing`: load entropy over all slots and, for several files, the mutual
         information of a token's first expert and its file, mean over layers.
 
     Raises:

@@ -13,10 +13,11 @@ from sparsecraft.recipe.recipe import Recipe
 
 # What the lines below say, or say by what they lead to.
 SAID = {
-    "conversion": "recipe variant exact_at_start certificate layers cost domains sources children",
-    "certificate": "max_difference scale exact tolerance dtype",
+    "conversion": "recipe variant exact_at_start certificate layers cost domains sources children "
+    "arrived",
+    "certificate": "max_difference scale exact tolerance dtype probes layers ran unreached power",
     "training": "stage steps loss settings counts log fit moved",
-    "merge": "how recipe result folded joined kept certificate change cost activation",
+    "merge": "how recipe result folded joined kept certificate change cost activation arrived",
 }
 
 # Entries of a list or a dict that are shown.
@@ -28,19 +29,38 @@ def history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     conversion = report.get("conversion", {})
     certificate = conversion.get("certificate")
     claim = "exact" if recipe.exact_at_start else "not exact"
-    measured = f"{certificate['max_difference']:.1e}" if certificate else "not measured"
     lines = [*_source_lines(conversion), *_domain_lines(recipe, conversion)]
-    what = "layer output" if (certificate or {}).get("layers") else "logit"
-    lines += [f"At the start: claimed {claim}, measured max |{what} difference| {measured}."]
-    lines += _unsaid("certificate", certificate or {})
+    lines += [f"At the start: claimed {claim}, {_measured(certificate)}."]
+    if found := _unsaid("certificate", certificate or {}):
+        lines += [f"  certificate: {', '.join(line.strip() for line in found)}"]
     lines += _unsaid("conversion", conversion)
     runs, changes = report.get("training", []), report.get("extensions", [])
     for number in range(len(runs) + 1):  # in the order in which it happened
-        lines += [_extension_line(entry) for entry in changes if entry["trainings"] == number]
+        for entry in (entry for entry in changes if entry["trainings"] == number):
+            lines += [_extension_line(entry)]
+            lines += arrived_lines({entry.get("expert"): entry.get("arrived", {})})
         lines += [line for run in runs[number : number + 1] for line in _training_lines(run)]
     if merged := report.get("merge"):
         lines += [f"Merged ({merged['how']}) from {merged['recipe']}.", *_unsaid("merge", merged)]
+        lines += arrived_lines({"what the experts change": merged.get("arrived", {})})
     return lines if report.get("training") else [*lines, "Not trained yet."]
+
+
+def _measured(certificate: dict[str, Any] | None) -> str:
+    """What a certificate says, of any version."""
+    if not certificate:
+        return "not measured"
+    found, layers = f"{certificate['max_difference']:.1e}", certificate.get("layers")
+    if not layers:
+        return f"measured max |logit difference| {found}"
+    words = f"measured max |layer output difference| {found}"
+    if "ran" not in certificate:
+        return f"{words} in {layers} layers"
+    words += f" in {certificate['ran']} of {layers} layers"
+    if unreached := certificate["unreached"]:
+        words += f" (did not run: {_listed(list(unreached))})"
+    power = certificate["power"]
+    return words if power is None else f"{words}, an error of {power:.0e} would be seen"
 
 
 def moved_lines(moved: dict[str, Any]) -> list[str]:
@@ -49,11 +69,38 @@ def moved_lines(moved: dict[str, Any]) -> list[str]:
     return [first, *(f"  not moved: {n}: {reason}" for n, reason in moved["unmoved"].items())]
 
 
+def arrived_lines(arrived: dict[str, dict[str, Any]]) -> list[str]:
+    """What of each source is in the model, in words."""
+    return [
+        f"  of {name}: {found['used']} of {found['tensors']} tensors were used"
+        + (f"; not used: {_patterns(found['unused'])}." if found["unused"] else ".")
+        for name, found in arrived.items()
+        if found and found["tensors"]
+    ]
+
+
+def _patterns(unused: dict[str, int]) -> str:
+    return _listed([f"{pattern} ({count})" for pattern, count in unused.items()])
+
+
+def unused_lines(counts: dict[str, Any]) -> list[str]:
+    """A line for each file whose rows hold fields that nothing used."""
+    files = counts.get("unused_fields", {})
+    return [
+        f"{file}: fields that were not used, and in how many rows: "
+        + ", ".join(f"{name} ({rows})" for name, rows in fields.items())
+        for file, fields in files.items()
+    ]
+
+
 def _training_lines(run: dict[str, Any]) -> list[str]:
     first = fit_line(run) if "fit" in run else _training_line(run)
     moved = moved_lines(run["moved"]) if "moved" in run else []
-    counts = [f"  rows: {words(run['counts'])}"] if run.get("counts") else []
-    return [first, *counts, *(f"  {line}" for line in moved), *_unsaid("training", run)]
+    counts = {k: v for k, v in (run.get("counts") or {}).items() if k != "unused_fields"}
+    rows = [f"rows: {words(counts)}"] if counts else []
+    rows += unused_lines(run.get("counts") or {})
+    said = [f"  {line}" for line in (*rows, *moved)]
+    return [first, *said, *_unsaid("training", run)]
 
 
 def _training_line(run: dict[str, Any]) -> str:
@@ -75,13 +122,13 @@ def _extension_line(entry: dict[str, Any]) -> str:
     return (
         f"Extended by {entry['expert']}: expert {entry['number']}, its routers' rows "
         f"{entry['rows']}, {entry['mixed']:.3f} of all other tensors."
-        + (f" Of its tensors {words(entry['arrived'])}." if entry.get("arrived") else "")
     )
 
 
 def _source_lines(conversion: dict[str, Any]) -> list[str]:
     names = conversion.get("sources") or ()
-    return [f"The experts came from: {'; '.join(names)}."] if names else []
+    first = [f"The experts came from: {'; '.join(names)}."] if names else []
+    return [*first, *arrived_lines(conversion.get("arrived", {}))]
 
 
 def _domain_lines(recipe: Recipe, conversion: dict[str, Any]) -> list[str]:
@@ -97,7 +144,7 @@ def _unsaid(kind: str, entry: dict[str, Any]) -> list[str]:
     """A line for each field that no other line says, and that says something."""
     known = SAID[kind].split()
     return [
-        f"  {key.replace('_', ' ')}: {words(value)}"
+        f"  {_spaced(key)}: {words(value)}"
         for key, value in entry.items()
         if key not in known and value not in (None, [], {}, (), "", 0)
     ]
@@ -110,11 +157,16 @@ def words(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        parts = [f"{key.replace('_', ' ')} {words(inner)}" for key, inner in value.items()]
+        parts = [f"{_spaced(key)} {words(inner)}" for key, inner in value.items()]
         return _listed(parts)
     if isinstance(value, (list, tuple)):
         return _listed([words(inner) for inner in value])
     return str(value)
+
+
+def _spaced(key: str) -> str:
+    """A field's name as words; paths and files stay as they are."""
+    return key if "." in key or "/" in key else key.replace("_", " ")
 
 
 def _listed(parts: list[str]) -> str:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from sparsecraft.checkpoint.load import load
 from sparsecraft.checkpoint.manifest import read_manifest
+from sparsecraft.data.prepare import UNUSED
 from sparsecraft.evaluation.history import history_lines
 from sparsecraft.evaluation.split_report import split_lines
 from sparsecraft.moe import cost
@@ -58,7 +59,8 @@ def result_tables(results: dict[str, Any]) -> list[Table]:
     tables = []
     for kind in ("loss", "choice", "tasks"):
         rows = results.get(kind, {})
-        keys = list(dict.fromkeys(key for row in rows.values() for key in row))
+        found = dict.fromkeys(key for row in rows.values() for key in row)
+        keys = [key for key in found if key != UNUSED]  # a warning has named them
         table = Table(kind, *keys, box=None, header_style="bold", pad_edge=False)
         for name, row in rows.items():
             values = (row.get(key, "") for key in keys)

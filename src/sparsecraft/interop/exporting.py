@@ -105,7 +105,8 @@ def export(
         `difference`: largest |logit difference| of the model read back to ours; `scale`;
         `probed_tokens`: of the longest sequence that this was measured on, which is beyond every
         sliding window and scaling length but those of `windows_not_probed`, that are too large;
-        `parameters`; `lint`: of a standard architecture, what engines do otherwise.
+        `parameters`; `tensors`, how many were written; `lint`: of a standard architecture, what
+        engines do otherwise.
 
     Raises:
         ExportError: the target's mathematics is not the model's, and why; or the logits differ.
@@ -130,7 +131,7 @@ def export(
                 f"The exported {target} model differs from ours: {certificate}. Nothing was kept."
             )
         tokens = max(next(iter(probe.values())).shape[1] for probe in probes)
-        record = _record(model, target, again, certificate, tokens)
+        record = _record(model, target, again, certificate, tokens) | {"tensors": len(tensors)}
         write_json(folder / EXPORT_RECORD, record)
     return record
 

@@ -114,6 +114,7 @@ def _build(config: Any, recipe: Recipe, tensors: Part, dtype: torch.dtype) -> nn
         word = "lacks" if missing else "holds what ours has no place for:"
         raise CheckpointError(f"The mixture {word} {len(wrong)} tensors: {', '.join(wrong[:3])}.")
     check_weights(model, CheckpointError)
+    record.report["import"] = {"tensors": len(tensors), "used": len(tensors)}  # or an error above
     record.digests = {}  # there is no dense model to give back
     return model
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import Tensor, nn
 
 from sparsecraft.dense.sites import FFNSpan
 from sparsecraft.moe.layer import MoELayer
+
+
+def pattern_of(name: str) -> str:
+    """The name with every number in it as `*`, which the tensors of all layers share."""
+    return re.sub(r"\[\d+\]", "[*]", re.sub(r"(?<=\.)\d+(?=\.)", "*", name))
 
 
 def dense_name(model: nn.Module, name: str) -> str | None:

@@ -84,7 +84,6 @@ class OwnLoss:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self.handles.clear()
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict, whole: bool):
         # Evaluation stays one graph for torch.compile.

@@ -24,9 +24,9 @@ class Backbone(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Quantize(Backbone):
-    """They are packed into 4 bits each and stay as they are (QLoRA)."""
+    """They are packed into 4 bits each (QLoRA), or 8, by bitsandbytes, and stay as they are."""
 
-    kind: Literal["nf4"] = "nf4"
+    kind: Literal["nf4", "fp4", "int8"] = "nf4"
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -72,7 +72,7 @@ class Recipe:
 
     @property
     def quantization(self) -> str | None:
-        """How the weights of the dense model are packed: `nf4`, or None."""
+        """How the weights of the dense model are packed: `nf4`, `fp4`, `int8`, or None."""
         return self.backbone.kind if isinstance(self.backbone, Quantize) else None
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparsecraft.dense.attentions import eager_twin, some_tokens, ways
 from sparsecraft.dense.donors import Attention
+from sparsecraft.dense.twins import problem
 from sparsecraft.errors import DonorError
 from sparsecraft.moe.experts.attention import AttentionExperts
 from sparsecraft.moe.routing import Routing
@@ -59,8 +60,8 @@ def _error(donor: Attention, spec: AttentionSpec) -> tuple[float, str]:
                 continue
             try:
                 return _compared(donors, spec, weights, x, arguments)
-            except Exception as problem:  # of the same code with more heads
-                reason = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
+            except Exception as error:  # of the same code with more heads
+                reason = problem(error)
             break
     return float("inf"), reason
 

@@ -15,7 +15,9 @@ Shapes: E experts, I input features, O output features, D width, F hidden width 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from sparsecraft.dense.forms import join
 from sparsecraft.errors import MergeError
 from sparsecraft.moe.experts.base import Experts
 from sparsecraft.moe.experts.folded import Network, Scale, Update
+from sparsecraft.moe.names import pattern_of
 from sparsecraft.surgery.plan import PlannedEdit
 from sparsecraft.surgery.rectify import activation_of
 
@@ -38,10 +41,12 @@ class Ledger:
 
     Attributes:
         old: parameter -> its value before the first write.
+        asked: parameters of which something was to change, before it was rounded.
         shared: parameters that several modules of the model have in common.
     """
 
     old: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    asked: set[nn.Parameter] = field(default_factory=set)
     shared: dict[nn.Parameter, list[str]] = field(default_factory=dict)
 
     def guard(self, model: nn.Module) -> None:
@@ -58,9 +63,30 @@ class Ledger:
                 "all of them; untie them first."
             )
         self.old.setdefault(parameter, parameter.data)
+        if not torch.equal(value.to(torch.float64), parameter.data.to(torch.float64)):
+            self.asked.add(parameter)
         # Memory of its own: a part of a bank would keep the whole bank, and share it.
         data = torch.empty_like(value, dtype=parameter.dtype, memory_format=torch.contiguous_format)
         parameter.data = data.copy_(value)
+
+    def arrived(self, model: nn.Module) -> dict[str, Any]:
+        """Of the changes that were asked for, how many are in the weights, and which are not: of
+        them nothing is left once they are rounded to the weights' type.
+
+        Raises:
+            MergeError: none of them is.
+        """
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        lost = sorted(names[p] for p in self.asked if torch.equal(self.old[p], p.data))
+        if lost and len(lost) == len(self.asked):
+            dtype = str(next(iter(self.asked)).dtype).removeprefix("torch.")
+            raise MergeError(
+                f"Nothing of the experts arrives in {', '.join(lost[:2])} ({len(lost)} tensors in "
+                f"all): what they add is smaller than {dtype} can hold beside the weights. Load "
+                "the model in float32 to merge it."
+            )
+        unused = dict(Counter(map(pattern_of, lost)))
+        return {"tensors": len(self.asked), "used": len(self.asked) - len(lost), "unused": unused}
 
 
 def why_no_fold(item: PlannedEdit, bank: Experts, single: bool) -> str | None:

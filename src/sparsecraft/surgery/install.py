@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from torch import nn
 
+from sparsecraft.dense.quantization import packing_of
 from sparsecraft.dense.sites import FFNSpan, silence
 from sparsecraft.errors import RecipeError
 from sparsecraft.moe.context import Batch, asks_for_batch, attach
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import unique_tensors
-from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.recipe.recipe import Quantize, Recipe
 from sparsecraft.surgery.budget import run, split_layers
 from sparsecraft.surgery.build import build_layer
 from sparsecraft.surgery.plan import PlannedEdit
@@ -28,7 +30,7 @@ def apply(
     Args:
         on_meta: leave the new tensors without memory, for a loader that brings their values.
     """
-    check_quantization(model, recipe)
+    recipe = on_packed(model, recipe)
     trainable = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
     record = Conversion(
         recipe,
@@ -69,14 +71,27 @@ def _vocabulary(model: nn.Module) -> int | None:
     return None if weight is None else len(weight)
 
 
-def check_quantization(model: nn.Module, recipe: Recipe) -> None:
-    found = "nf4" if getattr(model, "is_loaded_in_4bit", False) else None
+def on_packed(model: nn.Module, recipe: Recipe) -> Recipe:
+    """The recipe, which says how the weights of `model` are packed.
+
+    A recipe that says nothing of it takes what bitsandbytes packed into int8 or fp4 as it is; nf4,
+    which is a part of methods, is to be said.
+
+    Raises:
+        RecipeError: they are packed in another way than the recipe says.
+        SurgeryError: they are packed in a way that does not come back as it was.
+    """
+    found = packing_of(model)
+    if recipe.quantization is None and found not in (None, "nf4"):
+        return dataclasses.replace(recipe, backbone=Quantize(found))
     if recipe.quantization != found:
         raise RecipeError(
             f"Recipe {recipe.name!r} asks for backbone={recipe.quantization!r} and "
             f"the model was loaded with {found!r}; load it with "
-            f"sparsecraft.hub.load_dense(name, quantize={recipe.quantization!r})."
+            f"sparsecraft.hub.load_dense(name, quantize={recipe.quantization!r}), or say "
+            f"sc.override(recipe, {{'backbone': {found!r}}})."
         )
+    return recipe
 
 
 def _install(

@@ -35,7 +35,7 @@ class Conversion:
         vocabulary: rows of the embedding of tokens then; None without one.
         masters: dense names of what training holds in float32, whatever type it had.
         trainable: names of the dense parameters that required gradients before.
-        origin: where the dense model came from, if it did from anywhere.
+        came_from: where the dense model came from, if it did from anywhere.
         base_card: name, license and commit of the base, for the checkpoint's README.
         folder: the checkpoint that the model was loaded from, if it was.
         written: the recipe's JSON in that folder, of whatever format.
@@ -55,7 +55,7 @@ class Conversion:
     vocabulary: int | None = None
     masters: set[str] = field(default_factory=set)
     trainable: frozenset[str] = frozenset()
-    origin: Origin | None = None
+    came_from: Origin | None = None
     folder: Path | None = None
     written: dict[str, Any] | None = None
     base_card: tuple[str | None, ...] | None = None
@@ -74,9 +74,19 @@ class Conversion:
         return next((s for s in stages if s.name not in done), stages[-1] if stages else None)
 
     @property
+    def types_of_masters(self) -> dict[str, torch.dtype]:
+        """Dense name -> type before the conversion, of what training holds in float32."""
+        return {name: self.digests[name][0] for name in self.masters if name in self.digests}
+
+    @property
     def base(self) -> Origin | None:
         """Where the dense model came from, if it is still there."""
-        return self.origin if self.origin and self.origin.is_there else None
+        return self.came_from if self.came_from and self.came_from.is_there else None
+
+    @property
+    def origin(self) -> str | None:
+        """The folder, hub id or alias that the dense model came from, if any."""
+        return self.came_from and self.came_from.name
 
     @property
     def settings(self) -> Path | None:

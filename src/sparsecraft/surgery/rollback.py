@@ -37,7 +37,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     undo = [_random_state()]
     record = conversion_of(model) if is_converted(model) else None
     if record is not None:
-        undo.append(_record(record))
+        undo += [_record(record), _attributes(record.own_loss)]
     roots = (model, *record.layers, *record.dense.values()) if record else (model,)
     modules = {id(module): module for root in roots for module in root.modules()}
     for module in modules.values():

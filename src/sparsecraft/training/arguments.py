@@ -44,21 +44,13 @@ def training_arguments(
             "takes 500,000). Raise the learning rate, or use variant='tuned' of the recipe."
         )
     every = settings.save_every or (steps // 10 if steps >= 100 else None)
-    warmup = stage.warmup_steps or math.ceil(stage.warmup_ratio * steps)
-    schedule, ends = settings.schedule, {}
-    if schedule == "constant":
-        schedule = "constant_with_warmup"
-    elif schedule == "cosine" and stage.ends_at:
-        schedule, ends = "cosine_with_min_lr", {"min_lr_rate": stage.ends_at}
     return {
         "output_dir": str(folder),
         "max_steps": steps,
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": schedule,
-        "lr_scheduler_kwargs": ends,
-        "warmup_steps": min(warmup, steps - 1),  # one step at least has a learning rate
+        **_schedule(stage, settings.schedule, steps),
         "weight_decay": stage.weight_decay,
         "max_grad_norm": stage.max_grad_norm,
         "optim": {"adamw": "adamw_torch", "adafactor": "adafactor"}[stage.optimizer],
@@ -76,6 +68,19 @@ def training_arguments(
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": not on_cpu(),
+    }
+
+
+def _schedule(stage: Stage, schedule: str, steps: int) -> dict[str, Any]:
+    warmup, ends = stage.warmup_steps or math.ceil(stage.warmup_ratio * steps), {}
+    if schedule == "constant":
+        schedule = "constant_with_warmup"
+    elif schedule == "cosine" and stage.ends_at:
+        schedule, ends = "cosine_with_min_lr", {"min_lr_rate": stage.ends_at}
+    return {
+        "lr_scheduler_type": schedule,
+        "lr_scheduler_kwargs": ends,
+        "warmup_steps": min(warmup, steps - 1),  # one step at least has a learning rate
     }
 
 

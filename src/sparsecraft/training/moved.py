@@ -7,7 +7,6 @@ expert, as `NAME[e]`: a whole bank moves where one of its experts does.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from sparsecraft.dense.digests import digest
 from sparsecraft.errors import TrainingError
 from sparsecraft.evaluation.history import moved_lines
 from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.names import pattern_of
 from sparsecraft.moe.routing import Routing
 
 log = logging.getLogger("sparsecraft")
@@ -87,7 +87,9 @@ class Evidence:
     otherwise: str = "its steps were lost in rounding"
 
     def note_rates(self, optimizer: Any) -> None:
-        """Remember this step's learning rates."""
+        """Remember this step's learning rates, if it is a step of one."""
+        if optimizer is None:
+            return
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.highest = [max(pair) for pair in zip(rates, self.highest or rates, strict=True)]
 
@@ -217,8 +219,8 @@ def _short(reasons: dict[str, str]) -> dict[str, str]:
         return {"*": f"{kinds.pop()} ({len(reasons)} of them)"}
     counts: dict[tuple[str, str], int] = {}
     for name, reason in reasons.items():
-        pattern = re.sub(r"\[\d+\]", "[*]", re.sub(r"(?<=\.)\d+(?=\.)", "*", name))
-        counts[pattern, reason] = counts.get((pattern, reason), 0) + 1
+        key = pattern_of(name), reason
+        counts[key] = counts.get(key, 0) + 1
     short: dict[str, str] = {}
     for (pattern, reason), count in counts.items():
         text = f"{reason} ({count} of them)"

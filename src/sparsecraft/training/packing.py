@@ -80,7 +80,8 @@ def _documents(model: nn.Module, tokenizer: Any, sizes: list[int], seed: int) ->
     """Random tokens of the vocabulary, without those that mean something to a model."""
     table = model.get_input_embeddings().weight.shape[0]
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    ids = [token for token in range(min(table, len(tokenizer))) if token not in special]
+    known = range(min(table, len(tokenizer)))
+    ids = [token for token in known if token not in special] or list(known)
     generator = torch.Generator().manual_seed(seed)
     draws = [torch.randint(len(ids), (size,), generator=generator).tolist() for size in sizes]
     return [[ids[draw] for draw in drawn] for drawn in draws]
@@ -123,14 +124,15 @@ def _hidden(model: nn.Module, batch: dict[str, Tensor], packed: bool) -> Tensor:
         if packed:
             batch["sentence_ids"] = torch.zeros_like(batch["input_ids"])
     found: list[Tensor] = []
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() or nn.Identity()
     hook = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
     device = model.get_input_embeddings().weight.device
+    inputs = {key: value.to(device) for key, value in batch.items()}
     try:
-        model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
+        logits_BSV = model(**inputs, use_cache=False).logits
     finally:
         hook.remove()
-    return found[-1]
+    return found[-1] if found else logits_BSV
 
 
 def _furthest(some: list[Tensor], others: list[Tensor]) -> float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsecraft.evaluation.history import moved_lines
+from sparsecraft.evaluation.history import moved_lines, unused_lines
 from sparsecraft.recipe.stages import Fit, Stage
 from sparsecraft.surgery.record import Conversion
 from sparsecraft.training.options import TrainOptions
@@ -23,10 +25,12 @@ class TrainReport:
     Attributes:
         out: the checkpoint folder.
         steps: optimizer steps, those before a resume included.
-        loss: mean training loss; after a resume the mean of what was logged, before it too.
+        loss: mean training loss of all steps and processes, those before a resume included; task
+            and auxiliary losses.
         seconds: wall time of this call's training.
         tokens_per_second: real tokens, padding excluded, of this call's training.
-        counts: rows read, dropped and kept, by reason.
+        counts: rows read, dropped and kept, by reason, and fields of theirs that nothing used; see
+            `sparsecraft.data.prepare`.
         moved: name of each stage -> how many tensors should have moved, how many have, and why the
             others have not; see `sparsecraft.training.moved`.
         skipped: steps that the scaler of a float16 run left out.
@@ -37,7 +41,7 @@ class TrainReport:
     loss: float
     seconds: float
     tokens_per_second: float
-    counts: dict[str, int]
+    counts: dict[str, Any]
     moved: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: int = 0
 
@@ -48,12 +52,25 @@ class TrainReport:
             f"{self.tokens_per_second:.0f} tokens/s."
             + (f" Rows dropped: {dropped}." if dropped else "")
             + (f" Steps left out by the scaler: {self.skipped}." if self.skipped else "")
+            + "".join(f"\n{line}" for line in unused_lines(self.counts))
             + "".join(f"\n{line}" for name in self.moved for line in self._moved_lines(name))
         )
 
     def _moved_lines(self, stage: str) -> list[str]:
         first, *others = moved_lines(self.moved[stage])
         return [f"Stage {stage!r}: {first}", *others]
+
+
+@contextmanager
+def noted_if_done(record: Conversion) -> Iterator[None]:
+    """Keep what the stages of one call note only if the call ends well: one that resumes it notes
+    them again, those that were complete too."""
+    before = list(record.report.get("training", ()))
+    try:
+        yield
+    except BaseException:
+        record.report["training"] = before
+        raise
 
 
 def note(

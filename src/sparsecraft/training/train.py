@@ -36,7 +36,7 @@ from sparsecraft.training.moved import Evidence, say
 from sparsecraft.training.moved import found as moved_by
 from sparsecraft.training.options import TrainOptions
 from sparsecraft.training.packing import leak
-from sparsecraft.training.report import TrainReport, note
+from sparsecraft.training.report import TrainReport, note, noted_if_done
 from sparsecraft.training.resume import check_folder
 from sparsecraft.training.staging import staged
 from sparsecraft.training.trainers import (
@@ -92,19 +92,28 @@ def train(
     reader = tokenizer or _tokenizer_of(model)
     asked, unpacked = _packable(model, reader, stages, asked)
     run = Run(model, reader, out, Prompts.of(model), resume, unpacked)
+    with noted_if_done(record):
+        trainer, report = _run_stages(run, stages, data, asked, states)
+        _finish(run, states, overwrite, tokenizer, trainer)
+    return report
+
+
+def _run_stages(
+    run: Run, stages: list[tuple[int, Stage | Fit]], data: Any, asked: TrainOptions, states: Path
+) -> tuple[Any | None, TrainReport]:
+    """The stages in turn: the last trainer, which knows the other processes, and what they did."""
     trainer, moved = None, {}
     for number, stage in stages:
-        settings = fill(model, stage, asked)
+        settings = fill(run.model, stage, asked)
         dataset, counts = _dataset(run, data, settings, whole=stage.deals)
-        with staged(model, stage):
+        with staged(run.model, stage):
             if isinstance(stage, Fit):
                 report = _fit(run, stage, settings, dataset, counts)
             else:
                 folder = states / f"{number}-{stage.name}"
                 trainer, report = descend(run, stage, settings, dataset, counts, folder)
         moved |= report.moved
-    _finish(run, states, overwrite, tokenizer, trainer)
-    return dataclasses.replace(report, moved=moved)
+    return trainer, dataclasses.replace(report, moved=moved)
 
 
 def _finish(run: Run, states: Path, overwrite: bool, tokenizer: Any, trainer: Any | None) -> None:

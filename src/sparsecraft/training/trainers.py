@@ -97,13 +97,12 @@ class RoutedTrainerMixin:
             # Without a number of items: the mean over these, in all of transformers' models.
             result = super().compute_loss(model, inputs, return_outputs=return_outputs)
             routings = dict(traced)
-        if not model.training:
-            return result
         num_items = items if num_items_in_batch is None else num_items_in_batch
         loss = result[0] if return_outputs else result
-        auxiliary = self._auxiliary(unwrapped, routings, masks, items / num_items.clamp_min(1))
-        if auxiliary is not None:
-            loss = loss + auxiliary.to(loss.device)
+        if model.training:
+            share = items / num_items.clamp_min(1)
+            auxiliary = self._auxiliary(unwrapped, routings, masks, share)
+            loss = loss if auxiliary is None else loss + auxiliary.to(loss.device)
         loss = weighed(loss, items, num_items)
         if num_items_in_batch is not None:  # Trainer divides by these, DDP averages over those
             loss = loss * self.current_gradient_accumulation_steps * self.accelerator.num_processes

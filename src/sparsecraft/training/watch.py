@@ -110,42 +110,43 @@ class WatchedTrainerMixin:
         losses = torch.stack([loss.float() for _, loss in self._in_step]).sum()
         gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]
         norm = get_total_norm(gradients).to(losses.device)
-        is_bad = ~losses.isfinite()
         scaler = getattr(self.accelerator, "scaler", None)
         scales = scaler is not None and scaler.is_enabled()
-        if not self._anywhere(is_bad | ~norm.isfinite()):
+        if not self._anywhere(~(losses.isfinite() & norm.isfinite())):
             return
-        if scales and not self._anywhere(is_bad) and scaler.get_scale() >= 1:
+        loss_is_bad = self._anywhere(~losses.isfinite())
+        if scales and not loss_is_bad and scaler.get_scale() >= 1:
             self.skipped += 1  # the scaler leaves the step out and halves its scale
             return
-        raise self._error(self.state.global_step + 1, self._first(model, bool(is_bad)))
+        raise self._error(self.state.global_step + 1, self._first(model, loss_is_bad))
 
     def _first(self, model: nn.Module, loss_is_bad: bool) -> str:
-        """What of a step was the first that was not finite."""
+        """What of a step was the first that was not finite in this process; nothing where it was
+        another that met it. All processes call this, and it makes all of them run as much."""
         model = self.accelerator.unwrap_model(model)
+        output = self._first_output(model, [inputs for inputs, _ in self._in_step])
         try:
             check_weights(model, TrainingError)
         except TrainingError as error:
             return str(error)
-        bad = [inputs for inputs, loss in self._in_step if not loss.isfinite()]
-        output = self._first_output(model, bad) if bad else None
         if loss_is_bad:
-            return f"the loss is not finite; {output}"
+            own = any(not loss.isfinite() for _, loss in self._in_step)
+            return f"the loss is not finite; {output}" if own else ""
         for name, parameter in model.named_parameters():
             gradient = parameter.grad
             if gradient is not None and not get_total_norm([_local(gradient)]).isfinite():
                 what = fault_of(_local(gradient)) or "is too large for its own norm"
                 return f"the gradient of {name!r} {what}"
-        return ""  # another process has met it
+        return ""
 
     def _first_output(self, model: nn.Module, batches: list[dict[str, Any]]) -> str:
         """The first module whose output is not finite, in a second pass over the batches."""
-        for inputs in batches:
-            with first_not_finite(model) as found:
+        with first_not_finite(model) as found:
+            for inputs in batches:
                 self.compute_loss(model, self._prepare_inputs(inputs))
-            if found:
-                return f"the first output that is not is that of {found[0]!r}"
-        return "every module's output is finite"
+        if not found:
+            return "the output of every module is finite"
+        return f"the first output that is not is that of {found[0]!r}"
 
     def _anywhere(self, flag: Tensor) -> bool:
         """Whether a flag is up in any of the processes, which then all go the same way."""
@@ -153,7 +154,7 @@ class WatchedTrainerMixin:
 
     def _error(self, step: int, what: str) -> SparsecraftError:
         found = [text for text in gather_object([what]) if text]
-        return TrainingError(f"The run diverged in step {step}: {found[0]}. {ADVICE}.")
+        return TrainingError(f"The run diverged in step {step}: {next(iter(found), '')}. {ADVICE}.")
 
     @property
     def _in_step(self) -> list[tuple[dict[str, Any], Tensor]]:

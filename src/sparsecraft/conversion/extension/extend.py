@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,12 +28,14 @@ from sparsecraft.conversion.extension.router_row import (
     row_of,
     share_of,
 )
+from sparsecraft.conversion.sources.arrival import arrival
 from sparsecraft.conversion.sources.checks import check_sources
 from sparsecraft.conversion.sources.gather import donor_tensors
 from sparsecraft.conversion.sources.source import Source, open_source
 from sparsecraft.dense.digests import combine, digest
 from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import SurgeryError
+from sparsecraft.evaluation.history import arrived_lines
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import dense_tensors
 from sparsecraft.moe.routers.build import build_router
@@ -64,6 +66,7 @@ class Extension:
         share_new: share of the new tokens that the new expert gets before any training, by
             weight, mean over layers; None without data, or where routers do not decide by token.
         share_old: of the old tokens.
+        arrived: how many of its tensors were used, and which were not.
     """
 
     expert: str
@@ -72,6 +75,7 @@ class Extension:
     rows: str
     share_new: float | None = None
     share_old: float | None = None
+    arrived: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         text = (
@@ -82,7 +86,8 @@ class Extension:
         found = [
             f"{share:.1%} of the {which} tokens" for which, share in shares if share is not None
         ]
-        return text + (f" Untrained, it gets {' and '.join(found)}." if found else "")
+        text += f" Untrained, it gets {' and '.join(found)}." if found else ""
+        return "\n".join([text, *arrived_lines({self.expert: self.arrived})])
 
 
 @atomic
@@ -140,7 +145,13 @@ def extend(
     check_weights(model, SurgeryError)
     how = "projected" if by_domain else rows
     result = Extension(source.name, count, share, how, *_shares(record, seen))
-    return _noted(record, result)
+    return _noted(record, replace(result, arrived=_arrived(model, record, source)))
+
+
+def _arrived(model: nn.Module, record: Conversion, source: Source) -> dict[str, Any]:
+    """What of the dense model's weights was used."""
+    held = dense_tensors(model) | donor_tensors(record.plan)
+    return arrival(source, (name for name, t in held.items() if t.is_floating_point()))
 
 
 def _new_rows(

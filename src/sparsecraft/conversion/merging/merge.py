@@ -13,7 +13,7 @@ Shapes: E experts, B sequences, S positions, V classes.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from sparsecraft.dense.sound import check_weights
 from sparsecraft.dense.windows import long_probe
 from sparsecraft.errors import CertificateError, MergeError, did_you_mean
 from sparsecraft.evaluation.certificate import MAX_DATA_PROBES, Certificate, compare
+from sparsecraft.evaluation.history import arrived_lines
 from sparsecraft.moe import cost
 from sparsecraft.moe.cost import Cost
 from sparsecraft.moe.layer import MoELayer
@@ -66,7 +67,7 @@ HOWS = ("exact", "fixed", "average")
 MERGE_TOLERANCE = 1e-4
 
 # What the record of a conversion says of the dense model and of the past.
-REMEMBERED = "digests shapes vocabulary masters origin folder base_card report running".split()
+REMEMBERED = "digests shapes vocabulary masters came_from folder base_card report running".split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class MergeReport:
         change: against the given model.
         cost: parameter counts of the result.
         activation: the field of the dense model's configuration that says ReLU now, if one does.
+        arrived: how many dense tensors were to change, how many have, and which have not.
     """
 
     how: How
@@ -96,6 +98,7 @@ class MergeReport:
     change: Change
     cost: Cost
     activation: str | None = None
+    arrived: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -109,6 +112,7 @@ class MergeReport:
             f"{result} with {self.cost.total:,} parameters.",
             f"Change to the model before: {self.change}.",
         ]
+        lines += arrived_lines({"what the experts change": self.arrived})
         if self.certificate:
             same = "the model before" if self.how == "exact" else "it with that fixed routing"
             lines.append(f"Certificate against {same}: {self.certificate}.")
@@ -147,9 +151,7 @@ def merge(
             hold the update; the model has been given back.
     """
     record = conversion_of(model)
-    check_stands(model)
-    check_weights(model, MergeError)
-    _check_arguments(how, weights, data)
+    _check(model, how, weights, data)
     heldout = HeldOut.read(model, data, tokenizer)
     steps = plan_steps(model, how, weights, heldout.batches)
     check_steps(model, steps, how, partial)
@@ -162,6 +164,7 @@ def merge(
     ledger = Ledger()
     setting = _rebuild(model, record, steps, how, ledger)
     check_weights(model, MergeError)
+    arrived = ledger.arrived(model)
     after = outputs(model, probes)
     certificate = None if how == "average" else _certify(wanted, after)
     now = heldout.losses(model)
@@ -171,7 +174,14 @@ def merge(
         loss={name: (losses[name], now[name]) for name in losses},
     )
     report = _report(model, record, steps, how, certificate, change, bool(ledger.old))
-    return replace(report, activation=setting and str(setting))
+    return _noted(model, replace(report, activation=setting and str(setting), arrived=arrived))
+
+
+def _noted(model: nn.Module, report: MergeReport) -> MergeReport:
+    """The report, remembered on what is still converted."""
+    if is_converted(model):
+        conversion_of(model).report["merge"] = report.to_dict()
+    return report
 
 
 def _certify(wanted: list[Tensor], after: list[Tensor]) -> Certificate:
@@ -214,7 +224,7 @@ def _report(
         new = conversion_of(model)
         for name in ("base_card", "folder", "running") if new_base else REMEMBERED:
             setattr(new, name, getattr(record, name))
-        new.report = {**record.report, "merge": report.to_dict()}
+        new.report = {**record.report}
         if new_base:  # no folder holds the merged weights: a checkpoint will
             new.digests = {n: (t.dtype, digest(t)) for n, t in dense_tensors(model).items()}
             new.folder = record.settings
@@ -237,7 +247,10 @@ def read_weights(text: str | None) -> str | list[float] | None:
         ) from None
 
 
-def _check_arguments(how: str, weights: Any, data: Any) -> None:
+def _check(model: nn.Module, how: str, weights: Any, data: Any) -> None:
+    """Refuse a model that is not as it was converted, and arguments that make no sense."""
+    check_stands(model)
+    check_weights(model, MergeError)
     if how not in HOWS:
         raise MergeError(f"Unknown way to merge {how!r}." + did_you_mean(how, HOWS))
     if (weights is not None) != (how == "fixed"):

@@ -97,7 +97,7 @@ def _tokenizer_files(folder: Path | None) -> dict[str, bytes]:
 
 
 def _check_kin(ours: Tensor, source: Source, name: str) -> None:
-    pair = (t[:ROWS].detach().cpu().float().flatten() for t in (ours, source.tensor(name)))
+    pair = (t[:ROWS].detach().cpu().float().flatten() for t in (ours, source.find(name)))
     cosine = F.cosine_similarity(*pair, dim=0).item()
     if not cosine >= KIN:
         raise SourceError(

@@ -81,7 +81,15 @@ def open_loras(
         if not unrelated:
             _check_base(model, held, lora)
         sources.append(
-            Source(str(folder), model.config, held.get, shapes.get, folder=lora.folder, lora=lora)
+            Source(
+                str(folder),
+                model.config,
+                held.get,
+                shapes.get,
+                folder=lora.folder,
+                lora=lora,
+                changes=lora.changes(),
+            )
         )
     _check_ranks(recipe, sources)
     return sources
@@ -92,9 +100,11 @@ def fill(bank: LoRAExperts, item: PlannedEdit, sources: Sequence[Source]) -> Non
     """Make the experts of a bank the updates of the adapters, expert e that of e N // E of N."""
     donor = item.donor
     for e in range(bank.num_experts):
-        lora = sources[e * len(sources) // bank.num_experts].lora
+        source = sources[e * len(sources) // bank.num_experts]
+        lora = source.lora
         pair, scale = lora.pair(donor.path), 1.0
         if pair is not None:
+            source.used.add(f"{donor.path}.weight")
             down_RI, up_OR = pair
             if donor.rows:
                 up_OR = up_OR.narrow(0, *donor.rows)

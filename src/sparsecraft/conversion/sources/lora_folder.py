@@ -103,6 +103,10 @@ class LoraFolder:
                 "are no pair of one rank; save the adapter again."
             )
 
+    def changes(self) -> frozenset[str]:
+        """Names of the base's tensors that the adapter changes, or has instead of them."""
+        return frozenset(map(dense_name, self.tensors))
+
     def pair(self, path: str) -> tuple[Tensor, Tensor] | None:
         """A (R, I) and B (O, R) of a module's weight, if the adapter changes it."""
         down_RI = self.tensors.get(path + LORA_A)
@@ -149,7 +153,7 @@ class MergedLora:
         """
         self.lora.check_kind()
         for name in self.lora.tensors:
-            if self.base_shape(self._dense_name(name)) is None:
+            if self.base_shape(dense_name(name)) is None:
                 raise SourceError(
                     f"{self.folder} holds {name!r}, which is no LoRA of a matrix of the base: "
                     "DoRA, LoRAs of embeddings and of whole banks are not read. Merge it with "
@@ -200,9 +204,10 @@ class MergedLora:
         path = name.removesuffix(".weight")
         return None if path == name else self.lora.pair(path)
 
-    @staticmethod
-    def _dense_name(name: str) -> str:
-        for part in (LORA_A, LORA_B):
-            if name.endswith(part):
-                return name.removesuffix(part) + ".weight"
-        return name
+
+def dense_name(name: str) -> str:
+    """The base's tensor that a tensor of an adapter is for."""
+    for part in (LORA_A, LORA_B):
+        if name.endswith(part):
+            return name.removesuffix(part) + ".weight"
+    return name

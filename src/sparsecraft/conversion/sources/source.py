@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ class Source:
         folder: where it is, if it is not in memory.
         revision: the hub's commit, if it came from there.
         lora: the adapter that it is, where its update is kept apart.
+        changes: of an adapter, the names of the base's tensors that it changes.
+        used: names that were read for the model.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Source:
     folder: Path | None = None
     revision: str | None = None
     lora: LoraFolder | None = None
+    changes: frozenset[str] | None = None
+    used: set[str] = field(default_factory=set, compare=False)
 
     @property
     def title(self) -> str:
@@ -62,6 +66,7 @@ class Source:
         tensor = self.find(name)
         if tensor is None:
             raise self._lacks(name)
+        self.used.add(name)
         return check_weight(name, tensor, repr(self.name), SourceError)
 
     def check_shape(self, name: str, wanted: torch.Size) -> None:
@@ -167,6 +172,7 @@ def _open_lora(model: nn.Module, folder: Path) -> Source:
         shape=lora.shape,
         tokenizer=lambda: load_tokenizer(folder),
         folder=folder,
+        changes=lora.lora.changes(),
     )
 
 

@@ -72,7 +72,7 @@ class PeftTarget:
 
     def record(self, model: nn.Module) -> dict[str, Any]:
         origin = self._origin(model)
-        return {"base": origin and entry(origin, dtype_of(model))}
+        return {"base": origin and entry(origin, model, dtype_of(model))}
 
     def lint(self, model: nn.Module) -> list[str]:
         return []  # engines do not read our adapters

@@ -179,7 +179,14 @@ class Standard(ABC):
 
     def read(self, model: nn.Module, folder: Path) -> nn.Module:
         cls = getattr(transformers, self.model)
-        again = cls.from_pretrained(folder, dtype=dtype_of(model)).to(model.device)
+        again, found = cls.from_pretrained(folder, dtype=dtype_of(model), output_loading_info=True)
+        for kind in ("missing", "unexpected", "mismatched"):
+            if names := sorted(map(str, found[f"{kind}_keys"])):
+                raise ExportError(
+                    f"transformers finds {len(names)} {kind} tensors in what was written, "
+                    f"{names[0]} among them. Nothing was kept."
+                )
+        again = again.to(model.device)
         if not aligned(again):
             again.set_experts_implementation("eager")
         return again
