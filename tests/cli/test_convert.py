@@ -21,7 +21,7 @@ def test_convert_prints_needs_counts_claim_and_certificate(run, dense, tmp_path,
     assert "GB of memory" in text and "GB of disk" in text
     assert "Claim: exact at start" in text
     # One random batch and five batches of eight rows, of which the certificate takes four.
-    assert "max |logit difference| 0.0e+00 on 5 probe batch(es)" in text
+    assert "on 5 probe batch(es)" in text and "max |logit difference| 0.0e+00" in text
     report = json.loads((out / "report.json").read_text())["conversion"]
     assert report["certificate"]["max_difference"] == 0 and f"{report['cost']['new']:,}" in text
     readme = (out / "README.md").read_text()
@@ -116,4 +116,4 @@ def test_smollm2_upcycled_is_within_a_ten_thousandth(run, tmp_path):
     out = tmp_path / "upcycled"
     run("convert", "upcycling", "--model", "smollm2", "--out", out, "--num-experts", "4")
     certificate = json.loads((out / "report.json").read_text())["conversion"]["certificate"]
-    assert certificate["max_difference"] <= 1e-4 and certificate["scale"] > 30
+    assert certificate["logit_difference"] <= 1e-4 and certificate["logit_scale"] > 30

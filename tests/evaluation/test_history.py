@@ -14,13 +14,24 @@ def lines(**report) -> str:
 
 def test_a_report_of_an_older_version_is_read():
     assert "Trained (train): 2 steps, mean loss 1.500, last logged 1.250." in lines(training=[RUN])
-    assert "claimed exact, not measured." in lines()
+    assert "At the start: claimed exact, not measured." in lines()
+    old = {"max_difference": 2e-6, "scale": 3.0, "tolerance": 3e-5, "dtype": "float32"}
+    found = lines(conversion={"certificate": {**old, "layers": 0}})
+    assert "measured max |logit difference| 2.0e-06." in found
 
 
 def test_what_no_line_is_made_for_is_printed_as_it_stands():
     found = lines(
         conversion={
-            "certificate": {"max_difference": 0.0, "layers": 3, "seeds": 5, "reached": None},
+            "certificate": {
+                "max_difference": 0.0,
+                "layers": 3,
+                "ran": 2,
+                "unreached": ["tower.0"],
+                "power": 1e-3,
+                "lifted": 2,
+                "reached": None,
+            },
             "left_out": {"model.layers.*.mixer": "a Mamba mixer"},
         },
         training=[
@@ -33,7 +44,9 @@ def test_what_no_line_is_made_for_is_printed_as_it_stands():
         ],
     )
     for line in (
-        "  certificate: seeds: 5",
+        "At the start: claimed exact, measured max |layer output difference| 0.0e+00 in 2 of 3 "
+        "layers (did not run: tower.0), an error of 1e-03 would be seen.",
+        "  certificate: lifted: 2",
         "  left out: model.layers.*.mixer a Mamba mixer",
         "  rows: rows 40, too long 2",
         "  unused fields: a.jsonl lang, source",
