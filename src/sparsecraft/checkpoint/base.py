@@ -128,7 +128,8 @@ def find_base(folder: Path, saved: dict[str, Any] | None, base: str | None) -> O
     if origin.has_fingerprint(saved["fingerprint"]):
         return origin
     # Written before commits were remembered, and the branch has moved since.
-    for other in Origin.named(name) if revision is None else ():
+    moved = origin.revision is not None and revision is None
+    for other in Origin.named(origin.name) if moved else ():
         if other.has_fingerprint(saved["fingerprint"]):
             return other
     raise CheckpointError(
