@@ -34,6 +34,14 @@ class CheckpointError(SparsecraftError):
     """A checkpoint folder is incomplete, edited, truncated or stands on another base."""
 
 
+class StateError(SparsecraftError, RuntimeError):
+    """A state dict does not fit the model: for torch's callers what its own would raise."""
+
+
+class TrainingError(SparsecraftError):
+    """A training run diverged, or changed what it was to leave alone."""
+
+
 class ExportError(SparsecraftError):
     """The mathematics of the model has no exact form in the requested architecture."""
 

@@ -19,6 +19,7 @@ from tests.cases import (
     RECIPES,
     RUNNING,
     D,
+    E,
     K,
     batch,
     dense,
@@ -486,6 +487,19 @@ def test_experts_that_are_mixed_first_are_all_active(family):
         else sum(p.numel() for p in model.get_input_embeddings().parameters())
     )
     assert report.cost.flops_per_token == 2 * (report.cost.total + again - embedding)
+
+
+@kinds
+def test_a_router_that_decides_for_every_head_is_counted_for_each(family):
+    """One matrix (E, head width), as many products as the keys and values have heads."""
+    model = dense(family)
+    report = sc.convert(model, RECIPES["mov_released"].make())
+    embedding = sum(p.numel() for p in model.get_input_embeddings().parameters())
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    heads = FAMILIES[family].kv // FAMILIES[family].head
+    again = 2 * FAMILIES[family].attentions * (heads - 1) * E * FAMILIES[family].head
+    total = report.cost.total - (0 if tied else embedding)
+    assert report.cost.flops_per_token == 2 * (total + again)
 
 
 @pytest.mark.parametrize(("rank", "rate"), [(1, 1e-3), (4, 5e-4), (16, 2.5e-4)])

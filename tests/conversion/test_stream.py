@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 import sparsecraft as sc
 from sparsecraft.checkpoint import shards
 from sparsecraft.cli.main import main
-from sparsecraft.conversion.stream import _skeleton, _Stream, convert_files
+from sparsecraft.conversion.stream import _Stream, convert_files
+from sparsecraft.dense.loading import load_model
 from sparsecraft.errors import CertificateError, CheckpointError, RecipeError, SourceError
 from sparsecraft.evaluation import layerwise
 from sparsecraft.moe.names import unique_tensors
@@ -340,7 +341,7 @@ def test_a_false_claim_is_an_error_and_nothing_is_kept(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_buffers_that_are_in_no_file_are_those_of_a_loaded_model(family, tmp_path):
     folder = base(tmp_path, family)
-    skeleton = _skeleton(Path(folder), None)
+    skeleton = load_model(Path(folder), None, "meta")
     layerwise._fill_buffers(skeleton)
     wanted = dict(sc.hub.load_dense(folder).named_buffers())
     hidden = [n for n, b in skeleton.named_buffers() if not b.is_meta]

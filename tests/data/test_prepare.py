@@ -389,9 +389,11 @@ def test_prepare_counts_every_row(tmp_path, tok):
     assert (counts["truncated"], counts["too_long"], len(dataset)) == (1, 0, 2)
     with pytest.raises(DataError, match=r"remain of 4: 2 are longer .* 2 have no trainable"):
         prepare(path, tok, max_length=10)
-    with pytest.raises(DataError, match=r"a\.jsonl, row 2: .*refuses"):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: .*refuses"):
         write(path, {"messages": CHAT}, {"messages": [REPLY]})
-        prepare(path, make_tokenizer(CHATML.replace("[0]", "[messages|length - 2]")))
+        prepare(
+            path, make_tokenizer("{{ raise_exception('no') if messages|length == 1 }}" + CHATML)
+        )
     with pytest.raises(DataError, match="Did you mean 'seq2seq'"):
         prepare(path, tok, task="seq2sec")
 

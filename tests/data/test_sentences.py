@@ -130,7 +130,7 @@ def test_rows_without_a_prompt_are_refused_with_their_place(encoder, tmp_path):
         with pytest.raises(DataError, match="needs a prompt, and this row has none"):
             prompt_text(row)
     path = tiny.write_rows(tmp_path / "a.jsonl", [*tiny.chat_rows(1), {"text": "all of it"}])
-    with pytest.raises(DataError, match=r"a\.jsonl, row 2: .* needs a prompt.*completion\.$"):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: .* needs a prompt.*completion\.$"):
         prepare(path, tiny.tokenizer(), prompts=Prompts(encoder, WIDTH))
 
 

@@ -100,7 +100,7 @@ def choice_row(prompt: str, choices: list[str], answer: int, template: str = "t"
 
 def test_rank_classification_takes_the_likeliest_choice(tmp_path, model):
     rows = [
-        choice_row(f"say {w}", [w, "something else entirely", "sea"], i % 3, f"t{i % 2}")
+        choice_row(f"say {w}", [w, "something else entirely", "the sea"], i % 3, f"t{i % 2}")
         for i, w in enumerate(tiny.WORDS)
     ]
     path = tiny.write_rows(tmp_path / "choice.jsonl", rows)
@@ -205,7 +205,7 @@ def test_classes_that_the_classifier_lacks_are_named(tmp_path):
     assert found["rows"] == 10 and 0 <= found["accuracy"] <= 1
     rows[4]["label"] = 3
     path = tiny.write_rows(tmp_path / "bad.jsonl", rows)
-    with pytest.raises(DataError, match=r"bad\.jsonl has the label 3 .*num_labels=3"):
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 5: the label 3 .*num_labels=3"):
         sc.evaluate(classifier(), path, tokenizer=tiny.tokenizer())
     batch = {"input_ids": torch.arange(3, 15).view(2, 6), "labels": torch.tensor([0, -1])}
     with pytest.raises(DataError, match=r"data has the label -1 "):

@@ -19,6 +19,7 @@ import sparsecraft as sc
 from sparsecraft.conversion.stream import convert_files
 from sparsecraft.recipe.formats import from_json
 from sparsecraft.recipe.stages import Stage
+from sparsecraft.training.trainers import RoutedTrainerMixin
 from tests.cases import RECIPES, dense
 from tests.golden.recipe_names import recipe_of
 
@@ -61,6 +62,8 @@ def loaded(name: str, **options) -> torch.nn.Module:
 
 # What recipes say since then that they did not say, path -> its value in the old file.
 SAID_SINCE = {"mixlora": {"stages.0.epochs": None}, "moefication": {"stages.0.epochs": None}}
+for _name in ("bam", "btx", "drop_upcycling", "nexus", "virtual_groups"):
+    SAID_SINCE[_name] = {"stages.0.ends_at": 0.0}
 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)
@@ -146,7 +149,15 @@ def test_an_adapter_is_read_as_a_converted_model(name, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["training", "training_dealt"])
-def test_an_interrupted_training_goes_on(tmp_path, kind):
+def test_an_interrupted_training_goes_on(tmp_path, kind, monkeypatch):
+    now = RoutedTrainerMixin._auxiliary
+
+    def as_then(self, model, routings, masks, share):
+        """The balance loss of every micro-batch weighed alike, whatever its share of the items."""
+        found = now(self, model, routings, masks, share)
+        return found / (share * self.current_gradient_accumulation_steps)
+
+    monkeypatch.setattr(RoutedTrainerMixin, "_auxiliary", as_then)
     folder = shutil.copytree(FORMAT1 / kind, tmp_path / kind)
     options = json.loads((folder / "options.json").read_text())
     rows = str(FORMAT1 / "rows.jsonl")

@@ -152,6 +152,8 @@ PUBLISHED: dict[str, tuple[sc.Recipe, dict[str, Any]]] = {
             "others": "mean",  # of all that is no network, over the experts
             "stages.0.losses": {"switch": 0.05},
             "stages.0.learning_rate": 1e-3,
+            "stages.0.schedule": "cosine",
+            "stages.0.ends_at": 0.3,  # 1e-3 to 3e-4
             "stages.0.warmup_ratio": 0.1,
             "stages.0.warmup_steps": 0,
             "stages.0.trains": ("all",),
@@ -168,6 +170,8 @@ PUBLISHED: dict[str, tuple[sc.Recipe, dict[str, Any]]] = {
             "edits.1.site": "ffn",
             "edits.1.router.select": TopK(1, renormalize=False),
             "stages.0.learning_rate": 1e-4,
+            "stages.0.schedule": "cosine",
+            "stages.0.ends_at": 0.1,
             "stages.0.warmup_steps": 1000,
             "stages.0.weight_decay": 0.1,
         },
@@ -179,6 +183,8 @@ PUBLISHED: dict[str, tuple[sc.Recipe, dict[str, Any]]] = {
             f"{ROUTER}.select": TopK(2, renormalize=True),
             "stages.0.losses": {"btx": 0.01},
             "stages.0.learning_rate": 1e-4,
+            "stages.0.schedule": "cosine",
+            "stages.0.ends_at": 0.1,
             "stages.0.warmup_steps": 100,
             "stages.0.weight_decay": 0.1,
             "stages.0.max_length": 4096,
@@ -218,6 +224,8 @@ PUBLISHED: dict[str, tuple[sc.Recipe, dict[str, Any]]] = {
             f"{ROUTER}.select": TopK(2, renormalize=True),
             "stages.0.losses": {"switch_unnormalized": 0.02},  # transformers' convention
             "stages.0.learning_rate": 2e-4,
+            "stages.0.schedule": "cosine",
+            "stages.0.ends_at": 0.1,
             "stages.0.warmup_steps": 2000,
             "stages.0.weight_decay": 0.1,
             "stages.0.max_grad_norm": 1.0,
@@ -243,6 +251,8 @@ PUBLISHED: dict[str, tuple[sc.Recipe, dict[str, Any]]] = {
             f"{ROUTER}.select.k": 8,
             "stages.0.losses": {"switch": 0.01},
             "stages.0.learning_rate": 2e-4,
+            "stages.0.schedule": "cosine",
+            "stages.0.ends_at": 0.1,
             "stages.0.batch_size": 1024,  # 4 M tokens
             "stages.0.max_length": 4096,
         },

@@ -25,6 +25,7 @@ from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.checkpoint.tensors import ADAPTER
 from sparsecraft.dense import hub
 from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.sound import check_weight
 from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.moe.names import unique_tensors
 from sparsecraft.recipe.formats import to_json
@@ -187,10 +188,10 @@ def _base(
             f"{folder} does not say which model its adapter stands on, because that one was built "
             "in memory; pass its folder or hub id as sc.load(dir, base=...)."
         )
-    folder_of_base = hub.resolve(name, None if base else config.get("revision"))
-    origin = Origin.find(str(folder_of_base))
-    if origin is None:
-        raise CheckpointError(f"The base of {folder}, {name!r}, holds no safetensors.")
+    own = name == config.get("base_model_name_or_path")
+    origin = Origin.at(hub.resolve(name, config.get("revision") if own else None))
+    if not origin.is_there:
+        raise CheckpointError(f"The base of {folder}, {name!r}, holds no weights.")
     return origin, None
 
 
@@ -231,6 +232,7 @@ def _read_tensors(model: nn.Module, path: Path, dtype: torch.dtype | None) -> No
                 f"{path} holds {name!r} with shape {list(new.shape)}; its recipe has "
                 f"{list(old.shape)} on this base."
             )
+        check_weight(name, new, path, CheckpointError)
         cast = dtype if new.is_floating_point() else None
         value = nn.Parameter(new.to(device, cast), requires_grad=old.requires_grad)
         setattr(module, leaf, value if isinstance(old, nn.Parameter) else value.data)

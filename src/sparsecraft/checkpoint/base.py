@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from sparsecraft.checkpoint.manifest import word
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.origin import Origin
-from sparsecraft.dense.packaged import is_alias
 from sparsecraft.errors import CheckpointError, HubError
 from sparsecraft.moe.names import dense_tensors
 from sparsecraft.recipe.recipe import Recipe
@@ -31,7 +30,7 @@ def convert_base(model: nn.Module, recipe: Recipe, origin: Origin | None) -> Con
     record = apply(model, recipe, plan(model, recipe), on_meta=True)
     record.digests = digests
     if origin is not None:
-        record.origin, record.revision = origin.name, origin.revision
+        record.origin = origin
     return record
 
 
@@ -42,16 +41,38 @@ def load_on(origin: Origin, recipe: Recipe, **kwargs: Any) -> tuple[nn.Module, C
     Args:
         kwargs: passed to `hub.load_dense`.
     """
+    kwargs |= origin.loading
     model = hub.load_dense(str(origin.folder), quantize=recipe.quantization, **kwargs)
     record = convert_base(model, recipe, origin)
-    record.base_card = (origin.name, hub.license_of(origin.folder))
+    record.base_card = card_of(origin)
     return model, record
+
+
+def card_of(origin: Origin) -> tuple[str | None, ...]:
+    """Name, license and commit of a base, for the checkpoint's README."""
+    return origin.name, hub.license_of(origin.folder), origin.revision
+
+
+def entry(origin: Origin, dtype: torch.dtype) -> dict[str, Any]:
+    """What a folder says of the base that it stands on.
+
+    Args:
+        dtype: of the dense model's own tensors.
+    """
+    place = {"subfolder": origin.subfolder, "variant": origin.variant}
+    return {
+        "name": origin.name,
+        "revision": origin.revision,
+        **{key: value for key, value in place.items() if value},
+        "fingerprint": origin.fingerprint(),
+        "dtype": word(dtype),
+    }
 
 
 def usable_base(model: nn.Module, out: Path, standalone: bool) -> Origin | None:
     """The base that a checkpoint in `out` can stand on; None if it has to hold everything."""
     record = conversion_of(model)
-    origin = Origin.find(record.origin, record.revision)
+    origin = record.base
     if origin is not None and out.resolve() == origin.folder.resolve():
         raise CheckpointError(f"{out} holds the base that the model stands on; choose another.")
     if standalone or origin is None or not origin.holds(model, _dense_shapes(model)):
@@ -70,19 +91,30 @@ def find_base(folder: Path, saved: dict[str, Any] | None, base: str | None) -> O
         if base is not None:
             raise CheckpointError(f"{folder} is self-contained and takes no base; drop {base!r}.")
         return None
-    name = base or saved["name"]
+    name, revision, place = base or saved["name"], None, {}
+    if name == saved["name"]:
+        revision, place = saved["revision"], {"subfolder": saved.get("subfolder", "")}
     try:
-        resolved = hub.resolve(name, None if base else saved["revision"])
+        resolved = hub.resolve(name, revision, **place)
     except HubError as error:
-        raise CheckpointError(f"The base of {folder} is {name!r}: {error}") from None
-    origin = Origin.find(str(resolved))
-    if origin is None:
-        raise CheckpointError(f"The base of {folder}, {name!r}, holds no safetensors.")
-    if origin.fingerprint() != saved["fingerprint"]:
         raise CheckpointError(
-            f"{folder} stands on {saved['name']!r}, and {name!r} holds other tensors; "
-            "pass the right base as sc.load(dir, base=...)."
-        )
-    if base is not None or is_alias(name):
+            f"The base of {folder} is {name!r}{_at(revision)}: {error} Or pass its folder as "
+            "sc.load(dir, base=...)."
+        ) from None
+    origin = Origin.at(resolved, saved.get("variant"))
+    if not origin.is_there:
+        raise CheckpointError(f"The base of {folder}, {name!r}, holds no weights.")
+    if origin.has_fingerprint(saved["fingerprint"]):
         return origin
-    return dataclasses.replace(origin, name=name, revision=saved["revision"])
+    # Written before commits were remembered, and the branch has moved since.
+    for other in Origin.named(name) if revision is None else ():
+        if other.has_fingerprint(saved["fingerprint"]):
+            return other
+    raise CheckpointError(
+        f"{folder} stands on {saved['name']!r}{_at(saved['revision'])}, and {name!r} holds other "
+        "tensors; pass the right base as sc.load(dir, base=...)."
+    )
+
+
+def _at(revision: str | None) -> str:
+    return f" at {revision}" if revision else ""

@@ -1,50 +1,15 @@
-"""What stands beside a checkpoint's tensors: model card, tokenizer, license and settings."""
+"""README.md, the model card of a checkpoint."""
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-from typing import Any
+import re
 
 from torch import nn
 
-from sparsecraft.checkpoint.folder import COMPANIONS
 from sparsecraft.dense.origin import Origin
 from sparsecraft.surgery.record import conversion_of
 
-
-def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> None:
-    """Tokenizer, chat template, generation settings and license, unchanged.
-
-    They are copied from where the model came from, its checkpoint or the base's folder; generation
-    settings that differ from those there are the model's own.
-    """
-    record = conversion_of(model)
-    source = record.folder
-    if source is None or not source.is_dir():
-        origin = Origin.find(record.origin, record.revision)
-        source = origin and origin.folder
-    if source is not None:
-        copy_companions(source, folder)
-    generation = getattr(model, "generation_config", None)
-    if generation is not None and generation != _generation_config(folder, model):
-        generation.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, chat template, generation settings and license of `source`, byte for byte."""
-    for path in (path for pattern in COMPANIONS for path in source.glob(pattern)):
-        copy = shutil.copytree if path.is_dir() else shutil.copyfile
-        copy(path, folder / path.name)
-
-
-def _generation_config(folder: Path, model: nn.Module) -> Any:
-    """The generation settings in a folder, read as from_pretrained reads them; None if absent."""
-    if not (folder / "generation_config.json").is_file():
-        return None
-    return type(model.generation_config).from_pretrained(folder)
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def readme(model: nn.Module, origin: Origin | None) -> str:
@@ -52,7 +17,9 @@ def readme(model: nn.Module, origin: Origin | None) -> str:
     record = conversion_of(model)
     recipe = record.recipe
     report = record.report.get("conversion", {})
-    name, license = record.base_card or ("a model built in memory", None)
+    name, license, *commit = record.base_card or ("a model built in memory", None)
+    at = f", revision {commit[0]}" if any(commit) else ""
+    front = f"\nbase_model: {name}" if HUB_ID.fullmatch(name) else ""
     held = "" if origin else ", held in this folder"
     certificate = report.get("certificate")
     what = "layer output" if certificate and certificate.get("layers") else "logit"
@@ -69,13 +36,13 @@ def readme(model: nn.Module, origin: Origin | None) -> str:
     )
     return f"""---
 library_name: sparsecraft
-license: {license or "other"}
+license: {license or "other"}{front}
 ---
 # {recipe.name} ({recipe.variant})
 
 {recipe.title}. {recipe.paper}.
 
-- Base model: {name}{held}{f", revision {origin.revision}" if origin and origin.revision else ""}
+- Base model: {name}{at}{held}
 - License of the base: {license or "unknown; see the base model"}
 - Certificate: the recipe {claim}; measured: {measured}
 

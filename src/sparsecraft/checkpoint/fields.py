@@ -62,7 +62,7 @@ def _is_base(value: Any) -> bool:
     return value is None or (
         isinstance(value, dict)
         and _is_text(value.get("name"))
-        and _is_text_or_none(value.get("revision"))
+        and all(_is_text_or_none(value.get(key)) for key in ("revision", "subfolder", "variant"))
         and _is_text(value.get("fingerprint"))
         and _is_dtype(value.get("dtype"))
     )
@@ -78,9 +78,11 @@ def _is_dense(value: Any) -> bool:
 
 
 def _is_card(value: Any) -> bool:
-    """Name and license of the base, or None."""
-    is_pair = isinstance(value, list) and len(value) == 2
-    return value is None or (is_pair and _is_text(value[0]) and _is_text_or_none(value[1]))
+    """Name, license and, since commits are remembered, commit of the base, or None."""
+    is_list = isinstance(value, list) and len(value) in (2, 3)
+    return value is None or (
+        is_list and _is_text(value[0]) and all(_is_text_or_none(word) for word in value[1:])
+    )
 
 
 BASE = Field(_is_base, "null, or name, revision, fingerprint and dtype of the dense model")
@@ -92,7 +94,7 @@ MANIFEST_FIELDS = {
     "dense": Field(_is_dense, "null, or dtype and digest of each dense tensor by its name"),
     "tensors": Field(_is_text, "the digest of the tensors"),
     "config": Field(_is_text, "the digest of config.json"),
-    "base_card": Field(_is_card, "null, or the base's name and license", older=True),
+    "base_card": Field(_is_card, "null, or the base's name, license and commit", older=True),
     "running": Field(
         lambda value: value is None or is_running(value),
         "null, or stages, budget, calibration, rectified and imitates of the split networks",

@@ -16,24 +16,22 @@ from sparsecraft.errors import CheckpointError
 MANIFEST = "recipe.json"
 EXPORT_RECORD = "sparsecraft_export.json"
 
-# Copied byte for byte from the base's folder, so that they travel unchanged.
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece*.model",
-    "chat_template.json",
-    "additional_chat_templates",
-    "*.jinja",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE*",
+# What stands beside a model's weights, by what it belongs to.
+TOKENIZER = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja"),
+    *("additional_chat_templates", "vocab*", "*vocab.json", "merges.txt", "bpe.codes", "*.model"),
+    *("*.spm", "*.tiktoken", "dict.txt", "emoji.json", "byte_maps.json", "normalizer.json"),
+    *("word_pronunciation.json", "word_shape.json"),
 )
+PROCESSOR = (
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("audio_tokenizer_config.json", "chat_template.json"),
+)
+LEGAL = ("LICEN[CS]E*", "[Ll]icen[cs]e*", "NOTICE*", "[Nn]otice*", "COPYING*", "*USE_POLICY*")
+GENERATION = "generation_config.json"
 
+# Copied byte for byte from the base's folder, so that they travel unchanged.
+COMPANIONS = (*TOKENIZER, *PROCESSOR, *LEGAL, GENERATION)
 
 # What a checkpoint or an export of ours holds; anything else in a folder is the user's.
 OWN = (

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from sparsecraft.checkpoint.adapter import load_adapter
 from sparsecraft.checkpoint.base import convert_base, find_base, load_on
 from sparsecraft.checkpoint.fields import CONFIG_FIELDS, check_fields
-from sparsecraft.checkpoint.folder import MANIFEST
+from sparsecraft.checkpoint.folder import GENERATION, MANIFEST
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json
 from sparsecraft.checkpoint.manifest import base_config, read_manifest, read_recipe
 from sparsecraft.checkpoint.pretrained import writes_ours
@@ -20,9 +20,9 @@ from sparsecraft.checkpoint.tensors import ADAPTER, WEIGHTS, read_tensors
 from sparsecraft.dense import hub
 from sparsecraft.dense.loading import load_tokenizer, model_class
 from sparsecraft.errors import CheckpointError
-from sparsecraft.moe.names import unique_tensors
+from sparsecraft.moe.names import dense_tensors, unique_tensors
 from sparsecraft.surgery.budget import restore
-from sparsecraft.surgery.record import conversion_of
+from sparsecraft.surgery.record import conversion_of, tokenizer_of
 
 
 def load(
@@ -65,10 +65,12 @@ def load(
     record.written, record.base_card = manifest["recipe"], manifest.get("base_card")
     record.folder, record.report = folder.absolute(), read_json(folder / "report.json")
     read_tensors(model, folder / WEIGHTS, manifest["tensors"], complete=origin is None)
+    record.masters = _masters(model)
     if dtype is not None:
         _cast(model, dtype)
+        record.masters.clear()
     restore(model, manifest.get("running"), changed=recipe != saved)
-    if (folder / "generation_config.json").is_file() and model.can_generate():
+    if (folder / GENERATION).is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     writes_ours(model)
     return model.eval()
@@ -78,6 +80,19 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Not model.to(dtype): that would round the rotary frequencies, which are not saved."""
     for tensor in unique_tensors(model).values():
         tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.dtype = dtype
+
+
+def _masters(model: nn.Module) -> set[str]:
+    """Dense names of what was saved in another type than the base has: what training holds so."""
+    digests = conversion_of(model).digests
+    return {
+        name
+        for name, tensor in dense_tensors(model).items()
+        if tensor.is_floating_point() and tensor.dtype != digests[name][0]
+    }
 
 
 def _checked_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +143,7 @@ def load_any(name: str) -> tuple[nn.Module, Any]:
     folder = Path(name).expanduser()
     if (folder / "adapter_config.json").is_file():
         model = load(folder, device_map=device)
-        return model, load_tokenizer(folder) or load_tokenizer(_base_of(model))
+        return model, load_tokenizer(folder) or tokenizer_of(model)
     if not (folder / MANIFEST).is_file():
         folder = hub.resolve(name)
     tokenizer = load_tokenizer(folder)  # before the weights, which take long
@@ -141,8 +156,3 @@ def load_any(name: str) -> tuple[nn.Module, Any]:
             "copy or save the folder again."
         )
     return hub.load_dense(name, device_map=device), tokenizer
-
-
-def _base_of(model: nn.Module) -> Path:
-    record = conversion_of(model)
-    return hub.resolve(record.origin, record.revision)

@@ -16,6 +16,7 @@ from sparsecraft.moe.names import dense_tensors
 from sparsecraft.recipe.formats import check_format, from_json
 from sparsecraft.recipe.overrides import override
 from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.surgery.record import conversion_of
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -84,9 +85,10 @@ def config_of(model: nn.Module) -> dict[str, Any]:
 
 
 def base_dtype(model: nn.Module) -> torch.dtype:
-    """Most common floating dtype of the dense tensors (trained parts may be float32 masters)."""
-    sizes: dict[torch.dtype, int] = {}
-    for tensor in dense_tensors(model).values():
+    """Most common floating dtype of the dense tensors, whatever training holds in float32."""
+    record, sizes = conversion_of(model), {}
+    for name, tensor in dense_tensors(model).items():
         if tensor.is_floating_point():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+            dtype = record.digests[name][0] if name in record.masters else tensor.dtype
+            sizes[dtype] = sizes.get(dtype, 0) + tensor.numel()
     return max(sizes, key=sizes.get)

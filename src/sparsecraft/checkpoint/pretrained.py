@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsecraft.checkpoint.folder import COMPANIONS
+from sparsecraft.checkpoint.folder import COMPANIONS, GENERATION
 from sparsecraft.checkpoint.save import save
 from sparsecraft.errors import SparsecraftError
 
@@ -43,6 +43,5 @@ def save_pretrained(model: nn.Module, save_directory: str | Path, **kwargs: Any)
     if kwargs.get("is_main_process", True):
         chosen = {name: kwargs[name] for name in ours & given}
         # As in transformers: into a folder of the user's too, beside a tokenizer saved before.
-        settings = "generation_config.json"
-        keep = () if "tokenizer" in chosen else tuple(c for c in COMPANIONS if c != settings)
+        keep = () if "tokenizer" in chosen else tuple(c for c in COMPANIONS if c != GENERATION)
         save(model, save_directory, overwrite=True, keep=keep, **chosen)

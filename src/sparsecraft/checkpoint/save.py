@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from sparsecraft.checkpoint import shards
-from sparsecraft.checkpoint.base import usable_base
-from sparsecraft.checkpoint.card import readme, write_companions
+from sparsecraft.checkpoint.base import entry, usable_base
+from sparsecraft.checkpoint.card import readme
+from sparsecraft.checkpoint.companions import write_companions
 from sparsecraft.checkpoint.folder import MANIFEST, replacing
 from sparsecraft.checkpoint.jsonfile import json_digest, write_json
 from sparsecraft.checkpoint.manifest import base_dtype, config_of, word
@@ -17,6 +18,7 @@ from sparsecraft.checkpoint.space import require
 from sparsecraft.checkpoint.tensors import WEIGHTS, new_or_changed
 from sparsecraft.dense.loading import model_class
 from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CheckpointError, HubError
 from sparsecraft.recipe.formats import FORMAT_VERSION, VERSION, to_json
 from sparsecraft.surgery.agreement import check_agrees
@@ -46,12 +48,13 @@ def save(
 
     Raises:
         SurgeryError: the model is dense.
-        CheckpointError: the folder exists, split networks were set one by one, or the disk gives
-            back other bytes than were written.
+        CheckpointError: the folder exists, a weight is not finite, split networks were set one by
+            one, or the disk gives back other bytes than were written.
         ResourceError: the disk is too small.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     conversion_of(model)
+    check_weights(model, CheckpointError)
     check_loadable(model)
     check_agrees(model)
     warn_untrained(model)
@@ -75,13 +78,7 @@ def write_rest(
         "format_version": FORMAT_VERSION,
         "sparsecraft": VERSION,
         "recipe": to_json(record.recipe),
-        "base": origin
-        and {
-            "name": origin.name,
-            "revision": origin.revision,
-            "fingerprint": origin.fingerprint(),
-            "dtype": word(base_dtype(model)),
-        },
+        "base": origin and entry(origin, base_dtype(model)),
         "base_card": record.base_card,
         # What `revert` compares with, where there is no base to read the originals from.
         "dense": None if origin else {n: [word(d), h] for n, (d, h) in record.digests.items()},

@@ -11,6 +11,7 @@ from sparsecraft.checkpoint import shards
 from sparsecraft.checkpoint.folder import MANIFEST
 from sparsecraft.dense.digests import combine, digest
 from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.sound import check_weight
 from sparsecraft.errors import CheckpointError
 from sparsecraft.moe.names import dense_name, unique_tensors
 from sparsecraft.surgery.record import conversion_of
@@ -61,6 +62,7 @@ def read_tensors(
                 f"{path} holds {name!r} with shape {list(tensor.shape)}; this recipe has "
                 f"{list(known[name].shape)}."
             )
+        _check_kind(path, name, tensor, known[name])
         if in_place:
             with torch.no_grad():
                 known[name].copy_(tensor)
@@ -72,6 +74,18 @@ def read_tensors(
         raise CheckpointError(
             f"The tensors in {path} are not those that {MANIFEST} was written with; "
             "copy or save the folder again."
+        )
+
+
+def _check_kind(path: Path, name: str, tensor: torch.Tensor, own: torch.Tensor) -> None:
+    """Refuse integers where the model has floating numbers, and weights that are not finite."""
+    if own.is_floating_point() and isinstance(own, nn.Parameter):
+        check_weight(name, tensor, path, CheckpointError)
+    elif tensor.is_floating_point() != own.is_floating_point():
+        words = [str(t.dtype).removeprefix("torch.") for t in (tensor, own)]
+        raise CheckpointError(
+            f"{path} holds {name!r} as {words[0]}, and the model has {words[1]} there; copy or "
+            "save the folder again."
         )
 
 

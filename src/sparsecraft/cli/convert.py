@@ -162,6 +162,7 @@ def _checked(options: ConvertOptions) -> Any:
 
 def _convert(recipe: Recipe, options: ConvertOptions, dtype: Any, say: Say) -> None:
     """Convert a model in memory, and save it."""
+    from sparsecraft.checkpoint.companions import check_settings
     from sparsecraft.checkpoint.save import save
     from sparsecraft.conversion.convert import convert
     from sparsecraft.conversion.domains.router_starts import check_given
@@ -178,6 +179,7 @@ def _convert(recipe: Recipe, options: ConvertOptions, dtype: Any, say: Say) -> N
         device_map=options.device,
         quantize=recipe.quantization,
     )
+    check_settings(model)
     tokenizer = load_tokenizer(folder) if options.data or starts else None
     report = convert(
         model,

@@ -40,6 +40,7 @@ def run(command: EvaluateCommand, say: Say) -> None:
 
     from sparsecraft.checkpoint.load import load_any
     from sparsecraft.evaluation.held_out import evaluate
+    from sparsecraft.evaluation.lm_eval import check_tasks
     from sparsecraft.evaluation.report import result_tables
 
     out = command.json
@@ -47,6 +48,7 @@ def run(command: EvaluateCommand, say: Say) -> None:
         raise DataError(f"--json {out} cannot be written; name a file in an existing folder.")
     if not (command.data or command.choice or command.tasks):
         raise DataError("There is nothing to evaluate on; pass --data, --choice or --tasks.")
+    check_tasks(command.tasks)
     model, tokenizer = load_any(command.folder)
     set_for(model, command.budget)
     results = evaluate(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparsecraft.checkpoint.base import card_of
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.conversion.domains.router_starts import find_starts
 from sparsecraft.conversion.sources.expansion import Child, expand
 from sparsecraft.conversion.sources.gather import gather, opened
 from sparsecraft.conversion.sources.source import Source
-from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CertificateError, SurgeryError
 from sparsecraft.evaluation.certificate import Certificate, compare, outputs, probes
 from sparsecraft.moe import cost
@@ -31,7 +31,7 @@ from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.install import apply
 from sparsecraft.surgery.plan import PlannedEdit, plan
 from sparsecraft.surgery.record import Conversion, conversion_of, is_converted
-from sparsecraft.surgery.revert import take_out
+from sparsecraft.surgery.rollback import atomic
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Report:
             certificate=certificate,
             layers={item.site.path: item.edit.experts.kind for item in record.plan},
             cost=cost.count(model),
-            sources=tuple(source.name for source in sources),
+            sources=tuple(source.title for source in sources),
             domains=domains,
             children=children,
         )
@@ -86,6 +86,7 @@ class Report:
         return dataclasses.asdict(self)
 
 
+@atomic
 def convert(
     model: nn.Module,
     recipe: Recipe,
@@ -119,21 +120,21 @@ def convert(
             model has been given back.
     """
     _check_arguments(model, recipe)
-    edits = plan(model, recipe)
+    check_weights(model, SurgeryError)
+    edits, origin = plan(model, recipe), Origin.of(model)
     given = opened(model, recipe, edits, sources, unrelated=unrelated)
     networks, children = expand(recipe, edits, given, unique_tensors(model).__getitem__, seed)
     probing = probes(model, data, tokenizer, seed) if certify else []
     starts = find_starts(model, recipe, edits, domains, data, tokenizer=tokenizer, seed=seed)
     before = outputs(model, probing)
     digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
-    with _dense_on_failure(model):
-        record = _made(model, recipe, edits, given, networks, seed)
-        record.digests = digests
-        starts.put(record.layers)
-        remember_origin(model, record)
-        certificate = compare(before, outputs(model, probing)) if certify else None
-        if not given:  # a claim is about copies of one model
-            check_claim(recipe, certificate)
+    record = _made(model, recipe, edits, given, networks, seed)
+    record.digests = digests
+    starts.put(record.layers)
+    remember_origin(record, origin)
+    certificate = compare(before, outputs(model, probing)) if certify else None
+    if not given:  # a claim is about copies of one model
+        check_claim(recipe, certificate)
     report = Report.of(model, certificate, given, starts.names, children)
     record.report = {"conversion": report.to_dict()}
     writes_ours(model)
@@ -165,10 +166,10 @@ def check_claim(recipe: Recipe, certificate: Certificate | None) -> None:
         )
 
 
-def remember_origin(model: nn.Module, record: Conversion) -> None:
-    if origin := Origin.of(model):
-        record.origin, record.revision = origin.name, origin.revision
-        record.base_card = (origin.name, hub.license_of(origin.folder))
+def remember_origin(record: Conversion, origin: Origin | None) -> None:
+    if origin is not None:
+        record.origin = origin
+        record.base_card = card_of(origin)
 
 
 def _check_arguments(model: Any, recipe: Any) -> None:
@@ -183,14 +184,3 @@ def _check_arguments(model: Any, recipe: Any) -> None:
             "call sc.revert first."
         )
     check_names({name: 0.0 for stage in recipe.stages for name in stage.losses})
-
-
-@contextmanager
-def _dense_on_failure(model: nn.Module) -> Iterator[None]:
-    """Give the dense model back when the block fails, however far it came."""
-    try:
-        yield
-    except BaseException:
-        if is_converted(model):
-            take_out(model)
-        raise

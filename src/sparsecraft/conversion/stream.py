@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from sparsecraft.checkpoint import shards
 from sparsecraft.checkpoint.base import usable_base
+from sparsecraft.checkpoint.companions import check_settings
 from sparsecraft.checkpoint.folder import check_free
 from sparsecraft.checkpoint.progress import Progress, bytes_left, continued
 from sparsecraft.checkpoint.save import write_rest
@@ -32,11 +32,14 @@ from sparsecraft.conversion.sources.expansion import expand
 from sparsecraft.conversion.sources.gather import donor_tensors, opened
 from sparsecraft.conversion.sources.lora_experts import fill
 from sparsecraft.conversion.sources.lora_folder import CONFIG
+from sparsecraft.conversion.sources.lora_folder import WEIGHTS as WEIGHTS_OF_LORA
 from sparsecraft.conversion.sources.source import Source, mean
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
-from sparsecraft.dense.loading import model_class
+from sparsecraft.dense.loading import load_model
 from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.sound import check_weight
+from sparsecraft.dense.weights import Weights
 from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.evaluation import layerwise
 from sparsecraft.evaluation.certificate import Certificate
@@ -95,6 +98,7 @@ def convert_files(
     check_free(out, overwrite)
     _check_recipe(recipe)
     stream = _Stream(model, recipe, sources, dtype=dtype, unrelated=unrelated, seed=seed)
+    check_settings(stream.model)
     tensors = stream.tensors(out, standalone)
     say(_require(out, tensors, stream.memory(certify), resume))
     task = stream.task(seed=seed, standalone=standalone, shard_size=shard_size)
@@ -137,23 +141,6 @@ def _require(out: Path, tensors: dict[str, Lazy], memory: int, resume: bool) -> 
     return require(out, disk=disk, memory=memory, task="Conversion, tensor by tensor,")
 
 
-def _skeleton(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The dense model without memory, otherwise as `hub.load_dense` gives it."""
-    config = AutoConfig.from_pretrained(folder)
-    dtype = dtype or getattr(config, "dtype", None) or _first_dtype(folder)
-    with torch.device("meta"):
-        model = model_class(folder)._from_config(config, dtype=dtype)
-    if (folder / "generation_config.json").is_file() and model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval()
-
-
-def _first_dtype(folder: Path) -> torch.dtype:
-    origin = Origin.find(str(folder))
-    tensors = origin.tensors() if origin else ()
-    return next((t.dtype for _, t in tensors if t.is_floating_point()), torch.float32)
-
-
 class _Stream:
     """A conversion of which only names and shapes are in memory."""
 
@@ -167,11 +154,11 @@ class _Stream:
         unrelated: bool,
         seed: int,
     ):
-        self.model = model = _skeleton(hub.resolve(name), dtype)
+        self.origin = Origin.at(hub.resolve(name))
+        # By transformers, which says what is missing; without memory otherwise as load_dense does.
+        self.model = model = load_model(self.origin.folder, dtype, "meta")
         self.recipe, self.dtype = recipe, model.dtype
-        self.origin = Origin.of(model)
-        if self.origin is None:
-            raise CheckpointError(f"{name} holds no safetensors; save the model as safetensors.")
+        self.weights = {name for name, _ in model.named_parameters()}
         self.given = [str(source) for source in given]
         self.edits = plan(model, recipe)
         self.sources = opened(model, recipe, self.edits, self.given, unrelated=unrelated)
@@ -180,11 +167,12 @@ class _Stream:
         self.drawn = _Drawn(model, self.edits, seed, self.sources)
         self.dense_names = list(unique_tensors(model))
         self.record = apply(model, recipe, self.edits, on_meta=True)
-        remember_origin(model, self.record)
+        remember_origin(self.record, self.origin)
         self.base: Origin | None = None
 
     def tensors(self, out: Path, standalone: bool) -> dict[str, Lazy]:
         """Name -> tensor of all that the checkpoint `out` holds."""
+        self._check_weights()
         self.base = usable_base(self.model, out, standalone)
         if self.base is None:
             found = ((name, self._base(name)) for name in self.dense_names)
@@ -204,7 +192,18 @@ class _Stream:
             raise CheckpointError(
                 f"{self.origin.folder} has no tensor {name!r}; convert the model in memory."
             )
+        if name in self.weights:
+            check_weight(name, tensor, self.origin.folder, CheckpointError)
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def _check_weights(self) -> None:
+        """Refuse a base or a source with something that is no weight, before a file is begun."""
+        means = self.recipe.others == "mean"
+        for name in self.dense_names:
+            self._base(name)
+            for source in self.sources:
+                if name in self.own or (means and name in self.weights):
+                    source.tensor(name)
 
     def _dense(
         self, name: str, tensor: Tensor, copied: bool = False
@@ -304,7 +303,7 @@ class _Stream:
             certificate=certificate,
             layers={item.site.path: item.edit.experts.kind for item in self.edits},
             cost=cost.count(self.model),
-            sources=tuple(source.name for source in self.sources),
+            sources=tuple(source.title for source in self.sources),
             children=self.children,
         )
         self.record.report = {"conversion": report.to_dict()}
@@ -349,8 +348,8 @@ class _Drawn:
 
 def _stamps(folder: Path) -> dict[str, Any]:
     """File name -> size and time of change of what a dense model is read from."""
-    configs = (folder / name for name in ("config.json", CONFIG))
-    paths = [*filter(Path.is_file, configs), *sorted(folder.glob("*.safetensors"))]
+    configs = (folder / name for name in ("config.json", CONFIG, WEIGHTS_OF_LORA))
+    paths = [*filter(Path.is_file, configs), *Weights(folder).paths]
     return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in paths}
 
 

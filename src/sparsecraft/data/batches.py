@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsecraft.data.encoding import IGNORED, pad_id
+from sparsecraft.data.encoding import IGNORED
+from sparsecraft.data.limits import Limits, pad_id
 from sparsecraft.data.prepare import prepare
 from sparsecraft.errors import DataError
 
@@ -82,11 +83,13 @@ def as_batches(
     batch_size: int = 8,
     seed: int = 0,
     task: str = "causal",
+    model: Any = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Dicts of model inputs from what `convert(..., data=...)` takes.
 
     A dataset path (or name, or several; needs `tokenizer`), an iterable of token-id tensors (B, S),
-    or an iterable of dicts of model inputs, passed on as they are. Raises DataError for the rest.
+    or an iterable of dicts of model inputs, passed on as they are. Raises DataError for the rest,
+    and for tokens that the `model` has no row for.
     """
     import torch
 
@@ -97,23 +100,39 @@ def as_batches(
         if tokenizer is None:
             names = ", ".join(map(str, data)) if paths else str(data)
             raise DataError(f"data is {names}: a tokenizer is needed to read it.")
-        rows, _ = prepare(data, tokenizer, max_length=max_length, seed=seed, task=task)
+        options = {"max_length": max_length, "seed": seed, "task": task, "model": model}
+        rows, _ = prepare(data, tokenizer, **options)
         for start in range(0, len(rows), batch_size):
             part = rows.select(range(start, min(start + batch_size, len(rows))))
-            batch = collate(list(part), pad_id(tokenizer))
+            batch = collate(list(part), pad_id(tokenizer, model))
             del batch["token_mask"]  # the models' forward does not know it
             yield batch
         return
     if not isinstance(data, Iterable):
         raise DataError(f"data is {type(data).__name__}: a path or an iterable of batches.")
+    tokens = Limits.of(model).tokens
     for number, batch in enumerate([data] if isinstance(data, torch.Tensor) else data, 1):
         if isinstance(batch, torch.Tensor) and batch.ndim == 2 and not batch.is_floating_point():
-            yield {"input_ids": batch}
+            found = {"input_ids": batch}
         elif isinstance(batch, dict) or hasattr(batch, "keys"):  # BatchEncoding is no dict
-            yield dict(batch)
+            found = dict(batch)
         else:
             shape = getattr(batch, "shape", "")
             raise DataError(
                 f"batch {number} of data is {type(batch).__name__} {shape}: needed are token-id "
                 "tensors (B, S) or dicts of model inputs."
             )
+        _check_tokens(number, found.get("input_ids"), tokens)
+        yield found
+
+
+def _check_tokens(number: int, ids: Any, tokens: int | None) -> None:
+    """Refuse ids that a model has no row for; on a GPU they would kill the process."""
+    if tokens is None or getattr(ids, "numel", lambda: 0)() == 0:
+        return
+    low, high = ids.min().item(), ids.max().item()
+    if low < 0 or high >= tokens:
+        raise DataError(
+            f"batch {number} of data holds the token {low if low < 0 else high}, and the model's "
+            f"embedding has rows 0 to {tokens - 1}."
+        )

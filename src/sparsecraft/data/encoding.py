@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from typing import Any
 
+from sparsecraft.data.chat import check_printed, for_template, given_of, render, render_row
+from sparsecraft.data.spans import Spans
 from sparsecraft.errors import DataError
 
 IGNORED = -100  # the label that torch's cross entropy skips
 
 
 # ------------------------------------------------------------------ text -> token ids
-def render(messages: list[dict], tokenizer, generate: bool = False) -> str:
-    """The text of a chat; `generate` appends the header that invites the assistant's answer.
-
-    The tokenizer's own chat template or, where it has none, `plain_chat`. Raises DataError where
-    the template refuses the messages.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        return plain_chat(messages, tokenizer.eos_token or "", generate)
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generate
-        )
-    except Exception as err:  # a template is a program of a third party: anything may come
-        raise DataError(f"the tokenizer's chat template refuses the row: {err}") from err
-
-
-def plain_chat(messages: list[dict], eos: str, generate: bool = False) -> str:
-    """The template for tokenizers that have none; `eos` ends an answer.
-
-    PESC's (github.com/wuhy68/Parameter-Efficient-MoE), which handles one turn, carried on.
-    """
-    names = {"user": "Human", "assistant": "Assistant", "developer": "System"}
-    text = ""
-    for message in messages:
-        name = names.get(message["role"], message["role"].title())
-        end = eos if message["role"] == "assistant" else ""
-        text += f"### {name}:\n{message['content']}{end}\n"
-    return text + "### Assistant:\n" if generate else text
-
-
 def prompt_ids(messages: list[dict], tokenizer) -> list[int]:
     """Token ids of a chat that awaits its answer, exactly as `encode` lays them out in training."""
     return _tokenize(render(messages, tokenizer, generate=True), tokenizer)[0]
@@ -51,17 +25,10 @@ def row_ids(row: dict, tokenizer, adds_bos_only: bool = True) -> list[int]:
     Args:
         adds_bos_only: as `encode` lays them out; else with all that the tokenizer adds.
     """
-    chat = row.get("messages")
-    text = row["text"] if chat is None else render(chat, tokenizer)
+    text = row["text"] if row.get("messages") is None else render_row(row, tokenizer)
     if adds_bos_only:
         return _tokenize(text, tokenizer)[0]
     return list(tokenizer(text, verbose=False)["input_ids"])
-
-
-def pad_id(tokenizer) -> int:
-    """The id to pad with: the tokenizer's, else its end of text, else 0 (padding is masked)."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in ids if token is not None)
 
 
 def _tokenize(text: str, tokenizer) -> tuple[list[int], list[tuple[int, int]] | None]:
@@ -76,11 +43,14 @@ def _tokenize(text: str, tokenizer) -> tuple[list[int], list[tuple[int, int]] | 
         text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False
     )  # verbose=False: length is our affair
     ids, spans = list(out["input_ids"]), list(out["offset_mapping"]) if fast else None
+    added = _with_bos(ids, tokenizer)
+    return added, [(0, 0)] * (len(added) - len(ids)) + spans if fast else None
+
+
+def _with_bos(ids: list[int], tokenizer) -> list[int]:
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    if adds_bos and ids[:1] != [bos]:
-        ids, spans = [bos, *ids], [(0, 0), *spans] if fast else None
-    return ids, spans
+    return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
 
 
 # ------------------------------------------------------------------ canonical row -> ids, labels
@@ -89,16 +59,18 @@ def encode(
 ) -> dict[str, list[int]] | None:
     """{input_ids, labels} of a canonical row for a causal language model, or None if it is dropped.
 
-    Chat: the loss falls on every assistant turn, its end-of-turn token included, and on nothing
-    else. A row longer than `max_length` tokens is dropped, or cut with `overlong="truncate"`.
-    Text: the loss falls on every token (EOS appended); it comes back whole, however long, and
-    `prepare` splits it. A row without a trainable token is dropped. The first label is always -100:
-    nothing precedes that token, and in a pack another document would.
+    Chat: the loss falls on every assistant turn that is to train, its end-of-turn token included,
+    and on nothing else; a template that marks what is generated is taken at its word. A row longer
+    than `max_length` tokens is dropped, or cut with `overlong="truncate"`. Text: the loss falls on
+    every token (EOS appended); it comes back whole, however long, and `prepare` splits it. A row
+    without a trainable token is dropped. The first label is always -100: nothing precedes that
+    token, and in a pack another document would.
 
-    Raises DataError where the template rewrites earlier turns, so that no span is certain.
+    Raises DataError where the template rewrites earlier turns, so that no span is certain, where it
+    leaves out what the row has, and where a content holds a control token.
     """
     if row.get("messages") is not None:
-        ids, labels = _encode_chat(row["messages"], tokenizer)
+        ids, labels = _encode_chat(row, tokenizer)
         if max_length and len(ids) > max_length:
             if overlong == "drop":
                 return None
@@ -110,63 +82,88 @@ def encode(
             ids.append(eos)
         labels = list(ids)
     labels[:1] = [IGNORED] * len(labels[:1])
-    trains = any(label != IGNORED for label in labels)
+    trains = row.get("train") is not False and any(label != IGNORED for label in labels)
     return {"input_ids": ids, "labels": labels} if trains else None
 
 
-def _encode_chat(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
-    text = render(messages, tokenizer)
-    ids, spans = _tokenize(text, tokenizer)
-    labels = [IGNORED] * len(ids)
-    for start, end in _assistant_spans(messages, text, tokenizer):
+def _encode_chat(row: dict, tokenizer) -> tuple[list[int], list[int]]:
+    messages, given = for_template(row, tokenizer), given_of(row)
+    trains = [m.get("train", True) for m in row["messages"] if m["role"] == "assistant"]
+    text = render(messages, tokenizer, given=given)
+    check_printed(messages, text)
+    if tokenizer.is_fast and MARKS.search(str(getattr(tokenizer, "chat_template", ""))):
+        ids, found = _marked(messages, tokenizer, given)
+    else:
+        ids, spans = _tokenize(text, tokenizer)
+        characters = Spans(messages, text, tokenizer, given).find()
         if spans is None:
-            first, last = (_tokens_before(text, at, ids, tokenizer) for at in (start, end))
+            found = _without_offsets(text, characters, ids, tokenizer)
+        else:
+            found = _with_offsets(spans, characters)
+    if len(found) != len(trains) and not all(trains):
+        raise DataError(
+            f"{len(trains)} turns are the assistant's, and the chat template marks {len(found)} as "
+            "generated, so that those of weight 0 cannot be found; leave them out"
+        )
+    labels = [IGNORED] * len(ids)
+    for number, (first, last) in enumerate(found):
+        if all(trains) or trains[number]:
             labels[first:last] = ids[first:last]
-            continue
-        for at, (left, right) in enumerate(spans):
-            # A token merged across the boundary holds a character of the answer: it trains.
-            if left < end and right > start:
-                labels[at] = ids[at]
     return ids, labels
 
 
-def _assistant_spans(messages: list[dict], text: str, tokenizer) -> list[tuple[int, int]]:
-    """Character spans of the assistant's turns, from the renderings of every prefix."""
-    markers = tuple({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens})
-    spans = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(messages[:turn], tokenizer, generate=True)
-        upto = render(messages[: turn + 1], tokenizer)
-        if not text.startswith(before):
-            # Some templates write no header for the answer (Llama-2's), some one of their own.
-            raise DataError(_rewritten(turn, before, text))
-        end = len(upto)
-        if not (text.startswith(upto) and end > len(before)):
-            # Qwen3's puts an empty <think> block before the last answer only: look for the answer
-            # and what closes it. A template that rewrites the answer itself is refused.
-            body = message["content"].strip()
-            closing = upto[upto.rfind(body) + len(body) :] if body in upto else None
-            at = -1 if closing is None else text.find(body + closing, len(before))
-            if at < 0 or text[len(before) : at].strip():
-                raise DataError(_rewritten(turn, upto, text))
-            end = at + len(body) + len(closing)
-        # Templates put a newline after the end-of-turn token; generation stops before it.
-        spoken = text[len(before) : end].rstrip()
-        if markers and spoken.endswith(markers):
-            end = len(before) + len(spoken)
-        spans.append((len(before), end))
-    return spans
+# ------------------------------------------------------------------ which tokens the assistant says
+MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # of a template that says what is generated
 
 
-def _rewritten(turn: int, part: str, text: str) -> str:
-    same = next((i for i, (a, b) in enumerate(zip(part, text, strict=False)) if a != b), len(text))
-    return (
-        f"the chat template renders message {turn + 1} differently within the whole chat "
-        f"({part[same : same + 30]!r} becomes {text[same : same + 30]!r}), so its tokens cannot "
-        "be found; split the row into one row per answer, or use a template that keeps all turns"
-    )
+def _marked(messages, tokenizer, given) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a chat, and the runs of tokens (first, after the last) that its template marks."""
+    try:
+        out = tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True, **given
+        )
+    except Exception as err:  # as in `render`
+        raise DataError(f"the tokenizer's chat template refuses the row: {err}") from err
+    ids, mask = list(out["input_ids"]), [0, *out["assistant_masks"], 0]
+    edges = [at for at, (a, b) in enumerate(pairwise(mask)) if a != b]
+    added = _with_bos(ids, tokenizer)
+    shift = len(added) - len(ids)
+    starts, ends = edges[::2], edges[1::2]
+    return added, [(a + shift, b + shift) for a, b in zip(starts, ends, strict=True)]
+
+
+def _with_offsets(spans, characters) -> list[tuple[int, int]]:
+    """Runs of tokens that hold a character of a span: one merged across the boundary trains."""
+    found, at = [], 0
+    for start, end in characters:
+        while at < len(spans) and spans[at][1] <= start:
+            at += 1
+        first = at
+        while at < len(spans) and spans[at][0] < end:
+            at += 1
+        found.append((first, at))
+        at = max(first, at - 1)  # a token may hold characters of the next span as well
+    return found
+
+
+def _without_offsets(text, characters, ids, tokenizer) -> list[tuple[int, int]]:
+    """The same for tokenizers without offsets: by the pieces between the spans' ends, or, where
+    these are other tokens than the whole's, by every prefix."""
+    edges = [0, *(at for span in characters for at in span), len(text)]
+    pieces = [_pieces(text[a:b], tokenizer, a == 0) for a, b in pairwise(edges)]
+    if [token for piece in pieces for token in piece] == ids:
+        ends, total = [], 0
+        for piece in pieces:
+            total += len(piece)
+            ends.append(total)
+        return list(zip(ends[:-1:2], ends[1::2], strict=True))
+    return [tuple(_tokens_before(text, at, ids, tokenizer) for at in span) for span in characters]
+
+
+def _pieces(text: str, tokenizer, first: bool) -> list[int]:
+    if first:
+        return _tokenize(text, tokenizer)[0]
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _tokens_before(text: str, at: int, ids: list[int], tokenizer) -> int:
@@ -193,11 +190,23 @@ def encode_pair(
     if messages is None:
         raise DataError("a sequence-to-sequence row needs a prompt and a completion, not text")
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
+    if not turns or messages[turns[-1]].get("train") is False or row.get("train") is False:
         return None
-    prompt, target = messages[: turns[-1]], messages[turns[-1]]["content"]
+    prompt, answer = messages[: turns[-1]], messages[turns[-1]]
+    target = answer["content"]
+    if set(answer) - {"role", "content", "name"}:
+        raise DataError(
+            "the answer of a sequence-to-sequence row is text, without tool calls or thoughts"
+        )
+    if not prompt:
+        raise DataError("the answer stands first, and there is no prompt to encode before it")
     bare = len(prompt) == 1 and not getattr(tokenizer, "chat_template", None)
-    source = prompt[0]["content"] if bare else render(prompt, tokenizer, generate=True)
+    if bare and set(prompt[0]) <= {"role", "content", "name"} and not given_of(row):
+        source = prompt[0]["content"]
+    else:
+        source = render(
+            for_template(row | {"messages": prompt}, tokenizer), tokenizer, True, given_of(row)
+        )
     ids = tokenizer(source, verbose=False)["input_ids"]
     labels = tokenizer(text_target=target, verbose=False)["input_ids"]
     if tokenizer.eos_token_id is not None and labels[-1:] != [tokenizer.eos_token_id]:
@@ -215,6 +224,8 @@ def encode_label(
     """{input_ids, attention_mask, labels: int} of a row of text and label, or None if dropped."""
     if row.get("label") is None:
         raise DataError("a classification row needs text and label")
+    if row.get("train") is False:
+        return None
     cut = {"truncation": True, "max_length": max_length} if overlong == "truncate" else {}
     ids = tokenizer(row["text"], verbose=False, **cut)["input_ids"]
     if not ids or (max_length and len(ids) > max_length):

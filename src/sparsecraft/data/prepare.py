@@ -6,25 +6,30 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from sparsecraft.data.chat import has_control, unprinted
 from sparsecraft.data.encoding import IGNORED, encode, encode_label, encode_pair
-from sparsecraft.data.rows import collect, load_rows
+from sparsecraft.data.limits import Limits
+from sparsecraft.data.rows import Unused, collect, read_rows
 from sparsecraft.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
     import datasets
 
+    from sparsecraft.data.files import Place
     from sparsecraft.data.sentences import Prompts
 
 log = logging.getLogger("sparsecraft")
 
 MAX_REPEATS = 100  # of the rows read: a mixed epoch beyond it comes from a mistaken weight
 
-# What becomes of rows that do not train as they are: keys of the counts.
+# What becomes of rows that do not train as they are: keys of the counts. Then of what they hold.
 TOO_LONG, TRUNCATED, NO_TARGET = "too_long", "truncated", "no_trainable_token"
+CONTROL, UNUSED = "text_with_control_tokens", "unused_fields"
 
 
 TASKS = {"causal": encode, "seq2seq": encode_pair, "label": encode_label}
@@ -46,19 +51,23 @@ def prepare(
     overlong: str = "drop",
     split: str = "train",
     prompts: Prompts | None = None,
-) -> tuple[datasets.Dataset, dict[str, int]]:
+    model: Any = None,
+) -> tuple[datasets.Dataset, dict[str, Any]]:
     """Files -> (shuffled dataset of token ids and labels, counts of rows).
 
     `task` is "causal" (`encode`), "seq2seq" (`encode_pair`) or "label" (`encode_label`);
     `max_length` in tokens. Text longer than that is split into pieces that share one token, so
     that every token is a target once. `weights` are `mix`'s, `packing` is `pack`. `prompts` takes
     in the prompt of every row, for routers that decide by sentence; the column `sentence` then
-    holds its number at every token.
+    holds its number at every token. Tokens and labels that the `model` has no row or class for are
+    refused.
 
     Counts: `rows` read; `too_long` and `no_trainable_token` dropped; `truncated` cut (with
     `overlong="truncate"`; never text); `examples` kept, pieces counted; `repeated` by the weights;
-    `packs` (packing only); `tokens` and `trained_tokens` of the dataset. Raises DataError for a
-    source that keeps no row.
+    `packs` (packing only); `tokens` and `trained_tokens` of the dataset. Where there are such:
+    `unused_fields`, file -> field -> rows that hold it, and `text_with_control_tokens`, rows of
+    text in which a special token is written out, which is read as one. Raises DataError, with file
+    and line, for a row that cannot be used as it is, and for a source that keeps no row.
     """
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
     if not sources or max_length < 2 or (packing and task != "causal"):
@@ -68,16 +77,16 @@ def prepare(
         )
     _check_words(task, overlong)
     counts: Counter[str] = Counter(dict.fromkeys(("rows", TOO_LONG, TRUNCATED, NO_TARGET), 0))
-    parts = []
+    parts, unused = [], Unused()
+    encoder = _Encoder(tokenizer, task, max_length, overlong, prompts, Limits.of(model), unused)
     for source in sources:
-        rows, own = load_rows(source, split), Counter()
-        limits = (max_length, overlong)
-        examples = _examples(rows, source, tokenizer, limits, task, own, prompts)
+        own: Counter[str] = Counter()
+        examples = encoder.examples(read_rows(source, split, unused), own)
         parts.append(collect(examples, _features(task)))
-        own.update(rows=len(rows), examples=len(parts[-1]))
+        own["examples"] = len(parts[-1])
         if not len(parts[-1]):
             raise DataError(
-                f"{source}: no training rows remain of {len(rows)}: {own[TOO_LONG]} are longer "
+                f"{source}: no training rows remain of {own['rows']}: {own[TOO_LONG]} are longer "
                 f"than max_length {max_length}, {own[NO_TARGET]} have no trainable token."
             )
         counts.update(own)
@@ -88,7 +97,8 @@ def prepare(
         mixed = pack(mixed, max_length, seed)
         counts["packs"] = len(mixed)
     log.info("data: %s", ", ".join(f"{value} {key}" for key, value in counts.items() if value))
-    return mixed, dict(counts)
+    fields = unused.counts()
+    return mixed, dict(counts) | ({UNUSED: fields} if fields else {})
 
 
 def _check_words(task: str, overlong: str) -> None:
@@ -116,34 +126,63 @@ def _features(task: str) -> dict:
     return ids | {"attention_mask": List(Value("int8")), "labels": labels}
 
 
-def _examples(rows, source, tokenizer, limits, task, counts, prompts=None) -> Iterator[dict]:
-    """Encoded rows within `limits` (max_length, overlong); `counts` says why others are dropped."""
-    max_length, overlong = limits
-    for number, row in enumerate(rows, 1):
-        try:
-            example = TASKS[task](row, tokenizer)
-            length = max(
-                (len(v) for v in (example or {}).values() if isinstance(v, list)), default=0
-            )
-            pieces = task == "causal" and row.get("messages") is None
-            if length > max_length and not pieces:
-                counts[TOO_LONG if overlong == "drop" else TRUNCATED] += 1
-                example = TASKS[task](row, tokenizer, max_length, overlong)
-                if example is None and overlong == "drop":
-                    continue
-            if example is not None and prompts is not None:
-                example = prompts.mark(example, row)
-        except DataError as err:
-            raise DataError(f"{source}, row {number}: {err}.") from None
+@dataclass(frozen=True, slots=True)
+class _Encoder:
+    """Rows of one task -> examples within limits."""
+
+    tokenizer: Any
+    task: str
+    max_length: int
+    overlong: str
+    prompts: Prompts | None
+    limits: Limits
+    unused: Unused
+
+    def examples(
+        self, placed: Iterable[tuple[Place, dict]], counts: Counter[str]
+    ) -> Iterator[dict]:
+        """Encoded rows; `counts` says why others are dropped."""
+        for place, row in placed:
+            counts["rows"] += 1
+            try:
+                yield from self._of_row(place, row, counts)
+            except DataError as err:
+                raise DataError(f"{place}: {err}.") from None
+
+    def _of_row(self, place: Place, row: dict, counts: Counter[str]) -> list[dict]:
+        encode_one = TASKS[self.task]
+        example = encode_one(row, self.tokenizer)
+        length = max((len(v) for v in (example or {}).values() if isinstance(v, list)), default=0)
+        chat = row.get("messages") is not None
+        pieces = self.task == "causal" and not chat
+        if example is not None:
+            self.limits.check(example, self.tokenizer)
+        if length > self.max_length and not pieces:
+            counts[TOO_LONG if self.overlong == "drop" else TRUNCATED] += 1
+            if self.overlong == "drop":
+                return []
+            example = encode_one(row, self.tokenizer, self.max_length, self.overlong)
         if example is None:
             counts[NO_TARGET] += 1
-        elif length <= max_length or not pieces:
-            yield example
+            return []
+        if chat:
+            self.unused.add(place, unprinted(row, self.tokenizer))
         else:
-            for start in range(0, length - 1, max_length - 1):
-                # A piece begins with the last token of the one before: no target is lost.
-                piece = {key: ids[start : start + max_length] for key, ids in example.items()}
-                yield piece | {"labels": [IGNORED, *piece["labels"][1:]]}
+            counts[CONTROL] += has_control(row["text"], self.tokenizer)
+        if self.prompts is not None:
+            example = self.prompts.mark(example, row)
+        return self._pieces(example, length) if pieces else [example]
+
+    def _pieces(self, example: dict, length: int) -> list[dict]:
+        """A long text in pieces; one begins with the last token of that before: no target is
+        lost."""
+        if length <= self.max_length:
+            return [example]
+        cut = [
+            {key: ids[start : start + self.max_length] for key, ids in example.items()}
+            for start in range(0, length - 1, self.max_length - 1)
+        ]
+        return [piece | {"labels": [IGNORED, *piece["labels"][1:]]} for piece in cut]
 
 
 def mix(

@@ -6,21 +6,27 @@ torch and transformers cost seconds to import: the functions that need them impo
 from __future__ import annotations
 
 import difflib
+import fnmatch
+import glob
 import logging
 import os
 import re
 from pathlib import Path
 from typing import Any, Literal
 
+from sparsecraft.dense.cache import snapshot_in, snapshot_of
 from sparsecraft.dense.loading import checked, load_model
 from sparsecraft.dense.packaged import ALIASES, alias_folder, fetch, is_alias
 from sparsecraft.errors import HubError, did_you_mean
 
 logger = logging.getLogger("sparsecraft")
 
-# Weights without pickle, configuration, tokenizer, license; no subfolders (onnx/, original/).
-_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
-_UNWANTED = ["*/*", "consolidated*"]
+# Configuration, tokenizer, license; of subfolders (onnx/, original/) the chat templates alone.
+_WANTED = (
+    *("*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken", "*.codes", "README.md"),
+    *("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "*USE_POLICY*"),
+)
+_TEMPLATES = "additional_chat_templates"
 
 _LICENSE_MARKS = {  # what the first lines of a LICENSE file say -> the id the hub uses
     r"Apache License\s+Version 2": "apache-2.0",
@@ -30,21 +36,33 @@ _LICENSE_MARKS = {  # what the first lines of a LICENSE file say -> the id the h
 }
 
 
-def resolve(name: str, revision: str | None = None) -> Path:
+def resolve(
+    name: str,
+    revision: str | None = None,
+    *,
+    subfolder: str = "",
+    cache_dir: str | Path | None = None,
+) -> Path:
     """Turn `name` into a local folder that holds a config.json.
 
     `name` is an alias of `ALIASES`, a folder, or a hub id (`owner/name`), looked up in that order;
     write `./smollm2` for a folder that shares its name with an alias. `revision` is a branch, tag
-    or commit of a hub id. Only files without pickle are fetched; `HF_HUB_OFFLINE` is honored.
+    or commit of a hub id, `cache_dir` its cache, by default HF_HOME's. The model may be in a
+    `subfolder`. Only files without pickle are fetched (a .bin that is in the cache already is
+    read, as tensors only); `HF_HUB_OFFLINE` is honored. A folder in some hub cache that is gone is
+    looked up by its id and commit.
     Raises HubError, one sentence, when nothing fits; ResourceError when the disk is too small.
     """
     name = os.fspath(name)
     path = Path(name).expanduser()
+    snapshot = None if is_alias(name) or path.exists() else snapshot_in(path)
+    if snapshot is not None and revision is None:
+        name, revision, subfolder = snapshot.id, snapshot.commit, subfolder or snapshot.subfolder
     if is_alias(name) or (name and path.exists()):
         if revision is not None:
             raise HubError(f"Revision {revision!r} was asked of {name!r}, which is not a hub id.")
         if not is_alias(name):
-            return checked(path)
+            return checked(path / subfolder)
         if path.exists():
             logger.warning("%r is the packaged model; write './%s' for the folder.", name, name)
         folder = alias_folder(name)
@@ -54,24 +72,30 @@ def resolve(name: str, revision: str | None = None) -> Path:
         near = difflib.get_close_matches(path.name, beside, 1)
         hint = f"did you mean {str(path.parent / near[0])!r}?" if near else "check the path."
         raise HubError(f"There is no model folder {name!r}: {hint}")
-    return checked(_from_hub(name, revision))
+    return checked(_from_hub(name, revision, subfolder, cache_dir) / subfolder)
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(
+    name: str, revision: str | None, subfolder: str, cache_dir: str | Path | None
+) -> Path:
+    """The folder of a commit in the cache, fetched as far as it is missing."""
     import huggingface_hub as hub
     from huggingface_hub import errors
 
     lone = "" if "/" in name else did_you_mean(name, ALIASES)
     try:
         if hub.is_offline_mode():
-            return _hub_cached(name, revision, f"HF_HUB_OFFLINE is set: unset it.{lone}")
+            why = f"HF_HUB_OFFLINE is set: unset it.{lone}"
+            return _hub_cached(name, revision, cache_dir, why)
         # The client does not retry this one request, so a dead network fails at once.
         info = hub.HfApi().model_info(name, revision=revision, timeout=10)
-        files = {s.rfilename for s in info.siblings or []}
-        if "config.json" in files and any(f.endswith(".safetensors") for f in files):
-            wanted = {"allow_patterns": _WANTED, "ignore_patterns": _UNWANTED}
-            return Path(hub.snapshot_download(name, revision=revision, **wanted))
-        message = f"The hub's {name!r} lacks config.json or .safetensors weights: choose another."
+        wanted = _wanted([s.rfilename for s in info.siblings or []], subfolder)
+        if wanted:
+            where = {"cache_dir": cache_dir, "revision": revision}
+            return Path(hub.snapshot_download(name, allow_patterns=wanted, **where))
+        inside = f" in {subfolder!r}" if subfolder else ""
+        why = f"the hub's {name!r} lacks config.json or .safetensors weights{inside}"
+        return _hub_cached(name, revision, cache_dir, f"{why}: choose another.")
     except HubError:  # is a sentence already
         raise
     except errors.HFValidationError:
@@ -87,17 +111,37 @@ def _from_hub(name: str, revision: str | None) -> Path:
     except Exception as error:  # the client's HTTP library, hence its errors' base, keeps changing
         why = (str(error).strip().splitlines() or [""])[0]
         why = f"the hub failed ({type(error).__name__}: {why}): check the connection.{lone}"
-        return _hub_cached(name, revision, why)
+        return _hub_cached(name, revision, cache_dir, why)
     raise HubError(message) from None
 
 
-def _hub_cached(name: str, revision: str | None, reason: str) -> Path:
+def _wanted(files: list[str], subfolder: str) -> list[str]:
+    """The files of a repository that a model needs; empty if it holds none without pickle."""
+    start = f"{subfolder}/" if subfolder else ""
+    inside = [file.removeprefix(start) for file in files if file.startswith(start)]
+    weights = [file for file in inside if file.endswith(".safetensors") and "/" not in file]
+    weights = [file for file in weights if not file.startswith("consolidated")]
+    if "config.json" not in inside or not weights:
+        return []
+    beside = [
+        file
+        for file in files
+        if any(fnmatch.fnmatch(file.rpartition("/")[2], pattern) for pattern in _WANTED)
+        and file.removeprefix(start).removeprefix(f"{_TEMPLATES}/").count("/") == 0
+    ]
+    return [glob.escape(file) for file in [*(start + file for file in weights), *beside]]
+
+
+def _hub_cached(name: str, revision: str | None, cache_dir: str | Path | None, reason: str) -> Path:
     """The snapshot in the local hub cache; a snapshot cut short is caught when weights load."""
     import huggingface_hub as hub
 
-    config = hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    where = {"cache_dir": cache_dir, "revision": revision}
+    config = hub.try_to_load_from_cache(name, "config.json", **where)
     if isinstance(config, str):
         return Path(config).parent
+    if folder := snapshot_of(name, revision, cache_dir):  # the only one, or a model in a subfolder
+        return folder
     at = f" at revision {revision!r}" if revision else ""
     message = f"{name!r} is no folder here and not in the local hub cache{at}, and {reason}"
     raise HubError(message) from None
@@ -130,8 +174,10 @@ def load_dense(
     """Resolve `name` and load it with the class its config names, in eval mode.
 
     `dtype` None keeps the checkpoint's. `quantize="nf4"` loads 4-bit NormalFloat with double
-    quantization (QLoRA) through bitsandbytes. `kwargs` go to `from_pretrained`. Raises HubError
-    when the name does not resolve, or any weight is missing, misshapen or unreadable.
+    quantization (QLoRA) through bitsandbytes. `subfolder` and `cache_dir` are of `resolve`, other
+    `kwargs` go to `from_pretrained`. Raises HubError when the name does not resolve, or any weight
+    is missing, misshapen or unreadable.
     """
-    folder = resolve(name, revision)
+    where = {key: kwargs.pop(key) for key in ("subfolder", "cache_dir") if key in kwargs}
+    folder = resolve(name, revision, **where)
     return load_model(folder, dtype, device_map, quantize, **kwargs)

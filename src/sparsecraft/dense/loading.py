@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pickle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,11 +99,14 @@ def load_model(
     quantize: Literal["nf4"] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The dense model of a local folder; see `load_dense`.
+    """The dense model of a local folder; see `load_dense`. On "meta" no tensor is read.
 
-    Raises HubError when any weight is missing, misshapen or unreadable.
+    Raises HubError when any weight is missing, misshapen or unreadable; says which weights of the
+    folder the model has no place for.
     """
     from safetensors import SafetensorError
+
+    from sparsecraft.dense.loaded import check_loaded
 
     cls = model_class(folder)
     if quantize is not None:
@@ -113,14 +117,13 @@ def load_model(
         model, info = cls.from_pretrained(
             folder, dtype="auto" if dtype is None else dtype, device_map=device_map, **kwargs
         )
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, pickle.UnpicklingError) as error:
         why = str(error).strip().splitlines()[0]
         raise HubError(f"The weights in {str(folder)!r} cannot be read ({why}).") from None
-    missing = sorted(info["missing_keys"]) + sorted(str(k[0]) for k in info["mismatched_keys"])
-    if missing or info["error_msgs"]:
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        shown = f"{shown or info['error_msgs'][0]}, in this shape: fetch it again."
-        raise HubError(f"{str(folder)!r} lacks {len(missing)} weights of {cls.__name__}: {shown}")
+    except (ValueError, ImportError) as error:  # of settings, or for want of a quantizer's package
+        why = " ".join(str(error).split())
+        raise HubError(f"{str(folder)!r} cannot be loaded: {why:.300}") from None
+    check_loaded(model, folder, kwargs.get("variant"), info)
     return model.eval()
 
 

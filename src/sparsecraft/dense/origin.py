@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.core_model_loading import revert_weight_conversion
 
+from sparsecraft.dense.cache import snapshot_in, snapshot_of, snapshots
 from sparsecraft.dense.digests import combine, digest
-from sparsecraft.dense.loading import load_tokenizer, model_class
+from sparsecraft.dense.loading import model_class
 from sparsecraft.dense.packaged import ALIASES, alias_folder, is_alias
+from sparsecraft.dense.weights import Weights, every_safetensors, variants
 from sparsecraft.errors import CheckpointError
 
 
@@ -25,66 +24,106 @@ class Origin:
     """Where the dense model came from.
 
     Attributes:
-        name: what the user called it: a folder, a hub id or an alias.
-        folder: its local folder, with config.json and safetensors.
+        name: a folder, a hub id or an alias.
+        folder: its local folder, with config.json and weights.
         revision: the hub's commit, if it came from there.
+        subfolder: of the hub's repository, in which the model is; "" for the whole.
+        variant: of the weights' file names; None for the plain ones.
     """
 
     name: str
     folder: Path
     revision: str | None = None
+    subfolder: str = ""
+    variant: str | None = None
 
     @classmethod
-    def find(cls, name: str | None, revision: str | None = None) -> Origin | None:
-        """The origin called `name`, if it exists on disk and holds safetensors; else None."""
+    def find(cls, name: str | Path | None, revision: str | None = None) -> Origin | None:
+        """The origin called `name`, if it exists on disk and holds weights; else None."""
         if not name:
             return None
         aliases = {str(alias_folder(alias)): alias for alias in ALIASES}
         name = aliases.get(str(name), str(name))
         if is_alias(name):
-            folder = alias_folder(name)
+            origin = cls(name, alias_folder(name))
         elif Path(name).is_dir():
-            folder = Path(name).resolve()
-            name = aliases.get(str(folder), str(folder))
+            origin = cls.at(Path(name))
         else:
-            cached = try_to_load_from_cache(name, "config.json", revision=revision)
-            if not isinstance(cached, str):
-                return None
-            folder = Path(cached).parent
-        origin = cls(name, folder, revision)
-        return origin if origin._files else None
+            folder = snapshot_of(name, revision)
+            origin = folder and cls.at(folder)
+        return origin if origin and origin.is_there else None
+
+    @classmethod
+    def at(cls, folder: Path, variant: str | None = None) -> Origin:
+        """The origin at a folder, by the name under which others find it: a folder of the hub's
+        cache is a commit of a hub id."""
+        folder = folder.resolve()
+        if snapshot := snapshot_in(folder):
+            return cls(snapshot.id, folder, snapshot.commit, snapshot.subfolder, variant)
+        aliases = {str(alias_folder(alias)): alias for alias in ALIASES}
+        return cls(aliases.get(str(folder), str(folder)), folder, variant=variant)
 
     @classmethod
     def of(cls, model: nn.Module) -> Origin | None:
-        """The origin of a model that transformers loaded; None for one built in memory."""
-        config = getattr(model, "config", None)
-        return cls.find(getattr(model, "name_or_path", None), getattr(config, "_commit_hash", None))
+        """The origin of a dense model that transformers loaded; None for one built in memory.
+
+        The model knows the name that it was loaded by, and neither revision, subfolder nor
+        variant: where there are several on disk, it is the one whose tensors and settings are the
+        model's, or most of them.
+        """
+        name, config = getattr(model, "name_or_path", None), getattr(model, "config", None)
+        commit = getattr(config, "_commit_hash", None)  # transformers below 5.24 knows it
+        likeliest = cls.find(name, commit)
+        found = list(dict.fromkeys([*filter(None, [likeliest]), *cls.named(name)]))
+        if len(found) < 2 or commit or next(model.parameters()).is_meta:
+            return found[0] if found else None
+        best, fewest = found[0], None
+        for origin in found:
+            count = origin.differences(model)
+            if count == (0, 0):
+                return origin
+            if fewest is None or count < fewest:
+                best, fewest = origin, count
+        return best
+
+    @classmethod
+    def named(cls, name: str | None) -> Iterator[Origin]:
+        """All that may have been loaded by a name: its commits, their subfolders and variants."""
+        if not name or is_alias(name):
+            return
+        roots = [Path(name)] if Path(name).is_dir() else snapshots(name)
+        for root in roots:
+            configs = [root / "config.json", *sorted(root.glob("*/config.json"))]
+            for folder in (config.parent for config in configs if config.is_file()):
+                for variant in (None, *variants(folder)):
+                    origin = cls.at(folder, variant)
+                    with suppress(CheckpointError):  # not all of it was fetched
+                        if origin.is_there:
+                            yield origin
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it is on disk still, with weights."""
+        return bool(self._weights.paths)
 
     @cached_property
-    def _files(self) -> dict[str, Path]:
-        """Tensor name -> the file that holds it."""
-        names = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            try:
-                with safe_open(path, "pt") as file:
-                    names |= dict.fromkeys(file.keys(), path)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"The base file {path} cannot be read: {error}.") from None
-        return names
+    def _weights(self) -> Weights:
+        return Weights(self.folder, self.variant)
+
+    @property
+    def loading(self) -> dict[str, str]:
+        """The arguments of `from_pretrained` beside the folder."""
+        return {} if self.variant is None else {"variant": self.variant}
 
     def tensor(self, model: nn.Module, name: str) -> Tensor | None:
         """The folder's tensor for a dense tensor of `model`; None if the folder has none."""
-        if (found := self._find(model, name)) is None:
-            return None
-        with safe_open(self._files[found], "pt") as file:
-            return file.get_tensor(found)
+        found = self._weights.find(model, name)
+        return None if found is None else self._weights.tensor(found)
 
     def shape(self, model: nn.Module, name: str) -> tuple[int, ...] | None:
         """The shape of what `tensor` gives, from the file's header; None if the folder has none."""
-        if (found := self._find(model, name)) is None:
-            return None
-        with safe_open(self._files[found], "pt") as file:
-            return tuple(file.get_slice(found).get_shape())
+        found = self._weights.find(model, name)
+        return None if found is None else self._weights.shape(found)
 
     def holds(self, model: nn.Module, shapes: dict[str, torch.Size]) -> bool:
         """Whether the dense `model` can be built from this folder: its class and its shapes."""
@@ -92,39 +131,32 @@ class Origin:
             return False
         return all(self.shape(model, name) == tuple(shape) for name, shape in shapes.items())
 
-    def _find(self, model: nn.Module, name: str) -> str | None:
-        """What the folder's files call a dense tensor of `model`.
-
-        Hub files are written with or without the prefix of the base model (GPT-2, BERT), and
-        under the names of older versions of transformers (ViT).
-        """
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        written = name if name in self._files else _name_in_files(model, name)
-        for candidate in (written, written.removeprefix(prefix), prefix + written):
-            if candidate in self._files:
-                return candidate
-        return None
+    def differences(self, model: nn.Module) -> tuple[int, int]:
+        """How many tensors and settings of a dense model are not as this folder has them."""
+        tensors = 0
+        for name, tensor in model.named_parameters():
+            if tensor.is_floating_point():
+                found = self.tensor(model, name)
+                same = found is not None and found.shape == tensor.shape
+                tensors += not (same and torch.equal(found.to(tensor.dtype), tensor.detach().cpu()))
+        ours, theirs = model.config.to_dict(), type(model.config).from_pretrained(self.folder)
+        theirs = theirs.to_dict()
+        free = {"_name_or_path", "dtype", "quantization_config", "transformers_version"}
+        keys = (ours.keys() | theirs.keys()) - free
+        return tensors, sum(ours.get(key) != theirs.get(key) for key in keys)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the folder in the order of its name, one in memory at a time."""
-        for name in sorted(self._files):
-            with safe_open(self._files[name], "pt") as file:
-                yield name, file.get_tensor(name)
+        return iter(self._weights)
 
     def fingerprint(self) -> str:
-        """One hash over the names and bytes of every tensor in the folder."""
-        try:
-            return combine({name: digest(tensor) for name, tensor in self.tensors()})
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"The base in {self.folder} cannot be read: {error}.") from None
+        """One hash over the names and bytes of every tensor that transformers reads."""
+        return combine({name: digest(tensor) for name, tensor in self.tensors()})
 
-
-def _name_in_files(model: nn.Module, name: str) -> str:
-    """What transformers calls the model's tensor `name` when it saves it."""
-    names = revert_weight_conversion(model, {name: torch.empty(0, device="meta")})
-    return next(iter(names), name)
-
-
-def tokenizer_of(model: nn.Module) -> Any:
-    origin = Origin.of(model)
-    return origin and load_tokenizer(origin.folder)
+    def has_fingerprint(self, wanted: str) -> bool:
+        """Whether the folder has this fingerprint, or had it by an older rule: over all
+        *.safetensors, whether transformers reads them or not."""
+        if self.fingerprint() == wanted:
+            return True
+        everything = {name: digest(tensor) for name, tensor in every_safetensors(self.folder)}
+        return bool(everything) and combine(everything) == wanted

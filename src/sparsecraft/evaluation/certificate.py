@@ -71,7 +71,8 @@ def probes(model: nn.Module, data: Any, tokenizer: Any, seed: int) -> list[dict[
     """A random batch, and the first of the user's."""
     found = [random_probe(model, seed)]
     if data is not None:
-        batches = as_batches(data, tokenizer, batch_size=PROBE_SHAPE[0], max_length=DATA_LENGTH)
+        shape = {"batch_size": PROBE_SHAPE[0], "max_length": DATA_LENGTH}
+        batches = as_batches(data, tokenizer, model=model, **shape)
         found += islice(batches, MAX_DATA_PROBES)
     return found
 

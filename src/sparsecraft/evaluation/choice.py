@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from sparsecraft.data.batches import collate
-from sparsecraft.data.encoding import encode, encode_pair, pad_id
+from sparsecraft.data.encoding import encode, encode_pair
+from sparsecraft.data.limits import Limits, pad_id
 from sparsecraft.data.rows import load_choices
 from sparsecraft.data.sentences import Prompts
 from sparsecraft.errors import DataError, SparsecraftError
@@ -35,14 +36,19 @@ def score_choice(
         raise DataError("Rank classification needs a tokenizer; pass tokenizer=...")
     rows = load_choices(path)[:limit]
     encode_one = encode_pair if task == "seq2seq" else encode
-    examples, dropped, prompts = [], set(), Prompts.of(model)
+    examples, dropped, prompts, limits = [], set(), Prompts.of(model), Limits.of(model)
     for number, row in enumerate(rows):
         for choice_number, choice in enumerate(row["choices"]):
             messages = [
                 {"role": "user", "content": row["prompt"]},
                 {"role": "assistant", "content": choice},
             ]
-            example = encode_one({"messages": messages}, tokenizer, max_length)
+            try:
+                example = encode_one({"messages": messages}, tokenizer, max_length)
+                if example is not None:
+                    limits.check(example, tokenizer)
+            except DataError as err:
+                raise DataError(f"{path}, row {number + 1}: {err}.") from None
             if example is None:
                 dropped.add(number)
                 continue
@@ -55,7 +61,7 @@ def score_choice(
     step = max(1, BATCH_TOKENS // max((len(e["input_ids"]) for e in examples), default=1))
     for start in range(0, len(examples), step):
         part = examples[start : start + step]
-        batch = collate(part, pad_id(tokenizer), prompts=prompts)
+        batch = collate(part, pad_id(tokenizer, model), prompts=prompts)
         del batch["token_mask"]
         logprobs_N, _ = label_logprobs(model, batch)
         first = 0 if task == "seq2seq" else 1

@@ -14,22 +14,24 @@ from torch import Tensor, nn
 
 from sparsecraft.checkpoint.load import load
 from sparsecraft.data.batches import as_batches, collate
-from sparsecraft.data.encoding import pad_id
-from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
+from sparsecraft.data.limits import pad_id
+from sparsecraft.data.prepare import CONTROL, TASK_OF_MODEL, UNUSED, prepare
 from sparsecraft.data.sentences import Prompts
 from sparsecraft.dense.loading import load_tokenizer, task_of
-from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.certificate import evaluation_mode
 from sparsecraft.evaluation.choice import score_choice
-from sparsecraft.evaluation.lm_eval import run_lm_eval
+from sparsecraft.evaluation.lm_eval import check_tasks, run_lm_eval
 from sparsecraft.evaluation.logprobs import BATCH_TOKENS, label_logprobs
 from sparsecraft.evaluation.routing import first_choices_E, load_entropy, mutual_information
+from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.routing import Routing
 from sparsecraft.moe.tracing import trace
+from sparsecraft.surgery.record import tokenizer_of
 
 DEFAULT_MAX_LENGTH = 1024
+NAMED = (UNUSED, CONTROL)  # counts of `prepare` that a file's results repeat
 
 
 def evaluate(
@@ -56,7 +58,8 @@ def evaluate(
 
     Returns:
         `loss`: file -> loss in nats per label token, tokens, rows, dropped (and accuracy for
-        classifiers); `choice`: file -> accuracies, median over templates; `tasks`: lm-eval's
+        classifiers), and `unused_fields` of its rows where there are such; `choice`: file ->
+        accuracies, median over templates; `tasks`: lm-eval's
         results; `routing`: load entropy over all slots and, for several files, the mutual
         information of a token's first expert and its file, mean over layers.
 
@@ -66,17 +69,17 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise SparsecraftError(f"limit is {limit}; it must be at least 1, or None for all rows.")
+    check_tasks(tasks)
     if isinstance(model, (str, Path)):
         tokenizer = tokenizer or load_tokenizer(model)
         model = load(model)
-    if tokenizer is None and (origin := Origin.of(model)):
-        tokenizer = load_tokenizer(origin.folder)
+    tokenizer = tokenizer or tokenizer_of(model)
     results: dict[str, Any] = {}
     if data is not None or choices:
         task, max_length = _task(model), _max_length(model, max_length)
     with evaluation_mode(model), torch.no_grad():
         if data is not None:
-            sources = _sources(data, tokenizer, max_length, limit, task, Prompts.of(model))
+            sources = _sources(data, tokenizer, max_length, limit, task, model)
             results["loss"], results["routing"] = _losses(model, sources)
         if choices:
             results["choice"] = {
@@ -123,21 +126,20 @@ def _sources(
     max_length: int,
     limit: int | None,
     task: str,
-    prompts: Prompts | None,
+    model: nn.Module,
 ) -> dict[str, tuple[Iterable[dict[str, Tensor]], dict[str, int]]]:
     """Name -> batches with labels and token_mask, and counts of rows."""
     listed = _listed(data) if isinstance(data, (str, Path, list, tuple)) else []
     if not listed or not all(isinstance(item, (str, Path)) for item in listed):
-        return {"data": ((_labelled(b, task) for b in as_batches(data)), {})}
+        return {"data": ((_labelled(b, task) for b in as_batches(data, model=model)), {})}
     if tokenizer is None:
         raise DataError("The model came without a tokenizer; pass tokenizer=...")
-    sources = {}
+    sources, prompts = {}, Prompts.of(model)
+    options = {"max_length": max_length, "task": task, "prompts": prompts, "model": model}
     for path in listed:
-        rows, counts = prepare(
-            path, tokenizer, max_length=max_length, task=task, split="test", prompts=prompts
-        )
+        rows, counts = prepare(path, tokenizer, split="test", **options)
         rows = rows.select(range(min(limit or len(rows), len(rows))))
-        sources[str(path)] = (list(_batches(list(rows), tokenizer, prompts)), counts)
+        sources[str(path)] = (list(_batches(list(rows), tokenizer, prompts, model)), counts)
     return sources
 
 
@@ -154,11 +156,11 @@ def _labelled(batch: dict[str, Tensor], task: str) -> dict[str, Tensor]:
 
 
 def _batches(
-    rows: list[dict], tokenizer: Any, prompts: Prompts | None
+    rows: list[dict], tokenizer: Any, prompts: Prompts | None, model: nn.Module
 ) -> Iterator[dict[str, Tensor]]:
     """Rows by length, so that padding is short, in batches of at most BATCH_TOKENS."""
     batch: list[dict] = []
-    collated = partial(collate, pad_id=pad_id(tokenizer), prompts=prompts)
+    collated = partial(collate, pad_id=pad_id(tokenizer, model), prompts=prompts)
     for row in sorted(rows, key=lambda row: len(row["input_ids"])):
         if batch and (len(batch) + 1) * len(row["input_ids"]) > BATCH_TOKENS:
             yield collated(batch)
@@ -182,13 +184,15 @@ def _losses(model: nn.Module, sources: dict) -> tuple[dict[str, Any], dict[str, 
             tokens += logprobs_N.numel()
             correct += right_N.sum().item()
             rows += len(batch["labels"])
+            masks = layer_masks(model, batch, mask)
             for layer, routing in traced.items():
-                slots[layer] = slots.get(layer, 0) + _load_2E(routing, mask)
+                slots[layer] = slots.get(layer, 0) + _load_2E(routing, masks(layer))
         if not tokens:
             raise DataError(f"{name} has no label to predict.")
         losses[name] = {"loss": total / tokens, "tokens": tokens, "rows": rows}
         if counts:
             losses[name]["dropped"] = counts["too_long"] + counts["no_trainable_token"]
+        losses[name] |= {key: counts[key] for key in NAMED if key in counts}
         if batch["labels"].ndim == 1:
             losses[name]["accuracy"] = correct / tokens
         for layer, load_2E in slots.items():
@@ -209,16 +213,13 @@ def _check_classes(name: str, labels: Tensor, model: nn.Module) -> None:
             )
 
 
-def _load_2E(routing: Routing, mask: Tensor | None) -> Tensor:
-    """For each expert: its share of all slots, times tokens; and the tokens that chose it first."""
-    routed = len(routing.logits_TE)
-    if mask is None or mask.numel() != routed:
-        mask_T, tokens = None, routed
-    else:
-        mask_T = mask.reshape(-1).to(routing.logits_TE.device)
-        tokens = mask_T.sum().item()
-    slots_E = routing.load_E(mask_T).double().cpu() * tokens
-    return torch.stack([slots_E, first_choices_E(routing, mask_T)])
+def _load_2E(routing: Routing, mask_T: Tensor | None) -> Tensor:
+    """For each expert: its share of all slots (or weights), times the rows that were routed; and
+    those that chose it first."""
+    counted_T = routing.counted(mask_T)
+    rows = len(routing.logits_TE) if counted_T is None else counted_T.sum().item()
+    amounts_E = routing.load_E(mask_T).double().cpu() * rows
+    return torch.stack([amounts_E, first_choices_E(routing, mask_T)])
 
 
 def _routing_summary(loads: dict[str, list[Tensor]]) -> dict[str, float]:

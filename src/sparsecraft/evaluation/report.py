@@ -9,7 +9,8 @@ from rich.table import Table
 
 from sparsecraft.checkpoint.load import load
 from sparsecraft.checkpoint.manifest import read_manifest
-from sparsecraft.evaluation.split_report import fit_line, split_lines
+from sparsecraft.evaluation.history import history_lines
+from sparsecraft.evaluation.split_report import split_lines
 from sparsecraft.moe import cost
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.recipe.words import router_words
@@ -29,7 +30,7 @@ def describe(folder: str | Path) -> list[str]:
         *edit_lines(recipe),
         *split_lines(model),
         *cost_lines(cost.count(model)),
-        *_history_lines(recipe, report),
+        *history_lines(recipe, report),
     ]
 
 
@@ -50,54 +51,6 @@ def cost_lines(counted: cost.Cost) -> list[str]:
         share = f" ({value / counted.total:.1%})" if key in ("new", "trainable", "active") else ""
         lines.append(f"  {key.replace('_', ' '):<16}{value:>16,}{share}")
     return lines
-
-
-def _history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
-    certificate = report.get("conversion", {}).get("certificate")
-    claim = "exact" if recipe.exact_at_start else "not exact"
-    measured = f"{certificate['max_difference']:.1e}" if certificate else "not measured"
-    lines = [*_domain_lines(recipe, report)]
-    lines += [f"At the start: claimed {claim}, measured max |logit difference| {measured}."]
-    runs, changes = report.get("training", []), report.get("extensions", [])
-    for number in range(len(runs) + 1):  # in the order in which it happened
-        lines += [_extension_line(entry) for entry in changes if entry["trainings"] == number]
-        lines += [_training_line(run) for run in runs[number : number + 1]]
-    if merged := report.get("merge"):
-        lines.append(f"Merged ({merged['how']}) from {merged['recipe']}.")
-    return lines if report.get("training") else [*lines, "Not trained yet."]
-
-
-def _training_line(run: dict[str, Any]) -> str:
-    if "fit" in run:
-        return fit_line(run)
-    last = [entry for entry in run["log"] if "loss" in entry][-1]
-    routing = "".join(
-        f", {key.replace('_', ' ')} {last[key]:.3f}"
-        for key in ("load_entropy", "router_entropy")
-        if key in last
-    )
-    return (
-        f"Trained ({run['stage']}): {run['steps']} steps, mean loss {run['loss']:.3f}, "
-        f"last logged {last['loss']:.3f}{routing}."
-    )
-
-
-def _extension_line(entry: dict[str, Any]) -> str:
-    if "removed" in entry:
-        return f"Expert {entry['removed']} was removed; those behind it moved up."
-    return (
-        f"Extended by {entry['expert']}: expert {entry['number']}, its routers' rows "
-        f"{entry['rows']}, {entry['mixed']:.3f} of all other tensors."
-    )
-
-
-def _domain_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
-    """What the routers started from, where their recipe can start from data."""
-    if names := report.get("conversion", {}).get("domains"):
-        return [f"The routers started from, one for each expert: {'; '.join(names)}."]
-    if any(e.router and e.router.of_domains for e in recipe.edits):
-        return ["The routers started from random embeddings; no domains were given."]
-    return []
 
 
 def result_tables(results: dict[str, Any]) -> list[Table]:

@@ -22,8 +22,9 @@ def first_choices_E(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     weights_TK = _choices(routing) if routing.in_order else routing.weights_TK
     best_TK = weights_TK.argmax(-1, keepdim=True)
     first_T = routing.indices_TK.gather(-1, best_TK).squeeze(-1)
-    if mask_T is not None:
-        first_T = first_T[mask_T.reshape(-1)]
+    counted_T = routing.counted(mask_T)
+    if counted_T is not None:
+        first_T = first_T[counted_T]
     return torch.bincount(first_T, minlength=routing.num_experts + 1)[:-1].double().cpu()
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from sparsecraft.checkpoint.card import write_companions
+from sparsecraft.checkpoint.companions import write_companions
 from sparsecraft.checkpoint.folder import EXPORT_RECORD, MANIFEST, replacing
 from sparsecraft.checkpoint.jsonfile import write_json
 from sparsecraft.checkpoint.space import require
+from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import ExportError, did_you_mean
 from sparsecraft.evaluation.certificate import Certificate, compare, outputs, random_probe
 from sparsecraft.interop.targets.architectures import Granite, Mixtral, Qwen2Moe, Qwen3Moe
@@ -134,6 +135,7 @@ def _check(model: nn.Module, target: str, out: Path) -> None:
         raise ExportError(
             f"{out} holds a checkpoint, which an export would replace; choose another."
         )
+    check_weights(model, ExportError)
     if reason := why_not(model, TARGETS[target]):
         raise ExportError(f"This model has no exact form as {target}: {reason}")
 

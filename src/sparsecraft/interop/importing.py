@@ -17,6 +17,7 @@ from torch import nn
 from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.dense import hub
+from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CertificateError, CheckpointError
 from sparsecraft.evaluation.certificate import compare, outputs, random_probe
 from sparsecraft.interop.exporting import EXPORT_TOLERANCE, STANDARD
@@ -83,6 +84,7 @@ def import_moe(source: str | Path, revision: str | None = None) -> nn.Module:
 
 def _import_standard(folder: Path, kind: str) -> nn.Module:
     target, theirs = KINDS[kind], hub.load_dense(str(folder))
+    check_weights(theirs, CheckpointError)
     if not aligned(theirs):
         theirs.set_experts_implementation("eager")
     tensors = {name: tensor.detach() for name, tensor in theirs.state_dict().items()}
@@ -108,6 +110,7 @@ def _build(config: Any, recipe: Recipe, tensors: Part, dtype: torch.dtype) -> nn
     if wrong := missing or sorted(found.unexpected_keys):
         word = "lacks" if missing else "holds what ours has no place for:"
         raise CheckpointError(f"The mixture {word} {len(wrong)} tensors: {', '.join(wrong[:3])}.")
+    check_weights(model, CheckpointError)
     record.digests = {}  # there is no dense model to give back
     return model
 

@@ -26,6 +26,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def is_transformed() -> bool:
+    """Whether a transform of torch.func runs, which takes no function that writes in place."""
+    return torch._C._are_functorch_transforms_active()
+
+
 # Up to this many tokens, a launch costs more than reading the weights once per token from cache.
 FEW_TOKENS = 16
 

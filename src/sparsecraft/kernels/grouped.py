@@ -32,6 +32,8 @@ def why_no_product(x: Tensor, widths: Iterable[int]) -> str | None:
         return f"grouped_mm on CUDA takes bfloat16 and the tokens are {dtype}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"grouped_mm takes no {dtype}"
+    if dtype != torch.bfloat16 and torch.compiler.is_compiling():
+        return f"the compiler knows grouped_mm of bfloat16 alone and the tokens are {dtype}"
     for width in widths:
         if width * dtype.itemsize % ALIGNMENT_BYTES:
             return f"a width of {width} in {dtype} is no multiple of {ALIGNMENT_BYTES} bytes"

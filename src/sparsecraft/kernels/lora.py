@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecraft.kernels.device import compute_dtype, is_few, needs_grad
+from sparsecraft.kernels.device import compute_dtype, is_few, is_transformed, needs_grad
 from sparsecraft.kernels.product import add_lora, fits_add_lora, product, rows
 
 
@@ -57,16 +57,20 @@ def mix_lora(
         return _mix_lora_few(x_TI, z_TN, weights_TE, loras, onto, in_place)
     if z_TN is None:
         z_TN = F.linear(x_TI, a_ERI.flatten(0, 1).to(x_TI.dtype))
-    # The compiler decides about memory itself.
     same = onto is not None and onto.dtype == x_TI.dtype
-    if in_place and same and not torch.compiler.is_compiling():
+    # The compiler decides about memory itself.
+    if in_place and same and not torch.compiler.is_compiling() and not is_transformed():
         return _AddInPlace.apply(onto, z_TN, weights_TE, b_EOR, scale)
-    gated_TN = _gated(z_TN, _scaled(weights_TE, scale), b_EOR, x_TI.dtype)
-    b_ON = _stacked(b_EOR, x_TI.dtype)
     if same:
-        return torch.addmm(onto, gated_TN, b_ON.t())
-    update_TO = F.linear(gated_TN, b_ON)
+        gated_TN = _gated(z_TN, _scaled(weights_TE, scale), b_EOR, x_TI.dtype)
+        return torch.addmm(onto, gated_TN, _stacked(b_EOR, x_TI.dtype).t())
+    update_TO = _update(z_TN, weights_TE, b_EOR, scale, x_TI.dtype)
     return update_TO if onto is None else onto + update_TO
+
+
+def _update(z_TN: Tensor, weights_TE, b_EOR: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    gated_TN = _gated(z_TN, _scaled(weights_TE, scale), b_EOR, dtype)
+    return F.linear(gated_TN, _stacked(b_EOR, dtype))
 
 
 def _scaled(weights_TE: Tensor | None, scale: float) -> Tensor | float:
@@ -126,9 +130,10 @@ class _AddInPlace(torch.autograd.Function):
         return onto_TO.detach().addmm_(gated_TN, b_ON.t())
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_TO):
         z_TN, weights_TE, b_EOR, gate_TE, gated_TN, b_ON = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return grad_TO, *_once_more(grad_TO, z_TN, weights_TE, b_EOR, ctx.scale), None
         E, O, R = b_EOR.shape
         _, needs_z, needs_weights, needs_b, _ = ctx.needs_input_grad
         grad_z = grad_weights = grad_b = None
@@ -149,3 +154,14 @@ class _AddInPlace(torch.autograd.Function):
                 grad_TER = grad_TER.sum(1)
             grad_z = grad_TER.flatten(1)
         return grad_TO, grad_z, grad_weights, grad_b, None
+
+
+def _once_more(
+    grad_TO: Tensor, z_TN: Tensor, weights_TE: Tensor | None, b_EOR: Tensor, scale: float
+) -> list[Tensor | None]:
+    """The gradients of z, weights and B, of which gradients may be taken again."""
+    inputs = (z_TN, weights_TE, b_EOR)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    update_TO = _update(*inputs, scale, grad_TO.dtype)
+    found = iter(torch.autograd.grad(update_TO, wanted, grad_TO, create_graph=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]

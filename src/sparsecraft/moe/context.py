@@ -195,18 +195,18 @@ class _End:
         if output is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         hook = functools.partial(self.batch.goes_back, self.batch.passes)
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             if tensor.requires_grad:
                 tensor.register_hook(hook)
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def tensors_in(output: Any) -> Iterator[Tensor]:
     """Every tensor of a model's output, those in tuples (hidden states) too."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, (dict, tuple, list)):
         for value in output.values() if isinstance(output, dict) else output:
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
 def attach(model: nn.Module, batch: Batch) -> list:
@@ -282,13 +282,15 @@ def layer_masks(model: torch.nn.Module, inputs: dict, token_mask: Tensor | None)
     The decoder of an encoder-decoder model sees the labels' positions, its encoder the inputs',
     and so do the keys and values of cross-attention.
     """
-    if token_mask is None and "attention_mask" in inputs:
+    if token_mask is None and inputs.get("attention_mask") is not None:
         token_mask = inputs["attention_mask"].bool()
+    labels, decoder_mask = inputs.get("labels"), inputs.get("decoder_attention_mask")
+    if labels is not None:  # of a classifier, the decoder reads the inputs
+        decoder_mask = labels != -100 if labels.ndim > 1 else token_mask
 
     def mask(layer: str) -> Tensor | None:
-        if model.get_submodule(layer).reads == "decoder":
-            labels = inputs.get("labels")
-            return None if labels is None else (labels != -100).reshape(-1)
-        return None if token_mask is None else token_mask.reshape(-1)
+        decoder = model.get_submodule(layer).reads == "decoder"
+        real = decoder_mask if decoder else token_mask
+        return None if real is None else real.reshape(-1)
 
     return mask

@@ -97,11 +97,13 @@ def split_flops(layer: MoELayer, share: float | None = None) -> int:
 
 def _repeated(layer: MoELayer) -> int:
     """What a token meets beyond the parameters, once each: experts that it meets again in every
-    slot, and a similarity router's centers, which are no parameters."""
-    router = layer.router
+    slot, a router that is asked again for every head, and a similarity router's centers, which are
+    no parameters."""
+    bank, router = layer.experts, layer.router
     gated = isinstance(router, Gate) and router.runs == "sparse"
     centers = sum(b.numel() for b in router.buffers()) if gated else 0
-    return centers + layer.experts.repeated(slots_of(layer))
+    again = 0 if router is None else router.repeated(bank.out_features)
+    return centers + again + bank.repeated(slots_of(layer))
 
 
 def _size(module: nn.Module) -> int:

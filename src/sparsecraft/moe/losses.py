@@ -10,11 +10,11 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsecraft.errors import RecipeError, did_you_mean
-from sparsecraft.moe.routing import Routing, spread
+from sparsecraft.errors import RecipeError, SparsecraftError, did_you_mean
+from sparsecraft.moe.routing import Routing
 
 Loss = Callable[[Routing, Tensor | None], Tensor]
 
@@ -24,21 +24,22 @@ def switch_balance(
 ) -> Tensor:
     """E * sum_e f_e p_e (Switch Eq. 4-6; PESC Eq. 10).
 
-    f is the fraction of tokens dispatched to each expert and p the mean router probability.
+    f is the share of the filled slots that each expert received and p the mean router probability.
+    Where every token has all experts, slots say nothing, and f is each expert's share of their
+    weights: for weights that are p this is 1 + CV^2 of the experts' importance (Shazeer et al.
+    2017). f has no gradient.
 
     Args:
         mask_T: True on real tokens.
-        normalize_by_topk: divide f by K, so that perfect balance gives 1 and a collapsed router
-            E/K; without it, transformers' Mixtral convention, balance gives K.
+        normalize_by_topk: perfect balance gives 1 and a collapsed router E/K; without it, in
+            transformers' Mixtral convention, balance gives the K slots of a token.
     """
-    logits_TE, indices_TK = _kept(routing, mask_T)
-    num_experts = logits_TE.shape[-1]
-    probs_E = logits_TE.softmax(-1).mean(0)
-    chosen_TKE = F.one_hot(indices_TK, num_experts + 1)[..., :num_experts].float()
-    fraction_E = chosen_TKE.sum(1).mean(0)
+    probs_E = _mean(routing.logits_TE.float().softmax(-1), routing, mask_T)
+    loss = routing.num_experts * (routing.load_E(mask_T) * probs_E).sum()
     if normalize_by_topk:
-        fraction_E = fraction_E / indices_TK.shape[1]
-    return num_experts * (fraction_E * probs_E).sum()
+        return loss
+    filled_T = (routing.indices_TK < routing.num_experts).sum(-1, dtype=torch.float32)
+    return loss * _mean(filled_T, routing, mask_T)
 
 
 def switch_balance_unnormalized(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
@@ -49,17 +50,14 @@ def switch_balance_unnormalized(routing: Routing, mask_T: Tensor | None = None) 
 def btx_balance(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """E * sum_e u_e p_e with u the mean mixing weight of each expert and p its mean probability
     (BTX, section 3.3): 1 at perfect balance, and u has a gradient, which Switch's f has not."""
-    logits_TE, _ = _kept(routing, mask_T)
-    weights_TE = routing.weights_TE().float()
-    if mask_T is not None:
-        weights_TE = weights_TE[spread(mask_T, len(weights_TE)).to(torch.bool)]
-    return logits_TE.shape[-1] * (weights_TE.mean(0) * logits_TE.softmax(-1).mean(0)).sum()
+    weights_E = _mean(routing.weights_TE().float(), routing, mask_T)
+    probs_E = _mean(routing.logits_TE.float().softmax(-1), routing, mask_T)
+    return routing.num_experts * (weights_E * probs_E).sum()
 
 
 def router_z(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """Mean squared log-partition of the logits (ST-MoE, Zoph et al. 2022)."""
-    logits_TE, _ = _kept(routing, mask_T)
-    return logits_TE.logsumexp(-1).square().mean()
+    return _mean(routing.logits_TE.float().logsumexp(-1).square(), routing, mask_T)
 
 
 def pesc_released_balance(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
@@ -80,12 +78,12 @@ def pesc_released_balance(routing: Routing, mask_T: Tensor | None = None) -> Ten
 def relu_hoyer(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """(sum |a|)^2 / sum a^2 of a network's activations after ReLU, between 1 and its width
     (D2DMoE, section 3.1, with the square Hoyer measure)."""
-    return _hoyer(_activations(routing, mask_T).relu())
+    return _mean(_hoyer(_activations(routing).relu()), routing, mask_T)
 
 
 def relu_l1(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """Sum of a network's activations after ReLU, mean over tokens (D2DMoE's code)."""
-    return _activations(routing, mask_T).relu().sum(-1).mean()
+    return _mean(_activations(routing).relu().sum(-1), routing, mask_T)
 
 
 # Below it GELU is as good as zero (D2DMoE).
@@ -94,18 +92,19 @@ DISPLACEMENT = -10.0
 
 def gelu_clamped_l1(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """Sum of how far inputs of GELU lie above -10, mean over tokens (D2DMoE)."""
-    return (_activations(routing, mask_T) - DISPLACEMENT).relu().sum(-1).mean()
+    above_TF = (_activations(routing) - DISPLACEMENT).relu()
+    return _mean(above_TF.sum(-1), routing, mask_T)
 
 
 def gelu_clamped_hoyer(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """The Hoyer measure of how far inputs of GELU lie above -10 (D2DMoE)."""
-    return _hoyer((_activations(routing, mask_T) - DISPLACEMENT).relu())
+    above_TF = (_activations(routing) - DISPLACEMENT).relu()
+    return _mean(_hoyer(above_TF), routing, mask_T)
 
 
 def lte_efficiency(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """Mean of the squared sigmoid scores (LTE, section 4.2)."""
-    logits_TE, _ = _kept(routing, mask_T)
-    return logits_TE.sigmoid().square().mean()
+    return _mean(routing.logits_TE.float().sigmoid().square().mean(-1), routing, mask_T)
 
 
 # LTE's threshold of all layers, and what keeps its loss finite where a score is on it.
@@ -117,16 +116,18 @@ def lte_separability(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
 
     The paper has no 0.01; without it the loss of a router that starts from zeros is infinite.
     """
-    logits_TE, _ = _kept(routing, mask_T)
-    distance_TE = logits_TE.sigmoid() - LTE_THRESHOLD
-    return (distance_TE.square() + LTE_EPSILON).reciprocal().mean()
+    distance_TE = routing.logits_TE.float().sigmoid() - LTE_THRESHOLD
+    separate_TE = (distance_TE.square() + LTE_EPSILON).reciprocal()
+    return _mean(separate_TE.mean(-1), routing, mask_T)
 
 
 def own_expert(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """-log sigmoid of the logit of the expert that each token was sent to, mean over tokens: the
     cross-entropy of sigmoid(h r_i) with 1 on the rows of expert i's bucket (UpIT)."""
-    logits_TE, indices_TK = _kept(routing, mask_T)
-    return F.softplus(-logits_TE.gather(-1, indices_TK[:, :1])).mean()
+    best_T1 = routing.weights_TK.argmax(-1, keepdim=True)
+    own_T1 = routing.indices_TK.gather(-1, best_T1)
+    own_T = routing.logits_TE.float().gather(-1, own_T1).squeeze(-1)
+    return _mean(F.softplus(-own_T), routing, mask_T)
 
 
 LOSSES: dict[str, Loss] = {
@@ -178,30 +179,57 @@ def auxiliary_loss(
     return sum(coefficients[name] * value for name, value in parts.items()), parts
 
 
+def latest(model: nn.Module, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """The recipe's weighted auxiliary losses of the latest forward pass in training, float32: to
+    add to a loss of one's own, where the model was called without labels or its loss is not used.
+    One that was called with labels has them in its loss already.
+
+    Args:
+        model: converted, or with an adapter of ours by PEFT; wrappers around it do not matter.
+        num_items_in_batch: items (label tokens, or rows) of the whole optimizer step's batch, of
+            which that pass was a part; the losses are weighed by its share. It needs labels.
+
+    Raises:
+        SparsecraftError: nothing is converted, or no forward pass in training, with gradients,
+            came before.
+
+    Example:
+        logits = model(input_ids, attention_mask=mask).logits
+        loss = my_loss(logits) + sc.losses.latest(model)
+    """
+    for module in model.modules():
+        own = getattr(getattr(module, "sparsecraft", module), "own_loss", None)
+        if own is not None:
+            return own.read(model, num_items_in_batch)
+    raise SparsecraftError(f"This {type(model).__name__} is dense; call sc.convert first.")
+
+
 def check_names(coefficients: Mapping[str, float]) -> None:
     for name in coefficients:
         if name not in LOSSES:
             raise RecipeError(f"Unknown loss {name!r}." + did_you_mean(name, LOSSES))
 
 
-def _kept(routing: Routing, mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
-    logits_TE = routing.logits_TE.float()
-    if mask_T is None:
-        return logits_TE, routing.indices_TK
-    mask_T = spread(mask_T, len(logits_TE)).to(torch.bool)
-    return logits_TE[mask_T], routing.indices_TK[mask_T]
+def _mean(values_T: Tensor, routing: Routing, mask_T: Tensor | None) -> Tensor:
+    """The mean of (T,) or (T, E) over the tokens that are real and that the layer acts on; zero
+    where there are none."""
+    counted_T = routing.counted(mask_T)
+    if counted_T is None:
+        return values_T.mean(0)
+    # No indexing by a mask: it would wait for the device, and break a compiled graph.
+    counted = counted_T.reshape(-1, *[1] * (values_T.ndim - 1))
+    return values_T.where(counted, 0.0).sum(0) / counted_T.sum().clamp_min(1)
 
 
-def _activations(routing: Routing, mask_T: Tensor | None) -> Tensor:
-    """What the activation of a split network reads, (T, F) float32, of real tokens."""
+def _activations(routing: Routing) -> Tensor:
+    """What the activation of a split network reads, (T, F) float32."""
     if routing.pre_TF is None:
         raise RecipeError(
             "A sparsity loss reads the activations of split networks, in training with "
             "stage.runs='every'; this layer recorded none."
         )
-    pre_TF = routing.pre_TF.float()
-    return pre_TF if mask_T is None else pre_TF[mask_T.reshape(-1).to(torch.bool)]
+    return routing.pre_TF.float()
 
 
 def _hoyer(a_TF: Tensor) -> Tensor:
-    return (a_TF.abs().sum(-1).square() / (a_TF.square().sum(-1) + 1e-15)).mean()
+    return a_TF.abs().sum(-1).square() / (a_TF.square().sum(-1) + 1e-15)

@@ -25,6 +25,9 @@ class Routing:
         in_order: every token has all experts, expert e in slot e, as soft selection gives them.
         outputs_TEO: what every expert gives for each token, where the router has read that.
         pre_TF: in training of a split network whose experts all run, the activation's input.
+        soft: every token has all experts, which differ in weight alone: a count of slots says
+            nothing of them.
+        acts_T: the tokens that the layer acts on, where it does not act on all.
     """
 
     weights_TK: Tensor
@@ -35,6 +38,8 @@ class Routing:
     every: bool = False
     outputs_TEO: Tensor | None = None
     pre_TF: Tensor | None = None
+    soft: bool = False
+    acts_T: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -51,8 +56,9 @@ class Routing:
 
     def only(self, keep_T: Tensor) -> Routing:
         """The same decision with weight zero for all other tokens."""
-        weights_TK = self.weights_TK * keep_T.reshape(-1, 1)
-        return replace(self, weights_TK=weights_TK, sums_to_one=False)
+        keep_T = spread(keep_T, len(self.weights_TK))
+        weights_TK = self.weights_TK * keep_T[:, None]
+        return replace(self, weights_TK=weights_TK, sums_to_one=False, acts_T=keep_T)
 
     @classmethod
     def of_one(cls, x_TI: Tensor) -> Routing:
@@ -77,20 +83,45 @@ class Routing:
         indices_TE = torch.where(weights_TE != 0, experts_E, E)
         return cls(weights_TE, indices_TE, torch.zeros_like(weights_TE), in_order=True)
 
+    def counted(self, mask_T: Tensor | None = None) -> Tensor | None:
+        """Which rows losses and statistics count, (T,) bool; None for all of them.
+
+        Args:
+            mask_T: True on real tokens; padding is False.
+        """
+        if mask_T is None:
+            return self.acts_T
+        real_T = spread(mask_T, len(self.logits_TE)).to(self.logits_TE.device, torch.bool)
+        return real_T if self.acts_T is None else real_T & self.acts_T
+
+    def amounts_E(self, mask_T: Tensor | None = None) -> Tensor:
+        """What each expert received of the counted tokens, float32: filled slots or, of a soft
+        routing, the sum of its weights (the importance of Shazeer et al. 2017)."""
+        if self.soft:
+            received_TE = self.weights_TE().detach().float()
+        else:
+            empty_TE = torch.zeros_like(self.logits_TE, dtype=torch.float32)
+            empty_TE = torch.cat([empty_TE, empty_TE[:, :1]], dim=-1)  # last column: no expert
+            ones_TK = torch.ones_like(self.indices_TK, dtype=torch.float32)
+            received_TE = empty_TE.scatter_add(-1, self.indices_TK, ones_TK)[:, :-1]
+        counted_T = self.counted(mask_T)
+        if counted_T is not None:
+            received_TE = received_TE * counted_T[:, None]
+        return received_TE.sum(0)
+
     def load_E(self, mask_T: Tensor | None = None) -> Tensor:
-        """Fraction of the filled slots that each expert received, float32, summing to one.
+        """Share of the work that each expert received, float32, summing to one: of the filled
+        slots or, where every token has all experts, of their weights; see `amounts_E`.
 
         Args:
             mask_T: True on the tokens that count; padding is False. None counts every token.
         """
-        chosen_TE = torch.zeros_like(self.logits_TE, dtype=torch.float32)
-        chosen_TE = torch.cat([chosen_TE, chosen_TE[:, :1]], dim=-1)  # last column: no expert
-        ones_TK = torch.ones_like(self.indices_TK, dtype=torch.float32)
-        chosen_TE = chosen_TE.scatter_add(-1, self.indices_TK, ones_TK)[:, :-1]
-        if mask_T is not None:
-            chosen_TE = chosen_TE * spread(mask_T, len(chosen_TE))[:, None]
-        counts_E = chosen_TE.sum(0)
-        return counts_E / counts_E.sum().clamp_min(1)
+        return shares(self.amounts_E(mask_T))
+
+
+def shares(amounts_E: Tensor) -> Tensor:
+    """Amounts from 0 as parts of their sum; zeros where there are none."""
+    return amounts_E / amounts_E.sum().clamp_min(torch.finfo(amounts_E.dtype).tiny)
 
 
 def spread(mask_T: Tensor, rows: int) -> Tensor:

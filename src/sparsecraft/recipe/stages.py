@@ -41,6 +41,8 @@ class Stage:
     router_learning_rate: float | None = None
     """None: the same as `learning_rate`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    ends_at: float = 0.0
+    """Share of the peak learning rate at which a cosine ends."""
     warmup_ratio: float = 0.03
     warmup_steps: int = 0
     """Overrides `warmup_ratio` when positive."""
@@ -74,6 +76,8 @@ class Stage:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise RecipeError(f"{name} is {value}; it must be positive.")
+        if not 0 <= self.ends_at <= 1:
+            raise RecipeError(f"ends_at is {self.ends_at}; it must lie between 0 and 1.")
         if not (0 <= self.warmup_ratio <= 1 and self.warmup_steps >= 0):
             raise RecipeError(
                 f"warmup_ratio is {self.warmup_ratio} and warmup_steps {self.warmup_steps}; the "

@@ -71,6 +71,7 @@ def _stage(losses: dict[str, float], learning_rate: float) -> Stage:
         losses={name: weight for name, weight in losses.items() if weight},
         learning_rate=learning_rate,
         schedule="cosine",
+        ends_at=0.1,
         warmup_steps=1000,
         weight_decay=0.1,
         batch_size=1024,

@@ -88,6 +88,7 @@ def _stage(trains: tuple[str, ...], balance_coef: float, learning_rate: float) -
         losses={"btx": balance_coef} if balance_coef else {},
         learning_rate=learning_rate,
         schedule="cosine",
+        ends_at=0.1,
         warmup_steps=100,
         weight_decay=0.1,
         batch_size=1024,

@@ -72,6 +72,7 @@ def _stage(balance_coef: float, learning_rate: float) -> Stage:
         losses={"switch_unnormalized": balance_coef} if balance_coef else {},
         learning_rate=learning_rate,
         schedule="cosine",
+        ends_at=0.1,
         warmup_steps=2000,
         weight_decay=0.1,
         max_grad_norm=1.0,

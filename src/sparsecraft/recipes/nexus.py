@@ -75,5 +75,6 @@ def _stage(balance_coef: float, learning_rate: float) -> Stage:
         losses={"switch": balance_coef} if balance_coef else {},
         learning_rate=learning_rate,
         schedule="cosine",
+        ends_at=0.3,
         warmup_ratio=0.1,
     )

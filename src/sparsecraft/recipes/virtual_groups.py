@@ -73,6 +73,7 @@ def _stage(balance_coef: float, learning_rate: float) -> Stage:
         losses={"switch": balance_coef} if balance_coef else {},
         learning_rate=learning_rate,
         schedule="cosine",
+        ends_at=0.1,
         weight_decay=0.1,
         batch_size=1024,
         max_length=4096,

@@ -17,7 +17,8 @@ from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routers.gate import Gate, Runs
 from sparsecraft.moe.routers.running import Running
 from sparsecraft.recipe.recipe import Recipe
-from sparsecraft.surgery.record import conversion_of
+from sparsecraft.surgery.record import check_stands, conversion_of, is_converted
+from sparsecraft.surgery.rollback import atomic
 
 log = logging.getLogger("sparsecraft")
 
@@ -37,6 +38,7 @@ def run(model: nn.Module, runs: Runs) -> None:
         layer.router.runs = runs
 
 
+@atomic
 def set_budget(model: nn.Module, share: float | None) -> None:
     """Choose how many experts of its split networks a converted model runs, in place.
 
@@ -53,6 +55,8 @@ def set_budget(model: nn.Module, share: float | None) -> None:
         SparsecraftError: no split networks, a share outside (0, 1], or one outside of what was
             calibrated.
     """
+    if is_converted(model):
+        check_stands(model)
     layers = split_layers(model)
     if not layers:
         raise SparsecraftError(
@@ -66,7 +70,6 @@ def set_budget(model: nn.Module, share: float | None) -> None:
             "or None for the recipe's own rule."
         )
     running: Running = conversion_of(model).running
-    # All thresholds first: an error leaves the model as it was.
     found = [setting(layer.router, share, running.calibration) for layer in layers.values()]
     for layer, (k, threshold) in zip(layers.values(), found, strict=True):
         gate: Gate = layer.router

@@ -16,7 +16,6 @@ Shapes: E experts, I input features, O output features, D width, F hidden width 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +34,15 @@ Rows = tuple[int, int] | None
 
 @dataclass(slots=True)
 class Ledger:
-    """What a merge has changed of the dense model, and what stood there.
+    """What a merge writes into the dense model. A failure is undone by `rollback`.
 
     Attributes:
         old: parameter -> its value before the first write.
         shared: parameters that several modules of the model have in common.
-        settings: (owner, attribute, value before) of modules and configurations, in order.
     """
 
     old: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     shared: dict[nn.Parameter, list[str]] = field(default_factory=dict)
-    settings: list[tuple[Any, str, Any]] = field(default_factory=list)
 
     def guard(self, model: nn.Module) -> None:
         """Refuse to write what more than one module of the dense `model` reads."""
@@ -64,17 +61,6 @@ class Ledger:
         # Memory of its own: a part of a bank would keep the whole bank, and share it.
         data = torch.empty_like(value, dtype=parameter.dtype, memory_format=torch.contiguous_format)
         parameter.data = data.copy_(value)
-
-    def set(self, owner: Any, name: str, value: Any) -> None:
-        """Change an attribute of a module, or of a configuration."""
-        self.settings.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
-
-    def undo(self) -> None:
-        for parameter, value in self.old.items():
-            parameter.data = value
-        for owner, name, value in reversed(self.settings):
-            setattr(owner, name, value)
 
 
 def why_no_fold(item: PlannedEdit, bank: Experts, single: bool) -> str | None:
@@ -183,7 +169,7 @@ def _replace_network(model: nn.Module, item: PlannedEdit, network: Network, ledg
     _write_network(model, item.donor, network, ledger)
     if network.rectified:
         owner, _, name = activation_of(item).rpartition(".")
-        ledger.set(model.get_submodule(owner), name, nn.ReLU())
+        setattr(model.get_submodule(owner), name, nn.ReLU())
 
 
 def _write_network(model: nn.Module, donor: FFN, network: Network, ledger: Ledger) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import nn
 
 from sparsecraft.dense.sites import FFNSpan, silence
 from sparsecraft.errors import RecipeError
 from sparsecraft.moe.context import Batch, asks_for_batch, attach
 from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.names import unique_tensors
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.budget import run, split_layers
 from sparsecraft.surgery.build import build_layer
 from sparsecraft.surgery.plan import PlannedEdit
 from sparsecraft.surgery.record import Conversion
+from sparsecraft.surgery.state import load_state_dict
 from sparsecraft.surgery.trainable import set_trainable
 
 
@@ -26,7 +30,13 @@ def apply(
     """
     check_quantization(model, recipe)
     trainable = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
-    record = Conversion(recipe, edits, trainable=trainable)
+    record = Conversion(
+        recipe,
+        edits,
+        trainable=trainable,
+        shapes={name: tensor.shape for name, tensor in unique_tensors(model).items()},
+        vocabulary=_vocabulary(model),
+    )
     # All layers are built before the first change, so that a failure leaves the model whole.
     device = "meta" if on_meta else None
     record.layers = [
@@ -34,6 +44,7 @@ def apply(
     ]
     record.devices = [item.donor.reference.device for item in edits]
     model.sparsecraft = record
+    model.load_state_dict = functools.partial(load_state_dict, model)
     for item, layer in zip(edits, record.layers, strict=True):
         _install(model, item, layer, record.dense)
     run(model, "every")  # until a stage has made their routers
@@ -44,8 +55,18 @@ def apply(
         record.hooks = attach(model, batch)
         for layer in record.layers:
             layer.batch = batch
+    record.own_loss.attach(model)
     set_trainable(model, recipe.stages[0].trains)
     return record
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # what reads images or sound
+        return None
+    weight = getattr(embedding, "weight", None)
+    return None if weight is None else len(weight)
 
 
 def check_quantization(model: nn.Module, recipe: Recipe) -> None:

@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsecraft.dense.loading import load_tokenizer
+from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import SurgeryError
 from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.own_loss import OwnLoss
 from sparsecraft.moe.routers.running import Running
 from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.plan import PlannedEdit
 
 
@@ -27,14 +31,18 @@ class Conversion:
         devices: where each layer's donor was.
         dense: module path -> the module that stood there, for `revert`.
         digests: dense tensor name -> its dtype and digest before the conversion.
+        shapes: dense tensor name -> its shape then.
+        vocabulary: rows of the embedding of tokens then; None without one.
+        masters: dense names of what training holds in float32, whatever type it had.
         trainable: names of the dense parameters that required gradients before.
-        origin: the folder, hub id or alias that the dense model came from, if any.
-        base_card: name and license of the base, for the checkpoint's README.
+        origin: where the dense model came from, if it did from anywhere.
+        base_card: name, license and commit of the base, for the checkpoint's README.
         folder: the checkpoint that the model was loaded from, if it was.
         written: the recipe's JSON in that folder, of whatever format.
         report: what `convert` and `train` measured, as written to report.json.
         hooks: handles of the hooks that give the layers each batch's masks.
         running: what of its split networks the model runs.
+        own_loss: adds the recipe's auxiliary losses to the loss that the model gives in training.
     """
 
     recipe: Recipe
@@ -43,15 +51,60 @@ class Conversion:
     devices: list[torch.device] = field(default_factory=list)
     dense: dict[str, nn.Module] = field(default_factory=dict)
     digests: dict[str, tuple[torch.dtype, str]] = field(default_factory=dict)
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
+    vocabulary: int | None = None
+    masters: set[str] = field(default_factory=set)
     trainable: frozenset[str] = frozenset()
-    origin: str | None = None
-    revision: str | None = None
+    origin: Origin | None = None
     folder: Path | None = None
     written: dict[str, Any] | None = None
-    base_card: tuple[str, str | None] | None = None
+    base_card: tuple[str | None, ...] | None = None
     report: dict[str, Any] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
     running: Running = field(default_factory=Running)
+    own_loss: OwnLoss = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.own_loss = OwnLoss(self.next_stage)
+
+    def next_stage(self) -> Stage | None:
+        """The first stage by gradient that has not been trained; the last one after all have."""
+        done = {entry.get("stage") for entry in self.report.get("training", ())}
+        stages = [stage for stage in self.recipe.stages if isinstance(stage, Stage)]
+        return next((s for s in stages if s.name not in done), stages[-1] if stages else None)
+
+    @property
+    def base(self) -> Origin | None:
+        """Where the dense model came from, if it is still there."""
+        return self.origin if self.origin and self.origin.is_there else None
+
+    @property
+    def settings(self) -> Path | None:
+        """The folder whose tokenizer, license and generation settings are the model's: the
+        checkpoint that it was loaded from, else the base's."""
+        if self.folder is not None and self.folder.is_dir():
+            return self.folder
+        return self.base and self.base.folder
+
+
+def origin_of(model: nn.Module) -> Origin | None:
+    """Where a dense or converted model came from, if that is still there."""
+    return conversion_of(model).base if is_converted(model) else Origin.of(model)
+
+
+def settings_of(model: nn.Module) -> Path | None:
+    """The folder whose tokenizer, license and generation settings are a model's, if any is."""
+    if is_converted(model):
+        return conversion_of(model).settings
+    origin = Origin.of(model)
+    return origin and origin.folder
+
+
+def tokenizer_of(model: nn.Module) -> Any:
+    """The tokenizer that came with a dense or a converted model; None if none did."""
+    folder, origin = settings_of(model), origin_of(model)
+    found = folder and load_tokenizer(folder)
+    return found or (origin and load_tokenizer(origin.folder))
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -67,3 +120,18 @@ def conversion_of(model: nn.Module) -> Conversion:
     if not is_converted(model):
         raise SurgeryError(f"This {type(model).__name__} is dense; call sc.convert first.")
     return model.sparsecraft
+
+
+def check_stands(model: nn.Module) -> None:
+    """Refuse to change a model whose layers are no longer where they were installed.
+
+    Raises:
+        SurgeryError: the model is dense, or something else took a layer's place.
+    """
+    record, inside = conversion_of(model), set(model.modules())
+    for item, layer in zip(record.plan, record.layers, strict=True):
+        if layer not in inside:
+            raise SurgeryError(
+                f"The layer that was installed at {item.site.path!r} is no longer in the model: "
+                "something else took its place. Put it back, or load the model again."
+            )

@@ -45,7 +45,11 @@ def training_arguments(
         )
     every = settings.save_every or (steps // 10 if steps >= 100 else None)
     warmup = stage.warmup_steps or math.ceil(stage.warmup_ratio * steps)
-    schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+    schedule, ends = settings.schedule, {}
+    if schedule == "constant":
+        schedule = "constant_with_warmup"
+    elif schedule == "cosine" and stage.ends_at:
+        schedule, ends = "cosine_with_min_lr", {"min_lr_rate": stage.ends_at}
     return {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -53,7 +57,8 @@ def training_arguments(
         "gradient_accumulation_steps": accumulation,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": schedule,
-        "warmup_steps": min(warmup, steps),
+        "lr_scheduler_kwargs": ends,
+        "warmup_steps": min(warmup, steps - 1),  # one step at least has a learning rate
         "weight_decay": stage.weight_decay,
         "max_grad_norm": stage.max_grad_norm,
         "optim": {"adamw": "adamw_torch", "adafactor": "adafactor"}[stage.optimizer],
@@ -63,6 +68,7 @@ def training_arguments(
         "data_seed": settings.seed,
         "logging_steps": settings.log_every,
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it shows NaN as a loss that falls
         "save_strategy": "steps" if every else "no",
         "save_steps": every or steps,
         "save_total_limit": 1,

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,17 @@ from transformers import (
 from trl import SFTConfig
 
 from sparsecraft.data.batches import collate
-from sparsecraft.data.encoding import pad_id
+from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import count_tokens, pack
 from sparsecraft.data.sentences import Prompts
+from sparsecraft.moe.names import dense_name
 from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.record import conversion_of
 from sparsecraft.surgery.trainable import set_trainable
 from sparsecraft.training.arguments import processes, training_arguments
 from sparsecraft.training.deal import deal, directed, sampled
 from sparsecraft.training.defaults import needs, objective_of
+from sparsecraft.training.moved import Before, watched_routers
 from sparsecraft.training.options import TrainOptions
 from sparsecraft.training.progress import ProgressBar
 from sparsecraft.training.report import TrainReport, note
@@ -57,6 +59,8 @@ class Run:
         out: the checkpoint folder to write.
         prompts: takes in the prompt of every row, for routers that decide by sentence.
         resume: continue from the last state.
+        unpacked: why rows are not packed though packing was asked for; None if they are, or it
+            was not.
     """
 
     model: nn.Module
@@ -64,6 +68,12 @@ class Run:
     out: Path
     prompts: Prompts | None = None
     resume: bool = False
+    unpacked: str | None = None
+
+    @property
+    def noted(self) -> dict[str, str]:
+        """What the report of every stage says of the run."""
+        return {"unpacked": self.unpacked} if self.unpacked else {}
 
 
 def descend(
@@ -88,16 +98,22 @@ def descend(
     check_same_run(folder, described, run.resume, read_as(model))
     found: dict[str, Any] = {}
     if stage.deal:
-        where = {"pad_id": pad_id(run.tokenizer), "resume": run.resume}
+        where = {"pad_id": pad_id(run.tokenizer, model), "resume": run.resume}
         dataset, found["buckets"] = deal(model, dataset, folder, **where)
         counts = counts | {"dealt": len(dataset)} | count_tokens(dataset)
         if settings.packing:
             dataset = pack(dataset, settings.max_length, settings.seed)
     forced = directed(model) if stage.deal else nullcontext()
     with _untouched(model), adapters_known(model), forced:
+        should = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         trainer = make_trainer(run, stage, settings, dataset, folder)
-        report = _run(trainer, counts, run)
-    note(conversion_of(model), stage, settings, report, log=trainer.state.log_history, **found)
+        before = Before(model, should)
+        with watched_routers(model, trainer.evidence):
+            report = _run(trainer, counts, run)
+        moved = trainer.moved(before)
+    report = replace(report, moved={stage.name: moved})
+    found |= {"log": trainer.state.log_history} | run.noted
+    note(conversion_of(model), stage, settings, report, **found)
     return trainer, report
 
 
@@ -125,7 +141,8 @@ def _run(trainer: Any, counts: dict[str, int], run: Run) -> TrainReport:
     first_step = int(last.name.rpartition("-")[2]) if last else 0
     try:
         if first_step < args.max_steps:
-            result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            trainer.check_model()
             if args.save_strategy == "no":
                 # Should the final save fail, the run can be resumed from its end.
                 trainer.keep_state()
@@ -134,13 +151,22 @@ def _run(trainer: Any, counts: dict[str, int], run: Run) -> TrainReport:
     finally:
         trainer.progress.stop()
     seconds = time.perf_counter() - start
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    loss = sum(entry["loss"] for entry in logged) / max(1, len(logged))
-    loss = loss if last else result.training_loss  # exact, but blind to what came before a resume
+    loss = mean_loss(trainer.state.log_history)
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes()
     tokens = counts["tokens"] / max(1, len(trainer.train_dataset)) * sequences
     speed = tokens * (args.max_steps - first_step) / seconds
     return TrainReport(run.out, trainer.state.global_step, loss, seconds, speed, counts)
+
+
+def mean_loss(log: list[dict[str, Any]]) -> float:
+    """The mean over all steps, before a resume too; each line's loss is one of those since the
+    last line, over all processes."""
+    total, before = 0.0, 0
+    for entry in log:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - before)
+            before = entry["step"]
+    return total / max(1, before)
 
 
 def prepare_parameters(model: nn.Module, stage: Stage) -> None:
@@ -159,9 +185,11 @@ def prepare_parameters(model: nn.Module, stage: Stage) -> None:
 
 def _float32_masters(model: nn.Module) -> None:
     """Steps of 1e-4 relative size vanish in bf16; the layers compute in their input's dtype."""
-    for parameter in model.parameters():
+    masters = conversion_of(model).masters
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
+            masters |= {dense} if (dense := dense_name(model, name)) else set()
 
 
 def make_trainer(run: Run, stage: Stage, settings: TrainOptions, dataset: Any, folder: Path) -> Any:
@@ -189,11 +217,13 @@ def make_trainer(run: Run, stage: Stage, settings: TrainOptions, dataset: Any, f
         train_dataset=dataset,
         data_collator=functools.partial(
             collate,
-            pad_id=pad_id(tokenizer),
+            pad_id=pad_id(tokenizer, model),
             packed=settings.packing,
             prompts=run.prompts,
         ),
-        processing_class=tokenizer,
+        # Trainer would write the tokenizer's padding over the configuration's, by which a
+        # classifier and T5 find their way; SFTTrainer would fetch a tokenizer of its own.
+        processing_class=tokenizer if arguments_class is SFTConfig else None,
         callbacks=[progress],
     )
     trainer.progress = progress

@@ -31,9 +31,10 @@ class TrainOptions:
     router_learning_rate: float | None = None
     """None: the same as `learning_rate`."""
     schedule: Literal["constant", "linear", "cosine"] | None = None
-    """After the warm-up; linear and cosine go down to zero."""
+    """After the warm-up; linear goes down to zero, cosine to what the recipe says, or zero."""
     packing: bool = True
-    """Put several documents into one sequence (causal models); they do not see each other."""
+    """Put several documents into one sequence (causal models). They do not see each other: where
+    the model would let them, which is tried before the run, rows are not packed, with a warning."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     seed: int = 0

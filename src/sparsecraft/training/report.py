@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparsecraft.evaluation.history import moved_lines
 from sparsecraft.recipe.stages import Fit, Stage
 from sparsecraft.surgery.record import Conversion
 from sparsecraft.training.options import TrainOptions
@@ -26,6 +27,9 @@ class TrainReport:
         seconds: wall time of this call's training.
         tokens_per_second: real tokens, padding excluded, of this call's training.
         counts: rows read, dropped and kept, by reason.
+        moved: name of each stage -> how many tensors should have moved, how many have, and why the
+            others have not; see `sparsecraft.training.moved`.
+        skipped: steps that the scaler of a float16 run left out.
     """
 
     out: Path
@@ -34,6 +38,8 @@ class TrainReport:
     seconds: float
     tokens_per_second: float
     counts: dict[str, int]
+    moved: dict[str, dict[str, Any]] = field(default_factory=dict)
+    skipped: int = 0
 
     def __str__(self) -> str:
         dropped = {key: self.counts[key] for key in DROPPED if self.counts.get(key)}
@@ -41,7 +47,13 @@ class TrainReport:
             f"{self.steps} steps, mean loss {self.loss:.3f}, {self.seconds:.0f} s, "
             f"{self.tokens_per_second:.0f} tokens/s."
             + (f" Rows dropped: {dropped}." if dropped else "")
+            + (f" Steps left out by the scaler: {self.skipped}." if self.skipped else "")
+            + "".join(f"\n{line}" for name in self.moved for line in self._moved_lines(name))
         )
+
+    def _moved_lines(self, stage: str) -> list[str]:
+        first, *others = moved_lines(self.moved[stage])
+        return [f"Stage {stage!r}: {first}", *others]
 
 
 def note(
@@ -58,5 +70,6 @@ def note(
         "loss": report.loss,
         "settings": dataclasses.asdict(settings),
         "counts": report.counts,
+        "moved": report.moved[stage.name],
     }
     record.report.setdefault("training", []).append(entry | found)

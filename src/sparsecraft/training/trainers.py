@@ -8,7 +8,6 @@ overrides or calls a private method of Trainer stands under "Private hooks".
 from __future__ import annotations
 
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,20 +15,23 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import Seq2SeqTrainer, Trainer, TrainerState
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerState
 from trl import SFTTrainer
 
 from sparsecraft.checkpoint import tensorfile
 from sparsecraft.checkpoint.tensors import WEIGHTS, read_tensors
+from sparsecraft.data.encoding import IGNORED
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.moe.context import layer_masks
-from sparsecraft.moe.losses import auxiliary_loss
+from sparsecraft.moe.items import count_items, weighed
 from sparsecraft.moe.names import unique_tensors
-from sparsecraft.moe.routing import Routing, spread
+from sparsecraft.moe.own_loss import balance_of
 from sparsecraft.moe.tracing import trace
 from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.record import conversion_of
 from sparsecraft.surgery.trainable import matches
+from sparsecraft.training.tally import Tally
+from sparsecraft.training.watch import WatchedTrainerMixin
 
 log = logging.getLogger("sparsecraft")
 
@@ -37,59 +39,97 @@ TOKEN_MASK = "token_mask"
 
 
 class RoutedTrainerMixin:
-    """Put before a Trainer class; set `stage` before training."""
+    """Put before a Trainer class; set `stage` before training.
+
+    A step's loss and gradients do not depend on how its batch is cut into micro-batches and over
+    processes: each micro-batch's loss, a mean over its items (label tokens, or rows of a
+    classifier), and its auxiliary losses are weighed by its share of the whole batch's items.
+    Trainer leaves that to the model where `forward` has **kwargs, which T5 and BERT ignore.
+
+    Attributes:
+        shifts_labels: the first label of a row is no item, because none predicts it.
+    """
 
     stage: Stage
     router_learning_rate: float
+    shifts_labels = False
+    loss_is_scaled_for_ga = False  # Trainer divides by the accumulation steps, which is taken back
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # the same, before transformers 5.19
+        self.add_callback(LogsWhatEnds())
+        self.tally = Tally()
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, and the number of items of all processes' together."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not samples:
+            return samples, None
+        self._ignore_repeats(samples[-1])
+        items = sum(count_items(batch["labels"], self.shifts_labels) for batch in samples)
+        return samples, self.accelerator.reduce(items.to(device), "sum")
+
+    def _ignore_repeats(self, batch: dict[str, Tensor]) -> None:
+        """Take out the rows that fill up the last batch of an epoch, so that all processes have
+        one: they have been in the epoch."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader:
+            return
+        size = self.args.per_device_train_batch_size
+        if state.remainder > 0:
+            own = max(0, state.remainder - size * self.accelerator.process_index)
+            batch["labels"] = batch["labels"].clone()
+            batch["labels"][own:] = IGNORED
+            if TOKEN_MASK in batch:
+                batch[TOKEN_MASK] = batch[TOKEN_MASK].clone()
+                batch[TOKEN_MASK][own:] = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The task's loss, and in training the stage's auxiliary losses added to it."""
+        """The task's loss and in training the stage's auxiliary losses, by the share of the items
+        of the step's batch that these inputs hold; without their number they count as all."""
         token_mask = inputs.pop(TOKEN_MASK, None)
-        training = model.training
         unwrapped = self.accelerator.unwrap_model(model)
         self._tell_step(unwrapped)
-        with trace(unwrapped) as traced:
-            result = super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
+        items = count_items(inputs["labels"], self.shifts_labels)
+        masks = layer_masks(unwrapped, inputs, token_mask)
+        with trace(unwrapped) as traced, conversion_of(unwrapped).own_loss.off():
+            # Without a number of items: the mean over these, in all of transformers' models.
+            result = super().compute_loss(model, inputs, return_outputs=return_outputs)
             routings = dict(traced)
-        if not training:
+        if not model.training:
             return result
+        num_items = items if num_items_in_batch is None else num_items_in_batch
+        loss = result[0] if return_outputs else result
+        auxiliary = self._auxiliary(unwrapped, routings, masks, items / num_items.clamp_min(1))
+        if auxiliary is not None:
+            loss = loss + auxiliary.to(loss.device)
+        loss = weighed(loss, items, num_items)
+        if num_items_in_batch is not None:  # Trainer divides by these, DDP averages over those
+            loss = loss * self.current_gradient_accumulation_steps * self.accelerator.num_processes
+        return (loss, *result[1:]) if return_outputs else loss
+
+    def _auxiliary(self, model, routings, masks, share) -> Tensor | None:
+        """The stage's auxiliary losses, and what the next log line says of the routing."""
         if self.stage.losses and not routings and self._has_routers():
             raise SparsecraftError(
                 "The stage has routing losses, and no router was seen in the forward pass: the "
                 "model runs as copies. Launch one process for each GPU with torchrun."
             )
-        masks = layer_masks(unwrapped, inputs, token_mask)
-        if (
-            self.state.global_step == 0
-            or (self.state.global_step + 1) % self.args.logging_steps == 0
-        ):
-            self._record(routings, masks)
+        if self._logs_next() and self.stage.runs != "every":  # else nothing was routed
+            for layer, routing in routings.items():
+                self.tally.add_routing(layer, routing, masks(layer))
         coefficients = {name: c * self._loss_factor() for name, c in self.stage.losses.items()}
-        auxiliary, parts = auxiliary_loss(
-            {n: r for n, r in routings.items() if _counts(unwrapped, n)},
-            coefficients,
-            masks,
-            lambda layer: _group(unwrapped, layer),
-        )
-        if auxiliary is None:
-            return result
-        if not auxiliary.requires_grad:
-            raise SparsecraftError(
-                "The auxiliary loss has no gradient: reentrant activation checkpointing runs the "
-                "layers without one. Use use_reentrant=False."
-            )
+        auxiliary, parts = balance_of(model, routings, coefficients, masks)
         for name, value in parts.items():
-            self._statistics[f"{name}_loss"].append(value.detach())
-        # Trainer divides by the accumulation steps only what is not normalized over them already.
-        scaled = num_items_in_batch is not None and (
-            self.model_accepts_loss_kwargs or isinstance(self, SFTTrainer)
-        )
-        auxiliary = auxiliary / (self.current_gradient_accumulation_steps if scaled else 1)
-        loss = result[0] if return_outputs else result
-        loss = loss + auxiliary.to(loss.device)
-        return (loss, *result[1:]) if return_outputs else loss
+            self.tally.add(f"{name}_loss", value.detach(), share)
+        return auxiliary
+
+    def _logs_next(self) -> bool:
+        """Whether the step that is under way will be logged."""
+        step, args = self.state.global_step + 1, self.args
+        saves = args.save_strategy == "steps" and step % args.save_steps == 0
+        return step in (1, args.max_steps) or step % args.logging_steps == 0 or saves
 
     def _tell_step(self, model: torch.nn.Module) -> None:
         """Let the routers that sample cool down, also where a run is resumed."""
@@ -136,38 +176,9 @@ class RoutedTrainerMixin:
             for (router, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
         ]
 
-    @torch.no_grad()
-    def _record(self, routings: dict[str, Routing], masks) -> None:
-        if self.stage.runs == "every":  # nothing was routed
-            return
-        for layer, routing in routings.items():
-            mask = masks(layer)
-            load_E = routing.load_E(mask)
-            probs_TE = routing.logits_TE.float().softmax(-1)
-            entropy_T = torch.special.entr(probs_TE).sum(-1)
-            weight_T = torch.ones_like(entropy_T) if mask is None else spread(mask, len(entropy_T))
-            log_experts = max(math.log(routing.num_experts), 1e-9)
-            entropy = (entropy_T * weight_T).sum() / weight_T.sum().clamp_min(1)
-            self._statistics[f"max_load/{layer}"].append(load_E.max() * routing.num_experts)
-            self._statistics[f"load_entropy/{layer}"].append(
-                torch.special.entr(load_E).sum() / log_experts
-            )
-            self._statistics[f"router_entropy/{layer}"].append(entropy / log_experts)
-
-    @property
-    def _statistics(self) -> dict[str, list[Tensor]]:
-        return self.__dict__.setdefault("_routing_statistics", defaultdict(list))
-
     def log(self, logs, *args, **kwargs):
         """Add per-layer load and router entropy, and their means, to what is logged."""
-        # Kept as tensors until here, so that recording does not wait for the device.
-        means = {k: torch.stack(v).mean().item() for k, v in self._statistics.items()}
-        self._statistics.clear()
-        for kind in ("load_entropy", "router_entropy"):
-            layers = [value for key, value in means.items() if key.startswith(f"{kind}/")]
-            if layers:
-                means[kind] = sum(layers) / len(layers)
-        logs.update(means)
+        logs.update(self.tally.pop(lambda vector: self.accelerator.reduce(vector, "sum")))
         super().log(logs, *args, **kwargs)
 
     # ------------------------------------------------------------------ Private hooks of Trainer
@@ -211,23 +222,33 @@ def adapters_known(model: torch.nn.Module) -> Iterator[None]:
         vars(model).pop("_hf_peft_config_loaded", None)
 
 
-class RoutedSFTTrainer(RoutedTrainerMixin, SFTTrainer):
+class LogsWhatEnds(TrainerCallback):
+    """Log the last step, and that before a state: Trainer sums over processes what it logs, and
+    forgets on resuming what it has not."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+class RoutedSFTTrainer(WatchedTrainerMixin, RoutedTrainerMixin, SFTTrainer):
     """Causal language models."""
 
+    shifts_labels = True
 
-class RoutedSeq2SeqTrainer(RoutedTrainerMixin, Seq2SeqTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        items = count_items(inputs["labels"], self.shifts_labels)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # TRL's are means of its micro-batches' means.
+        for name in ("entropy", "mean_token_accuracy"):
+            for value in self._metrics["train"].pop(name, ()):
+                self.tally.add(name, value, items)
+        return result
+
+
+class RoutedSeq2SeqTrainer(WatchedTrainerMixin, RoutedTrainerMixin, Seq2SeqTrainer):
     """Encoder-decoder models."""
 
 
-class RoutedTrainer(RoutedTrainerMixin, Trainer):
+class RoutedTrainer(WatchedTrainerMixin, RoutedTrainerMixin, Trainer):
     """Classifiers."""
-
-
-def _counts(model: torch.nn.Module, layer: str) -> bool:
-    """Whether losses on routings count this layer's."""
-    return model.get_submodule(layer).router.spec.balanced
-
-
-def _group(model: torch.nn.Module, layer: str) -> str:
-    """Which layers a loss is averaged over: those that imitate attention's Linears apart."""
-    return "imitate" if model.get_submodule(layer).is_imitation else ""

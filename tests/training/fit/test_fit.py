@@ -27,7 +27,7 @@ from sparsecraft.training import train as training
 from sparsecraft.training.fit import fit as fitting
 from sparsecraft.training.fit import regression
 from sparsecraft.training.fit.capture import capture
-from sparsecraft.training.fit.regression import _scaled
+from sparsecraft.training.fit.regression import _scaled, degree_of
 from sparsecraft.training.progress import ProgressBar
 from sparsecraft.training.staging import begin_stage
 from tests import tiny
@@ -233,7 +233,7 @@ def test_layers_fitted_together_equal_each_fitted_alone(tmp_path, family, recipe
         scorer = split_layers(before)[name].router.scorer
         y_TE = targets(layer.experts, inputs[name], layer.router.spec.target)
         if loss == "bce":
-            y_TE = y_TE / inputs[name].norm(dim=-1, keepdim=True)
+            y_TE = y_TE / inputs[name].norm(dim=-1, keepdim=True) ** layer.experts.parts
             y_TE = y_TE / y_TE.max()
         else:
             y_TE = y_TE / y_TE.mean()
@@ -292,6 +292,22 @@ def test_the_captured_mass_counts_no_shared_expert():
     assert found["mass_oracle"] == pytest.approx(
         splitting.captured(wanted_TE[:, 2:].tolist(), kept), rel=1e-4
     )
+
+
+@pytest.mark.parametrize("target", ["mass", "squared_deviation"])
+@pytest.mark.parametrize("family", ["t5", "t5_gated"])
+def test_scaled_targets_are_of_directions_alone(family, target):
+    """A token that is ten times as long has the same targets, gated or not."""
+    model = converted(family, "moefication", **{"experts.compensate": True, "target": target})
+    layer = next(iter(split_layers(model).values()))
+    layer.experts.activation = nn.ReLU()
+    x_TD = torch.randn(30, D, generator=torch.Generator().manual_seed(4))
+    sizes_T1 = torch.logspace(-1, 1, 30)[:, None]
+    found = [
+        _scaled(x, targets(layer.experts, x, target), Fit(loss="bce"), degree_of(layer))
+        for x in (x_TD, sizes_T1 * x_TD)
+    ]
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["bce", "mse"])

@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsecraft.data.batches import as_batches, collate
-from sparsecraft.data.encoding import pad_id, row_ids
+from sparsecraft.data.encoding import row_ids
+from sparsecraft.data.limits import Limits, pad_id
 from sparsecraft.data.rows import load_rows
-from sparsecraft.dense.origin import tokenizer_of
 from sparsecraft.errors import DataError
+from sparsecraft.surgery.record import tokenizer_of
 
 # Rows of a data set that are taken, tokens of a row, rows of a forward pass; and the tokens of a
 # domain after which the model reads no further: the sentence encoder is much smaller.
@@ -115,7 +116,8 @@ def _collated(model: nn.Module, domain: Domain, tokenizer: Any) -> Iterator[dict
     tokenizer = tokenizer or tokenizer_of(model)
     if tokenizer is None:
         raise DataError(f"The domain {domain.name} is text; pass the model's tokenizer.")
-    length, pad = length_of(model), pad_id(tokenizer)
+    length, pad = length_of(model), pad_id(tokenizer, model)
+    limits = Limits.of(model)
     decodes = model.can_generate() and not model.config.is_encoder_decoder
     for start in range(0, len(domain.rows), BATCH):
         features = []
@@ -124,6 +126,7 @@ def _collated(model: nn.Module, domain: Domain, tokenizer: Any) -> Iterator[dict
             if not ids:
                 raise DataError(f"A row of the domain {domain.name} has no token; leave it out.")
             features.append({"input_ids": ids, "labels": ids})
+            limits.check(features[-1], tokenizer)
         yield collate(features, pad)
 
 

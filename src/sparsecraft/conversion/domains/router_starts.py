@@ -26,12 +26,12 @@ from sparsecraft.conversion.domains.domain import (
 from sparsecraft.conversion.domains.inputs import read_inputs
 from sparsecraft.data.batches import as_batches
 from sparsecraft.data.sentences import embed
-from sparsecraft.dense.origin import tokenizer_of
 from sparsecraft.errors import DataError, RecipeError
 from sparsecraft.moe.init.centers import Centers
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.plan import PlannedEdit
+from sparsecraft.surgery.record import tokenizer_of
 
 log = logging.getLogger("sparsecraft")
 
@@ -254,6 +254,7 @@ def _centers(
         read_inputs(model, items, mixed_batches(model, domains, tokenizer), take)
     else:
         tokenizer = tokenizer or tokenizer_of(model)
-        batches = as_batches(data, tokenizer, max_length=length_of(model), batch_size=BATCH)
+        shape = {"batch_size": BATCH, "max_length": length_of(model)}
+        batches = as_batches(data, tokenizer, model=model, **shape)
         read_inputs(model, items, islice(batches, ROWS // BATCH), take)
     return {n: centers.centers() for n, centers in zip(numbered, found, strict=True)}

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,15 +30,16 @@ from sparsecraft.conversion.extension.router_row import (
 )
 from sparsecraft.conversion.sources.checks import check_sources
 from sparsecraft.conversion.sources.gather import donor_tensors
-from sparsecraft.conversion.sources.source import Source, finite, open_source
+from sparsecraft.conversion.sources.source import Source, open_source
 from sparsecraft.dense.digests import combine, digest
-from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import SurgeryError
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import dense_tensors
 from sparsecraft.moe.routers.build import build_router
 from sparsecraft.recipe.edits import Edit
-from sparsecraft.surgery.record import Conversion, conversion_of, is_converted
+from sparsecraft.surgery.record import Conversion, check_stands, conversion_of, is_converted
+from sparsecraft.surgery.rollback import atomic
 
 log = logging.getLogger("sparsecraft")
 
@@ -85,6 +85,7 @@ class Extension:
         return text + (f" Untrained, it gets {' and '.join(found)}." if found else "")
 
 
+@atomic
 @torch.no_grad()
 def extend(
     model: nn.Module,
@@ -125,6 +126,7 @@ def extend(
         DataError: data is missing, empty, or the domain is one of the others'.
     """
     record = conversion_of(model)
+    check_stands(model)
     count = count_experts(record.recipe)
     by_domain = check_domains(record, data, old_data, embedding, rows)
     source = _opened(model, record, expert, unrelated)
@@ -132,9 +134,10 @@ def extend(
     given = [None if d is None else Domain.of(d, BATCHES) for d in (data, old_data)]
     if by_domain:
         embedding = embedding_of(model, record, given[0], embedding, base, tokenizer)
-    with _mixed(model, record, source, share):
-        seen = [inputs_of(model, record.plan, domain, tokenizer) for domain in given]
-        _join(model, record, source, _new_rows(record, seen, embedding, rows), seed)
+    _mix(model, record, source, share)
+    seen = [inputs_of(model, record.plan, domain, tokenizer) for domain in given]
+    _join(model, record, source, _new_rows(record, seen, embedding, rows), seed)
+    check_weights(model, SurgeryError)
     how = "projected" if by_domain else rows
     result = Extension(source.name, count, share, how, *_shares(record, seen))
     return _noted(record, result)
@@ -158,10 +161,8 @@ def _opened(model: nn.Module, record: Conversion, expert: Any, unrelated: bool) 
     if is_converted(expert):
         raise SurgeryError("The expert is a converted model; give the dense model it came from.")
     tensors = dense_tensors(model) | donor_tensors(record.plan)
-    source = finite(open_source(model, expert))
-    origin = Origin.find(record.origin, record.revision)
-    folder = record.folder or (origin and origin.folder)
-    check_sources(model, [source], tensors, unrelated=unrelated, tokenizer=folder)
+    source = open_source(model, expert)
+    check_sources(model, [source], tensors, unrelated=unrelated, tokenizer=record.settings)
     for item, layer in zip(record.plan, record.layers, strict=True):
         if reason := layer.experts.misfit(item.donor):
             raise SurgeryError(
@@ -170,21 +171,13 @@ def _opened(model: nn.Module, record: Conversion, expert: Any, unrelated: bool) 
     return source
 
 
-@contextmanager
-def _mixed(model: nn.Module, record: Conversion, source: Source, share: float) -> Iterator[None]:
-    """Move all tensors that are no expert's towards the source's; back again if the block fails."""
-    pairs = list(_others(model, record))
-    before = [tensor.to("cpu", copy=True) for _, tensor in pairs] if share else []
-    try:
-        for name, tensor in pairs if share else ():
-            theirs = source.tensor(name).view_as(tensor)
-            wide = torch.promote_types(tensor.dtype, torch.float32)
-            tensor.copy_(tensor.to(wide).lerp(theirs.to(tensor.device, wide), share))
-        yield
-    except BaseException:
-        for (_, tensor), old in zip(pairs, before, strict=False):
-            tensor.copy_(old)
-        raise
+def _mix(model: nn.Module, record: Conversion, source: Source, share: float) -> None:
+    """Move all tensors that are no expert's towards the source's."""
+    for name, tensor in _others(model, record) if share else ():
+        theirs = source.tensor(name).view_as(tensor)
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        mixed = tensor.detach().to(wide).lerp(theirs.to(tensor.device, wide), share)
+        tensor.data = mixed.to(tensor.dtype)
 
 
 def _others(model: nn.Module, record: Conversion) -> Iterable[tuple[str, Tensor]]:
@@ -193,26 +186,20 @@ def _others(model: nn.Module, record: Conversion) -> Iterable[tuple[str, Tensor]
     own = donor_tensors(record.plan)
     for name, tensor in dense_tensors(model).items():
         if name not in own and tensor.is_floating_point():
-            yield name, tensor.detach()
+            yield name, tensor
     for item, layer in zip(record.plan, record.layers, strict=True):
         for name, parameter in layer.experts.shared_parts().items():
-            yield f"{item.donor.path}.{name}", parameter.detach()
+            yield f"{item.donor.path}.{name}", parameter
 
 
 def _join(
     model: nn.Module, record: Conversion, source: Source, rows: Sequence[Tensor | None], seed: int
 ) -> None:
-    """One more expert and row in every layer, and in the recipe; nowhere if the model fails."""
+    """One more expert and row in every layer, and in the recipe."""
     recounted(record, record.layers[0].experts.num_experts + 1)
-    banks, cuda = [], {p.device for p in model.parameters() if p.is_cuda}
-    try:
-        for item, layer in zip(record.plan, record.layers, strict=True):
-            layer.experts.append(item.donor.of(source.tensor))
-            banks.append(layer.experts)
-    except BaseException:
-        for bank in banks:
-            bank.remove(bank.num_experts - 1)
-        raise
+    cuda = {p.device for p in model.parameters() if p.is_cuda}
+    for item, layer in zip(record.plan, record.layers, strict=True):
+        layer.experts.append(item.donor.of(source.tensor))
     with torch.random.fork_rng(devices=list(cuda)):
         torch.manual_seed(seed)
         for layer, row in zip(record.layers, rows, strict=True):

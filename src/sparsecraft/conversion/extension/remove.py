@@ -8,9 +8,11 @@ from torch import nn
 from sparsecraft.conversion.extension.checks import count_experts
 from sparsecraft.conversion.extension.extend import note, recount, recounted
 from sparsecraft.errors import RecipeError
-from sparsecraft.surgery.record import conversion_of
+from sparsecraft.surgery.record import check_stands, conversion_of
+from sparsecraft.surgery.rollback import atomic
 
 
+@atomic
 @torch.no_grad()
 def remove(model: nn.Module, expert: int) -> None:
     """Take one expert out of every layer, in place; nothing else changes.
@@ -35,6 +37,7 @@ def remove(model: nn.Module, expert: int) -> None:
             f"Expert {expert} of {count} cannot be removed: each token takes {least}. Convert "
             "again with fewer, or keep it."
         )
+    check_stands(model)
     recounted(record, count - 1)
     for layer in record.layers:
         layer.experts.remove(expert)

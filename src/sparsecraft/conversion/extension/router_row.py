@@ -20,7 +20,6 @@ from sparsecraft.conversion.domains.domain import Domain, domain_batches
 from sparsecraft.conversion.domains.inputs import read_inputs
 from sparsecraft.conversion.domains.router_starts import distinct, embed_domains
 from sparsecraft.dense import hub
-from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import DataError, RecipeError
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.surgery.plan import PlannedEdit
@@ -115,13 +114,12 @@ def _dense(
     """The dense model that embedded the other domains."""
     if isinstance(base, PreTrainedModel):
         return base
-    origin = Origin.find(record.origin, record.revision)
-    if base is None and origin is None:
+    if base is None and record.base is None:
         raise DataError(
             "Domains are embedded by the dense model, which is in no folder that the model knows; "
             "give it as base (--base), or give the embedding."
         )
-    name = str(origin.folder if base is None else base)
+    name = str(record.base.folder if base is None else base)
     return hub.load_dense(name, dtype=model.dtype, device_map=model.device)
 
 

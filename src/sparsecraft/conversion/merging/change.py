@@ -13,15 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsecraft.data.batches import as_batches, collate
-from sparsecraft.data.encoding import pad_id
+from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
-from sparsecraft.dense.loading import load_tokenizer, task_of
-from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.loading import task_of
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import DataError
 from sparsecraft.evaluation.certificate import DATA_LENGTH, PROBE_SHAPE
 from sparsecraft.evaluation.held_out import DEFAULT_MAX_LENGTH, evaluate
-from sparsecraft.surgery.record import conversion_of
+from sparsecraft.surgery.record import tokenizer_of
 
 BATCH_ROWS = 8
 
@@ -70,18 +69,16 @@ class HeldOut:
         """
         listed = [data] if isinstance(data, (str, Path)) else list(data or ())
         if not all(isinstance(item, (str, Path)) for item in listed):
-            return cls({"data": list(as_batches(listed))}, from_files=False)
-        record = conversion_of(model)
+            return cls({"data": list(as_batches(listed, model=model))}, from_files=False)
         if listed and tokenizer is None:
-            origin = Origin.find(record.origin, record.revision)
-            folder = record.folder or (origin and origin.folder)
-            tokenizer = load_tokenizer(folder) if folder else None
+            tokenizer = tokenizer_of(model)
         if listed and tokenizer is None:
             raise DataError(f"The model came without a tokenizer, and {listed[0]} needs one.")
         positions = positions_of(model) or DEFAULT_MAX_LENGTH
         options = {
             "max_length": min(DEFAULT_MAX_LENGTH, positions),
             "task": TASK_OF_MODEL.get(task_of(model), "causal"),
+            "model": model,
         }
         return cls({str(p): _batches(p, tokenizer, options) for p in listed}, from_files=True)
 
@@ -114,7 +111,7 @@ def _batches(path: str | Path, tokenizer: Any, options: dict[str, Any]) -> list[
     batches = []
     for start in range(0, len(rows), BATCH_ROWS):
         part = rows.select(range(start, min(start + BATCH_ROWS, len(rows))))
-        batch = collate(list(part), pad_id(tokenizer))
+        batch = collate(list(part), pad_id(tokenizer, options["model"]))
         del batch["token_mask"]  # the models' forward does not know it
         batches.append(batch)
     return batches

@@ -13,8 +13,6 @@ Shapes: E experts, B sequences, S positions, V classes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.checkpoint.card import copy_companions
+from sparsecraft.checkpoint.companions import write_dense
 from sparsecraft.checkpoint.folder import EXPORT_RECORD, check_free, replacing
 from sparsecraft.checkpoint.jsonfile import write_json
 from sparsecraft.checkpoint.pretrained import writes_ours
@@ -40,7 +38,7 @@ from sparsecraft.conversion.merging.mergeable import (
 )
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
-from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CertificateError, MergeError, did_you_mean
 from sparsecraft.evaluation.certificate import (
     MAX_DATA_PROBES,
@@ -55,16 +53,13 @@ from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import dense_tensors
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.recipe.stages import Stage
-from sparsecraft.surgery.fold import (
-    Ledger,
-    fold,
-    scales_the_next,
-)
+from sparsecraft.surgery.fold import Ledger, fold, scales_the_next
 from sparsecraft.surgery.install import apply
 from sparsecraft.surgery.plan import plan
-from sparsecraft.surgery.record import Conversion, conversion_of, is_converted
+from sparsecraft.surgery.record import Conversion, check_stands, conversion_of, is_converted
 from sparsecraft.surgery.rectify import Setting, holders, setting_of
 from sparsecraft.surgery.revert import take_out
+from sparsecraft.surgery.rollback import atomic
 from sparsecraft.surgery.trainable import set_trainable
 
 HOWS = ("exact", "fixed", "average")
@@ -74,7 +69,7 @@ HOWS = ("exact", "fixed", "average")
 MERGE_TOLERANCE = 1e-4
 
 # What the record of a conversion says of the dense model and of the past.
-REMEMBERED = ("digests", "origin", "revision", "folder", "base_card", "report", "running")
+REMEMBERED = "digests shapes vocabulary masters origin folder base_card report running".split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +120,7 @@ class MergeReport:
         return "\n".join(lines)
 
 
+@atomic
 def merge(
     model: nn.Module,
     how: How = "exact",
@@ -154,6 +150,8 @@ def merge(
             hold the update; the model has been given back.
     """
     record = conversion_of(model)
+    check_stands(model)
+    check_weights(model, MergeError)
     _check_arguments(how, weights, data)
     heldout = HeldOut.read(model, data, tokenizer)
     steps = plan_steps(model, how, weights, heldout.batches)
@@ -165,11 +163,11 @@ def merge(
         with frozen_routing(frozen):
             wanted = outputs(model, probes)
     ledger = Ledger()
-    with _given_back_on_failure(model, record, ledger):
-        setting = _rebuild(model, record, steps, how, ledger)
-        after = outputs(model, probes)
-        certificate = None if how == "average" else _certify(wanted, after)
-        now = heldout.losses(model)
+    setting = _rebuild(model, record, steps, how, ledger)
+    check_weights(model, MergeError)
+    after = outputs(model, probes)
+    certificate = None if how == "average" else _certify(wanted, after)
+    now = heldout.losses(model)
     change = Change(
         max_difference=compare(before, after).max_difference,
         mean_kl=mean_kl(before, after, probes) if predicts_classes(model) else None,
@@ -222,8 +220,7 @@ def _report(
         new.report = {**record.report, "merge": report.to_dict()}
         if new_base:  # no folder holds the merged weights: a checkpoint will
             new.digests = {n: (t.dtype, digest(t)) for n, t in dense_tensors(model).items()}
-            origin = Origin.find(record.origin, record.revision)
-            new.folder = record.folder or (origin and origin.folder)
+            new.folder = record.settings
     return report
 
 
@@ -285,7 +282,7 @@ def _rebuild(
         setting, _ = setting_of(model, [step.item for step in changed])
         for holder in holders(model, setting):
             for name, value in setting.values(holder).items():
-                ledger.set(holder, name, value)
+                setattr(holder, name, value)
     if left:
         _install(model, _recipe_left(record.recipe, steps, how), left)
     return setting
@@ -343,23 +340,6 @@ def _install(
     writes_ours(model)
 
 
-@contextmanager
-def _given_back_on_failure(model: nn.Module, record: Conversion, ledger: Ledger) -> Iterator[None]:
-    """Make the model what it was when the block fails, however far it came."""
-    try:
-        yield
-    except BaseException:
-        if getattr(model, "sparsecraft", None) is not record:
-            if is_converted(model):
-                take_out(model)
-            ledger.undo()
-            parts = zip(record.plan, record.layers, strict=True)
-            _install(model, record.recipe, {i.claim: (layer, None) for i, layer in parts})
-            for name in REMEMBERED:
-                setattr(conversion_of(model), name, getattr(record, name))
-        raise
-
-
 def write_merged(
     model: nn.Module, out: str | Path, report: MergeReport, source: str | Path, overwrite: bool
 ) -> None:
@@ -381,10 +361,7 @@ def write_merged(
     require(out, disk=size, memory=size, task="Saving")
     probes = [random_probe(model)]
     with replacing(out, overwrite) as folder:
-        model.save_pretrained(folder)
-        for path in folder.iterdir():
-            path.chmod(0o644)  # transformers writes weights for the owner alone
-        copy_companions(Path(source), folder)
+        write_dense(model, folder, Path(source))
         again = type(model).from_pretrained(folder, dtype="auto").to(model.device)
         certificate = compare(outputs(model, probes), outputs(again, probes))
         if not certificate.exact:

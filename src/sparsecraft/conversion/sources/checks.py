@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 
 from sparsecraft.conversion.sources.source import Source
 from sparsecraft.dense.loading import load_tokenizer
-from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import SourceError
+from sparsecraft.surgery.record import origin_of
 
 # Fields of a configuration that do not change what the tensors mean.
 FREE = set(
@@ -49,8 +49,8 @@ def check_sources(
     Raises:
         SourceError: configuration, tokenizer, shapes or ancestry differ.
     """
-    named = getattr(model, "name_or_path", None)
-    base = tokenizer or (Path(named) if named else None)
+    origin = origin_of(model)
+    base = tokenizer or (origin and origin.folder)
     for source in sources:
         _check_config(model.config, source)
         if base is not None:
@@ -59,7 +59,7 @@ def check_sources(
             source.check_shape(name, tensor.shape)
         if not unrelated:
             name, ours = next((n, t) for n, t in tensors.items() if t.ndim == 2)
-            _check_kin(Origin.of(model).tensor(model, name) if ours.is_meta else ours, source, name)
+            _check_kin(origin.tensor(model, name) if ours.is_meta else ours, source, name)
 
 
 def _check_config(base: PreTrainedConfig, source: Source) -> None:

@@ -91,10 +91,15 @@ def gather(
             fill(bank, item, sources)
         bank.diversify()
         for name, parameter in bank.shared_parts().items() if means else ():
-            parameter.copy_(mean(sources, f"{item.donor.path}.{name}").view_as(parameter))
+            parameter.data = like(parameter, mean(sources, f"{item.donor.path}.{name}"))
     if not means:
         return
     own = donor_tensors(plan)
     for name, tensor in dense_tensors(model).items():
         if name not in own and tensor.is_floating_point():
-            tensor.copy_(mean(sources, name))
+            tensor.data = like(tensor, mean(sources, name))
+
+
+def like(tensor: Tensor, value: Tensor) -> Tensor:
+    """The value in memory of its own, in the form, type and place of a tensor."""
+    return torch.empty_like(tensor.detach()).copy_(value.view_as(tensor))

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sparsecraft.conversion.sources.lora_folder import CONFIG, LORA_A, LORA_B, WEIGHTS, LoraFolder
-from sparsecraft.conversion.sources.source import Source
+from sparsecraft.conversion.sources.source import Source, is_base
 from sparsecraft.dense.donors import Linear
 from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import RecipeError, SourceError
@@ -24,6 +24,7 @@ from sparsecraft.moe.experts.lora import LoRAExperts
 from sparsecraft.moe.names import unique_tensors
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.plan import PlannedEdit
+from sparsecraft.surgery.record import origin_of
 
 log = logging.getLogger("sparsecraft")
 
@@ -198,17 +199,15 @@ def _check_ranks(recipe: Recipe, sources: Sequence[Source]) -> None:
 
 def _check_base(model: nn.Module, held: Mapping[str, Tensor], lora: LoraFolder) -> None:
     """Refuse an adapter of other weights, where its base is at hand; say so where it is not."""
-    named, own = lora.config.get("base_model_name_or_path"), Origin.of(model)
-    if not named or named == getattr(model, "name_or_path", None):
+    named, revision = lora.config.get("base_model_name_or_path"), lora.config.get("revision")
+    if not named or is_base(model, named, revision):
         return
-    theirs = Origin.find(named, lora.config.get("revision"))
+    own, theirs = origin_of(model), Origin.find(named, revision)
     if theirs is None:
         log.warning(
             "%s was trained on %r, which is not on this disk; whether %r has the same weights was "
             "not checked.", lora.folder, named, getattr(model, "name_or_path", ""),
         )  # fmt: skip
-        return
-    if own is not None and own.folder == theirs.folder:
         return
     for path in (n.removesuffix(LORA_A) for n in lora.tensors if n.endswith(LORA_A)):
         name = f"{path}.weight"

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sparsecraft.dense.sound import check_weight
 from sparsecraft.errors import SourceError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -35,7 +36,13 @@ VARIANTS = {
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / CONFIG).read_text())
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{folder / CONFIG} cannot be read: {error}.") from None
+    if not isinstance(config, dict):
+        raise SourceError(f"{folder / CONFIG} holds no settings of an adapter.")
+    return config
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,10 @@ class LoraFolder:
             held = load_file(self.folder / WEIGHTS)
         except (OSError, SafetensorError) as error:
             raise SourceError(f"{self.folder / WEIGHTS} cannot be read: {error}.") from None
-        return {name.removeprefix(PREFIX): tensor for name, tensor in held.items()}
+        return {
+            name.removeprefix(PREFIX): check_weight(name, tensor, self.folder, SourceError)
+            for name, tensor in held.items()
+        }
 
     def check_kind(self) -> None:
         """Refuse what is more than W + scale B A on the base as it is.
@@ -100,7 +110,12 @@ class LoraFolder:
 
     def scale(self, path: str, rank: int) -> float:
         """What B A is multiplied by."""
-        alpha = self.config["lora_alpha"]
+        alpha = self.config.get("lora_alpha")
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+            raise SourceError(
+                f"{self.folder / CONFIG} has lora_alpha={alpha!r}, which the update of "
+                f"{path!r} is scaled by; save the adapter again."
+            )
         if patterns := self.config.get("alpha_pattern"):
             from peft.utils.other import get_pattern_key  # PEFT costs seconds to import
 
@@ -140,6 +155,22 @@ class MergedLora:
                     "DoRA, LoRAs of embeddings and of whole banks are not read. Merge it with "
                     "PEFT, save the dense model and name that."
                 )
+
+    def check_tied(self, head: str | None, table: str | None) -> None:
+        """Refuse an adapter that trained the head or the table of embeddings where they are one:
+        PEFT gives it a copy of its own, and the other stays as it was.
+
+        Raises:
+            SourceError: it did, and did not tie the two (`ensure_weight_tying`).
+        """
+        changed = [name for name in self.lora.tensors if self._dense_name(name) in (head, table)]
+        if changed and not self.lora.config.get("ensure_weight_tying"):
+            raise SourceError(
+                f"{self.folder} trained {changed[0]!r} on a base whose head is its table of "
+                "embeddings (tie_word_embeddings), of which PEFT leaves the other as it was: no "
+                "model of the base's architecture. Train the LoRA without it (modules_to_save), or "
+                "with ensure_weight_tying=True, or merge it into a base that is not tied."
+            )
 
     def tensor(self, name: str) -> Tensor | None:
         """The merged tensor of a dense name; None if the base has none."""

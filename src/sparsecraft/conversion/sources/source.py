@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from sparsecraft.conversion.sources.lora_folder import CONFIG, LoraFolder, Merge
 from sparsecraft.dense import hub
 from sparsecraft.dense.loading import load_tokenizer
 from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.sound import check_weight
 from sparsecraft.errors import SourceError
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import unique_tensors
+from sparsecraft.surgery.record import origin_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Source:
         shape: dense name -> its shape, or None; reads no tensor from a disk.
         tokenizer: gives its tokenizer, if it has one.
         folder: where it is, if it is not in memory.
+        revision: the hub's commit, if it came from there.
         lora: the adapter that it is, where its update is kept apart.
     """
 
@@ -41,18 +45,24 @@ class Source:
     shape: Callable[[str], tuple[int, ...] | None]
     tokenizer: Callable[[], Any] = lambda: None
     folder: Path | None = None
+    revision: str | None = None
     lora: LoraFolder | None = None
 
+    @property
+    def title(self) -> str:
+        """What a report says that it was."""
+        return f"{self.name} at {self.revision}" if self.revision else self.name
+
     def tensor(self, name: str) -> Tensor:
-        """The tensor of a dense name.
+        """The tensor of a dense name, a weight.
 
         Raises:
-            SourceError: the model has none.
+            SourceError: the model has none, or something else of that name.
         """
         tensor = self.find(name)
         if tensor is None:
             raise self._lacks(name)
-        return tensor
+        return check_weight(name, tensor, repr(self.name), SourceError)
 
     def check_shape(self, name: str, wanted: torch.Size) -> None:
         """Refuse a tensor of another shape than the base's.
@@ -72,34 +82,61 @@ class Source:
         return SourceError(f"{self.name!r} has no tensor {name!r}, which the base model has.")
 
 
-def open_source(model: nn.Module, given: str | Path | PreTrainedModel) -> Source:
+def open_source(
+    model: nn.Module, given: str | Path | PreTrainedModel, revision: str | None = None
+) -> Source:
     """A folder, hub id or packaged name, the folder of a PEFT LoRA, or a model in memory.
 
     Args:
         model: the base, by whose names tensors are asked for.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
         HubError: there is no such model.
-        SourceError: its folder holds no safetensors, or more than a LoRA.
+        SourceError: its folder holds no weights, or more than a LoRA.
     """
     if isinstance(given, PreTrainedModel):
         name = given.name_or_path or type(given).__name__
         held = unique_tensors(given)
-        return Source(name, given.config, held.get, partial(_shape, held))
-    if (Path(given) / CONFIG).is_file():
-        return _open_lora(model, Path(given))
-    folder = hub.resolve(given)
-    origin = Origin.find(str(folder))
-    if origin is None:
-        raise SourceError(f"{str(given)!r} holds no safetensors; save the model as safetensors.")
+        return Source(name, _true(given.config, model, held.get), held.get, partial(_shape, held))
+    if (Path(given).expanduser() / CONFIG).is_file():
+        return _open_lora(model, Path(given).expanduser())
+    origin = Origin.at(hub.resolve(given, revision))
+    if not origin.is_there:
+        raise SourceError(f"{str(given)!r} holds no weights that transformers reads.")
+    find = partial(origin.tensor, model)
     return Source(
         name=str(given),
-        config=AutoConfig.from_pretrained(folder),
-        find=partial(origin.tensor, model),
+        config=_true(AutoConfig.from_pretrained(origin.folder), model, find),
+        find=find,
         shape=partial(origin.shape, model),
-        tokenizer=lambda: load_tokenizer(folder),
-        folder=folder,
+        tokenizer=lambda: load_tokenizer(origin.folder),
+        folder=origin.folder,
+        revision=origin.revision,
     )
+
+
+def _true(
+    config: PreTrainedConfig, model: nn.Module, find: Callable[[str], Tensor | None]
+) -> PreTrainedConfig:
+    """A configuration that says of a head with weights of its own that it is not tied, as
+    transformers reads it."""
+    head, table = (find(name) if name else None for name in ends(model))
+    if head is None or table is None or head is table or torch.equal(head, table):
+        return config
+    config = copy.deepcopy(config)
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    return config
+
+
+def ends(model: nn.Module) -> tuple[str | None, str | None]:
+    """The names of the weights of a model's head and of its table of embeddings, if it has both."""
+    modules = (model.get_output_embeddings(), model.get_input_embeddings())
+    paths = {module: path for path, module in model.named_modules()}
+    if any(not isinstance(getattr(module, "weight", None), Tensor) for module in modules):
+        return None, None
+    head, table = (f"{paths[module]}.weight" for module in modules)
+    return head, table
 
 
 def _open_lora(model: nn.Module, folder: Path) -> Source:
@@ -107,18 +144,21 @@ def _open_lora(model: nn.Module, folder: Path) -> Source:
 
     The base's tensors are read one by one.
     """
-    named = read_config(folder).get("base_model_name_or_path")
-    own = Origin.of(model)
-    if not named or named == getattr(model, "name_or_path", None):
+    config = read_config(folder)
+    named, revision = config.get("base_model_name_or_path"), config.get("revision")
+    own = origin_of(model)
+    if not named or is_base(model, named, revision):
         config, held = model.config, unique_tensors(model)
         changed = any(isinstance(module, MoELayer) for module in model.modules())
         on_disk = own is not None and (changed or any(tensor.is_meta for tensor in held.values()))
         find = partial(own.tensor, model) if on_disk else held.get
         shape = partial(own.shape, model) if on_disk else partial(_shape, held)
     else:
-        source = open_source(model, named)
+        source = open_source(model, named, revision)
         config, find, shape = source.config, source.find, source.shape
     lora = MergedLora(folder, find, shape)
+    if getattr(config.get_text_config(), "tie_word_embeddings", False):
+        lora.check_tied(*ends(model))
     lora.check()
     return Source(
         name=str(folder),
@@ -130,16 +170,12 @@ def _open_lora(model: nn.Module, folder: Path) -> Source:
     )
 
 
-def finite(source: Source) -> Source:
-    """The source, whose tensors are checked as they are read."""
-
-    def find(name: str) -> Tensor | None:
-        tensor = source.find(name)
-        if tensor is not None and not tensor.isfinite().all():
-            raise SourceError(f"{name!r} of {source.name!r} holds numbers that are not finite.")
-        return tensor
-
-    return replace(source, find=find)
+def is_base(model: nn.Module, named: str, revision: str | None) -> bool:
+    """Whether a name, such as a LoRA's of its base, is that of the folder that `model` is from."""
+    own, theirs = origin_of(model), Origin.find(named, revision)
+    if own is None or theirs is None:
+        return named == getattr(model, "name_or_path", None)
+    return own.folder == theirs.folder
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:

@@ -16,7 +16,6 @@ from torch import nn
 
 from sparsecraft.checkpoint.load import load_any
 from sparsecraft.checkpoint.save import save
-from sparsecraft.dense.origin import tokenizer_of
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.budget.loads import (
     Batch,
@@ -29,7 +28,8 @@ from sparsecraft.evaluation.budget.loads import (
 from sparsecraft.evaluation.budget.thresholds import Search, Trial
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.surgery.budget import run, set_budget, split_layers, unchanged, untrained
-from sparsecraft.surgery.record import conversion_of
+from sparsecraft.surgery.record import conversion_of, tokenizer_of
+from sparsecraft.surgery.rollback import atomic
 
 MAX_TOKENS = 16_384
 
@@ -92,6 +92,7 @@ class Calibration:
         return "\n".join(lines)
 
 
+@atomic
 def calibrate(
     model: nn.Module | str | Path,
     data: Any,
@@ -136,6 +137,7 @@ def calibrate(
         raise DataError("The data holds no batch to calibrate on.")
     with unchanged(model):
         dense, settings, points = _found(model, batches, targets, select)
+    _check_finite(dense, settings, points)
     conversion_of(model).running.calibration = points
     set_budget(model, settings[0].share)
     result = Calibration(tuple(settings), tuple(points), dense.loss, select)
@@ -160,6 +162,18 @@ def _found(
         for target, trial in zip(targets, chosen, strict=True)
     ]
     return search.dense, settings, search.points(keep=chosen[0])
+
+
+def _check_finite(
+    dense: Observed, settings: list[Setting], points: list[tuple[float, float]]
+) -> None:
+    """Refuse what was measured on a model that does not compute numbers."""
+    found = [dense.loss, *(s.loss for s in settings), *(n for point in points for n in point)]
+    if not all(number is None or math.isfinite(number) for number in found):
+        raise SparsecraftError(
+            "The model's loss or scores on this data are not finite, so that nothing can be "
+            "measured; evaluate the model (sc.evaluate) and train it again."
+        )
 
 
 def rule_of(model: nn.Module) -> str:

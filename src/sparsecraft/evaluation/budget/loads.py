@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.data.batches import as_batches, collate
-from sparsecraft.data.encoding import pad_id
+from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
 from sparsecraft.dense.loading import task_of
 from sparsecraft.dense.tokens import positions_of
@@ -186,7 +186,7 @@ class Source:
         files = isinstance(listed, (list, tuple)) and listed
         self.pad_id = None
         if not (files and all(isinstance(item, (str, Path)) for item in listed)):
-            self.items = list(as_batches(given))
+            self.items = list(as_batches(given, model=model))
             if task_of(model) == "seq2seq" and any("labels" not in b for b in self.items):
                 raise DataError(
                     "A batch has no labels, which mark the real tokens of a decoder beside an "
@@ -206,8 +206,9 @@ class Source:
         if length > positions and positions_of(model):
             raise DataError(f"max_length is {length} and the model has {positions} positions.")
         # Shuffled with a fixed seed: any part of the rows is a sample of all files.
-        self.items, _ = prepare(listed, tokenizer, max_length=length, task=task, split=split)
-        self.pad_id = pad_id(tokenizer)
+        options = {"max_length": length, "task": task, "split": split, "model": model}
+        self.items, _ = prepare(listed, tokenizer, **options)
+        self.pad_id = pad_id(tokenizer, model)
 
     def __len__(self) -> int:
         return len(self.items)

@@ -19,7 +19,6 @@ from rich.table import Table
 from torch import nn
 
 from sparsecraft.checkpoint.load import load_any
-from sparsecraft.dense.origin import tokenizer_of
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.budget.calibration import rule_of
 from sparsecraft.evaluation.budget.latency import CONTEXT, ROUNDS, latencies
@@ -27,7 +26,7 @@ from sparsecraft.evaluation.budget.loads import Batch, Source, ffn_flops, model_
 from sparsecraft.evaluation.budget.plots import sweep_png
 from sparsecraft.evaluation.budget.thresholds import Search
 from sparsecraft.surgery.budget import set_budget, split_layers, unchanged
-from sparsecraft.surgery.record import conversion_of
+from sparsecraft.surgery.record import conversion_of, tokenizer_of
 
 log = logging.getLogger("sparsecraft")
 

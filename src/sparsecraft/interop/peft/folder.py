@@ -33,11 +33,10 @@ def write(
     config = config_of(recipe)
     config.inference_mode = True
     if origin is not None:
-        # An alias of ours means nothing to PEFT.
-        config.base_model_name_or_path = (
-            str(origin.folder) if is_alias(origin.name) else origin.name
-        )
-        config.revision = origin.revision
+        # An alias of ours means nothing to PEFT, and neither does a subfolder of a repository.
+        local = is_alias(origin.name) or origin.subfolder
+        config.base_model_name_or_path = str(origin.folder) if local else origin.name
+        config.revision = None if local else origin.revision
     classes = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     if model.can_generate():
         config.task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"

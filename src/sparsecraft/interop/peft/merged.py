@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from sparsecraft.checkpoint.adapter_names import Standing, standings
+from sparsecraft.dense.sound import is_finite
 from sparsecraft.errors import MergeError, did_you_mean
 from sparsecraft.interop.peft.configs import SparsecraftConfig
 from sparsecraft.interop.peft.layer import ExpertsTunerLayer
 from sparsecraft.moe.experts.base import Experts
 from sparsecraft.surgery.fold import Ledger, fold, scales_the_next, why_no_fold
 from sparsecraft.surgery.plan import PlannedEdit, plan
+from sparsecraft.surgery.rollback import all_or_nothing
 
 
 def fold_adapters(
@@ -55,19 +57,16 @@ def fold_adapters(
     ]
     ledger = Ledger()
     ledger.guard(model)
-    try:
+    with all_or_nothing(model):
         # What scales a Linear's input goes in last: what else is added to it reads that input too.
         for item, bank in sorted(parts, key=lambda part: scales_the_next(*part)):
             one = next(bank.parameters()).new_ones(1, dtype=torch.float64)
             fold(model, item, bank, one, ledger)
-        if not all(parameter.isfinite().all() for parameter in ledger.old):
+        if not all(is_finite(parameter) for parameter in ledger.old):
             raise MergeError(
                 f"Merging {names} gives weights that are not finite; nothing was merged. Load the "
                 "base in float32, or keep the adapter."
             )
-    except BaseException:
-        ledger.undo()
-        raise
 
 
 def _check(name: str, parts: list[tuple[PlannedEdit, Experts]]) -> None:

@@ -17,6 +17,8 @@ from sparsecraft.interop.peft.layer import ExpertsTunerLayer, layers_of, saved_n
 from sparsecraft.interop.peft.merged import fold_adapters
 from sparsecraft.moe.context import Batch, asks_for_batch, attach
 from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.own_loss import OwnLoss
+from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.build import build_layer
 from sparsecraft.surgery.plan import PlannedEdit, plan
 from sparsecraft.surgery.record import is_converted
@@ -31,6 +33,7 @@ class RecipeTuner(BaseTuner):
     tuner_layer_cls = ExpertsTunerLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     _hooks: list | tuple = ()
+    own_loss: OwnLoss | None = None
 
     def inject_adapter(
         self,
@@ -68,6 +71,9 @@ class RecipeTuner(BaseTuner):
         with taken_out(model) as layers:
             self._add(adapter_name, planned, layers)
         self._give_batch(model, [layer for item, layer in planned if asks_for_batch(item.edit)])
+        if self.own_loss is None:  # behind the batch's hooks
+            self.own_loss = OwnLoss(self._stage)
+            self.own_loss.attach(model)
         for parameter, value in required.items():
             parameter.requires_grad_(value)
 
@@ -94,6 +100,13 @@ class RecipeTuner(BaseTuner):
             self._hooks = attach(model, batch)
         for layer in asking:
             layer.batch = batch
+
+    def _stage(self) -> Stage | None:
+        """Whose losses the model's own loss holds: the first stage of the active adapters'
+        recipes that has any."""
+        recipes = [self.peft_config[name].checked_recipe() for name in self.active_adapters]
+        stages = [stage for recipe in recipes for stage in recipe.stages]
+        return next((s for s in stages if isinstance(s, Stage) and s.losses), None)
 
     def _create_and_replace(self, *args, **kwargs) -> None:
         raise NotImplementedError("inject_adapter puts all layers in at once.")
@@ -127,6 +140,7 @@ class RecipeTuner(BaseTuner):
             layers.clear()
         for hook in self._hooks:
             hook.remove()
+        self.own_loss.remove()
         return super()._unload_and_optionally_merge(
             merge, progressbar, safe_merge, adapter_names=adapter_names
         )

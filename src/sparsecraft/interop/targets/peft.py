@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsecraft.checkpoint.manifest import word
+from sparsecraft.checkpoint.base import entry
 from sparsecraft.checkpoint.tensors import new_or_changed
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.origin import Origin
@@ -50,8 +50,7 @@ class PeftTarget:
 
     def _origin(self, model: nn.Module) -> Origin | None:
         """The base on disk, if the dense model can be built from it alone."""
-        record = conversion_of(model)
-        origin = Origin.find(record.origin, record.revision)
+        origin = conversion_of(model).base
         dense = dense_tensors(model).items()
         shapes = {name: t.shape for name, t in dense if t.is_floating_point()}
         return origin if origin and origin.holds(model, shapes) else None
@@ -73,13 +72,7 @@ class PeftTarget:
 
     def record(self, model: nn.Module) -> dict[str, Any]:
         origin = self._origin(model)
-        base = origin and {
-            "name": origin.name,
-            "revision": origin.revision,
-            "fingerprint": origin.fingerprint(),
-            "dtype": word(dtype_of(model)),
-        }
-        return {"base": base}
+        return {"base": origin and entry(origin, dtype_of(model))}
 
     def lint(self, model: nn.Module) -> list[str]:
         return []  # engines do not read our adapters

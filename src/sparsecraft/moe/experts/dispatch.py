@@ -113,6 +113,9 @@ def choose_path(bank: Experts, x_TI: Tensor, routing: Routing) -> str:
     reason = why_not_grouped(bank, x_TI)
     if reason is None:
         return "grouped"
+    # A loop over the tokens of each expert has shapes that no graph can hold.
+    if torch.compiler.is_compiling() and bank.two_layer(x_TI.dtype) is not None:
+        return "dense"
     _say_once(f"Experts run in a loop, one at a time: {reason}.")
     return "loop"
 

@@ -99,11 +99,11 @@ class FFNLoRAExperts(Experts):
         weights_TK = routing.weights_TK.to(hidden_NF.dtype) * chosen_TK
         weighted_NF = hidden_NF * weights_TK.reshape(-1, 1)
         down = self._part(base, "down")
-        y_TO = down(weighted_NF.reshape(T, K, -1).sum(1))
+        y_TO = down(weighted_NF.unflatten(0, (T, K)).sum(1))
         bias = getattr(down, "bias", None)
         if bias is not None and not routing.sums_to_one:
             y_TO = y_TO + (weights_TK.sum(1, keepdim=True) - 1) * bias
-        y_TO = y_TO + self.down(weighted_NF, chosen).reshape(T, K, -1).sum(1)
+        y_TO = y_TO + self.down(weighted_NF, chosen).unflatten(0, (T, K)).sum(1)
         return F.dropout(y_TO, self.output_dropout, self.training)
 
     @staticmethod
@@ -139,7 +139,10 @@ class FFNLoRAExperts(Experts):
         if self.fused:
             first, up = first.chunk(2, dim=-1)
         hidden = activation(first) if up is None else activation(first) * up
-        return F.dropout(hidden, self.hidden_dropout, self.training)
+        hidden = F.dropout(hidden, self.hidden_dropout, self.training)
+        # T5 keeps its second matrix in float32 where all else is float16.
+        weight = getattr(self._part(base, "down"), "weight", None)
+        return hidden.float() if weight is not None and weight.dtype == torch.float32 else hidden
 
     def _part(self, base: nn.Module, name: str) -> nn.Module:
         return base.get_submodule(self.parts[name])

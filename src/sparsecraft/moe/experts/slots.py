@@ -35,16 +35,16 @@ def slots(
     B, S, _ = x_BSI.shape
     alone_BSO = None
     if causal:
-        alone_BSO = bank(x_BSI.reshape(B * S, -1), routing).reshape(B, S, -1)
+        alone_BSO = bank(x_BSI.flatten(0, 1), routing).unflatten(0, (B, S))
         if mixed_BS is None:
             return alone_BSO
     if mixed_BS is None:
         mixed_BS = x_BSI.new_ones(B, S, dtype=torch.bool)
-    logits_BSE = routing.logits_TE.reshape(B, S, -1)
+    logits_BSE = routing.logits_TE.unflatten(0, (B, S))
     floor = torch.finfo(logits_BSE.dtype).min
     dispatch_BSE = logits_BSE.masked_fill(~mixed_BS[..., None], floor).softmax(1)
     slots_BEI = torch.einsum("bse,bsi->bei", dispatch_BSE.to(x_BSI.dtype), x_BSI)
-    combine_BSE = routing.weights_TK.reshape(B, S, -1).to(x_BSI.dtype)
+    combine_BSE = routing.weights_TK.unflatten(0, (B, S)).to(x_BSI.dtype)
     y_BSO = torch.einsum("bse,beo->bso", combine_BSE, _each_its_own(bank, slots_BEI))
     if alone_BSO is None:
         return y_BSO

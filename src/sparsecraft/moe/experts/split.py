@@ -270,8 +270,9 @@ class SplitExperts(Experts):
         if self.mean is None:
             return self.down_bias
         tensors = [t for t in (self.mean, self.down, self.down_bias) if t is not None]
-        uncounted = any(t.is_inference() for t in tensors)
-        if self.training or uncounted or torch.compiler.is_compiling() or needs_grad(*tensors):
+        if self.training or torch.compiler.is_compiling() or needs_grad(*tensors):
+            return self._summed()
+        if any(t.is_inference() for t in tensors):  # nothing counts their versions
             return self._summed()
         state = [(t.data_ptr(), t._version, t.dtype) for t in tensors]
         if self._kept is None or self._kept[0] != state:
@@ -312,11 +313,12 @@ class SplitExperts(Experts):
         for parameter in (self.first, self.first_bias):
             if parameter is None:
                 continue
-            parameter.copy_(by_expert(by_part(parameter, self.parts)[:, take_F], E))
-        self.down.copy_(self.down.flatten(0, 1)[take_F].view_as(self.down))
+            arranged = by_expert(by_part(parameter, self.parts)[:, take_F], E)
+            parameter.data = arranged.contiguous()
+        self.down.data = self.down.flatten(0, 1)[take_F].view_as(self.down)
         if self.mean is not None:
-            self.mean.copy_(self.mean.flatten()[take_F].view_as(self.mean))
-        self.neurons.copy_(order_F.view(E, m))
+            self.mean.data = self.mean.flatten()[take_F].view_as(self.mean)
+        self.neurons.data = order_F.view(E, m).clone()
 
     @torch.no_grad()
     def dense(self) -> dict[str, Tensor | None]:

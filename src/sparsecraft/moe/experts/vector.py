@@ -58,7 +58,7 @@ class VectorExperts(Experts):
         return x * self.vectors[e].to(x.dtype)
 
     def forward(self, x_TO: Tensor, routing: Routing | None = None) -> Tensor:
-        heads = 1 if routing is None else len(routing.indices_TK) // len(x_TO)
+        heads = 1 if routing is None else len(routing.indices_TK) // max(1, len(x_TO))
         if heads > 1 and not self.runs_merged:
             return self._by_head(heads, x_TO, routing)
         return super().forward(x_TO, routing)

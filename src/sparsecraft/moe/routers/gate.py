@@ -70,7 +70,8 @@ class Gate(nn.Module):
         weights_TE = F.pad(weights_TR, shared, value=1.0)
         experts_E = torch.arange(self.num_experts, device=x.device)
         indices_TE = torch.where(kept_TE > 0, experts_E, self.num_experts)
-        return Routing(weights_TE, indices_TE, logits_TE, in_order=True)
+        soft = self.runs == "soft"
+        return Routing(weights_TE, indices_TE, logits_TE, in_order=True, soft=soft)
 
     def weigh(self, x_TD: Tensor) -> tuple[Tensor, Active | None]:
         """The weights of `forward` alone, (T, E), and where a kernel has listed them the experts
@@ -107,6 +108,10 @@ class Gate(nn.Module):
     def products(self) -> int:
         """Multiplications for one token; those of the oracle are not counted, it saves nothing."""
         return self.scorer.products
+
+    def repeated(self, width: int) -> int:
+        """Multiplications for a token beyond one for each parameter: none."""
+        return 0
 
     def begin(self, bank: SplitExperts, representatives_R: Tensor | None = None) -> None:
         """Start the scorer anew from the bank's weights, which are in another order now."""

@@ -57,7 +57,7 @@ class SimilarityScorer(PartScorer):
     @torch.no_grad()
     def begin(self, bank: SplitExperts, representatives_R: Tensor | None = None) -> None:
         if not self.centers.is_meta:
-            self.centers.copy_(centers_ED(bank)[self.shared :])
+            self.centers.data = centers_ED(bank)[self.shared :].to(self.centers, copy=True)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         centers_RD = _wide(self.centers)
@@ -79,8 +79,8 @@ class MLPScorer(PartScorer):
     @torch.no_grad()
     def begin(self, bank: SplitExperts, representatives_R: Tensor | None = None) -> None:
         if len(self.first) == len(self.second) and not self.first.is_meta:
-            self.first.copy_(centers_ED(bank)[self.shared :])
-            self.second.copy_(torch.eye(len(self.second)))
+            self.first.data = centers_ED(bank)[self.shared :].to(self.first, copy=True)
+            self.second.data = torch.eye(len(self.second)).to(self.second)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         run = _score(self)
@@ -141,9 +141,11 @@ class AnalyticScorer(PartScorer):
         experts_R = torch.arange(self.shared, bank.num_experts, device=rows_EGmD.device)
         at = representatives_R.to(rows_EGmD.device)
         rows_RGD = rows_EGmD[experts_R, :, at]
-        self.rows.copy_(F.normalize(rows_RGD, dim=-1) if self.normalize else rows_RGD)
+        rows_RGD = F.normalize(rows_RGD, dim=-1) if self.normalize else rows_RGD
+        self.rows.data = rows_RGD.to(self.rows)
         if self.bias is not None:
-            self.bias.copy_(bank.first_bias.unflatten(1, (-1, m))[experts_R, :, at])
+            bias_RG = bank.first_bias.unflatten(1, (-1, m))[experts_R, :, at]
+            self.bias.data = bias_RG.to(self.bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         x_TD = F.normalize(_wide(x_TD), dim=-1) if self.normalize else _wide(x_TD)

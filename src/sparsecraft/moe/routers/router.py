@@ -73,7 +73,8 @@ class Router(nn.Module):
             return _directed(batch.expert_ids, logits, self.sums_to_one)
         weights_TK, indices_TK = self.select(logits)
         facts = self.sums_to_one, self.in_order
-        return Routing(weights_TK, indices_TK, logits, *facts, outputs_TEO=outputs_TEO)
+        soft = weights_TK.shape == logits.shape  # also top-k of all experts
+        return Routing(weights_TK, indices_TK, logits, *facts, outputs_TEO=outputs_TEO, soft=soft)
 
     def scores_of_input(self) -> Tensor | None:
         """The matrix (E, D) whose product with each token of the layer's input is all that the
@@ -144,6 +145,12 @@ class Router(nn.Module):
             return x_BSD.mean(1, dtype=dtype)
         weights_BS = real_BS / real_BS.sum(1, keepdim=True).clamp_min(1)
         return torch.einsum("bs,bsd->bd", weights_BS.to(dtype), x_BSD.to(dtype))
+
+    def repeated(self, width: int) -> int:
+        """Multiplications for a token of `width` features beyond one for each parameter: those of
+        every head but the first."""
+        heads = width // self.scorer.width if self.by_head else 1
+        return (heads - 1) * sum(p.numel() for p in self.scorer.parameters())
 
     def extra_repr(self) -> str:
         return router_words(self.spec)

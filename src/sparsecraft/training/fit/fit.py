@@ -28,8 +28,10 @@ from sparsecraft.moe.routers.part_scorers import SimilarityScorer, targets
 from sparsecraft.recipe.scorers import Similarity
 from sparsecraft.recipe.stages import Fit
 from sparsecraft.surgery.budget import split_layers
+from sparsecraft.surgery.rollback import atomic
 from sparsecraft.training.fit.capture import Masks, capture
 from sparsecraft.training.fit.regression import Report, first_held, fit_imitations, fit_routers
+from sparsecraft.training.moved import Before
 
 log = logging.getLogger("sparsecraft")
 
@@ -37,8 +39,11 @@ log = logging.getLogger("sparsecraft")
 CHUNK_TOKENS = 4096
 # Share of experts at which the captured mass is reported: MoEfication's.
 REPORTED_SHARE = 0.2
+# Why a stage that fits leaves a tensor as it was.
+NOT_BETTER = "no step has made the held-out loss smaller"
 
 
+@atomic
 def fit(
     model: nn.Module,
     batches: Iterable[dict[str, Any]],
@@ -64,6 +69,7 @@ def fit(
 
     Raises:
         DataError: no token was captured.
+        TrainingError: a loss is not finite. The model is then as it was.
     """
     imitating = spec.what == "imitations"
     layers = {
@@ -89,6 +95,16 @@ def fit(
     if spec.loss != "none":
         steps = spec.epochs * math.ceil(first_held(tokens, spec) / spec.batch_tokens)
     return {"tokens": tokens, "steps": steps, "layers": report}
+
+
+def before_fit(model: nn.Module, spec: Fit) -> Before:
+    """What the tensors are before a fit, which may put a network's neurons in another order."""
+    layers = split_layers(model)
+    chosen = [p for p, layer in layers.items() if spec.what == "routers" or layer.is_imitation]
+    part = "experts" if spec.what == "imitations" else "router.scorer"
+    split = [n for n, _ in model.named_parameters() if n.startswith(tuple(f"{p}." for p in layers))]
+    fits = tuple(f"{path}.{part}." for path in chosen) if spec.loss != "none" else ()
+    return Before(model, (n for n in split if fits and n.startswith(fits)), free=split)
 
 
 def _make_imitations(
@@ -133,7 +149,7 @@ def _arrange(layer: MoELayer, x_TD: Tensor, seed: int) -> None:
     if bank.mean is not None:
         total_F = sum(chunk_TF.double().sum(0) for chunk_TF in activations(bank, x_TD))
         mean_F = (total_F / len(x_TD))[bank.neurons.flatten()]
-        bank.mean.copy_(mean_F.view_as(bank.mean))
+        bank.mean.data = mean_F.view_as(bank.mean).to(bank.mean)
     layer.router.begin(bank, representatives_R)
 
 

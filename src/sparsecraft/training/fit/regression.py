@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.recipe.stages import Fit
+from sparsecraft.training.watch import checked_losses
 
 # Tokens of a held-out step.
 CHUNK_TOKENS = 4096
@@ -64,10 +65,13 @@ def fit_routers(
             return measure(torch.func.functional_call(form, weights, (x_BD,)), y_BR)
 
         aims = [
-            _scaled(inputs[n], wanted[n][:, layers[n].router.spec.shared :], spec) for n in names
+            _scaled(
+                inputs[n], wanted[n][:, layers[n].router.spec.shared :], spec, degree_of(layers[n])
+            )
+            for n in names
         ]
         modules = [scorers[name] for name in names]
-        found = _descend(modules, loss, [inputs[n] for n in names], aims, spec)
+        found = _descend(names, modules, loss, [inputs[n] for n in names], aims, spec)
         report |= dict(zip(names, found, strict=True))
     return report
 
@@ -91,7 +95,7 @@ def fit_imitations(layers: dict[str, MoELayer], inputs: dict[str, Tensor], spec:
         aims = [_outputs(layers[name].base, inputs[name]) for name in names]
         modules = [banks[name] for name in names]
         dtype = modules[0].down.dtype
-        found = _descend(modules, loss, [inputs[name] for name in names], aims, spec)
+        found = _descend(names, modules, loss, [inputs[n] for n in names], aims, spec)
         for bank in modules:  # routers stay float32, networks are of the model
             bank.to(dtype)
         report |= dict(zip(names, found, strict=True))
@@ -115,9 +119,18 @@ def _alike(modules: dict[str, nn.Module]) -> list[list[str]]:
 
 
 def _descend(
-    modules: list[nn.Module], loss: Loss, inputs: list[Tensor], aims: list[Tensor], spec: Fit
+    layers: list[str],
+    modules: list[nn.Module],
+    loss: Loss,
+    inputs: list[Tensor],
+    aims: list[Tensor],
+    spec: Fit,
 ) -> list[dict[str, float]]:
-    """Adam on all modules at once; each keeps the epoch that was best on the held-out tokens."""
+    """Adam on all modules at once; each keeps the epoch that was best on the held-out tokens.
+
+    Raises:
+        TrainingError: the loss of one of the layers is not finite; its modules are as they were.
+    """
     device = next(modules[0].parameters()).device
     names = [name for name, _ in modules[0].named_parameters()]
     weights = {
@@ -139,7 +152,8 @@ def _descend(
         parts = torch.arange(held, tokens).split(CHUNK_TOKENS)
         losses = [loss_of(weights, rows(inputs, p), rows(aims, p), None) for p in parts]
         sizes = torch.tensor([len(p) for p in parts], device=device)
-        return (torch.stack(losses) * sizes[:, None]).sum(0) / sizes.sum()
+        found_L = (torch.stack(losses) * sizes[:, None]).sum(0) / sizes.sum()
+        return checked_losses(spec.name, layers, found_L)
 
     steps = spec.epochs * -(-held // spec.batch_tokens)
     step, start_L = 0, held_out()
@@ -166,16 +180,23 @@ def _descend(
     return [{"loss_before": before, "loss": after} for before, after in pairs]
 
 
-def _scaled(x_TD: Tensor, y_TE: Tensor, spec: Fit) -> Tensor:
+def degree_of(layer: MoELayer) -> int:
+    """n of target(s x) = s^n target(x), s > 0, where the activation is ReLU and there is no bias:
+    a gate is a second factor of x, and a squared target has twice as many."""
+    factors = layer.experts.parts
+    return 2 * factors if layer.router.spec.target == "squared_deviation" else factors
+
+
+def _scaled(x_TD: Tensor, y_TE: Tensor, spec: Fit, degree: int = 1) -> Tensor:
     """Targets in a range that a regression likes; ranks within a token stay as they are.
 
-    `bce`: divided by the token's length, as a router sees directions only (for ReLU without biases
-    that equals MoEfication's targets, which are of the direction), and by their maximum, here of
-    the layer, there of a batch. `mse`: divided by their mean over the layer, because the rules are
-    relative; D2DMoE regresses on the norms as they are.
+    `bce`: divided by the token's length to the power `degree`, as a router sees directions only
+    (for ReLU without biases that equals MoEfication's targets, which are of the direction), and by
+    their maximum, here of the layer, there of a batch. `mse`: divided by their mean over the layer,
+    because the rules are relative; D2DMoE regresses on the norms as they are.
     """
     if spec.loss == "bce":
         lengths_T1 = x_TD.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        y_TE = y_TE / lengths_T1
+        y_TE = y_TE / lengths_T1**degree
         return y_TE / y_TE.max().clamp_min(1e-12)
     return y_TE / y_TE.mean().clamp_min(1e-12)

@@ -1,0 +1,231 @@
+"""Files, folders and hub datasets -> their objects, each with the file and line that it stands at.
+
+Files are read here rather than by `datasets.load_dataset`: that reader cannot name the line at
+fault, and turns a column of date-like strings into timestamps.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparsecraft.errors import DataError
+
+log = logging.getLogger("sparsecraft")
+
+EXTENSIONS = (".json", ".jsonl", ".parquet", ".txt")
+TOO_DEEP = "the JSON is nested too deeply to be read; flatten it"
+# Words of a file name that name its split, each with the split it stands for.
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "valid": "validation",
+    "validation": "validation",
+    "val": "validation",
+    "test": "test",
+    "heldout": "heldout",
+    "eval": "eval",
+    "dev": "dev",
+}
+
+
+class Place(NamedTuple):
+    """Where an object was read: `line` is "line 3", or "row 3" where no line exists."""
+
+    file: str
+    line: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.line}"
+
+
+def objects(source: str | Path, split: str) -> Iterator[tuple[Place, Any]]:
+    """The objects of a file, of the files of a folder that belong to `split`, or of the hub."""
+    path = data_path(source)
+    if not path.exists():
+        yield from _read_hub(str(source), split)
+        return
+    for file in _files(path, split):
+        yield from read(file)
+
+
+def data_path(source: str | Path) -> Path:
+    if not str(source).strip():
+        raise DataError(f"The data path is {str(source)!r}; name a file, a folder or a dataset.")
+    return Path(source).expanduser()
+
+
+def _files(path: Path, split: str) -> list[Path]:
+    """The data files of a folder that belong to `split`, or the one file."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"{path}: neither a regular file nor a folder; write its rows to a file.")
+    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+    known = [p for p in files if _extension(p) in EXTENSIONS]
+    for file in sorted(set(files) - set(known)):
+        log.warning("%s: ignored, its extension is not one of %s", file, ", ".join(EXTENSIONS))
+    splits = {p: _splits(p.name) for p in known}
+    if any(splits.values()):
+        wanted = SPLIT_WORDS.get(split, split)
+        known = [p for p in known if wanted in (splits[p] or {"train"})]
+        if left_out := ", ".join(p.name for p in splits if p not in known):
+            log.warning("%s: left out, not of the split %r: %s", path, split, left_out)
+    if not known:
+        names = ", ".join(p.name for p in files) or "nothing"
+        raise DataError(
+            f"{path}: no data file of the split {split!r} (found {names}; "
+            f"known extensions: {', '.join(EXTENSIONS)}, each also .gz)."
+        )
+    return known
+
+
+def _splits(name: str) -> set[str]:
+    """The splits that the whole words of a file name name: `constraints` holds no `train`."""
+    words = re.split(r"[^a-z]+", re.sub(r"held[-_ ]out", "heldout", name.lower()))
+    return {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
+
+
+def _extension(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix
+
+
+def read(path: Path) -> Iterator[tuple[Place, Any]]:
+    """The objects of one file."""
+    extension, empty = _extension(path), True
+    if not path.is_file():
+        raise DataError(f"{path}: no such file.")
+    if extension not in EXTENSIONS:
+        raise DataError(f"{path}: unknown extension {extension!r}; known: {', '.join(EXTENSIONS)}.")
+    reader = {".parquet": _read_parquet, ".txt": _read_text}.get(extension, _read_json)
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for line, row in reader(file, extension):
+                empty = False
+                yield Place(str(path), line), row
+    except (OSError, EOFError, zlib.error, ValueError) as err:  # ValueError: Arrow's, JSON's
+        raise DataError(f"{path}: cannot be read as {extension}: {err}") from err
+    except DataError as err:
+        raise DataError(f"{path}, {err}") from None
+    if empty:
+        raise DataError(f"{path}: holds no rows.")
+
+
+def _read_parquet(file, extension: str) -> Iterator[tuple[str, Any]]:
+    import pyarrow.parquet
+
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+        for row in batch.to_pylist():
+            number += 1
+            yield f"row {number}", row
+
+
+def _read_text(file, extension: str) -> Iterator[tuple[str, Any]]:
+    text = file.read().decode("utf-8-sig")
+    if text.strip():
+        yield "line 1", {"text": text}
+
+
+# ------------------------------------------------------------------ JSON
+def _read_json(file, extension: str) -> Iterator[tuple[str, Any]]:
+    """One object a line; a .json file may also hold one array, or one object over many lines."""
+    if extension == ".json":
+        content = file.read()
+        try:
+            value = strict_json(content) if content.strip() else []
+        except json.JSONDecodeError as err:
+            if err.msg != "Extra data":
+                raise DataError(f"line {err.lineno}: not JSON ({err.msg})") from None
+            file = content.splitlines()  # several values after each other: one a line
+        except RecursionError:
+            raise DataError(f"line {_deepest_line(content)}: {TOO_DEEP}.") from None
+        except DataError as err:
+            raise DataError(f"{_row_at_fault(content)}: {err}.") from None
+        else:
+            rows = value if isinstance(value, list) else [value]
+            yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+            return
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                row = strict_json(line)
+            except ValueError as err:
+                raise DataError(f"line {number}: not JSON ({err}): {line[:60]!r}") from None
+            except RecursionError:
+                raise DataError(f"line {number}: {TOO_DEEP}: {line[:60]!r}") from None
+            except DataError as err:
+                raise DataError(f"line {number}: {err}.") from None
+            yield f"line {number}", row
+
+
+def strict_json(content: str | bytes) -> Any:
+    """JSON without what Python reads in silence: a key that stands twice (the last one counts),
+    NaN and Infinity.
+
+    Raises:
+        DataError: it holds such.
+        ValueError, RecursionError: it is no JSON, or too deep.
+    """
+    return json.loads(content, object_pairs_hook=_object, parse_constant=_constant)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise DataError(f"the key {twice!r} stands twice in one object; keep one of the two")
+    return found
+
+
+def _constant(name: str) -> None:
+    raise DataError(f"{name} is no number of JSON; write null or leave the field out")
+
+
+def _row_at_fault(content: bytes) -> str:
+    """Where `strict_json` refuses a document: the row of an array."""
+    text = content.decode("utf-8-sig").strip()
+    decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+    number, at = 0, text.startswith("[")
+    try:
+        while True:
+            number += 1
+            at = decoder.raw_decode(text, re.compile(r"[\s,]*").match(text, at).end())[1]
+    except DataError:
+        return f"row {number}"
+
+
+def _deepest_line(content: bytes) -> int:
+    """The line of JSON where most brackets are open; strings, which may hold some, are passed."""
+    depth, line, deepest = 0, 1, (0, 1)
+    for token in re.findall(rb'"(?:[^"\\]|\\.)*"|[\[\]{}\n]', content):
+        line += token == b"\n"
+        depth += (token in (b"[", b"{")) - (token in (b"]", b"}"))
+        if depth > deepest[0]:
+            deepest = depth, line
+    return deepest[1]
+
+
+def _read_hub(name: str, split: str) -> Iterator[tuple[Place, Any]]:
+    """Rows of a hub dataset; what looks like a path never reaches for the network."""
+    pathlike = _extension(Path(name)) in EXTENSIONS
+    if pathlike or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
+        raise DataError(f"{name}: no such file or folder.")
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except Exception as err:  # the hub client raises a dozen kinds
+        reason = (str(err).splitlines() or [""])[0]
+        raise DataError(
+            f"{name}: no such file or folder here, and the hub gave no dataset of that name with "
+            f"split {split!r} ({type(err).__name__}: {reason})."
+        ) from err
+    yield from ((Place(name, f"row {number}"), row) for number, row in enumerate(rows, 1))

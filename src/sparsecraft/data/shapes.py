@@ -1,0 +1,235 @@
+"""The shapes of rows that are read, each as one canonical row.
+
+A canonical row is {messages, tools?, documents?, chat_template_kwargs?}, {text} or {text, label},
+with `train: False` where no loss is to fall on it.
+A shape is read where it means one thing only. What a row holds beside it is named, never lost.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from sparsecraft.data.turns import (
+    FLAGS,
+    flag,
+    is_empty,
+    json_unicode,
+    messages_of,
+    pair,
+    parsed,
+    text,
+    tools_of,
+)
+from sparsecraft.errors import DataError
+
+SHAPES = (
+    "{messages: [{role, content}]}, {conversations: [{from, value}]}, {prompt, completion}, "
+    "{instruction, input?, output, system?, history?}, {question, answer}, "
+    "{instruction?, conversation: [{input, output}]}, {text}, {text, label}; docs/guides/rows.md "
+    "has them all"
+)
+# Columns of turns, and pairs of columns, in the order in which they are looked for.
+CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "data")
+SURE = CHATS[:3]  # a column of another name may hold something else
+PAIRS = (
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "response"),
+    ("query", "response"),
+    ("question", "response"),
+    ("problem", "solution"),
+    ("question", "answer"),
+    ("question", "answers"),
+    ("query", "answer"),
+    ("prompt", "answer"),
+    ("prompt", "output"),
+    ("question", "output"),
+    ("inputs", "targets"),
+    ("input", "output"),
+    ("prompt", "chosen"),
+)
+SYSTEM, CONTEXT = ("system", "system_prompt", "system_message"), ("input", "context")
+
+
+def canonical(row: Any, unused: list[str]) -> dict[str, Any]:
+    """One row in canonical form; fields that it holds and nothing uses are added to `unused`.
+
+    Raises:
+        DataError: what is wrong with it.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"found {type(row).__name__} {str(row)[:40]!r} where an object belongs")
+    shape = _Shape(row, unused)
+    found = shape.read()
+    if not shape.trains():
+        found["train"] = False
+    shape.name_the_rest()
+    return found
+
+
+class _Shape:
+    """A row that is read: `left` is what no part of a shape has taken yet."""
+
+    def __init__(self, row: dict[str, Any], unused: list[str]):
+        self.row, self.unused = row, unused
+        # Some sets write their columns in capitals (INSTRUCTION, RESPONSE).
+        counts = Counter(str(key).lower() for key in row)
+        self.names = {
+            str(key).lower() if counts[str(key).lower()] == 1 else str(key): key for key in row
+        }
+        self.left = {n: row[key] for n, key in self.names.items() if row[key] is not None}
+
+    def read(self) -> dict[str, Any]:
+        """The canonical row of the first shape that the row has."""
+        left = self.left
+        chats = [key for key in CHATS if key in left and not is_empty(left[key])]
+        chats = [key for key in chats if key in SURE or isinstance(left[key], list)]
+        pairs = [names for names in PAIRS if set(names) <= left.keys()]
+        if chats and not ({"text", "label"} <= left.keys() and chats[0] not in SURE):
+            return self._chat(self._turns(chats))
+        if left.get("corpus"):  # PESC's plain document
+            return {"text": text(left.pop("corpus"), "'corpus'")}
+        if pairs:
+            return self._chat(self._pair(*pairs[0]))
+        if isinstance(left.get("chosen"), list):
+            return self._chat(self._preferred())
+        if "text" in left:
+            return self._text()
+        for key in set(SURE) & left.keys():  # an empty one
+            messages_of(left[key], key, [])
+        keys = ", ".join(k if v is not None else f"{k} (null)" for k, v in self.row.items())
+        raise DataError(f"unknown row shape with {keys or 'no keys'}")
+
+    def trains(self) -> bool:
+        """What a weight or a flag of the whole row says; a measure of its name is left."""
+        flags = [
+            key
+            for key in FLAGS
+            if key in self.left and (key == "weight" or self.left[key] in (0, 1))
+        ]
+        values = [flag(key, self.left.pop(key), "the row") for key in flags]
+        return all(values)
+
+    def name_the_rest(self) -> None:
+        self.unused += [
+            self.names.get(key, key) for key, value in self.left.items() if not is_empty(value)
+        ]
+
+    # -------------------------------------------------------------- text
+    def _text(self) -> dict[str, Any]:
+        if {"parent_id", "role"} <= self.left.keys():
+            raise DataError(
+                "the row is one message of a tree of them (parent_id, role); join every path of "
+                "the tree to one row of messages"
+            )
+        label = self.left.pop("label", None)
+        # type, not isinstance: True is an int. Labels are stored in 64 bits.
+        if label is not None and (type(label) is not int or not 0 <= label < 2**63):
+            raise DataError(f"the label is {label!r:.40}; labels are whole numbers from 0")
+        # An empty text is legal (text corpora hold blank lines): it counts as untrainable later.
+        found = {"text": text(self.left.pop("text"), "'text'", empty=True)}
+        return found if label is None else found | {"label": label}
+
+    # -------------------------------------------------------------- turns
+    def _turns(self, columns: list[str]) -> list[dict[str, Any]]:
+        first, *others = columns
+        messages = messages_of(parsed(self.left.pop(first)), first, self.unused)
+        for other in set(others) & set(SURE):
+            if messages_of(parsed(self.left.pop(other)), other, []) != messages:
+                raise DataError(f"the row has {first} and {other}, which differ; keep one of them")
+        if first == "conversation" and "instruction" in self.left:
+            self.left["system"] = self.left.pop("instruction")
+        return messages
+
+    def _pair(self, question: str, answer: str) -> list[dict[str, Any]]:
+        asked, answered = self.left.pop(question), self.left.pop(answer)
+        if not is_empty(self.left.get("rejected")) or self.left.get("label") is False:
+            raise DataError(_PREFERENCE)
+        if answer == "answers":
+            answered = _only_answer(answered)
+        if isinstance(asked, list) or isinstance(answered, list):
+            head = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
+            tail = answered if isinstance(answered, list) else [_reply(answered)]
+            # A chosen conversation holds its prompt as well.
+            turns = tail if tail[: len(head)] == head else [*head, *tail]
+            return messages_of(turns, question, self.unused)
+        parts = [text(asked, repr(question))]
+        for key in CONTEXT if question in ("instruction", "question", "query") else ():
+            if not is_empty(self.left.get(key)):
+                parts.append(text(self.left.pop(key), repr(key), empty=True))
+        asked = "\n\n".join(part for part in parts if part.strip())
+        return self._history() + pair(asked, answered)
+
+    def _history(self) -> list[dict[str, Any]]:
+        """The turns before an Alpaca row's own: [[question, answer], ...]."""
+        turns = self.left.pop("history", None) or []
+        if not isinstance(turns, list) or not all(
+            isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in turns
+        ):
+            raise DataError(f"'history' is {turns!r:.40}, not a list of [question, answer]")
+        return [message for turn in turns for message in pair(*turn)]
+
+    def _preferred(self) -> list[dict[str, Any]]:
+        if not is_empty(self.left.get("rejected")):
+            raise DataError(_PREFERENCE)
+        return messages_of(self.left.pop("chosen"), "chosen", self.unused)
+
+    # -------------------------------------------------------------- what stands beside a chat
+    def _chat(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {"messages": self._with_system(messages)}
+        for key in ("tools", "functions"):
+            if tools := tools_of(self.left.pop(key, None), key):
+                found["tools"] = found.get("tools", []) + tools
+        for key, kind in (("documents", list), ("chat_template_kwargs", dict)):
+            value = self.left.pop(key, None)
+            if not is_empty(value):
+                if not isinstance(value, kind):
+                    raise DataError(f"{key!r} is {value!r:.40}, not a {kind.__name__}")
+                json_unicode(value)
+                found[key] = value
+        self._check_text(messages)
+        return found
+
+    def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        given = {key: self.left.pop(key) for key in SYSTEM if not is_empty(self.left.get(key))}
+        prompts = {text(value, repr(key)) for key, value in given.items()}
+        own = [m["content"] for m in messages[:1] if m["role"] in ("system", "developer")]
+        if len(prompts | set(own if given else ())) > 1:
+            raise DataError(
+                f"the row has {' and '.join(given)} beside another system prompt; keep one"
+            )
+        system = [{"role": "system", "content": prompt} for prompt in prompts]
+        return messages if own else system + messages
+
+    def _check_text(self, messages: list[dict[str, Any]]) -> None:
+        """A `text` beside a chat is the same again, as a template printed it, or ambiguous."""
+        other, at = self.left.get("text"), 0
+        for message in messages if isinstance(other, str) and other.strip() else ():
+            at = other.find(message["content"].strip(), at)
+            if at < 0:
+                raise DataError(
+                    "the row has text and a chat, and which of them is to be trained is not "
+                    "clear; keep one"
+                )
+            at += len(message["content"].strip())
+
+
+_PREFERENCE = (
+    "the row holds answers that are not preferred (rejected, or label false), and training here "
+    "is on answers to give; keep the chosen one as {prompt, completion}"
+)
+
+
+def _reply(content: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+def _only_answer(answers: Any) -> str:
+    """The one of several answers that are equal, also as SQuAD writes them ({text: [...]})."""
+    answers = answers.get("text") if isinstance(answers, dict) else answers
+    answers = answers if isinstance(answers, list) else [answers]
+    if not answers or any(answer != answers[0] for answer in answers):
+        raise DataError(f"'answers' is {answers!r:.60}; training is on one answer")
+    return text(answers[0], "'answers'")

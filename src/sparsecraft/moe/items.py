@@ -1,0 +1,34 @@
+"""Over how many items a task's loss is a mean, and what part of a larger batch these are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def count_items(labels: Tensor, shifts: bool) -> Tensor:
+    """Over how many items the loss of these labels is a mean: label tokens, rows of a classifier,
+    or all numbers of a regression. A scalar.
+
+    Args:
+        shifts: the first label of a row is no item, because none predicts it.
+    """
+    if labels.is_floating_point():
+        return torch.tensor(labels.numel(), device=labels.device)
+    return (labels[..., 1:] if shifts else labels).ne(-100).sum()
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether a model's own loss shifts its labels by one, as Trainer finds it out."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    config = getattr(model, "config", None)
+    loss = LOSS_MAPPING.get(getattr(model, "loss_type", None))
+    return loss is ForCausalLMLoss and not getattr(config, "is_encoder_decoder", False)
+
+
+def weighed(loss: Tensor, items: Tensor, num_items: Tensor | int) -> Tensor:
+    """A mean over `items` as a part of the mean over `num_items`; a mean over none is not a number
+    and counts as zero."""
+    share = items.to(loss.device) / torch.as_tensor(num_items, device=loss.device).clamp(min=1)
+    return (loss * share).where(share > 0, loss.new_zeros(()))

@@ -1,0 +1,291 @@
+"""The recipe's auxiliary losses in the model's own loss, in any training.
+
+`sc.train` adds them itself. In a loop or trainer of the user's, the model adds them wherever it
+gives a loss in training; where that is not the loss that is trained on, a warning says so.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecraft.errors import SparsecraftError
+from sparsecraft.moe.context import layer_masks, tensors_in
+from sparsecraft.moe.items import count_items, shifts_labels, weighed
+from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.losses import auxiliary_loss as sum_of_losses
+from sparsecraft.moe.routing import Routing
+from sparsecraft.moe.tracing import Trace, trace
+from sparsecraft.recipe.stages import Stage
+
+log = logging.getLogger("sparsecraft")
+
+
+@dataclass(slots=True)
+class _Call:
+    """A forward pass that is under way: of which module, with what inputs, and its trace."""
+
+    module: nn.Module
+    inputs: dict[str, Any]
+    losses: Mapping[str, float]
+    items: Tensor | None
+    num_items: Any
+    traced: AbstractContextManager[Trace]
+    trace: Trace
+
+
+class OwnLoss:
+    """Forward hooks that add auxiliary losses to the loss that a model gives in training.
+
+    A model that is given `num_items_in_batch` beside its labels, as Trainer does for the batch of
+    an optimizer step, gives the mean over its own items times their share of that number, whether
+    or not its head knows the argument (T5's and BERT's do not): task and auxiliary losses keep
+    their balance, however the batch is cut.
+
+    Attributes:
+        losses: name in `sc.losses.LOSSES` -> coefficient; None for those of the recipe's next
+            stage at their full value, {} for none.
+        latest: the weighted sum of the latest forward pass in training; None if nothing is added.
+        items: of that pass, over which its loss is a mean; None without labels.
+        warned: whether it was said that a backward pass went without them.
+    """
+
+    def __init__(self, stage: Callable[[], Stage | None]):
+        self.stage = stage
+        self.losses: dict[str, float] | None = None
+        self.latest: Tensor | None = None
+        self.items: Tensor | None = None
+        self.warned = False
+        self.handles: list[Any] = []
+        self._call: _Call | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the graph of the latest pass, which can be neither copied nor pickled."""
+        return self.__dict__ | {"latest": None, "items": None, "_call": None}
+
+    def attach(self, model: nn.Module) -> None:
+        """Listen to `model`, and to its trunk, which may be called without the head."""
+        trunk = getattr(model, "base_model", model)
+        for module in dict.fromkeys((model, trunk)):
+            before = partial(self._before, whole=module is model)
+            self.handles += [
+                module.register_forward_pre_hook(before, with_kwargs=True),
+                module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            ]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict, whole: bool):
+        # Evaluation stays one graph for torch.compile.
+        if not (module.training and torch.is_grad_enabled()):
+            return None
+        return self._begin(module, args, kwargs, whole)
+
+    @torch.compiler.disable
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict, whole: bool):
+        if self._call is not None and not whole:  # the trunk, inside the model's pass
+            return None
+        inputs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False))
+        inputs |= kwargs
+        labels = inputs.get("shift_labels", inputs.get("labels"))
+        items, num_items = None, None
+        if isinstance(labels, Tensor):
+            shifts = shifts_labels(module) and "shift_labels" not in inputs
+            items, num_items = count_items(labels, shifts), kwargs.pop("num_items_in_batch", None)
+        losses = self.in_force(module)
+        self._call, self.latest, self.items = None, None, items
+        if losses or num_items is not None:
+            traced = trace(module)
+            self._call = _Call(module, inputs, losses, items, num_items, traced, traced.__enter__())
+        return args, kwargs
+
+    def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if not (module.training and torch.is_grad_enabled()):
+            return None
+        return self._end(module, output)
+
+    @torch.compiler.disable
+    def _end(self, module: nn.Module, output: Any) -> Any:
+        call = self._call
+        if call is None or call.module is not module:
+            return None
+        self._call = None
+        routings = dict(call.trace)
+        call.traced.__exit__(None, None, None)
+        if output is None:  # the pass has failed
+            return None
+        masks = layer_masks(module, call.inputs, None)
+        self.latest, _ = balance_of(module, routings, call.losses, masks)
+        watched = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+        loss = _loss_of(output, call.inputs)
+        if loss is not None:
+            output = _with_loss(output, self._own(loss, call))
+        if self.latest is not None and not self.warned:
+            watch = _Watch(self)
+            self.latest.register_hook(watch.reaches)
+            for tensor in watched:
+                tensor.register_hook(watch.passes)
+        return output
+
+    def _own(self, loss: Tensor, call: _Call) -> Tensor:
+        if self.latest is not None:
+            loss = loss + self.latest.to(loss.device)
+        return loss if call.num_items is None else weighed(loss, call.items, call.num_items)
+
+    def read(self, model: nn.Module, num_items: Tensor | int | None) -> Tensor:
+        """What `sc.losses.latest` gives."""
+        if self.latest is None:
+            if not self.in_force(model):
+                return torch.zeros((), device=next(model.parameters()).device)
+            raise SparsecraftError(
+                "There is no auxiliary loss: no forward pass in training, with gradients, came "
+                "before. Call model.train() and the model first."
+            )
+        if num_items is None:
+            return self.latest
+        if self.items is None:
+            raise SparsecraftError(
+                "num_items_in_batch was given, and the latest forward pass had no labels that say "
+                "how many of these items it holds; pass labels to the model, or leave it out."
+            )
+        return weighed(self.latest, self.items, num_items)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """In this block the model's loss is the task's alone, for a trainer that adds the rest."""
+        before, self.losses = self.losses, {}
+        try:
+            yield
+        finally:
+            self.losses = before
+
+    def in_force(self, model: nn.Module) -> Mapping[str, float]:
+        """The coefficients that count now.
+
+        Raises:
+            SparsecraftError: the model runs as one of several copies, whose routing is not seen.
+        """
+        stage = self.stage()
+        losses = self.losses
+        if losses is None:
+            losses = {} if stage is None else stage.losses
+        losses = {name: coefficient for name, coefficient in losses.items() if coefficient}
+        if losses and getattr(model, "_is_replica", False):
+            raise SparsecraftError(
+                "The recipe has routing losses, and the model runs as copies on several GPUs, "
+                "where they are not seen. Launch one process for each GPU with torchrun."
+            )
+        why = self.losses is None and losses and needs_train(model, stage)
+        if not why:
+            return losses
+        if not self.warned:
+            self.warned = True
+            log.warning(
+                f"Stage {stage.name!r} of the recipe has the losses {', '.join(losses)}, and "
+                f"{why}, which sc.train does; this training goes without them. "
+                "model.sparsecraft.own_loss.losses = {} says that it shall."
+            )
+        return {}
+
+
+class _Watch:
+    """Whether a backward pass through a model's outputs reaches its auxiliary loss."""
+
+    def __init__(self, own: OwnLoss):
+        self.own, self.reached, self.asked = own, False, False
+
+    def reaches(self, grad: Tensor) -> None:
+        self.reached = True
+
+    def passes(self, grad: Tensor) -> None:
+        if not self.asked:
+            self.asked = True
+            torch.autograd.Variable._execution_engine.queue_callback(self.tell)
+
+    def tell(self) -> None:
+        """At the end of the backward pass."""
+        self.asked = False
+        if self.reached or self.own.warned:
+            return
+        self.own.warned = True
+        log.warning(
+            "The recipe has auxiliary losses (such as load balance), and the loss that is trained "
+            "on does not hold them: it is not the one that the model gave (SFTTrainer's, DPO's and "
+            "GRPO's are computed from its outputs). Add sc.losses.latest(model) to it, train with "
+            "sc.train, or set model.sparsecraft.own_loss.losses = {} to go without."
+        )
+
+
+def needs_train(model: nn.Module, stage: Stage | None) -> str | None:
+    """Why losses of a stage mean nothing in a training that only runs the model; None if they do.
+
+    They are of split networks that run in another way, or of rows that are assigned to experts.
+    """
+    if stage is None:
+        return None
+    if stage.deals:
+        return "they are of rows that are assigned to experts first"
+    routers = [m.router for m in model.modules() if isinstance(m, MoELayer) and m.router]
+    for router in routers:
+        if router.spec.splits and router.runs != stage.runs:
+            return f"they need split networks that run {stage.runs!r}"
+        if router.spec.splits and stage.activation == "relu" and not router.running.rectified:
+            return "they need ReLU in the split networks"
+    return None
+
+
+def balance_of(
+    model: nn.Module,
+    routings: Mapping[str, Routing],
+    losses: Mapping[str, float],
+    masks: Callable[[str], Tensor | None],
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """`sc.losses.auxiliary_loss` of the layers whose routers count; None if there is nothing to
+    add.
+
+    Raises:
+        SparsecraftError: the layers ran without gradients, and their routers train.
+    """
+    layers = {name: model.get_submodule(name) for name in routings}
+    counted = {name: r for name, r in routings.items() if layers[name].router.spec.balanced}
+    total, parts = sum_of_losses(
+        counted,
+        losses,
+        masks,
+        # Those that imitate attention's Linears are averaged apart.
+        lambda name: "imitate" if layers[name].is_imitation else "",
+    )
+    if total is None or total.requires_grad:
+        return total, parts
+    trained = any(p.requires_grad for name in counted for p in layers[name].router.parameters())
+    if trained:
+        raise SparsecraftError(
+            "The auxiliary loss has no gradient: reentrant activation checkpointing runs the "
+            "layers without one. Use use_reentrant=False."
+        )
+    return None, parts
+
+
+def _loss_of(output: Any, inputs: dict[str, Any]) -> Tensor | None:
+    if isinstance(output, Mapping):
+        return output.get("loss")
+    labelled = isinstance(output, tuple) and inputs.get("labels") is not None
+    return output[0] if labelled else None
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
+    if isinstance(output, tuple):
+        return loss, *output[1:]
+    output["loss"] = loss
+    return output

@@ -1,0 +1,213 @@
+"""What every step of a training run is watched for: numbers that are not finite, and what moves.
+
+A run that diverges ends with an error, before it changes or writes another weight. One number a
+step waits for the device: whether the step's losses and the norm of its gradients are finite. Only
+when they are not is it looked for what was the first to go wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from sparsecraft.dense.sound import check_weights, fault_of, is_finite
+from sparsecraft.errors import SparsecraftError, TrainingError
+from sparsecraft.training.moved import Before, Evidence, found, say
+
+log = logging.getLogger("sparsecraft")
+
+ADVICE = (
+    "Nothing was written over: what was saved before is as it was, and resume goes on from the "
+    "last state, if save_every left one. Lower the learning rate, or look at the rows"
+)
+
+
+class WatchedTrainerMixin:
+    """Put before a Trainer class: it refuses to go on with numbers that are not finite, and knows
+    at the end what has trained.
+
+    Attributes:
+        evidence: what the steps have shown of every parameter.
+        skipped: steps that the scaler of a float16 run left out, as it does until its scale fits.
+    """
+
+    skipped: int = 0
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Trainer's own; behind the last micro-batch of a step all of it is looked at."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._in_step.append((inputs, loss))
+        if self.accelerator.sync_gradients:
+            self._check_step(model)
+            self.evidence.note_rates(self.optimizer)
+            self._last_inputs = inputs
+            self._in_step.clear()
+        return loss
+
+    def log(self, logs, *args, **kwargs):
+        """Trainer's own, of weights that are finite."""
+        self.check_weights()
+        super().log(logs, *args, **kwargs)
+
+    def check_weights(self) -> None:
+        """Refuse weights that are not finite, in whichever process they are.
+
+        Raises:
+            TrainingError: in all processes; the first tensor is named.
+        """
+        named = self.accelerator.unwrap_model(self.model).named_parameters()
+        trained = {n: _local(p.detach()) for n, p in named if p.requires_grad}
+        largest = get_total_norm(list(trained.values()), math.inf)
+        if self._anywhere(~largest.isfinite()):
+            faults = ((name, fault_of(tensor)) for name, tensor in trained.items())
+            what = next((f"the weight {name!r} {fault}" for name, fault in faults if fault), "")
+            raise self._error(self.state.global_step, what)
+
+    def check_model(self) -> None:
+        """Run the last batch again, without dropout: the last step may have broken the model.
+
+        Raises:
+            TrainingError: its loss is not finite.
+        """
+        self.check_weights()
+        if self._last_inputs is None:
+            return
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            loss = self.compute_loss(self.model, self._prepare_inputs(self._last_inputs))
+        self.model.train(training)
+        if self._anywhere(~loss.isfinite()):
+            found = self._first_output(self.model, [self._last_inputs])
+            raise self._error(self.state.global_step, f"after it the loss is not finite; {found}")
+
+    def moved(self, before: Before) -> dict[str, Any]:
+        """What has moved since `before`, in words for the report; see `found`.
+
+        Raises:
+            TrainingError: something has changed that the stage does not train.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if self.optimizer is not None:  # none in a run that was complete before
+            self.evidence.note_optimizer(model, self.optimizer)
+        result = found(before, model, self.evidence)
+        say(self.stage.name, result)
+        return result
+
+    @property
+    def evidence(self) -> Evidence:
+        return self.__dict__.setdefault("_evidence", Evidence())
+
+    def _check_step(self, model: nn.Module) -> None:
+        losses = torch.stack([loss.float() for _, loss in self._in_step]).sum()
+        gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]
+        norm = get_total_norm(gradients).to(losses.device)
+        is_bad = ~losses.isfinite()
+        scaler = getattr(self.accelerator, "scaler", None)
+        scales = scaler is not None and scaler.is_enabled()
+        if not self._anywhere(is_bad | ~norm.isfinite()):
+            return
+        if scales and not self._anywhere(is_bad) and scaler.get_scale() >= 1:
+            self.skipped += 1  # the scaler leaves the step out and halves its scale
+            return
+        raise self._error(self.state.global_step + 1, self._first(model, bool(is_bad)))
+
+    def _first(self, model: nn.Module, loss_is_bad: bool) -> str:
+        """What of a step was the first that was not finite."""
+        model = self.accelerator.unwrap_model(model)
+        try:
+            check_weights(model, TrainingError)
+        except TrainingError as error:
+            return str(error)
+        bad = [inputs for inputs, loss in self._in_step if not loss.isfinite()]
+        output = self._first_output(model, bad) if bad else None
+        if loss_is_bad:
+            return f"the loss is not finite; {output}"
+        for name, parameter in model.named_parameters():
+            gradient = parameter.grad
+            if gradient is not None and not get_total_norm([_local(gradient)]).isfinite():
+                what = fault_of(_local(gradient)) or "is too large for its own norm"
+                return f"the gradient of {name!r} {what}"
+        return ""  # another process has met it
+
+    def _first_output(self, model: nn.Module, batches: list[dict[str, Any]]) -> str:
+        """The first module whose output is not finite, in a second pass over the batches."""
+        for inputs in batches:
+            with first_not_finite(model) as found:
+                self.compute_loss(model, self._prepare_inputs(inputs))
+            if found:
+                return f"the first output that is not is that of {found[0]!r}"
+        return "every module's output is finite"
+
+    def _anywhere(self, flag: Tensor) -> bool:
+        """Whether a flag is up in any of the processes, which then all go the same way."""
+        return bool(self.accelerator.reduce(flag.float().to(self.args.device), "sum") > 0)
+
+    def _error(self, step: int, what: str) -> SparsecraftError:
+        found = [text for text in gather_object([what]) if text]
+        return TrainingError(f"The run diverged in step {step}: {found[0]}. {ADVICE}.")
+
+    @property
+    def _in_step(self) -> list[tuple[dict[str, Any], Tensor]]:
+        """Inputs and loss of each micro-batch of this step."""
+        return self.__dict__.setdefault("_micro_batches", [])
+
+    _last_inputs: dict[str, Any] | None = None
+
+    # ------------------------------------------------------------------ Private hooks of Trainer
+
+    def _save_checkpoint(self, model, trial):
+        """A state for `resume` is one that can be gone on from."""
+        self.check_model()
+        super()._save_checkpoint(model, trial)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Of a tensor that several processes share this one's part."""
+    return getattr(tensor, "to_local", lambda: tensor)()
+
+
+@contextmanager
+def first_not_finite(model: nn.Module) -> Iterator[list[str]]:
+    """The list that the block's forward passes fill with the names of modules whose output is not
+    finite, the first to end first."""
+    found: list[str] = []
+
+    def hook(name: str):
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            outputs = output if isinstance(output, tuple) else (output,)
+            tensors = [t for t in outputs if isinstance(t, Tensor) and t.is_floating_point()]
+            if not all(is_finite(tensor) for tensor in tensors):
+                found.append(name)
+
+        return look
+
+    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if name]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def checked_losses(stage: str, layers: list[str], loss_L: Tensor) -> Tensor:
+    """The losses of a fit, one for each layer, if they are finite.
+
+    Raises:
+        TrainingError: a layer is named.
+    """
+    for name, loss in zip(layers, loss_L.tolist(), strict=True):
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"Stage {stage!r} diverged: the loss of {name!r} is {loss}. The model is as it "
+                "was; lower the stage's learning rate, or look at the rows."
+            )
+    return loss_L

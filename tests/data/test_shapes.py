@@ -1,0 +1,221 @@
+"""Row shapes that people publish: read as what they mean, or refused by what they are."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from sparsecraft.data.rows import load_choices, load_rows
+from sparsecraft.errors import DataError
+
+Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+S = {"role": "system", "content": "s"}
+ASK = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(tmp_path, row):
+    return load_rows(write(tmp_path / "a.jsonl", row)).to_list()[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"conversation": [Q, A]}, [Q, A]),
+        ({"conversations": [Q, A]}, [Q, A]),
+        ({"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [Q, A]),
+        ({"dialog": ["q", "a"]}, [Q, A]),
+        ({"id": "1", "data": ["q", "a", "q"]}, [Q, A, Q]),
+        ({"messages": [{"role": "User", "text": "q"}, {"role": "model", "content": "a"}]}, [Q, A]),
+        ({"messages": [A, Q, A]}, [A, Q, A]),
+        ({"messages": json.dumps([Q, A])}, [Q, A]),
+        ({"conversation": [{"system": "s", "input": "q", "output": "a"}]}, [S, Q, A]),
+        ({"question": "q", "answer": "a"}, [Q, A]),
+        ({"question": "q", "answers": {"text": ["a", "a"], "answer_start": [3, 9]}}, [Q, A]),
+        ({"query": "q", "response": "a"}, [Q, A]),
+        ({"inputs": "q", "targets": "a"}, [Q, A]),
+        ({"problem": "q", "solution": "a", "answer": "7"}, [Q, A]),
+        ({"INSTRUCTION": "q", "RESPONSE": "a", "SOURCE": "x"}, [Q, A]),
+        ({"system_prompt": "s", "question": "q", "response": "a"}, [S, Q, A]),
+        ({"chosen": [Q, A]}, [Q, A]),
+        ({"prompt": "q", "chosen": [Q, A]}, [Q, A]),
+        ({"prompt": "q", "completion": [A]}, [Q, A]),
+        ({"prompt": "q", "chosen": [Q, A], "rejected": [Q, Q], "messages": [Q, A]}, [Q, A]),
+        ({"messages": [S, Q, A], "system": "s"}, [S, Q, A]),
+        ({"messages": [Q, A], "conversations": [Q, A]}, [Q, A]),
+        ({"messages": [Q, A], "text": "user: q assistant: a"}, [Q, A]),
+        ({"messages": [], "prompt": "q", "completion": "a"}, [Q, A]),
+        (
+            {"instruction": "q", "context": "c", "response": "a"},
+            [{"role": "user", "content": "q\n\nc"}, A],
+        ),
+        ({"instruction": "q", "output": "a", "history": [["q", "a"], ["q", "a"]]}, [Q, A] * 3),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, A]},
+            [Q, A],
+        ),
+    ],
+)
+def test_a_shape_that_means_one_thing_is_read(tmp_path, row, messages):
+    assert read(tmp_path, row) == {"messages": messages}
+
+
+CALLED = {"role": "assistant", "content": "", "tool_calls": [{**ASK, "id": "1"}]}
+WITHOUT_ID = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{k: ASK[k] for k in ("type", "function")}],
+}
+RESULT = {"role": "tool", "content": "4"}
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        ([{"role": "assistant", "content": None, "tool_calls": [ASK]}], [CALLED]),
+        (
+            [{"role": "assistant", "function_call": {"name": "f", "arguments": '{"x": 1}'}}],
+            [WITHOUT_ID],
+        ),
+        (
+            [
+                {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+                {"from": "observation", "value": "4"},
+            ],
+            [WITHOUT_ID, RESULT],
+        ),
+        ([{"role": "function", "name": "f", "content": "4"}], [RESULT | {"name": "f"}]),
+        (
+            [{"role": "assistant", "content": "a", "thinking": "r", "reasoning": "r"}],
+            [A | {"reasoning_content": "r"}],
+        ),
+        (
+            [{"role": "assistant", "content": [{"type": "thinking", "thinking": "r"}, "a"]}],
+            [A | {"reasoning_content": "r"}],
+        ),
+    ],
+)
+def test_tool_calls_and_thoughts_have_one_form(tmp_path, turns, expected):
+    assert read(tmp_path, {"conversations": [Q, *turns]}) == {"messages": [Q, *expected]}
+
+
+def test_tools_have_one_form(tmp_path):
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {"x": {}}}}
+    wrapped = [{"type": "function", "function": tool}]
+    for tools in ({"tools": wrapped}, {"functions": [tool]}, {"tools": json.dumps([tool])}):
+        assert read(tmp_path, {"messages": [Q, A]} | tools) == {
+            "messages": [Q, A],
+            "tools": wrapped,
+        }
+    assert read(tmp_path, {"messages": [Q, A], "tools": "[]"}) == {"messages": [Q, A]}
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"instruction": "q", "input": {"a": 1}, "output": "a"}, r"'input' is \{'a': 1\}, not"),
+        ({"instruction": "q", "input": 5, "output": "a"}, "'input' is 5, not text"),
+        ({"messages": [Q, A], "text": "something else"}, "text and a chat"),
+        ({"messages": [Q, A], "conversations": [Q, Q]}, "messages and conversations, which differ"),
+        ({"messages": [S, Q, A], "system": "other"}, "system beside another system prompt"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "not preferred"),
+        ({"chosen": [Q, A], "rejected": [Q, A]}, "not preferred"),
+        ({"prompt": "q", "completion": "a", "label": False}, "not preferred"),
+        ({"question": "q", "answers": ["a", "b"]}, r"'answers' is \['a', 'b'\]"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 1}, "content 1"),
+        ({"text": "a", "role": "prompter", "parent_id": "x", "message_id": "y"}, "tree"),
+        ({"instruction": "q", "output": "a", "history": ["q", "a"]}, "'history' is"),
+        ({"messages": ["q", "a"]}, "where a message belongs"),
+        ({"messages": [{"role": "user", "from": "gpt", "content": "x"}]}, "role and from, and"),
+        ({"messages": [A | {"value": "b"}]}, "content and value, and they differ"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "u"}]}]},
+            "part of the type 'image_url'; only text",
+        ),
+        ({"messages": [Q, A | {"tool_calls": [{"id": "1"}]}]}, "a call of a tool is"),
+        ({"messages": [Q | {"tool_calls": [ASK]}]}, "only an assistant calls tools"),
+        ({"conversations": [{"from": "function_call", "value": "{}"}]}, "function_call {}"),
+        ({"messages": [Q, A], "tools": [{"x": 1}]}, "no tool with a name"),
+        ({"messages": [Q, A], "documents": "d"}, "'documents' is 'd', not a list"),
+        ({"messages": [Q, A | {"tool_calls": [{"name": "f", "arguments": {"x": "\ud800"}}]}]},
+         "lone surrogate"),
+        ({"messages": [Q, A | {"weight": 0.5}]}, r"weight 0\.5; a turn is trained"),
+        ({"messages": [Q, A], "weight": 2}, "the row has weight 2"),
+        ({"messages": [Q, A | {"mask": True}]}, "mask True: which part"),
+    ],
+)  # fmt: skip
+def test_what_is_not_one_thing_is_named(tmp_path, row, found):
+    path = write(tmp_path / "a.jsonl", {"text": "good"}, row)
+    with pytest.raises(DataError, match=rf"a\.jsonl, line 2: .*{found}"):
+        load_rows(path)
+
+
+def test_fields_that_are_not_used_are_named_once_for_each_file(tmp_path, caplog):
+    rows = [{"messages": [Q | {"lang": "en"}, A], "source": "x", "n": 0}] * 3
+    write(tmp_path / "a.jsonl", *rows, {"messages": [Q, A], "source": None, "tags": [], "n": None})
+    write(tmp_path / "b.jsonl", {"prompt": "q", "completion": "a", "Origin": "x"})
+    write(tmp_path / "c.jsonl", {"text": "t", "meta": {}, "other": ""})
+    with caplog.at_level(logging.WARNING, "sparsecraft"):
+        load_rows(tmp_path)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.endswith("a.jsonl: fields that are not used, and in how many rows: "
+                          "messages[].lang (3), n (3), source (3)")  # fmt: skip
+    assert second.endswith("b.jsonl: fields that are not used, and in how many rows: Origin (1)")
+
+
+@pytest.mark.parametrize("name", ["weight", "train", "training", "loss"])
+def test_flags_of_turns_and_rows(tmp_path, name):
+    for value in (0, 0.0, False):
+        if name == "weight" or value is False:
+            row = read(tmp_path, {"messages": [Q, A | {name: value}, Q, A]})
+            assert [m.get("train") for m in row["messages"]] == [None, False, None, None]
+            for shape in ({"messages": [Q, A]}, {"text": "t"}, {"text": "t", "label": 1}):
+                assert read(tmp_path, shape | {name: value})["train"] is False
+    assert read(tmp_path, {"messages": [Q, A | {name: 1}], name: True}) == {"messages": [Q, A]}
+
+
+# ------------------------------------------------------------------ files
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ('{"text": "a", "text": "b"}', "the key 'text' stands twice"),
+        ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "'content' stands"),
+        ('{"text": "a", "score": NaN}', "NaN is no number"),
+        ('{"text": "a", "score": -Infinity}', "-Infinity is no number"),
+    ],
+)
+def test_what_python_reads_in_silence_is_refused(tmp_path, line, found):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n\n' + line + "\n")
+    with pytest.raises(DataError, match=rf"a\.jsonl, line 3: .*{found}"):
+        load_rows(path)
+    path = tmp_path / "a.json"
+    path.write_text(f'[{{"text": "good"}},\n {line}]')
+    with pytest.raises(DataError, match=rf"a\.json, row 2: .*{found}"):
+        load_rows(path)
+    path.write_text(line)
+    with pytest.raises(DataError, match=rf"a\.json, row 1: .*{found}"):
+        load_rows(path)
+
+
+def test_marks_of_order_and_line_ends_of_windows(tmp_path):
+    rows = b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\r\n'
+    for name in ("a.jsonl", "a.json"):
+        (tmp_path / name).write_bytes(rows)
+        assert load_rows(tmp_path / name)["text"] == ["a", "b"]
+    (tmp_path / "b.json").write_bytes(b'\xef\xbb\xbf[{"text": "a"}]\r\n')
+    assert load_rows(tmp_path / "b.json")["text"] == ["a"]
+
+
+def test_equal_choices_are_refused_and_other_fields_named(tmp_path, caplog):
+    row = {"prompt": "p", "choices": ["a", "b"], "answer": 0, "subject": "x"}
+    assert load_choices(write(tmp_path / "a.jsonl", row)) == [row]
+    assert "subject (1)" in caplog.text
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: two of the choices are 'b'"):
+        load_choices(write(tmp_path / "a.jsonl", row, row | {"choices": ["b", "a", "b"]}))
