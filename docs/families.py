@@ -106,9 +106,9 @@ def certificate(options: argparse.Namespace, seconds: float, count: int) -> str:
     command = only if options.only else "make families"
     return (
         f"Made by `{command}` at commit {commit or 'unknown'} in {seconds / 60:.0f} minutes: "
-        f"{count} cells, {options.processes} processes of one thread, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{platform.system()} {platform.machine()}."
+        f"{count} cells, {options.processes} processes of one thread, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, {platform.system()} {platform.machine()}."
     )
 
 
