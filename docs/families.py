@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,18 +95,20 @@ def _cell(verdict: str, reason: str, left_out: dict[str, list[str]], notes: Note
     return f"{'no' if verdict == 'refused' else verdict} {notes.number(reason)}"
 
 
-def certificate(processes: int, seconds: float, count: int) -> str:
+def certificate(options: argparse.Namespace, seconds: float, count: int) -> str:
     """By what and when the page was made."""
     import torch
     import transformers
 
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    only = f"python docs/families.py --only {' '.join(options.only)}"
+    command = only if options.only else "make families"
     return (
-        f"Made by `make families` at commit {commit or 'unknown'} in {seconds / 60:.0f} minutes: "
-        f"{count} cells, {processes} processes of one thread, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{platform.system()} {platform.machine()}."
+        f"Made by `{command}` at commit {commit or 'unknown'} in {seconds / 60:.0f} minutes: "
+        f"{count} cells, {options.processes} processes of one thread, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, {platform.system()} {platform.machine()}."
     )
 
 
@@ -120,15 +122,15 @@ def main() -> None:
 
     names = [name for name in ZOO if not options.only or name in options.only]
     start = time.perf_counter()
-    with ProcessPoolExecutor(options.processes, max_tasks_per_child=8) as pool:
+    with get_context("spawn").Pool(options.processes, maxtasksperchild=8) as pool:
         results = {}
-        for name, cells in zip(names, pool.map(examined, names), strict=True):
+        for name, cells in zip(names, pool.imap(examined, names), strict=True):
             results[name] = cells
             print(f"{name}: {', '.join(verdict for verdict, _, _ in cells.values())}", flush=True)
     cells = [(n, r, cell) for n, row in results.items() for r, cell in row.items()]
     notes = Notes()
     rows = list(table(results, notes))
-    said = certificate(options.processes, time.perf_counter() - start, len(cells))
+    said = certificate(options, time.perf_counter() - start, len(cells))
     counts = [sum(c[0] == verdict for _, _, c in cells) for verdict in ("exact", "part", "refused")]
     summary = "{} exact, {} in part, {} refused, of {}".format(*counts, len(cells))
     parts = [HEAD, f"{summary}. {said}", *rows, "\n## Notes\n", *notes.lines()]
