@@ -35,6 +35,8 @@ def snapshot_of(
 ) -> Path | None:
     """The folder of a hub id at a branch, tag or commit; by default of the main branch, or of the
     only commit that there is."""
+    if not _is_id(name):
+        return None
     repository = _repository(name, cache_dir)
     ref = repository / "refs" / (revision or "main")
     commit = ref.read_text().strip() if ref.is_file() else revision
@@ -45,9 +47,23 @@ def snapshot_of(
 
 
 def snapshots(name: str, cache_dir: str | Path | None = None) -> list[Path]:
-    """The folders of all commits of a hub id that the cache holds, the last one seen first."""
+    """The folders of all commits of a hub id that the cache holds, the last one seen first; none
+    for what is no hub id, such as a folder that is gone."""
+    if not _is_id(name):
+        return []
     found = (_repository(name, cache_dir) / SNAPSHOTS).glob("*/")
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _is_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _repository(name: str, cache_dir: str | Path | None) -> Path:

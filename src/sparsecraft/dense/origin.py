@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Origin:
         name = aliases.get(str(name), str(name))
         if is_alias(name):
             origin = cls(name, alias_folder(name))
-        elif Path(name).is_dir():
+        elif os.path.isdir(name):  # False for a name that is too long for one
             origin = cls.at(Path(name))
         else:
             folder = snapshot_of(name, revision)
@@ -91,7 +92,7 @@ class Origin:
         """All that may have been loaded by a name: its commits, their subfolders and variants."""
         if not name or is_alias(name):
             return
-        roots = [Path(name)] if Path(name).is_dir() else snapshots(name)
+        roots = [Path(name)] if os.path.isdir(name) else snapshots(name)
         for root in roots:
             configs = [root / "config.json", *sorted(root.glob("*/config.json"))]
             for folder in (config.parent for config in configs if config.is_file()):

@@ -68,8 +68,8 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise SparsecraftError(f"limit is {limit}; it must be at least 1, or None for all rows.")
-    check_tasks(tasks)
     if isinstance(model, (str, Path)):
+        check_tasks(tasks)
         tokenizer = tokenizer or load_tokenizer(model)
         model = load(model)
     tokenizer = tokenizer or tokenizer_of(model)

@@ -16,6 +16,7 @@ from sparsecraft.moe.names import unique_tensors
 from sparsecraft.recipe.recipe import Quantize, Recipe
 from sparsecraft.surgery.budget import run, split_layers
 from sparsecraft.surgery.build import build_layer
+from sparsecraft.surgery.identity import base_in
 from sparsecraft.surgery.left_out import left_out
 from sparsecraft.surgery.plan import PlannedEdit
 from sparsecraft.surgery.record import Conversion
@@ -37,7 +38,7 @@ def apply(
         recipe,
         edits,
         trainable=trainable,
-        named=model.name_or_path,
+        named=base_in(model.name_or_path),  # of a configuration that a converted one has
         shapes={name: tensor.shape for name, tensor in unique_tensors(model).items()},
         vocabulary=_vocabulary(model),
         left_out=left_out(model, recipe, edits),

@@ -156,14 +156,18 @@ def test_revert_gives_the_dense_model_back():
 
 
 def test_the_losses_leave_the_attention_routers_out():
-    from sparsecraft.training.trainers import _counts
-
     model = build("llama")
     sc.convert(model, sc.recipes.bam(N))
-    names = [n for n, m in model.named_modules() if isinstance(m, sc.MoELayer)]
-    assert {n.rpartition(".")[2]: _counts(model, n) for n in names} == {
+    routers = {n: m.router for n, m in model.named_modules() if isinstance(m, sc.MoELayer)}
+    assert {n.rpartition(".")[2]: router.spec.balanced for n, router in routers.items()} == {
         "self_attn": False, "mlp": True,
     }  # fmt: skip
+    model.train()
+    with sc.trace(model) as routings:
+        model(IDS, labels=IDS)
+    networks = {name: r for name, r in routings.items() if name.endswith("mlp")}
+    wanted = sc.losses.auxiliary_loss(networks, {"switch": 0.01, "z": 0.001})[0]
+    assert torch.allclose(sc.losses.latest(model), wanted)
 
 
 def test_what_cannot_be_is_refused():

@@ -272,9 +272,8 @@ class SplitExperts(Experts):
         if self.mean is None:
             return self.down_bias
         tensors = [t for t in (self.mean, self.down, self.down_bias) if t is not None]
-        if self.training or torch.compiler.is_compiling() or needs_grad(*tensors):
-            return self._summed()
-        if any(t.is_inference() for t in tensors):  # nothing counts their versions
+        sums = self.training or torch.compiler.is_compiling() or needs_grad(*tensors)
+        if sums or any(t.is_inference() for t in tensors):  # whose versions nothing counts
             return self._summed()
         state = [(t.data_ptr(), t._version, t.dtype) for t in tensors]
         if self._kept is None or self._kept[0] != state:
