@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.lab.corpus import LENGTH, TASKS, encoded_choices, options, read, save
-from sparsecraft.data.encoding import IGNORED, encode, pad_id
+from sparsecraft.data.encoding import IGNORED, encode
+from sparsecraft.data.limits import pad_id
 from sparsecraft.data.rows import load_choices
 from sparsecraft.dense import hub
 from sparsecraft.dense.loading import load_tokenizer

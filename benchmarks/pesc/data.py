@@ -13,7 +13,8 @@ import numpy as np
 
 from benchmarks.lab.corpus import DOMAINS, LENGTH, TASKS, encoded_choices, options, save
 from sparsecraft.data.batches import collate
-from sparsecraft.data.encoding import IGNORED, encode, pad_id
+from sparsecraft.data.encoding import IGNORED, encode
+from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import prepare
 from sparsecraft.data.rows import load_choices
 from sparsecraft.dense import hub

@@ -102,7 +102,7 @@ def test_from_json_refuses_what_it_does_not_know():
         ("edits.0.router.scorer.kind", "norm", ["recipe.edits.0.router.scorer.kind is 'norm'"]),
         ("edits.0.router.kind", "gates", ["recipe.edits.0.router.kind is 'gates'", "'gate'"]),
         ("stages.0.fit", {}, ["recipe.stages.0 has no field 'fit'"]),
-        ("backbone", {"kind": "int8"}, ["recipe.backbone.kind is 'int8'", "nf4"]),
+        ("backbone", {"kind": "int9"}, ["recipe.backbone.kind is 'int9'", "nf4"]),
         ("edits.0.experts.kind", "adaptor", ["'adaptor'", "Did you mean 'adapter'"]),
         ("edits.0.experts.rank", 4, ["recipe.edits.0.experts has no field 'rank'"]),
         ("edits.0.place", "behind", ["recipe.edits.0.place is 'behind'", "'after'"]),

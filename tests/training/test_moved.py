@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 import sparsecraft as sc
+from sparsecraft.checkpoint import save
 from sparsecraft.errors import TrainingError
 from sparsecraft.evaluation.report import describe
 from sparsecraft.training import descend
@@ -99,6 +100,8 @@ def test_what_did_not_train_is_named_with_the_reason(
         return trainer
 
     monkeypatch.setattr(descend, "make_trainer", make_trainer)
+    # A model of which one gate was exchanged is another than its folder gives.
+    monkeypatch.setattr(save, "check_rebuilt", lambda *args: None)
     report = train(model, rows, tmp_path / "out")
     moved = told(tmp_path / "out")
     assert moved["unmoved"].keys() == reasons.keys()

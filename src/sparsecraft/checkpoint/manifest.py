@@ -19,6 +19,8 @@ from sparsecraft.recipe.overrides import override
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.record import conversion_of, is_converted
 
+NOTHING = "nothing that transformers reads alone; import sparsecraft first"
+
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The contents of recipe.json, checked against its own digest.
@@ -69,6 +71,7 @@ def base_config(data: dict[str, Any]) -> Any:
 
     inner = dict(data["base_config"])
     inner.pop("quantization_config", None)  # the recipe's backbone says it
+    inner.pop("transformers_weights", None)
     return AutoConfig.for_model(inner.pop("model_type"), **inner)
 
 
@@ -77,12 +80,14 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     inner = model.config.to_dict()
     inner["architectures"] = [class_of(model).__name__]
     inner.pop("_name_or_path", None)
+    # Where our classes are not known, transformers stops at this and says it. The dense class looks
+    # for a configuration of its own type inside ours.
+    inner["transformers_weights"] = NOTHING
     return {
         "model_type": "sparsecraft",
         "architectures": inner["architectures"],
         "dtype": word(base_dtype(model)),
-        # Where our classes are not known, transformers stops at this and says it.
-        "transformers_weights": "nothing that transformers reads alone; import sparsecraft first",
+        "transformers_weights": NOTHING,
         "base_config": inner,
     }
 

@@ -76,7 +76,9 @@ class Origin:
         commit = getattr(config, "_commit_hash", None)  # transformers below 5.24 knows it
         likeliest = cls.find(name, commit)
         found = list(dict.fromkeys([*filter(None, [likeliest]), *cls.named(name)]))
-        if len(found) < 2 or commit or next(model.parameters()).is_meta:
+        if commit:
+            found = [origin for origin in found if origin.revision == commit] or found
+        if len(found) < 2 or next(model.parameters()).is_meta:
             return found[0] if found else None
         best, fewest = found[0], None
         for origin in found:

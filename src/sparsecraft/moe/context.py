@@ -282,8 +282,10 @@ def layer_masks(model: torch.nn.Module, inputs: dict, token_mask: Tensor | None)
     The decoder of an encoder-decoder model sees the labels' positions, its encoder the inputs',
     and so do the keys and values of cross-attention.
     """
-    if token_mask is None and inputs.get("attention_mask") is not None:
-        token_mask = inputs["attention_mask"].bool()
+    given = inputs.get("attention_mask")
+    # One that says which token sees which has four dimensions, and marks no token as padding.
+    if token_mask is None and given is not None and getattr(given, "ndim", 0) == 2:
+        token_mask = given.bool()
     labels, decoder_mask = inputs.get("labels"), inputs.get("decoder_attention_mask")
     if labels is not None:  # of a classifier, the decoder reads the inputs
         decoder_mask = labels != -100 if labels.ndim > 1 else token_mask

@@ -127,7 +127,7 @@ def shares(amounts_E: Tensor) -> Tensor:
 def spread(mask_T: Tensor, rows: int) -> Tensor:
     """A mask of tokens for the rows of a routing: a router by head has several for each token."""
     mask_T = mask_T.reshape(-1)
-    return mask_T.repeat_interleave(rows // len(mask_T))
+    return mask_T.repeat_interleave(rows // max(1, len(mask_T)))
 
 
 def combined(routing: Routing) -> Tensor:

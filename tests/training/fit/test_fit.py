@@ -315,7 +315,9 @@ def test_targets_of_routed_experts_are_scaled_among_themselves(loss, monkeypatch
     model = converted("llama", "gmoefication", **{"router.shared": 2})
     aims = []
     monkeypatch.setattr(
-        regression, "_descend", lambda modules, *rest: aims.extend(rest[2]) or [{}] * len(modules)
+        regression,
+        "_descend",
+        lambda names, modules, loss, inputs, found, spec: aims.extend(found) or [{}] * len(names),
     )
     fit(model, dataclasses.replace(SPEC, loss=loss))
     assert len(aims) == len(split_layers(model))
