@@ -138,11 +138,12 @@ def _first(mutant: Mutant) -> list[str]:
 
 
 def _near(lines: dict[tuple[str, int], set[str]], mutant: Mutant) -> set[str]:
-    """Tests of the mutant's own line or, where a statement spans several, of one just above it."""
+    """Tests of the mutant's own line or, where a statement spans several, of one just above it; of
+    the whole file for what runs when it is imported."""
     for line in range(mutant.line, max(0, mutant.line - 8), -1):
         if lines[mutant.file, line]:
             return lines[mutant.file, line]
-    return set()
+    return set().union(*(tests for (file, _), tests in lines.items() if file == mutant.file))
 
 
 def _in_a_child(mutant: Mutant, tests: list[str]) -> dict:
