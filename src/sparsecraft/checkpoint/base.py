@@ -12,6 +12,7 @@ from sparsecraft.checkpoint.manifest import word
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.memory import check_in_memory
+from sparsecraft.dense.networks import looked_at_once
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.quantization import settings_in, settings_of
 from sparsecraft.errors import CheckpointError, HubError
@@ -29,7 +30,8 @@ def convert_base(model: nn.Module, recipe: Recipe, origin: Origin | None) -> Con
         origin: where the dense model came from; None for one that only the checkpoint holds.
     """
     digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
-    record = apply(model, recipe, plan(model, recipe), on_meta=True)
+    with looked_at_once():
+        record = apply(model, recipe, plan(model, recipe), on_meta=True)
     record.digests = digests
     if origin is not None:
         record.came_from = origin

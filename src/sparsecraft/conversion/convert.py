@@ -23,6 +23,7 @@ from sparsecraft.conversion.sources.source import Source
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.foreign import check_own
 from sparsecraft.dense.memory import check_in_memory
+from sparsecraft.dense.networks import looked_at_once
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CertificateError, SurgeryError
@@ -138,14 +139,16 @@ def convert(
     recipe = on_packed(model, recipe)
     check_weights(model, SurgeryError)
     names = [name for name, _ in model.named_parameters()]
-    edits, origin = plan(model, recipe), Origin.of(model)
-    given = opened(model, recipe, edits, sources, unrelated=unrelated)
-    networks, children = expand(recipe, edits, given, unique_tensors(model).__getitem__, seed)
-    probing = probes(model, data, tokenizer, seed) if certify else []
-    starts = find_starts(model, recipe, edits, domains, data, tokenizer=tokenizer, seed=seed)
-    probing, before = _dense_outputs(model, probing)
-    digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
-    record = _made(model, recipe, edits, given, networks, seed)
+    origin = Origin.of(model)
+    with looked_at_once():
+        edits = plan(model, recipe)
+        given = opened(model, recipe, edits, sources, unrelated=unrelated)
+        networks, children = expand(recipe, edits, given, unique_tensors(model).__getitem__, seed)
+        probing = probes(model, data, tokenizer, seed) if certify else []
+        starts = find_starts(model, recipe, edits, domains, data, tokenizer=tokenizer, seed=seed)
+        probing, before = _dense_outputs(model, probing)
+        digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
+        record = _made(model, recipe, edits, given, networks, seed)
     record.digests = digests
     starts.put(record.layers)
     remember_origin(record, origin)

@@ -58,7 +58,7 @@ _FOUND: ContextVar[dict[int, tuple[list[Network], list[Network]]] | None] = Cont
 @contextmanager
 def looked_at_once() -> Iterator[None]:
     """While the block runs and no model is changed, each is searched for networks once."""
-    token = _FOUND.set({})
+    token = _FOUND.set(_FOUND.get() or {})
     try:
         yield
     finally:
