@@ -71,7 +71,8 @@ def base_config(data: dict[str, Any]) -> Any:
 
     inner = dict(data["base_config"])
     inner.pop("quantization_config", None)  # the recipe's backbone says it
-    inner.pop("transformers_weights", None)
+    if inner.get("transformers_weights") == NOTHING:
+        inner.pop("transformers_weights")
     return AutoConfig.for_model(inner.pop("model_type"), **inner)
 
 
@@ -82,7 +83,8 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     inner.pop("_name_or_path", None)
     # Where our classes are not known, transformers stops at this and says it. The dense class looks
     # for a configuration of its own type inside ours.
-    inner["transformers_weights"] = NOTHING
+    if not inner.get("transformers_weights"):  # else the base's file, which our folder lacks
+        inner["transformers_weights"] = NOTHING
     return {
         "model_type": "sparsecraft",
         "architectures": inner["architectures"],
