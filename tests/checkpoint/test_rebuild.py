@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 import sparsecraft as sc
 from sparsecraft.checkpoint import rebuild
+from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import CheckpointError
 from tests.cases.families import batch, dense, logits
 
@@ -45,6 +48,27 @@ def test_what_comes_back_is_the_model(on_base, dtype, tmp_path, caplog):
     # In bfloat16 the cast has rounded the rotary frequencies too, which are in no file.
     near = 1e-6 if dtype == torch.float32 else 0.1
     assert torch.allclose(logits(again, inputs), logits(model, inputs), rtol=0, atol=near)
+
+
+def test_the_base_is_loaded_as_load_does(tmp_path, monkeypatch):
+    """With the settings that packed it, and hashed no second time."""
+    model, seen, hashed = model_on(base_of(tmp_path)), [], []
+    settings = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}
+    monkeypatch.setattr("sparsecraft.checkpoint.base.settings_of", lambda model: settings)
+    for module in (rebuild, sys.modules["sparsecraft.checkpoint.load"]):
+        load_on = module.load_on
+
+        def spy(origin, recipe, packed=None, load_on=load_on, **kwargs):
+            seen.append((origin, recipe, packed, kwargs["dtype"], kwargs["config"].to_dict()))
+            return load_on(origin, recipe, **kwargs)
+
+        monkeypatch.setattr(module, "load_on", spy)
+    fingerprint = Origin.fingerprint
+    monkeypatch.setattr(Origin, "fingerprint", lambda o: hashed.append(o) or fingerprint(o))
+    sc.save(model, tmp_path / "out")
+    assert len(hashed) == 1
+    sc.load(tmp_path / "out")
+    assert seen[0] == seen[1] and seen[0][2] == settings
 
 
 def test_a_module_that_came_in_after_the_conversion_is_seen(tmp_path):

@@ -84,6 +84,11 @@ def entry(origin: Origin, model: nn.Module, dtype: torch.dtype) -> dict[str, Any
     }
 
 
+def as_it_was(saved: dict[str, Any]) -> dict[str, Any]:
+    """What `load_on` takes to load a base as `entry` found it."""
+    return {"packed": saved.get("quantization"), "dtype": getattr(torch, saved["dtype"])}
+
+
 def usable_base(model: nn.Module, out: Path, standalone: bool) -> Origin | None:
     """The base that a checkpoint in `out` can stand on; None if it has to hold everything."""
     record = conversion_of(model)

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from sparsecraft.checkpoint.adapter import load_adapter
 from sparsecraft.checkpoint.arguments import meant
-from sparsecraft.checkpoint.base import convert_base, find_base, load_on
+from sparsecraft.checkpoint.base import as_it_was, convert_base, find_base, load_on
 from sparsecraft.checkpoint.fields import CONFIG_FIELDS, check_fields
 from sparsecraft.checkpoint.folder import GENERATION, MANIFEST
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json
@@ -64,9 +64,9 @@ def load(
         record, held = convert_base(model, recipe, None), manifest["dense"].items()
         record.digests = {name: (getattr(torch, d), h) for name, (d, h) in held}
     else:
-        kwargs |= {"config": config, "dtype": getattr(torch, manifest["base"]["dtype"])}
-        packed = manifest["base"].get("quantization") or _packed(folder)
-        model, record = load_on(origin, recipe, packed, device_map=device_map, **kwargs)
+        kwargs |= as_it_was(manifest["base"])
+        kwargs["packed"] = kwargs["packed"] or _packed(folder)
+        model, record = load_on(origin, recipe, config=config, device_map=device_map, **kwargs)
     record.written, record.base_card = manifest["recipe"], manifest.get("base_card")
     record.folder, record.report = folder.absolute(), read_json(folder / "report.json")
     read_tensors(model, folder / WEIGHTS, manifest["tensors"], complete=origin is None)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.checkpoint.base import convert_base, find_base, load_on
+from sparsecraft.checkpoint.base import as_it_was, convert_base, load_on
 from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.manifest import base_config, read_manifest, read_recipe
 from sparsecraft.checkpoint.space import main_memory
@@ -90,9 +90,7 @@ def _rebuilt(folder: Path, origin: Origin | None, device: torch.device | None) -
         again = _of_class(data, config)
         convert_base(again, recipe, None)
     else:
-        base = find_base(folder, manifest["base"], str(origin.folder))
-        dtype = getattr(torch, manifest["base"]["dtype"])
-        again, _ = load_on(base, recipe, config=config, dtype=dtype)
+        again, _ = load_on(origin, recipe, **as_it_was(manifest["base"]), config=config)
     read_tensors(again, folder / WEIGHTS, manifest["tensors"], complete=origin is None)
     restore(again, manifest.get("running"), changed=False)
     return again.to(device) if not recipe.quantization else again
