@@ -74,8 +74,8 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Activation:
-    """The activation of a feed-forward network; `module` is the projection behind it."""
+class Opaque:
+    """A module that experts can stand around, and from whose weights none are made."""
 
     module: nn.Module
     path: str
@@ -84,7 +84,7 @@ class Activation:
     @property
     def reference(self) -> Tensor:
         """A weight of the module, whose device and dtype new tensors take."""
-        return self.module.weight
+        return next(p for p in self.module.parameters() if p.ndim > 1)
 
     @property
     def in_features(self) -> int:
@@ -93,6 +93,10 @@ class Activation:
     @property
     def out_features(self) -> int:
         return self.width
+
+
+class Activation(Opaque):
+    """The activation of a feed-forward network; `module` is the projection behind it."""
 
 
 @dataclass(frozen=True)
@@ -231,27 +235,8 @@ class Attention:
         return {f"{self.path}.{name}": t for name, t in self.module.named_parameters()}
 
 
-@dataclass(frozen=True)
-class Block:
-    """A mixture of experts that the dense model has of its own, with its router: experts can stand
-    around it, and none can be made from it."""
-
-    module: nn.Module
-    path: str
-    width: int
-
-    @property
-    def reference(self) -> Tensor:
-        """A weight of the mixture, whose device and dtype new tensors take."""
-        return next(p for p in self.module.parameters() if p.ndim > 1)
-
-    @property
-    def in_features(self) -> int:
-        return self.width
-
-    @property
-    def out_features(self) -> int:
-        return self.width
+class Block(Opaque):
+    """A mixture of experts that the dense model has of its own, with its router."""
 
 
 Donor = FFN | Attention | Linear | Activation | Block
