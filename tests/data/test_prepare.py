@@ -597,9 +597,11 @@ def test_demo_code_parses(demo):
     import ast
 
     _, corpus = demo
-    for _, answer in corpus["code"]["train"]:
-        if answer["content"].startswith("```python\n"):
-            ast.parse(answer["content"].removeprefix("```python\n").removesuffix("```"))
+    answers = [answer["content"] for _, answer in corpus["code"]["train"]]
+    programs = [text for text in answers if text.startswith("```python\n")]
+    assert programs
+    for text in programs:
+        assert ast.parse(text.removeprefix("```python\n").removesuffix("```")).body
 
 
 def test_importing_data_is_cheap():
