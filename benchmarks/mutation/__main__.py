@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import json
 import multiprocessing
@@ -15,7 +16,10 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from itertools import chain
 from pathlib import Path
 
 from benchmarks.mutation.named import named
@@ -27,8 +31,11 @@ SOURCE = Path("src/sparsecraft")
 WHERE = (
     "moe/losses.py", "moe/routing.py", "moe/routers", "moe/experts", "data", "checkpoint",
 )  # fmt: skip
-TESTS_EACH = 120
-SECONDS_EACH = 240
+# The first pass takes the narrowest tests of each mutant, the second all others of what lives on.
+TESTS_FIRST = 120
+SECONDS_FIRST, SECONDS_SECOND = 240, 900
+NOTICED = ("killed", "timeout")
+SOUND = Mutant("errors.py", 1, 0, "", "")  # no fault at all
 COVERAGE = Path(".coverage.mutation")
 # A recipe is made when a table of tests is read, outside of any test.
 READ_FIRST = {"recipes/": ["tests/recipes/test_published.py"]}
@@ -42,6 +49,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--marks", default="not gpu and not slow", help="pytest's -m")
     parser.add_argument("--only", choices=("all", "named", "made"), default="all")
+    parser.add_argument("--again", type=Path, help="only what lived in this earlier --out")
     parser.add_argument("--coverage", type=Path, default=ROOT / COVERAGE)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("mutants.json"))
     asked = parser.parse_args()
@@ -57,45 +65,115 @@ def cover(asked: argparse.Namespace) -> None:
 
 def run(asked: argparse.Namespace) -> None:
     """Each mutant in a process of its own, on a copy of the sources."""
-    chosen = [] if asked.only == "made" else named(ROOT / SOURCE)
-    if asked.only != "named":
-        chosen += _drawn(asked.count, asked.seed)
+    chosen = _lived(asked.again) if asked.again else _chosen(asked)
     covering = _covering(asked.coverage, chosen)
     for heavy in ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "pytest"):
         importlib.import_module(heavy)  # once, for all processes
     start = time.perf_counter()
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(asked.jobs, fork) as pool:
-        jobs = [(m, covering[m]) for m in chosen]
-        sound = Mutant("errors.py", 1, 0, "", "")
-        if (end := pool.submit(_in_a_child, sound, jobs[0][1]).result())["end"] != "survived":
-            raise SystemExit(f"Without any fault the tests fail: {end}")
-        results = list(pool.map(_in_a_child, *zip(*jobs, strict=True)))
-    rows = [
-        {"file": m.file, "line": m.line, "fault": str(m), "named": bool(m.about), **result}
-        for m, result in zip(chosen, results, strict=True)
-    ]
+        results = _both_passes(pool, covering)
+        _check_sound(pool, covering, results.values())
+    rows = [_row(m) | results[m] for m in chosen]
     counts = Counter(row["end"] for row in rows)
     seconds = time.perf_counter() - start
-    killed = counts["killed"] + counts["timeout"]
+    killed = sum(counts[end] for end in NOTICED)
     print(f"{killed} of {len(rows)} mutants killed ({killed / len(rows):.1%}), {seconds:.0f} s")
     for row in rows:
-        if row["end"] not in ("killed", "timeout"):
+        if row["end"] not in NOTICED:
             print(f"  {row['end']}: {row['file']}:{row['line']} {row['fault']}")
     report = {"seed": asked.seed, "counts": counts, "seconds": round(seconds), "mutants": rows}
     asked.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _drawn(count: int, seed: int) -> list[Mutant]:
-    """As many mutants, of every file its share."""
+def _both_passes(
+    pool: ProcessPoolExecutor, covering: dict[Mutant, list[str]]
+) -> dict[Mutant, dict]:
+    first = {m: tests[:TESTS_FIRST] for m, tests in covering.items()}
+    results = _one_pass(pool, 1, first, SECONDS_FIRST)
+    lives = {m for m, result in results.items() if result["end"] == "survived"}
+    others = {m: tests[TESTS_FIRST:] for m, tests in covering.items() if m in lives}
+    second = _one_pass(pool, 2, {m: t for m, t in others.items() if t}, SECONDS_SECOND)
+    for result in second.values():
+        if result["end"] == "timeout":  # of many tests, not of a loop without end
+            result["end"] = "unfinished"
+    return results | second
+
+
+def _one_pass(
+    pool: ProcessPoolExecutor, number: int, tests: dict[Mutant, list[str]], limit: float
+) -> dict[Mutant, dict]:
+    ends = pool.map(_in_a_child, tests, tests.values(), [limit] * len(tests))
+    return {m: end | {"pass": number} for m, end in zip(tests, ends, strict=True)}
+
+
+def _check_sound(
+    pool: ProcessPoolExecutor, covering: dict[Mutant, list[str]], results: Iterable[dict]
+) -> None:
+    """Stop if a test that noticed a fault fails without one too."""
+    known = {test for tests in covering.values() for test in tests}
+    failed = {row.partition(" ")[2] for result in results for row in result.get("by", ())}
+    killers = sorted({test for test in known for row in failed if row.startswith(test)})
+    ends = pool.map(_in_a_child, [SOUND] * len(killers), [[test] for test in killers])
+    if wrong := [t for t, found in zip(killers, ends, strict=True) if found["end"] != "survived"]:
+        raise SystemExit(f"These tests fail without any fault: {', '.join(wrong)}")
+
+
+def _chosen(asked: argparse.Namespace) -> list[Mutant]:
+    chosen = [] if asked.only == "made" else named(ROOT / SOURCE)
+    return chosen if asked.only == "named" else chosen + _drawn(asked.count, asked.seed)
+
+
+def _row(mutant: Mutant) -> dict:
+    """What a report says of a mutant, and `_lived` finds it by."""
+    text, at = _place(mutant)
+    about = {"file": mutant.file, "line": mutant.line, "fault": str(mutant)}
+    return about | {"text": text, "at": at, "named": bool(mutant.about)}
+
+
+def _place(mutant: Mutant) -> tuple[str, int]:
+    """The line of a mutant without its indent, and where in it the change is."""
+    before, after = (source := _source(mutant.file))[: mutant.start], source[mutant.start :]
+    left, right = before.rpartition("\n")[2], after.partition("\n")[0]
+    return (left + right).strip(), len(left.lstrip())
+
+
+@cache
+def _source(file: str) -> str:
+    return (ROOT / SOURCE / file).read_text()
+
+
+def _lived(report: Path) -> list[Mutant]:
+    """The mutants that lived in an earlier report, where the source still has their line."""
+    rows = [row for row in json.loads(report.read_text())["mutants"] if row["end"] not in NOTICED]
+    made = (mutants(ROOT / SOURCE, file) for file in _files() & {row["file"] for row in rows})
+    there = defaultdict(list)
+    for mutant in chain(named(ROOT / SOURCE), *made):
+        there[_key(_row(mutant))].append(mutant)
+    near = [sorted(there[_key(row)], key=lambda m: abs(m.line - row["line"]))[:1] for row in rows]
+    found = list(dict.fromkeys(chain(*near)))
+    print(f"{len(found)} of {len(rows)} mutants that lived are still there")
+    return found
+
+
+def _key(row: dict) -> tuple:
+    return tuple(row.get(name) for name in ("file", "fault", "text", "at"))
+
+
+def _files() -> set[str]:
+    """All whose code is changed."""
     root = ROOT / SOURCE
-    files = sorted(
+    return {
         str(path.relative_to(root))
         for place in WHERE
         for path in ([root / place] if place.endswith(".py") else (root / place).rglob("*.py"))
         if path.name != "corpus.py"  # the words of the demonstration's data
-    )
-    found = {file: mutants(root, file) for file in files}
+    }
+
+
+def _drawn(count: int, seed: int) -> list[Mutant]:
+    """As many mutants, of every file its share."""
+    found = {file: mutants(ROOT / SOURCE, file) for file in sorted(_files())}
     total = sum(map(len, found.values()))
     generator = random.Random(seed)
     drawn = []
@@ -127,7 +205,7 @@ def _covering(coverage: Path, chosen: list[Mutant]) -> dict[Mutant, list[str]]:
             for number in numbers:
                 lines[file, number].add(test)
     return {
-        m: _first(m) + sorted(_near(lines, m), key=lambda test: (breadth[test], test))[:TESTS_EACH]
+        m: _first(m) + sorted(_near(lines, m), key=lambda test: (breadth[test], test))
         for m in chosen
     }
 
@@ -139,14 +217,23 @@ def _first(mutant: Mutant) -> list[str]:
 
 def _near(lines: dict[tuple[str, int], set[str]], mutant: Mutant) -> set[str]:
     """Tests of the mutant's own line or, where a statement spans several, of one just above it; of
-    the whole file for what runs when it is imported."""
-    for line in range(mutant.line, max(0, mutant.line - 8), -1):
-        if lines[mutant.file, line]:
-            return lines[mutant.file, line]
+    the whole file for what runs when it is imported, by whichever test came first."""
+    if _in_a_function(mutant):
+        for line in range(mutant.line, max(0, mutant.line - 8), -1):
+            if lines[mutant.file, line]:
+                return lines[mutant.file, line]
     return set().union(*(tests for (file, _), tests in lines.items() if file == mutant.file))
 
 
-def _in_a_child(mutant: Mutant, tests: list[str]) -> dict:
+def _in_a_function(mutant: Mutant) -> bool:
+    return any(
+        node.body[0].lineno <= mutant.line <= node.end_lineno
+        for node in ast.walk(ast.parse(_source(mutant.file)))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    )
+
+
+def _in_a_child(mutant: Mutant, tests: list[str], limit: float = SECONDS_FIRST) -> dict:
     if not tests:
         return {"end": "not covered", "seconds": 0}
     start = time.perf_counter()
@@ -154,7 +241,7 @@ def _in_a_child(mutant: Mutant, tests: list[str]) -> dict:
         child = os.fork()
         if child == 0:
             os._exit(_tested(mutant, tests, Path(folder)))
-        end = _waited(child)
+        end = _waited(child, limit)
         output = (Path(folder) / "output").read_text(errors="replace")
     failed = [row for row in output.splitlines() if row.startswith(("FAILED", "ERROR"))]
     seconds = round(time.perf_counter() - start, 1)
@@ -162,8 +249,8 @@ def _in_a_child(mutant: Mutant, tests: list[str]) -> dict:
     return {"end": end, "seconds": seconds, "tests": len(tests), "by": by}
 
 
-def _waited(child: int) -> str:
-    until = time.monotonic() + SECONDS_EACH
+def _waited(child: int, limit: float) -> str:
+    until = time.monotonic() + limit
     while time.monotonic() < until:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:

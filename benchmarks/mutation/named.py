@@ -11,8 +11,8 @@ NAMED: tuple[tuple[str, str, str, str], ...] = (
     (
         "BTX's loss has no gradient through u",
         "moe/losses.py",
-        "weights_TE = routing.weights_TE().float()",
-        "weights_TE = routing.weights_TE().float().detach()",
+        "_mean(routing.weights_TE().float(), routing, mask_T)",
+        "_mean(routing.weights_TE().float().detach(), routing, mask_T)",
     ),
     (
         "drop-upcycling draws from the statistics of all rows",
@@ -35,8 +35,10 @@ NAMED: tuple[tuple[str, str, str, str], ...] = (
     (
         "targets are scaled by those of shared experts too",
         "training/fit/regression.py",
-        "_scaled(inputs[n], wanted[n][:, layers[n].router.spec.shared :], spec) for n in names",
-        "_scaled(inputs[n], wanted[n], spec)[:, layers[n].router.spec.shared :] for n in names",
+        "inputs[n], wanted[n][:, layers[n].router.spec.shared :], spec, degree_of(layers[n])\n"
+        "            )",
+        "inputs[n], wanted[n], spec, degree_of(layers[n])\n"
+        "            )[:, layers[n].router.spec.shared :]",
     ),
     (
         "weighting `scaled` counts shared experts",
@@ -94,9 +96,9 @@ NAMED: tuple[tuple[str, str, str, str], ...] = (
     ),
     (
         "a dropped slot counts as the load of the last expert",
-        "moe/losses.py",
-        "F.one_hot(indices_TK, num_experts + 1)[..., :num_experts].float()\n    fraction_E",
-        "F.one_hot(indices_TK.clamp(max=num_experts - 1), num_experts).float()\n    fraction_E",
+        "moe/routing.py",
+        "empty_TE.scatter_add(-1, self.indices_TK, ones_TK)",
+        "empty_TE.scatter_add(-1, self.indices_TK.clamp(max=self.num_experts - 1), ones_TK)",
     ),
     (
         "LTE's scores are judged at 0.25",
