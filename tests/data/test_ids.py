@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,6 +145,32 @@ def test_a_classifier_finds_the_end_of_a_text_by_its_own_padding(tmp_path):
         trained.append(sc.train(model, path, tmp_path / "o", **options).loss)
     assert held_out[0] == pytest.approx(held_out[1], abs=1e-6)
     assert trained[0] == pytest.approx(trained[1], abs=1e-6)
+
+
+def test_limits_hold_to_the_last_row_and_class(tok):
+    limits = Limits(tokens=5, classes=2)
+    limits.check({"input_ids": [0, 4], "labels": [-100, 4]}, tok)
+    limits.check({"input_ids": [], "labels": 1}, tok)
+    for example, words in (
+        ({"input_ids": [5], "labels": [0]}, r"\(5\) has no row"),
+        ({"input_ids": [0], "labels": [5, 0]}, r"\(5\) has no row"),
+        ({"input_ids": [0], "labels": 2}, "labels are 0 to 1"),
+    ):
+        with pytest.raises(DataError, match=words):
+            limits.check(example, tok)
+    last = len(tiny.tokenizer()) - 1
+    (batch,) = as_batches([torch.tensor([[0, last]])], model=tiny.llama())
+    assert batch["input_ids"].tolist() == [[0, last]]
+    for ids, named in (([-1, 2], -1), ([1, last + 1], last + 1)):
+        with pytest.raises(DataError, match=f"token {named}, and .* rows 0 to {last}"):
+            list(as_batches([torch.tensor([ids])], model=tiny.llama()))
+
+
+@pytest.mark.parametrize(
+    ("pad", "eos", "found"), [(0, 2, 0), (5, 2, 5), (None, 2, 2), (-1, 2, 2), (None, None, 0)]
+)
+def test_the_padding_is_the_tokenizers_its_end_of_text_or_zero(pad, eos, found):
+    assert pad_id(SimpleNamespace(pad_token_id=pad, eos_token_id=eos)) == found
 
 
 def test_limits_of_models_without_tokens_or_classes():

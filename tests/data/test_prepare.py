@@ -16,11 +16,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BatchEncoding, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsecraft.data import corpus as data
 from sparsecraft.data.batches import as_batches, collate
 from sparsecraft.data.encoding import IGNORED, encode, encode_label, encode_pair, prompt_ids, render
+from sparsecraft.data.files import Place
 from sparsecraft.data.prepare import mix, pack, prepare
 from sparsecraft.data.rows import load_choices, load_rows
 from sparsecraft.errors import DataError
@@ -217,10 +218,35 @@ def test_a_bad_row_names_file_and_line(tmp_path, bad, found):
 
 def test_a_deeply_nested_json_document_names_its_line(tmp_path):
     deep = "[" * 200_000 + "]" * 200_000
-    for content in (f'[{{"text": "[[["}},\n\n {deep}]', f'{{"text": "a"}}\n\n{deep}\n'):
+    for content in (
+        f'[{{"text": "[[["}},\n\n {deep},\n\n{deep}\n]',
+        f'{{"text": "a"}}\n\n{deep}\n',
+    ):
         (tmp_path / "a.json").write_text(content)
         with pytest.raises(DataError, match=r"a\.json, line 3: .*nested too deeply"):
             load_rows(tmp_path / "a.json")
+
+
+def test_a_value_that_no_message_can_show_names_its_line(monkeypatch):
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    placed = [(Place("a.jsonl", "line 7"), {"text": deep})]
+    monkeypatch.setattr("sparsecraft.data.rows.objects", lambda *asked: placed)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 7: .*nested too deeply"):
+        load_rows("a.jsonl")
+
+
+def test_only_names_of_datasets_reach_the_hub(monkeypatch):
+    asked, found = [], [{"text": "a", "label": None}, {"text": 3}]
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: asked.append((a, k)) or found)
+    for path in ("missing.jsonl", "some/missing.json.gz", "a/b/c", "../a", "-a"):
+        with pytest.raises(DataError, match=r"no such file or folder\.$"):
+            load_rows(path)
+    assert not asked
+    with pytest.raises(DataError, match=r"^some/set, row 2: 'text' is 3, not text"):
+        load_rows("some/set", "test")
+    assert asked == [(("some/set",), {"split": "test"})]
 
 
 def test_what_is_no_file_is_refused(tmp_path, monkeypatch):
@@ -261,6 +287,14 @@ def test_bad_files(tmp_path):
     }.items():
         with pytest.raises(DataError, match=rf"{name}.*{found}"):
             load_rows(tmp_path / name)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=r"no data file .* \(found nothing;"):
+        load_rows(tmp_path / "folder")
+    (tmp_path / "folder" / "b.csv").write_text("x")
+    with pytest.raises(DataError, match=r"no data file .* \(found b\.csv;"):
+        load_rows(tmp_path / "folder")
+    with pytest.raises(DataError, match=r"missing\.jsonl: no such file"):
+        load_choices(tmp_path / "missing.jsonl")
     with pytest.raises(DataError, match="the hub gave no dataset"):
         load_rows("nobody/no-such-dataset")
 
@@ -368,6 +402,38 @@ def test_encode_pair_and_label():
     assert encode_label({"text": "A pear.", "label": 2}, tok)["labels"] == 2
 
 
+def test_pairs_and_labels_fit_drop_or_are_cut():
+    tok = make_tokenizer(None, model_max_length=4)
+    pair, label = {"messages": CHAT[:2]}, {"text": "A pear.", "label": 2}
+    for encoder, row in ((encode_pair, pair), (encode_label, label)):
+        whole = encoder(row, tok)
+        longest = max(len(value) for value in whole.values() if isinstance(value, list))
+        assert encoder(row, tok, longest) == whole
+        assert encoder(row, tok, longest - 1) is None
+        cut = encoder(row, tok, 2, "truncate")
+        assert cut == {k: v[:2] if isinstance(v, list) else v for k, v in whole.items()}
+        assert encoder(row | {"train": False}, tok) is None
+    assert encode_label({"text": "", "label": 2}, tok) is None
+    for encoder, row in ((encode_pair, label), (encode_label, {"text": "A pear."})):
+        with pytest.raises(DataError, match="row needs"):
+            encoder(row, tok)
+    encode(pair, tok)
+    assert not tok.deprecation_warnings, "lengths are our affair"
+
+
+def test_an_answer_ends_once():
+    tok = make_tokenizer(None)
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
+    labels = encode_pair({"messages": CHAT[:2]}, tok)["labels"]
+    assert tok.decode(labels) == "An apple.</s>"
+    tok = make_tokenizer(None)
+    tok.eos_token = None
+    assert tok.decode(encode_pair({"messages": CHAT[:2]}, tok)["labels"]) == "An apple."
+    assert tok.decode(encode({"text": "A pear."}, tok)["input_ids"]) == "A pear."
+
+
 # ------------------------------------------------------------------ prepare, mix
 def test_prepare_counts_every_row(tmp_path, tok):
     long = [USER, {"role": "assistant", "content": "An apple. " * 60}]
@@ -396,6 +462,15 @@ def test_prepare_counts_every_row(tmp_path, tok):
         )
     with pytest.raises(DataError, match="Did you mean 'seq2seq'"):
         prepare(path, tok, task="seq2sec")
+    with pytest.raises(DataError, match="overlong is 'cut'"):
+        prepare(path, tok, overlong="cut")
+    for sources, options in (
+        ([], {}),
+        (path, {"max_length": 1}),
+        (path, {"packing": True, "task": "seq2seq"}),
+    ):
+        with pytest.raises(DataError):
+            prepare(sources, tok, **options)
 
 
 def test_long_text_is_split_and_every_token_is_a_target_once(tmp_path, tok):
@@ -518,6 +593,9 @@ def test_collate_pads():
     ]
     batch = collate(pair, pad_id=0)
     assert batch["input_ids"].shape == (2, 3) and batch["labels"].tolist() == [[1, 2], [3, IGNORED]]
+    routed = [rows[0] | {"expert": [2, 1, 2]}, rows[1] | {"expert": [1]}]
+    assert collate(routed, pad_id=9)["expert_ids"].tolist() == [[2, 1, 2], [1, 0, 0]]
+    assert collate(routed[1:], pad_id=9)["expert_ids"].tolist() == [[1]]
 
 
 def test_as_batches(tmp_path, tok):
@@ -526,16 +604,16 @@ def test_as_batches(tmp_path, tok):
     assert [batch["input_ids"].shape[0] for batch in batches] == [2, 1]
     assert set(batches[0]) == {"input_ids", "labels", "attention_mask"}
     ids = torch.ones(2, 4, dtype=torch.long)
-    assert [b["input_ids"].shape for b in as_batches(iter([ids, {"input_ids": ids}]))] == [
-        (2, 4)
-    ] * 2
+    several = [ids, {"input_ids": ids}, BatchEncoding({"input_ids": ids})]
+    assert [b["input_ids"].shape for b in as_batches(iter(several))] == [(2, 4)] * 3
+    assert len(list(as_batches(ids))) == 1
     with pytest.raises(DataError, match="a tokenizer is needed"):
         next(as_batches(str(path)))
     with pytest.raises(DataError, match=r"^data is a\.jsonl: a tokenizer"):
         next(as_batches(("a.jsonl",)))
     with pytest.raises(DataError, match=r"^data is a\.jsonl, b\.jsonl: a tokenizer"):
         next(as_batches(["a.jsonl", "b.jsonl"]))
-    for bad in (3, [torch.ones(4)], ["x", 3]):
+    for bad in (3, [torch.ones(4)], [torch.ones(2, 4)], [ids[0]], ["x", 3]):
         with pytest.raises(DataError, match="data"):
             next(as_batches(bad))
 

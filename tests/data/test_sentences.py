@@ -78,6 +78,7 @@ def test_an_embedding_is_the_normalized_mean_of_the_texts_own_tokens(encoder, ba
     assert torch.allclose(found, plain(TEXTS, encoder), atol=1e-6)
     assert torch.equal(found[0], found[3]) and (found[0] - found[1]).abs().max() > 0.1
     assert torch.equal(found, embed(TEXTS, encoder, batch_size=batch_size))
+    assert torch.equal(found, embed(tuple(TEXTS), encoder, batch_size=batch_size))
     assert embed([], encoder).shape == (0, WIDTH)
 
 
@@ -96,7 +97,7 @@ def test_an_encoder_with_a_head_and_a_length_of_its_own(encoder, tmp_path):
 
 
 def test_what_cannot_be_embedded_is_refused(encoder, tmp_path):
-    for texts in ("a text", ["a", 1]):
+    for texts in ("a text", ["a", 1], 1):
         with pytest.raises(SparsecraftError, match="embed takes a list of texts"):
             embed(texts, encoder)
     with pytest.raises(DataError, match="has no token"):

@@ -51,6 +51,17 @@ def read(tmp_path, row):
         ({"messages": [S, Q, A], "system": "s"}, [S, Q, A]),
         ({"messages": [Q, A], "conversations": [Q, A]}, [Q, A]),
         ({"messages": [Q, A], "text": "user: q assistant: a"}, [Q, A]),
+        ({"messages": [Q, A], "text": "q a"}, [Q, A]),
+        ({"messages": [Q, A], "text": " "}, [Q, A]),
+        ({"messages": [Q, A], "text": 3}, [Q, A]),
+        ({"messages": [Q, A], "text": "q a", "label": 1}, [Q, A]),
+        ({"question": "q", "answers": ["a"]}, [Q, A]),
+        ({"prompt": "q", "completion": "a", "context": "c"}, [Q, A]),
+        ({"instruction": "q", "input": " ", "output": "a"}, [Q, A]),
+        ({"system": "s", "system_prompt": "s", "prompt": "q", "completion": "a"}, [S, Q, A]),
+        ({"messages": [Q | {"input": "x", "output": "y"}, A]}, [Q, A]),
+        ({"messages": [Q | {"content": ""}, A]}, [Q | {"content": ""}, A]),
+        ({"messages": [Q | {"train": True}, A]}, [Q, A]),
         ({"messages": [], "prompt": "q", "completion": "a"}, [Q, A]),
         (
             {"instruction": "q", "context": "c", "response": "a"},
@@ -65,6 +76,21 @@ def read(tmp_path, row):
 )
 def test_a_shape_that_means_one_thing_is_read(tmp_path, row, messages):
     assert read(tmp_path, row) == {"messages": messages}
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"corpus": "t"}, {"text": "t"}),
+        ({"text": "t", "Text": "u"}, {"text": "t"}),
+        ({"text": "t", "dialog": "u"}, {"text": "t"}),
+        ({"text": "t", "label": 0, "data": ["q", "a"]}, {"text": "t", "label": 0}),
+        ({"text": "t", "label": 2**63 - 1}, {"text": "t", "label": 2**63 - 1}),
+        ({"text": "t", "loss": 0.5}, {"text": "t"}),
+    ],
+)
+def test_texts_are_told_from_chats_and_flags_from_measures(tmp_path, row, found):
+    assert read(tmp_path, row) == found
 
 
 CALLED = {"role": "assistant", "content": "", "tool_calls": [{**ASK, "id": "1"}]}
@@ -97,6 +123,10 @@ RESULT = {"role": "tool", "content": "4"}
             [A | {"reasoning_content": "r"}],
         ),
         (
+            [{"role": "assistant", "content": None, "reasoning": "r"}],
+            [A | {"content": "", "reasoning_content": "r"}],
+        ),
+        (
             [{"role": "assistant", "content": [{"type": "thinking", "thinking": "r"}, "a"]}],
             [A | {"reasoning_content": "r"}],
         ),
@@ -115,6 +145,10 @@ def test_tools_have_one_form(tmp_path):
             "tools": wrapped,
         }
     assert read(tmp_path, {"messages": [Q, A], "tools": "[]"}) == {"messages": [Q, A]}
+    both = read(
+        tmp_path, {"messages": [Q, A], "tools": wrapped, "functions": [tool | {"name": "g"}]}
+    )
+    assert [found["function"]["name"] for found in both["tools"]] == ["f", "g"]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +157,18 @@ def test_tools_have_one_form(tmp_path):
         ({"instruction": "q", "input": {"a": 1}, "output": "a"}, r"'input' is \{'a': 1\}, not"),
         ({"instruction": "q", "input": 5, "output": "a"}, "'input' is 5, not text"),
         ({"messages": [Q, A], "text": "something else"}, "text and a chat"),
+        ({"messages": [A | {"role": "user"}, A], "text": "user: a"}, "text and a chat"),
+        ({"question": "q", "answers": []}, r"'answers' is \[\]"),
+        ({"prompt": "q", "completion": ""}, r"message 2 \(assistant\) has the content ''"),
+        ({"system": "s", "system_prompt": "t", "prompt": "q", "completion": "a"}, "keep one"),
+        ({"conversation": [{"input": "q", "output": "a"}, {"system": "s", "input": "q",
+          "output": "a"}]}, "turn 2 has a system prompt of its own"),
+        ({"instruction": "q", "output": "a", "history": [["q", "a", "b"]]}, "'history' is"),
+        ({"messages": [Q, A], "tools": [{"name": "f", "\ud800": 1}]}, "lone surrogate"),
+        ({"messages": [Q, A], "documents": [{"text": "\ud800"}]}, "lone surrogate"),
+        ({"messages": [Q, A | {"train": "1"}]}, "train '1'; a turn is trained"),
+        ({"messages": [Q, A | {"content": [{"type": "thinking", "thinking": "r"}] * 2}]},
+         "part of the type 'thinking'"),
         ({"messages": [Q, A], "conversations": [Q, Q]}, "messages and conversations, which differ"),
         ({"messages": [S, Q, A], "system": "other"}, "system beside another system prompt"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "not preferred"),

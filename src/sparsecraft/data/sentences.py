@@ -69,11 +69,11 @@ def _embed(texts: list[str], model: nn.Module, tokenizer: Any, length: int) -> T
     batch = tokenizer(
         texts, padding=True, truncation=True, max_length=length, return_tensors="pt"
     ).to(model.device)
-    real_BS1 = batch["attention_mask"][..., None].float()
+    real_BS1 = batch["attention_mask"][..., None]
     if not real_BS1.any(1).all():
         raise DataError("One of the texts to embed has no token; leave empty texts out.")
     with torch.autocast(model.device.type, enabled=False):
-        hidden_BSD = model(**batch).last_hidden_state.float()
+        hidden_BSD = model(**batch).last_hidden_state
     mean_BD = (hidden_BSD * real_BS1).sum(1) / real_BS1.sum(1)
     return nn.functional.normalize(mean_BD, dim=-1).cpu()
 
