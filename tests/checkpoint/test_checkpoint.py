@@ -17,14 +17,18 @@ from safetensors.torch import load_file
 
 import sparsecraft as sc
 from sparsecraft.checkpoint import save as checkpoint
-from sparsecraft.checkpoint import tensorfile
+from sparsecraft.checkpoint import shards, tensorfile
+from sparsecraft.checkpoint.arguments import meant
+from sparsecraft.checkpoint.fields import CONFIG_FIELDS, MANIFEST_FIELDS, Field, check_fields
+from sparsecraft.checkpoint.gathering import whole_tensors
 from sparsecraft.checkpoint.jsonfile import json_digest
+from sparsecraft.checkpoint.progress import continued
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import tensor_bytes
 from sparsecraft.dense.loading import task_of
 from sparsecraft.dense.packaged import alias_folder
 from sparsecraft.errors import CheckpointError, RecipeError, SparsecraftError
-from sparsecraft.moe.names import dense_name
+from sparsecraft.moe.names import dense_name, unique_tensors
 from sparsecraft.surgery.record import conversion_of
 from tests.cases import FAMILIES, RECIPES, VOCAB, batch, dense, logits, randomize_new
 from tests.reference import papers
@@ -578,6 +582,16 @@ def test_an_existing_folder_is_left_alone(shelf, llama, tmp_path):
     assert file.read_text() == "mine"
 
 
+def test_a_streamed_conversion_is_refused_before_it_begins(llama):
+    def begin() -> None:
+        with continued(llama, {}, overwrite=False, resume=False):
+            pytest.fail("it has begun")
+
+    before = fingerprint(llama)
+    refused(begin, str(llama), "exists already")
+    assert fingerprint(llama) == before and list(llama.parent.iterdir()) == [llama]
+
+
 def test_overwriting_replaces_the_whole_folder(llama):
     model = sc.load(llama)
     with torch.no_grad():
@@ -639,6 +653,10 @@ def test_too_small_a_disk_is_noticed_before_writing(llama, tmp_path, monkeypatch
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     refused(lambda: sc.save(model, tmp_path / "new"), "0.00 GB", "free", error=SparsecraftError)
     assert not (tmp_path / "new").exists()
+    asked = []
+    monkeypatch.setattr(checkpoint, "require", lambda out, **needed: asked.append(needed["disk"]))
+    tensors = load_file(sc.save(model, tmp_path / "new") / "moe.safetensors")
+    assert asked == [sum(tensor.nbytes for tensor in tensors.values())]
 
 
 # ---------------------------------------------------------------------------------- the file format
@@ -664,6 +682,133 @@ def test_our_writer_writes_safetensors(tmp_path):
     assert tensorfile.write(tmp_path / "b", reverse) == digest, "the order does not matter"
     tensors["scalar"] = torch.tensor(2.25)
     assert tensorfile.write(tmp_path / "b", tensors) != digest
+    (tmp_path / "b").write_bytes(raw[:-1])
+    for name in ("b", "missing"):
+        refused(lambda name=name: tensorfile.read_digests(tmp_path / name), name, "cannot be read")
+        refused(lambda name=name: dict(tensorfile.read(tmp_path / name)), name, "cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("limit", "sizes"),
+    [
+        (24, [[8, 16], [4], [32], [20]]),
+        (28, [[8, 16, 4], [32], [20]]),
+        (60, [[8, 16, 4, 32], [20]]),
+        (80, []),
+    ],
+)
+def test_shards_hold_up_to_the_limit_or_one_tensor(tmp_path, limit, sizes):
+    tensors = {f"t{i}": torch.arange(float(n)) for i, n in enumerate((2, 4, 1, 8, 5))}
+    path = tmp_path / "moe.safetensors"
+    digest = shards.write(path, tensors, limit)
+    assert digest == tensorfile.write(tmp_path / "whole", tensors)
+    index = path.with_name("moe.safetensors.index.json")
+    assert index.exists() == bool(sizes) and path.exists() != bool(sizes)
+    if sizes:
+        data = json.loads(index.read_text())
+        assert data["metadata"]["total_size"] == 80
+        assert set(data["weight_map"]) == set(tensors)
+        held = [[t.nbytes for t in load_file(file).values()] for file in shards.files_of(path)]
+        assert [sorted(group) for group in held] == [sorted(group) for group in sizes]
+    for found in (dict(shards.read(path)), {n: make() for n, make in shards.readers(path).items()}):
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    refused(lambda: shards.split(tensors, "moe", 0), "0 bytes", "must be positive")
+    assert len(shards.split(tensors, "moe", 1)) == len(tensors)
+
+
+# ----------------------------------------------------------------------------- what files must hold
+
+BASE = {"name": "n", "fingerprint": "f", "dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("base", None),
+        ("base", BASE),
+        ("base", BASE | {"revision": None, "subfolder": "s", "variant": "v", "quantization": {}}),
+        ("dense", None),
+        ("dense", {"a": ["float32", "h"], "b": ["bfloat16", "h"]}),
+        ("base_card", None),
+        ("base_card", ["n", None]),
+        ("base_card", ["n", "mit", "c"]),
+        ("running", None),
+        ("base_config", {"model_type": "llama"}),
+    ],
+)
+def test_fields_that_make_sense(name, value):
+    check_fields({name: value}, {name: (MANIFEST_FIELDS | CONFIG_FIELDS)[name]}, Path("a.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("base", 3),
+        *(("base", {k: v for k, v in BASE.items() if k != key}) for key in BASE),
+        *(("base", BASE | {key: 3}) for key in ("name", "revision", "subfolder", "variant")),
+        *(("base", BASE | {key: 3}) for key in ("quantization", "fingerprint", "dtype")),
+        ("base", BASE | {"dtype": "nn"}),
+        ("dense", ["a"]),
+        ("dense", {"a": "xy"}),
+        ("dense", {"a": ["float32"]}),
+        ("dense", {"a": ["float32", "h"], "b": ["float33", "h"]}),
+        ("dense", {"a": ["float32", 3]}),
+        ("base_card", "nl"),
+        ("base_card", ["n"]),
+        ("base_card", ["n", "mit", "c", "d"]),
+        ("base_card", [None, "mit"]),
+        ("base_card", ["n", 3]),
+        ("running", {}),
+        ("base_config", "llama"),
+        ("base_config", {}),
+        ("base_config", {"model_type": 3}),
+    ],
+)
+def test_fields_that_make_none(name, value):
+    fields = {name: (MANIFEST_FIELDS | CONFIG_FIELDS)[name]}
+    refused(lambda: check_fields({name: value}, fields, Path("a.json")), "a.json", f"{name}=")
+
+
+def test_what_older_versions_did_not_write_may_be_missing():
+    fields = {"new": Field(lambda value: value == 1, "one", older=True)}
+    check_fields({}, fields, Path("a.json"))
+    refused(lambda: check_fields({"new": 2}, fields, Path("a.json")), "new=2; it must be one")
+    fields = {"old": Field(lambda value: value == 1, "one")}
+    refused(lambda: check_fields({}, fields, Path("a.json")), "a.json lacks 'old'")
+
+
+# ------------------------------------------------------------------------ what loading is asked for
+
+
+def test_arguments_that_ask_for_nothing_are_taken():
+    asked = {"attn_implementation": "eager", "max_memory": None, "token": "t", "gguf_file": None}
+    assert meant(asked | {"load_in_4bit": False}) == {"attn_implementation": "eager"}
+    for name, value in (("gguf_file", "a"), ("load_in_8bit", True), ("tp_size", 0)):
+        refused(lambda name=name, value=value: meant({name: value}), f"takes no {name}={value!r}")
+    refused(lambda: meant({"color": None}), "knows no argument 'color'")
+
+
+# ------------------------------------------------------------------------------ what has been spread
+
+
+def test_a_state_dict_that_was_gathered_is_of_this_model(shelf):
+    model = sc.load(shelf.checkpoint("llama", "camelidae"))
+    known, state = unique_tensors(model), model.state_dict()
+    name, tensor = next(iter(known.items()))
+    for prefix in ("", "module.", "_orig_mod."):
+        found = whole_tensors(model, {f"{prefix}{n}": t for n, t in state.items()})
+        assert found.keys() == known.keys()
+        assert all(torch.equal(found[n], t) for n, t in known.items())
+    assert whole_tensors(model, state | {"a._extra_state": tensor}).keys() == known.keys()
+    for given, *words in (
+        (state | {"other": tensor}, "holds 'other'", "no place for"),
+        ({n: t for n, t in state.items() if n != name}, f"lacks {name!r}", "LlamaForCausalLM has;"),
+        (state | {name: tensor[:1]}, f"{name!r} as", str(list(tensor.shape))),
+    ):
+        refused(lambda given=given: whole_tensors(model, given), "state_dict", *words)
+    model.model.norm.to("meta")
+    refused(lambda: whole_tensors(model), "'model.norm.weight' is on the meta device")
 
 
 # ---------------------------------------------------------------------------------------- the doors

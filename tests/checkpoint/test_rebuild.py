@@ -12,6 +12,7 @@ import sparsecraft as sc
 from sparsecraft.checkpoint import rebuild
 from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import CheckpointError
+from sparsecraft.moe import cost
 from tests.cases.families import batch, dense, logits
 
 
@@ -119,3 +120,31 @@ def test_a_large_model_is_compared_by_names_and_shapes(tmp_path, monkeypatch, ca
     assert "names and shapes agree" in caplog.text
     del model.model.layers[1]
     refused(model, tmp_path / "other", "model.layers.1")
+
+
+def test_a_gpu_is_used_if_it_has_room_for_as_much_again(monkeypatch):
+    cuda, size = torch.device("cuda"), 10
+    for free, place in ((2 * size + 2**30, "cuda"), (2 * size + 2**30 - 1, "cpu")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
+        assert rebuild._place(cuda, size).type == place
+    assert rebuild._place(torch.device("cpu"), size).type == "cpu"
+
+
+def test_a_little_memory_compares_names_and_shapes(tmp_path, monkeypatch, caplog):
+    model = model_on()
+    size = cost.bytes_of(model)
+    for memory, words in ((2 * size, "names and shapes agree"), (2 * size + 1, "all is equal")):
+        caplog.clear()
+        monkeypatch.setattr(rebuild, "main_memory", lambda memory=memory: memory)
+        with caplog.at_level("INFO", "sparsecraft"):
+            sc.save(model, tmp_path / "out", overwrite=True)
+        assert words in caplog.text
+
+
+def test_a_model_that_only_its_own_inputs_run_is_compared_by_tensors(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ValueError("these are no inputs of mine")
+
+    monkeypatch.setattr(rebuild, "outputs", refuse)
+    sc.save(model_on(), tmp_path / "out")
+    assert (tmp_path / "out" / "recipe.json").is_file()

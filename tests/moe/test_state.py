@@ -16,6 +16,7 @@ import sparsecraft as sc
 from sparsecraft.errors import CheckpointError, SparsecraftError
 from sparsecraft.moe.extra_state import BLOCK, pack, unpack
 from sparsecraft.moe.names import unique_tensors
+from sparsecraft.moe.routers.running import Running, is_running
 from sparsecraft.surgery.budget import imitate, rectify, set_budget, split_layers
 from tests.cases import RECIPES, SPLITS, E, batch, choosy, dense, logits, randomize_new
 
@@ -262,6 +263,10 @@ def recorded(state: torch.Tensor, **fields) -> torch.Tensor:
 def changed(state: torch.Tensor, **fields) -> torch.Tensor:
     checks = dict.fromkeys(json.loads(bytes(state.tolist())), lambda value: True)
     return pack(unpack(state, "gate", checks) | fields)
+
+
+def test_what_a_new_model_runs_is_a_state_that_is_read():
+    assert Running().budget == 1 and is_running(Running().to_dict())
 
 
 def banks(model: nn.Module) -> list:

@@ -56,6 +56,13 @@ def test_logits_are_tokens_times_projected_domains(num_experts, dtype):
     torch.testing.assert_close(logits_TE, wanted_TE, rtol=1e-4, atol=1e-5)
 
 
+def test_the_first_matrix_reads_the_encoders_width_and_keeps_the_scale_of_embeddings():
+    assert scorer_of(dim=7).first.shape == (2 * D, 7)
+    assert scorer_of(dim=7, encoder="self").first.shape == (2 * D, D)
+    first = scorer_of(dim=400).first
+    assert first.std().item() == pytest.approx(400**-0.5, rel=0.05)
+
+
 def test_the_rows_start_as_large_as_those_of_a_linear_router():
     torch.manual_seed(0)
     linear = build_router(RouterSpec(scorer=Linear(start=Normal(0.05))), D, 40).scorer

@@ -73,7 +73,7 @@ class Routing:
         shape = x_TI.shape[0], num_experts
         ones_TE = x_TI.new_ones(1, 1, dtype=torch.float32).expand(shape)
         indices_TE = torch.arange(num_experts, device=x_TI.device).expand(shape)
-        return cls(ones_TE, indices_TE, ones_TE - 1, in_order=True, every=True)
+        return cls(ones_TE, indices_TE, torch.zeros_like(ones_TE), in_order=True, every=True)
 
     @classmethod
     def of_weights(cls, weights_TE: Tensor) -> Routing:

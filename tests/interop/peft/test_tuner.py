@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 
 import sparsecraft as sc
-from sparsecraft.checkpoint.adapter_names import HELD, standing_paths
+from sparsecraft.checkpoint.adapter_names import HELD, standing_paths, standings
 from sparsecraft.errors import CheckpointError, ExportError, MergeError, RecipeError, SurgeryError
 from sparsecraft.interop.peft import register
 from sparsecraft.interop.peft.configs import why_no_adapter
@@ -414,6 +414,8 @@ def test_standing_paths_name_what_lies_inside_what():
     assert paths[f"{layer}.fc1", "linear"] == f"{layer}.fc1.base_layer.first"
     assert paths[f"{layer}.fc2", "linear"] == f"{layer}.fc1.base_layer.second"
     assert paths[f"{layer}.self_attn.q_proj", "linear"] == f"{layer}.self_attn.q_proj"
+    members = sites[0].members
+    assert standings([sites[0]] * 3) == [(members, 0), (members, 1), (members, 2)]
 
 
 # ------------------------------------------------------------------- configurations and errors

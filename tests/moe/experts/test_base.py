@@ -13,13 +13,15 @@ from torch.nn import functional as F
 from sparsecraft.dense.donors import Linear, view
 from sparsecraft.dense.sites import Site, find_sites
 from sparsecraft.errors import DonorError, RecipeError, SparsecraftError
+from sparsecraft.moe.experts import dispatch
 from sparsecraft.moe.experts.adapter import AdapterExperts
 from sparsecraft.moe.experts.build import build_experts
 from sparsecraft.moe.experts.dispatch import PATHS, choose_path, loop, why_not_grouped
 from sparsecraft.moe.experts.ffn import FFNExperts
 from sparsecraft.moe.experts.lora import LoRAExperts
+from sparsecraft.moe.experts.vector import VectorExperts
 from sparsecraft.moe.routing import Routing
-from sparsecraft.recipe.experts import AdapterSpec, FFNSpec, LoRASpec
+from sparsecraft.recipe.experts import AdapterSpec, FFNSpec, LoRASpec, VectorSpec
 from tests.cases import dense
 
 E, T, D = 4, 24, 32
@@ -226,6 +228,17 @@ def test_auto_takes_the_path_that_can_run():
     assert choose_path(adapters, torch.randn(T, D), routing_of("every expert")) == "dense"
 
 
+def test_all_experts_at_once_is_for_few_products_on_a_cpu(monkeypatch):
+    bank, x_TD, routing = bank_of("adapter"), torch.randn(T, D), routing_of("two slots")
+    products = T * sum(parameter.numel() for parameter in bank.parameters())
+    for limit, path in ((products, "dense"), (products - 1, "grouped")):
+        monkeypatch.setattr(dispatch, "CPU_DENSE_PRODUCTS", limit)
+        assert choose_path(bank, x_TD, routing) == path
+    bank.dense_tokens = T
+    monkeypatch.undo()
+    assert choose_path(bank, x_TD, routing) == "dense"
+
+
 def test_auto_avoids_widths_that_grouped_mm_refuses():
     odd = randomized(AdapterExperts(AdapterSpec(num_experts=E, dim=6), D))
     odd.dense_tokens = 4
@@ -297,3 +310,8 @@ def test_a_path_that_was_asked_for_and_cannot_run_says_why():
     bank.dispatch = "grouped"
     with pytest.raises(SparsecraftError, match="multiple of 16 bytes"):
         bank(torch.randn(T, D), routing_of("two slots"))
+    vectors = VectorExperts(VectorSpec(num_experts=E), D).eval()
+    for path, words in (("dense", "VectorExperts has no two-layer form"), ("gather", "no gather")):
+        vectors.dispatch = path
+        with pytest.raises(SparsecraftError, match=words):
+            vectors(torch.randn(T, D), routing_of("two slots"))

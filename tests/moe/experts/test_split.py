@@ -15,17 +15,18 @@ import torch
 from torch import nn
 
 import sparsecraft as sc
-from sparsecraft.dense.donors import view
+from sparsecraft.dense.donors import Linear, view
 from sparsecraft.dense.sites import find_sites
 from sparsecraft.errors import RecipeError, SparsecraftError
 from sparsecraft.kernels import selection
 from sparsecraft.moe.experts.base import set_dispatch
+from sparsecraft.moe.experts.imitation import imitation
 from sparsecraft.moe.experts.split import SplitExperts
 from sparsecraft.moe.init.balanced import balanced_kmeans
 from sparsecraft.moe.init.partition import random_partition
 from sparsecraft.moe.losses import LOSSES, auxiliary_loss
 from sparsecraft.moe.routers.gate import Gate
-from sparsecraft.moe.routers.part_scorers import targets
+from sparsecraft.moe.routers.part_scorers import centers_ED, targets
 from sparsecraft.moe.routing import Routing
 from sparsecraft.recipe.experts import SplitSpec
 from sparsecraft.recipe.routers import GateSpec
@@ -633,6 +634,17 @@ def test_similarity_is_the_distance_to_the_mean_direction_of_the_first_rows(fami
     gate.begin(bank)
     center = splitting.centers(rows, bank.neurons.tolist())
     assert near(gate.scorer(x_TD), splitting.similarity(x_TD, center), 1e-6)
+    half = copy.deepcopy(bank).bfloat16()
+    assert torch.equal(centers_ED(half), centers_ED(copy.deepcopy(half).float()))
+
+
+def test_an_imitation_has_the_linears_cost_and_no_dropout():
+    spec, donor = SplitSpec(num_experts=4, flops_factor=2.0), Linear(nn.Linear(12, 20), "x")
+    net = imitation(spec, donor, device="cpu", dtype=torch.float64)
+    wanted = 2.0 * (12 * 20 + 20) / (12 + 20 + 1)
+    assert abs(net.up.out_features - wanted) <= 2 and net.up.out_features % 4 == 0
+    assert (net.up.in_features, net.down.out_features) == (12, 20)
+    assert net.hidden_dropout == net.output_dropout == 0
 
 
 @forms

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsecraft as sc
-from sparsecraft.errors import RecipeError
+from sparsecraft.errors import RecipeError, SparsecraftError
 from sparsecraft.moe import cost
 from sparsecraft.moe.experts.base import set_dispatch
 from sparsecraft.moe.routers.build import register
@@ -156,6 +156,17 @@ def test_a_router_that_reads_experts_trains_costs_all_of_them_and_is_saved(tmp_p
 def test_what_cannot_be_is_refused(make, match):
     with pytest.raises(RecipeError, match=match):
         make()
+
+
+def test_what_a_scorer_does_not_say_it_refuses():
+    scorer = AgreementScorer(Agreement(), 8, 3, outputs=8)
+    for change, words in (
+        (lambda: scorer.begin(torch.ones(3, 8)), "does not start from data"),
+        (lambda: scorer.append(torch.ones(8)), "takes no further expert"),
+        (lambda: scorer.remove(0), "keeps all of its experts"),
+    ):
+        with pytest.raises(SparsecraftError, match=f"AgreementScorer {words}"):
+            change()
 
 
 def test_a_word_that_is_taken_is_refused():
