@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -22,7 +24,7 @@ from sparsecraft.checkpoint.arguments import meant
 from sparsecraft.checkpoint.fields import CONFIG_FIELDS, MANIFEST_FIELDS, Field, check_fields
 from sparsecraft.checkpoint.gathering import whole_tensors
 from sparsecraft.checkpoint.jsonfile import json_digest
-from sparsecraft.checkpoint.progress import continued
+from sparsecraft.checkpoint.progress import PROGRESS, bytes_left, continued
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import tensor_bytes
 from sparsecraft.dense.loading import task_of
@@ -302,6 +304,7 @@ def test_files_of_a_folder(shelf):
         assert head[:2] != b"\x80\x02" and head[:2] != b"PK", f"{path.name} is a pickle"
         assert path.suffix not in (".bin", ".pt", ".pkl")
     manifest = json.loads((folder / "recipe.json").read_text())
+    assert "_name_or_path" not in json.loads((folder / "config.json").read_text())["base_config"]
     assert next(iter(manifest)) == next(iter(manifest["recipe"])) == "format_version"
     assert manifest["base"]["name"] == str(base.resolve())
     config = json.loads((folder / "config.json").read_text())
@@ -592,6 +595,44 @@ def test_a_streamed_conversion_is_refused_before_it_begins(llama):
     assert fingerprint(llama) == before and list(llama.parent.iterdir()) == [llama]
 
 
+def test_what_a_kill_leaves_goes_on_and_what_an_error_leaves_is_gone(tmp_path):
+    out, partial, name = tmp_path / "out", tmp_path / ".out.partial", "a.safetensors"
+
+    def begin(resume: bool = True, y: int = 1, fails: BaseException | None = None) -> set[str]:
+        with continued(out, {"x": {"y": y}}, overwrite=False, resume=resume) as begun:
+            left = set(begun.finished)
+            if not left:
+                tensors = {"a": torch.arange(3.0)}
+                begun.finish(name, tensorfile.write_each(begun.folder / name, tensors))
+            if fails:
+                raise fails
+        return left
+
+    refused(begin, "nothing to resume")
+    with pytest.raises(KeyboardInterrupt):
+        begin(resume=False, fails=KeyboardInterrupt())
+    assert bytes_left(out) == sum(len(content) for content in fingerprint(partial).values()) > 0
+    refused(lambda: begin(resume=False), "left of an interrupted conversion", "--resume")
+    refused(lambda: begin(y=2), "x.y was 1 and is 2")
+    known = json.loads((partial / PROGRESS).read_text())
+    other = psutil.Process(os.getppid())
+    running = [other.pid, other.create_time()]
+    (partial / PROGRESS).write_text(json.dumps(known | {"process": running}))
+    refused(begin, f"Process {other.pid} is converting")
+    running[1] += 1  # its number was given to a new one
+    (partial / PROGRESS).write_text(json.dumps(known | {"process": running}))
+    (partial / "config.json.tmp").write_text("{")
+    whole = (partial / name).read_bytes()
+    (partial / name).write_bytes(whole[:-1])
+    refused(lambda: begin(fails=OSError("full")), "could not be written (full)", "--resume")
+    assert (partial / name).read_bytes() == whole, "it was written again"
+    assert begin() == {name}
+    assert fingerprint(out) == {name: whole} and not partial.exists() and bytes_left(out) == 0
+    shutil.rmtree(out)
+    refused(lambda: begin(resume=False, fails=CheckpointError("no")), "no")
+    assert not out.exists() and not partial.exists()
+
+
 def test_overwriting_replaces_the_whole_folder(llama):
     model = sc.load(llama)
     with torch.no_grad():
@@ -682,6 +723,8 @@ def test_our_writer_writes_safetensors(tmp_path):
     assert tensorfile.write(tmp_path / "b", reverse) == digest, "the order does not matter"
     tensors["scalar"] = torch.tensor(2.25)
     assert tensorfile.write(tmp_path / "b", tensors) != digest
+    short = tensorfile.Lazy(torch.float32, (2, 3), lambda: [torch.ones(3), torch.ones(2)])
+    refused(lambda: tensorfile.write(tmp_path / "b", {"a": short}), "'a' is 20 bytes", "be 24")
     (tmp_path / "b").write_bytes(raw[:-1])
     for name in ("b", "missing"):
         refused(lambda name=name: tensorfile.read_digests(tmp_path / name), name, "cannot be read")
@@ -789,7 +832,7 @@ def test_arguments_that_ask_for_nothing_are_taken():
     refused(lambda: meant({"color": None}), "knows no argument 'color'")
 
 
-# ------------------------------------------------------------------------------ what has been spread
+# ----------------------------------------------------------------------------- what has been spread
 
 
 def test_a_state_dict_that_was_gathered_is_of_this_model(shelf):
@@ -829,7 +872,13 @@ def test_importing_sparsecraft_is_light_and_opens_the_door_later():
     assert task_of({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
 
 
-def test_overwriting_keeps_what_is_not_ours(shelf, tmp_path):
+def no_links(source, target):
+    raise OSError("this disk has no links")
+
+
+@pytest.mark.parametrize("link", [os.link, no_links])
+def test_overwriting_keeps_what_is_not_ours(shelf, tmp_path, monkeypatch, link):
+    monkeypatch.setattr(os, "link", link)
     model, out = sc.load(shelf.checkpoint("llama", "camelidae")), tmp_path / "out"
     sc.save(model, out)
     (out / "notes.txt").write_text("mine")

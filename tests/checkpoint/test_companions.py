@@ -107,6 +107,13 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(tmp_path, monkeyp
         assert "max_new_tokens" in capsys.readouterr().err
 
 
+def test_a_configuration_that_no_class_reads_is_refused_before_the_first_step():
+    model = tiny.llama()
+    model.config.__class__ = type("Own", (transformers.LlamaConfig,), {"model_type": "own"})
+    with pytest.raises(CheckpointError, match=r"configuration could not be saved with it: .*own"):
+        check_settings(model)
+
+
 def test_edits_survive_train_save_load_and_export(tmp_path):
     folder = base(tmp_path, eos_token_id=2, do_sample=True, top_k=5)
     tokenizer, model = load_tokenizer(folder), hub.load_dense(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -12,7 +13,15 @@ from sparsecraft.data.encoding import IGNORED, encode, encode_pair
 from sparsecraft.data.prepare import prepare
 from sparsecraft.data.shapes import canonical
 from sparsecraft.errors import DataError
-from tests.data.test_prepare import CHATML, FORGETFUL, THINKING, make_tokenizer, trained, write
+from tests.data.test_prepare import (
+    CHATML,
+    FORGETFUL,
+    SPECIAL,
+    THINKING,
+    make_tokenizer,
+    trained,
+    write,
+)
 
 LOOP = "{% for m in messages %}"
 INVITE = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -271,6 +280,16 @@ def test_thoughts_may_be_printed_before_calls_only():
 
 
 # ------------------------------------------------------------------ control tokens
+def test_each_control_token_is_refused_by_its_longest_name():
+    tok = make_tokenizer()
+    longer = [f"{SPECIAL[1]}more", f"<a>{SPECIAL[1]}more"]
+    tok.add_special_tokens({"additional_special_tokens": longer})
+    for token in (*SPECIAL, *longer):
+        assert has_control(f"a{token}b", tok)
+        with pytest.raises(DataError, match=re.escape(f"message 2 (user) holds {token!r}, a")):
+            check_contents([user("Q"), user(f"a{token}b")], tok)
+
+
 def test_a_tokenizer_without_control_tokens_refuses_no_content():
     class Bare:
         all_special_tokens = ()

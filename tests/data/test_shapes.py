@@ -87,6 +87,7 @@ def test_a_shape_that_means_one_thing_is_read(tmp_path, row, messages):
         ({"text": "t", "label": 0, "data": ["q", "a"]}, {"text": "t", "label": 0}),
         ({"text": "t", "label": 2**63 - 1}, {"text": "t", "label": 2**63 - 1}),
         ({"text": "t", "loss": 0.5}, {"text": "t"}),
+        ({"text": "t", "loss": 2}, {"text": "t"}),
     ],
 )
 def test_texts_are_told_from_chats_and_flags_from_measures(tmp_path, row, found):

@@ -155,6 +155,22 @@ def test_losses_are_float32_under_bf16(name):
         loss = LOSSES[name](routing)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(LOSSES[name](routing).item(), rel=1e-6)
+    floats = ("weights_TK", "logits_TE", "pre_TF")
+    half = dataclasses.replace(
+        routing, **{field: getattr(routing, field).bfloat16() for field in floats}
+    )
+    same = dataclasses.replace(half, **{field: getattr(half, field).float() for field in floats})
+    assert LOSSES[name](half).dtype == torch.float32
+    assert torch.equal(LOSSES[name](half), LOSSES[name](same))
+
+
+@pytest.mark.parametrize("name", ["btx", "switch", "z", "own_expert", "lte_efficiency"])
+@pytest.mark.parametrize("real", [1, 2])
+def test_the_mean_is_over_as_few_tokens_as_there_are(name, real):
+    logits_TE = torch.randn(20, 4)
+    wanted = LOSSES[name](routing_of(logits_TE[:real], 2))
+    found = LOSSES[name](routing_of(logits_TE, 2), torch.arange(20) < real)
+    torch.testing.assert_close(found, wanted)
 
 
 SPARSITY = {

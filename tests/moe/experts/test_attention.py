@@ -7,9 +7,11 @@ import copy
 import pytest
 import torch
 import transformers
+from torch import nn
 
 import sparsecraft as sc
 from sparsecraft.errors import DonorError, MergeError, RecipeError
+from sparsecraft.moe.experts.attention import Projections
 from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.experts import AttentionSpec
 from sparsecraft.recipe.recipe import Recipe
@@ -181,3 +183,16 @@ def test_what_cannot_be_is_refused():
     sc.convert(model, attend())
     with pytest.raises(MergeError, match="cannot merge"):
         sc.merge(model)
+
+
+def test_heads_of_all_experts_that_read_one_key_lie_together():
+    G, R = 2, 6
+    rows, x = Projections(nn.Linear(8, G * R), N, common=G), torch.randn(3, 5, 8)
+    with torch.no_grad():
+        rows.weight.normal_()
+        rows.bias.normal_()
+    y = rows(x)
+    assert y.shape == (3, 5, G * N * R)
+    for j, found in enumerate(y.unflatten(-1, (G, N, R)).unbind(-2)):
+        wanted = nn.functional.linear(x, rows.weight[j], rows.bias[j]).unflatten(-1, (G, R))
+        torch.testing.assert_close(found, wanted)

@@ -639,12 +639,12 @@ def test_similarity_is_the_distance_to_the_mean_direction_of_the_first_rows(fami
 
 
 def test_an_imitation_has_the_linears_cost_and_no_dropout():
-    spec, donor = SplitSpec(num_experts=4, flops_factor=2.0), Linear(nn.Linear(12, 20), "x")
-    net = imitation(spec, donor, device="cpu", dtype=torch.float64)
-    wanted = 2.0 * (12 * 20 + 20) / (12 + 20 + 1)
-    assert abs(net.up.out_features - wanted) <= 2 and net.up.out_features % 4 == 0
-    assert (net.up.in_features, net.down.out_features) == (12, 20)
-    assert net.hidden_dropout == net.output_dropout == 0
+    donor, where = Linear(nn.Linear(3, 2), "x"), {"device": "cpu", "dtype": torch.float64}
+    for factor, width in ((6.0, 8), (5.0, 6), (0.01, 2)):  # factor (3 2 + 2) / (3 + 2 + 1)
+        net = imitation(SplitSpec(num_experts=2, flops_factor=factor), donor, **where)
+        assert (net.up.in_features, net.up.out_features) == (3, width)
+        assert (net.down.in_features, net.down.out_features) == (width, 2)
+        assert net.hidden_dropout == net.output_dropout == 0 and not net.fused
 
 
 @forms

@@ -137,6 +137,26 @@ def test_the_language_model_gradient_reaches_the_router(renormalize):
 # --------------------------------------------------------------------------------------- the record
 
 
+def test_routings_that_no_router_decides():
+    x_TD = torch.randn(5, 7)
+    one = Routing.of_one(x_TD)
+    assert one.sums_to_one and torch.equal(one.weights_TE(), torch.ones(5, 1))
+    assert not one.indices_TK.any() and not one.logits_TE.any()
+    all_of_them = Routing.of_all(x_TD, 3)
+    assert all_of_them.every and torch.equal(all_of_them.weights_TE(), torch.ones(5, 3))
+    assert all_of_them.indices_TK.tolist() == [[0, 1, 2]] * 5
+    assert torch.equal(all_of_them.logits_TE, torch.zeros(5, 3))
+    weights_TE = torch.tensor([[0.0, 2.0, -1.0], [0.0, 0.0, 0.0]])
+    some = Routing.of_weights(weights_TE)
+    assert torch.equal(some.weights_TE(), weights_TE)
+    assert some.indices_TK.tolist() == [[3, 1, 2], [3, 3, 3]] and not some.logits_TE.any()
+    assert some.amounts_E().tolist() == [0, 1, 1]
+    first = some.only(torch.tensor([False, True]))
+    assert not first.weights_TE().any() and first.amounts_E().tolist() == [0, 0, 0]
+    assert first.counted(torch.tensor([True, True])).tolist() == [False, True]
+    assert some.counted() is None and not first.load_E().any()
+
+
 def test_load_counts_filled_slots_of_real_tokens():
     indices_TK = torch.tensor([[0, 1], [0, 3], [3, 2]])  # 3: no expert
     routing = Routing(torch.ones(3, 2), indices_TK, torch.zeros(3, 3))
