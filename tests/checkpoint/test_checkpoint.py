@@ -633,6 +633,21 @@ def test_what_a_kill_leaves_goes_on_and_what_an_error_leaves_is_gone(tmp_path):
     assert not out.exists() and not partial.exists()
 
 
+def test_a_kill_that_comes_at_once_is_gone_on_from(tmp_path):
+    out = tmp_path / "new" / "out"
+    with pytest.raises(KeyboardInterrupt), continued(out, {}, overwrite=False, resume=False):
+        raise KeyboardInterrupt
+    progress = out.with_name(".out.partial") / PROGRESS
+    for left in (progress.unlink, lambda: None):  # it comes before the first line, or after it
+        left()
+        with pytest.raises(KeyboardInterrupt), continued(out, {}, overwrite=False, resume=True):
+            assert progress.is_file()
+            raise KeyboardInterrupt
+    with continued(out, {}, overwrite=False, resume=True) as begun:
+        assert not begun.finished
+    assert out.is_dir() and not list(out.iterdir())
+
+
 def test_overwriting_replaces_the_whole_folder(llama):
     model = sc.load(llama)
     with torch.no_grad():
