@@ -72,6 +72,10 @@ def run(asked: argparse.Namespace) -> None:
     start = time.perf_counter()
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(asked.jobs, fork) as pool:
+        known = sorted({test for tests in covering.values() for test in tests})
+        there = pool.submit(_in_a_child, SOUND, ["--collect-only", *known], SECONDS_SECOND).result()
+        if there["end"] != "survived":  # pytest's refusal would count as notice
+            raise SystemExit(f"Run `cover` again, these tests are not there: {there.get('by')}")
         results = _both_passes(pool, covering)
         _mark_unsound(pool, covering, results.values())
     rows = [_row(m) | results[m] for m in chosen]
@@ -199,7 +203,7 @@ def _covering(coverage: Path, chosen: list[Mutant]) -> dict[Mutant, list[str]]:
         "join file on file.id = line_bits.file_id join context on context.id = line_bits.context_id"
     )
     for path, context, bits in connection.execute(query):
-        test = context.partition("|")[0]
+        test = context.rpartition("|")[0]  # an id may hold a bar
         numbers = numbits_to_nums(bits)
         breadth[test] += len(numbers)
         file = path.partition(f"{SOURCE}/")[2]
