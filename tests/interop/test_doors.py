@@ -144,6 +144,7 @@ def test_a_class_of_another_model_is_refused(base, tmp_path):
     folder = sc.save(converted(base), tmp_path / "moe")
     others = (
         "LlamaModel",
+        "AutoModel",  # whose first output would be logits, to whoever wants features
         "MistralForCausalLM",
         "AutoModelForMaskedLM",
         "AutoModelForImageTextToText",
@@ -155,6 +156,19 @@ def test_a_class_of_another_model_is_refused(base, tmp_path):
     assert transformers.LlamaConfig.from_pretrained(folder).vocab_size == len(tiny.tokenizer())
     with pytest.raises(sc.SparsecraftError, match="LlamaConfig, which MistralConfig"):
         transformers.MistralConfig.from_pretrained(folder)
+
+
+def test_a_model_without_a_head_is_read_by_auto_model(base, tmp_path):
+    model = transformers.AutoModel.from_pretrained(base)
+    sc.convert(model, sc.recipes.molora(num_experts=4, rank=2))
+    randomize_new(model)
+    folder = sc.save(model, tmp_path / "moe")
+    wanted = model.eval()(IDS).last_hidden_state
+    for name in ("AutoModel", "LlamaModel"):
+        found = getattr(transformers, name).from_pretrained(folder)
+        assert torch.equal(found(IDS).last_hidden_state, wanted)
+    pipe = transformers.pipeline("feature-extraction", model=str(folder), device="cpu")
+    assert torch.tensor(pipe("say red")).shape[-1] == model.config.hidden_size
 
 
 def test_a_self_contained_folder_is_spread_over_devices(base, tmp_path):
