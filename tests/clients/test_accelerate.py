@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate import Accelerator, cpu_offload, disk_offload, load_checkpoint_and_dispatch
+from accelerate import (
+    Accelerator,
+    cpu_offload,
+    disk_offload,
+    load_checkpoint_and_dispatch,
+    load_checkpoint_in_model,
+)
 
 import sparsecraft as sc
 from tests.clients.starting import IDS, RECIPES, checkpoint, converted, logits
@@ -51,6 +57,30 @@ def test_states_and_weights_of_its_own(recipe, tmp_path):
     fresh = converted(tmp_path, recipe)
     fresh = load_checkpoint_and_dispatch(fresh, tmp_path / "weights", strict=False)
     assert torch.equal(logits(fresh), wanted)
+
+
+@recipes
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+def test_a_folder_of_ours_is_read_into_a_converted_model(recipe, size, tmp_path):
+    model = converted(tmp_path, recipe)
+    model.save_pretrained(tmp_path / "out", max_shard_size=size)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    fresh = sc.hub.load_dense(str(tmp_path / "base"))
+    sc.convert(fresh, RECIPES[recipe]())
+    load_checkpoint_in_model(fresh, index, strict=True)
+    assert torch.equal(logits(fresh), logits(model))
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        load_checkpoint_in_model(sc.hub.load_dense(str(tmp_path / "base")), index, strict=True)
+    if recipe != "moefication":  # whose settings accelerate has no place for, and says so
+        fresh = load_checkpoint_and_dispatch(converted(tmp_path, recipe), index, {"": "cpu"})
+        assert torch.equal(logits(fresh), logits(model))
+
+
+def test_settings_of_split_networks_are_not_lost_where_there_is_a_device_map(tmp_path):
+    model = converted(tmp_path, "moefication")
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="_extra_state"):
+        load_checkpoint_and_dispatch(model, tmp_path / "out", {"": "cpu"})
 
 
 @recipes

@@ -49,6 +49,15 @@ def test_on_a_model_that_is_not_saved_it_leads_nowhere(tmp_path):
         AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_lora_on_experts_own_tensors_is_refused(recipe, tmp_path):
+    model = converted(tmp_path, recipe)
+    names = [n for n, p in model.named_parameters() if ".experts." in n and p.ndim == 3]
+    lora = LoraConfig(target_modules=["lm_head"], target_parameters=names)
+    with pytest.raises(sc.SparsecraftError, match=r"ParamWrapper cannot take.*target_modules"):
+        get_peft_model(model, lora)
+
+
 def test_merged_it_is_part_of_the_checkpoint(tmp_path):
     folder = checkpoint(tmp_path, "camelidae")
     merged = adapted(sc.load(folder), task_type="CAUSAL_LM").merge_and_unload()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import shutil
 from contextlib import suppress
 
 import pytest
@@ -142,6 +144,7 @@ def test_a_class_of_another_model_is_refused(base, tmp_path):
     folder = sc.save(converted(base), tmp_path / "moe")
     others = (
         "LlamaModel",
+        "AutoModel",  # whose first output would be logits, to whoever wants features
         "MistralForCausalLM",
         "AutoModelForMaskedLM",
         "AutoModelForImageTextToText",
@@ -153,6 +156,19 @@ def test_a_class_of_another_model_is_refused(base, tmp_path):
     assert transformers.LlamaConfig.from_pretrained(folder).vocab_size == len(tiny.tokenizer())
     with pytest.raises(sc.SparsecraftError, match="LlamaConfig, which MistralConfig"):
         transformers.MistralConfig.from_pretrained(folder)
+
+
+def test_a_model_without_a_head_is_read_by_auto_model(base, tmp_path):
+    model = transformers.AutoModel.from_pretrained(base)
+    sc.convert(model, sc.recipes.molora(num_experts=4, rank=2))
+    randomize_new(model)
+    folder = sc.save(model, tmp_path / "moe")
+    wanted = model.eval()(IDS).last_hidden_state
+    for name in ("AutoModel", "LlamaModel"):
+        found = getattr(transformers, name).from_pretrained(folder)
+        assert torch.equal(found(IDS).last_hidden_state, wanted)
+    pipe = transformers.pipeline("feature-extraction", model=str(folder), device="cpu")
+    assert torch.tensor(pipe("say red")).shape[-1] == model.config.hidden_size
 
 
 def test_a_self_contained_folder_is_spread_over_devices(base, tmp_path):
@@ -193,3 +209,89 @@ def test_dropout_is_turned_off_from_outside(base):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     assert torch.equal(model(IDS).logits, model(IDS).logits)
+
+
+def test_a_pipeline_runs_the_converted_model_and_an_adapter_on_it(base, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = converted(base)
+    folder = str(sc.save(model, tmp_path / "moe"))
+    given = {"device_map": "auto", "dtype": torch.float32}
+    pipe = transformers.pipeline("text-generation", model=folder, **given)
+    assert torch.equal(logits(pipe.model), logits(model))
+    assert pipe.tokenizer.get_vocab() == tiny.tokenizer().get_vocab()
+    assert pipe("say red", max_new_tokens=2)[0]["generated_text"]
+    lora = LoraConfig(target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(sc.load(folder), lora)
+    adapted.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+    pipe = transformers.pipeline(
+        "text-generation", model=str(tmp_path / "lora"), tokenizer=folder, device="cpu"
+    )
+    torch.testing.assert_close(logits(pipe.model), logits(adapted), rtol=0, atol=1e-6)
+    with pytest.raises(sc.SparsecraftError, match="AutoModelForSequenceClassification does not"):
+        transformers.pipeline("text-classification", model=folder)
+
+
+def test_a_checkpoint_in_a_subfolder_is_found(base, tmp_path):
+    model = converted(base)
+    shutil.copytree(sc.save(model, tmp_path / "moe"), tmp_path / "repository" / "sub")
+    place = {"pretrained_model_name_or_path": str(tmp_path / "repository"), "subfolder": "sub"}
+    for name in CLASSES:
+        found = getattr(transformers, name).from_pretrained(**place)
+        assert torch.equal(logits(found), logits(model))
+    assert transformers.AutoTokenizer.from_pretrained(**place).get_vocab()
+    assert transformers.LlamaConfig.from_pretrained(**place).hidden_size == 32
+
+
+@pytest.mark.parametrize("recipe", ["upcycling", "moefication"])
+def test_a_copy_is_a_model_of_its_own(base, recipe, tmp_path):
+    model = converted(base, getattr(sc.recipes, recipe)(4, 2))
+    wanted = logits(model)
+    torch.save(model, tmp_path / "model.pt")
+    for number, other in enumerate((
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(tmp_path / "model.pt", weights_only=False),
+    )):  # fmt: skip
+        assert torch.equal(logits(other), wanted)
+        with torch.no_grad():
+            other.get_input_embeddings().weight.mul_(2)
+        other.save_pretrained(tmp_path / str(number))
+        assert torch.equal(logits(sc.load(tmp_path / str(number))), logits(other))
+        sc.revert(other)
+        assert not any(isinstance(module, sc.MoELayer) for module in other.modules())
+        assert torch.equal(logits(model), wanted)
+        assert names(model) == {UNSAVED + base}
+
+
+def test_nothing_is_converted_or_loaded_without_memory(base, tmp_path):
+    import accelerate
+
+    folder = sc.save(converted(base), tmp_path / "moe")
+    for place in (torch.device("meta"), accelerate.init_empty_weights()):
+        model = sc.hub.load_dense(base)
+        with place, pytest.raises(sc.SparsecraftError, match=r"meta device here.*outside of"):
+            sc.convert(model, sc.recipes.molora(num_experts=4, rank=2))
+        assert not hasattr(model, "sparsecraft")
+    with accelerate.init_empty_weights(), pytest.raises(sc.SparsecraftError, match="meta device"):
+        sc.load(folder)
+    model = sc.load(folder).to("meta")
+    with pytest.raises(sc.SparsecraftError, match="has no values to save"):
+        model.save_pretrained(tmp_path / "empty")
+
+
+def test_a_parametrized_tensor_is_not_saved_as_something_else(base, tmp_path):
+    class Half(torch.nn.Module):
+        def forward(self, x):
+            return x / 2
+
+    model = converted(base, sc.recipes.upcycling(4, 2))
+    bank = model.model.layers[0].mlp.experts
+    before = logits(model)
+    torch.nn.utils.parametrize.register_parametrization(bank, "down", Half())
+    wanted = logits(model)
+    assert not torch.equal(wanted, before)
+    with pytest.raises(sc.SparsecraftError, match="no place for"):
+        sc.save(model, tmp_path / "moe")
+    torch.nn.utils.parametrize.remove_parametrizations(bank, "down")
+    assert torch.equal(logits(sc.load(sc.save(model, tmp_path / "moe"))), wanted)

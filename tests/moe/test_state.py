@@ -10,7 +10,11 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 
 import sparsecraft as sc
 from sparsecraft.errors import CheckpointError, SparsecraftError
@@ -200,6 +204,16 @@ def test_a_state_dict_without_it_is_incomplete_and_changes_nothing_else():
         other.load_state_dict(state)
     other.load_state_dict(state, strict=False)
     assert other.sparsecraft.running.budget == 0.25
+
+
+@splits
+def test_a_state_that_comes_in_parts_is_taken_over_as_a_whole(recipe):
+    """accelerate gives torch one file of a checkpoint after the other."""
+    model, other = running(recipe), fresh(recipe)
+    state, options = get_model_state_dict(model), StateDictOptions(full_state_dict=True)
+    for part in (extra(state), {n: t for n, t in state.items() if not n.endswith(KEY)}):
+        set_model_state_dict(other, part, options=options)
+    assert_same(other, model)
 
 
 @pytest.mark.parametrize(

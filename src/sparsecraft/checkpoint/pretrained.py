@@ -1,4 +1,4 @@
-"""save_pretrained of a converted model, which writes our checkpoint.
+"""save_pretrained of a converted model, which writes our checkpoint, and push_to_hub through it.
 
 transformers' own would write a configuration of the dense model and tensors that it does not know:
 a folder that loads with random experts and a warning. Whatever hands a converted model to its
@@ -18,6 +18,7 @@ from transformers.utils.hub import convert_file_size_to_int
 from sparsecraft.checkpoint import shards
 from sparsecraft.checkpoint.folder import COMPANIONS, GENERATION
 from sparsecraft.checkpoint.gathering import is_sharded, whole_tensors
+from sparsecraft.checkpoint.pushing import push_to_hub
 from sparsecraft.checkpoint.save import save
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.surgery.identity import stands_nowhere
@@ -27,6 +28,7 @@ def writes_ours(model: nn.Module) -> None:
     """Let `model.save_pretrained`, and all that calls it, write our checkpoint, and let the model
     bear its base's name no more."""
     model.save_pretrained = functools.partial(save_pretrained, model)
+    model.push_to_hub = functools.partial(push_to_hub, model)
     stands_nowhere(model)
 
 
@@ -56,8 +58,8 @@ def save_pretrained(
     given = {name for name, value in kwargs.items() if value not in (None, False)}
     if unknown := sorted(given - OURS - IGNORED):
         raise SparsecraftError(
-            f"save_pretrained of a converted model does not take {', '.join(unknown)}; "
-            "use sc.save(model, dir)."
+            f"save_pretrained of a converted model does not take {', '.join(unknown)}; leave that "
+            "out or use sc.save(model, dir), and call model.push_to_hub(repo_id) to upload it."
         )
     if not is_main_process:
         if state_dict is None and is_sharded(model):

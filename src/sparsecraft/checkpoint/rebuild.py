@@ -7,6 +7,7 @@ place there, a setting may be lost, a module may stand in the model that no conf
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.checkpoint.base import as_it_was, convert_base, load_on
+from sparsecraft.checkpoint.gathering import is_sharded
 from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.manifest import base_config, read_manifest, read_recipe
 from sparsecraft.checkpoint.space import main_memory
@@ -41,10 +43,13 @@ OUTPUTS_EQUAL = {torch.float64: 1e-6, torch.float32: 1e-4}
 HALF_OUTPUTS_EQUAL = 1e-1
 
 
-def check_rebuilt(model: nn.Module, folder: Path, origin: Origin | None) -> None:
+def check_rebuilt(
+    model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, origin: Origin | None
+) -> None:
     """Build the model of a folder that has just been written, and compare.
 
     Args:
+        tensors: what was to be written, each whole: of `model`, unless a state of it was given.
         origin: the base that it stands on.
 
     Raises:
@@ -56,22 +61,21 @@ def check_rebuilt(model: nn.Module, folder: Path, origin: Origin | None) -> None
         again = _rebuilt(folder, origin, device=_place(model.device, size) if whole else None)
     if again is None:
         return
-    ours, theirs = unique_tensors(model), unique_tensors(again)
-    if missing := sorted(ours.keys() ^ theirs.keys()):
+    theirs = unique_tensors(again)
+    if missing := sorted(tensors.keys() ^ theirs.keys()):
         raise _other(f"{len(missing)} tensors are in one of them alone, such as {missing[0]!r}")
-    for name, tensor in ours.items():
+    for name, tensor in tensors.items():
         if not _same(tensor, theirs[name], values=whole):
             raise _other(f"the tensor {name!r} is another one")
-    if whole and again.device == model.device:
+    if whole and again.device == model.device and _runs_on(model, tensors):
         _compare_outputs(model, again)
     log.info("Rebuilt from the folder: %s.", "all is equal" if whole else "names and shapes agree")
 
 
 def _place(device: torch.device, size: int) -> torch.device:
     """The model's own device, if it has room for as much again and what the probe takes."""
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 2 * size + 2**30:
-        return torch.device("cpu")
-    return device
+    full = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 2 * size + 2**30
+    return torch.device("cpu") if full or device.type == "meta" else device
 
 
 def _rebuilt(folder: Path, origin: Origin | None, device: torch.device | None) -> nn.Module | None:
@@ -108,6 +112,16 @@ def _same(ours: Tensor, theirs: Tensor, values: bool) -> bool:
     pair = (ours.detach().to(theirs.device), theirs.detach())
     as_bytes = [t.contiguous().reshape(-1).view(torch.uint8) for t in pair]
     return (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype) and torch.equal(*as_bytes)
+
+
+def _runs_on(model: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether what the model runs on here are these tensors: it is neither sharded, where every
+    process would have to run it, nor offloaded, and they are no other state of it."""
+    own = unique_tensors(model)
+    return not is_sharded(model) and all(
+        name in own and not own[name].is_meta and _same(own[name], tensor, values=True)
+        for name, tensor in tensors.items()
+    )
 
 
 def _compare_outputs(model: nn.Module, again: nn.Module) -> None:

@@ -66,24 +66,24 @@ def save(
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     conversion_of(model)
-    check_weights(model, CheckpointError)
     check_loadable(model)
     check_agrees(model)
     warn_untrained(model)
     out = Path(out)
     origin = usable_base(model, out, standalone)
-    tensors = whole_tensors(model, state_dict)
+    whole = whole_tensors(model, state_dict)
     if state_dict is None and is_sharded(model) and get_rank() > 0:
         stands_in(model, out)
         return out
+    check_weights(model, CheckpointError, whole)
     always = may_change(model) if resumable else frozenset()
-    tensors = new_or_changed(model, origin, tensors, always)
+    tensors = new_or_changed(model, origin, whole, always)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     require(out, disk=size, memory=0, task="Saving")
     with replacing(out, overwrite, keep or (), foreign=keep is not None) as folder:
         weights_digest = shards.write(folder / WEIGHTS, tensors, shard_size)
         write_rest(model, folder, origin, weights_digest, tokenizer)
-        check_rebuilt(model, folder, origin)
+        check_rebuilt(model, whole, folder, origin)
         if resumable:
             write_index(model, folder, WEIGHTS, tensors, shard_size)
     stands_in(model, out)

@@ -1,7 +1,8 @@
-"""Whether a model's tensors have values here and now."""
+"""Whether a model's tensors, and new ones, have values here and now."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from sparsecraft.errors import ResourceError
@@ -23,4 +24,19 @@ def check_in_memory(model: nn.Module, task: str) -> None:
             f"or on the meta device, {absent[0]!r} among them, and have no values to read. Load it "
             f"whole (device_map=None, or one device), {task}, and offload it afterwards by "
             "accelerate.cpu_offload, disk_offload or dispatch_model."
+        )
+
+
+def check_new_in_memory() -> None:
+    """Refuse to make parameters where they would come into being on the meta device.
+
+    Raises:
+        ResourceError: `torch.device("meta")` or `accelerate.init_empty_weights` is in force.
+    """
+    probe = nn.Module()
+    probe.register_parameter("weight", nn.Parameter(torch.empty(0)))
+    if probe.weight.is_meta:
+        raise ResourceError(
+            "New parameters come into being on the meta device here, and experts would have no "
+            "values; call sc.convert outside of torch.device('meta') and init_empty_weights."
         )

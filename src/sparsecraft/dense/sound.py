@@ -5,6 +5,9 @@ Parameters are asked, and not buffers: masks may hold -inf, and positions are in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 
@@ -24,10 +27,10 @@ def fault_of(tensor: Tensor) -> str | None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every number of a floating tensor is finite; without a copy of it."""
-    if tensor.is_meta or not tensor.numel():
-        return True
     tensor = tensor.detach()
     tensor = getattr(tensor, "to_local", lambda: tensor)()  # of several processes' each its part
+    if tensor.is_meta or not tensor.numel():
+        return True
     if tensor.element_size() == 1:  # 8 bits have no order in torch
         tensor = tensor.float()
     return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
@@ -47,8 +50,16 @@ def check_weight(name: str, tensor: Tensor, owner: object, error: type[Sparsecra
     return tensor
 
 
-def check_weights(model: nn.Module, error: type[SparsecraftError]) -> None:
+def check_weights(
+    model: nn.Module,
+    error: type[SparsecraftError],
+    values: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
     """Refuse a model that has a parameter which is no weight; packed ones of a quantized base are.
+
+    Args:
+        values: name -> what stands for a parameter whose own values lie elsewhere, in other
+            processes or on a disk.
 
     Raises:
         SparsecraftError: of the given kind; the first such parameter is named.
@@ -56,7 +67,7 @@ def check_weights(model: nn.Module, error: type[SparsecraftError]) -> None:
     packed = bool(getattr(model, "is_quantized", False))
     for name, parameter in model.named_parameters():
         is_packed = packed and not (parameter.is_floating_point() and _is_plain(parameter))
-        if not is_packed and (fault := fault_of(parameter)):
+        if not is_packed and (fault := fault_of(values.get(name, parameter))):
             raise error(
                 f"{name!r} of this {type(model).__name__} {fault}; load a model whose weights are "
                 "sound."

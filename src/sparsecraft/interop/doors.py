@@ -133,13 +133,12 @@ def _loader_class(auto_class: str) -> type:
         from sparsecraft.checkpoint.manifest import base_config
         from sparsecraft.interop import reading
 
-        if auto_class != "AutoModel":
-            mapping = getattr(modeling_auto, auto_class)._model_mapping
-            family = type(base_config({"base_config": config.base_config}))
-            known = mapping.get(family, ())
-            known = known if isinstance(known, tuple) else (known,)
-            held = (config.architectures or ["?"])[0]
-            _check_class(folder, auto_class, {found.__name__ for found in known}, held)
+        mapping = getattr(modeling_auto, auto_class)._model_mapping
+        family = type(base_config({"base_config": config.base_config}))
+        known = mapping.get(family, ())
+        known = known if isinstance(known, tuple) else (known,)
+        held = (config.architectures or ["?"])[0]
+        _check_class(folder, auto_class, {found.__name__ for found in known}, held)
         if config._attn_implementation is not None:  # AutoConfig has taken the argument
             kwargs["attn_implementation"] = config._attn_implementation
         return reading.read(folder, **kwargs)

@@ -60,6 +60,12 @@ def unpack(state: Any, owner: str, checks: Mapping[str, Check]) -> dict[str, Any
     return found
 
 
+def is_left_out(state: Any) -> bool:
+    """Whether torch's `set_model_state_dict` stands it where a part of a state dict, one file of
+    several, holds none: as it fills in tensors, by what the module has."""
+    return type(state).__name__ == "_EXTRA_STATE"
+
+
 def is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 

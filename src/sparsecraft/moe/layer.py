@@ -6,11 +6,13 @@ Shapes: T tokens, I input features, O output features.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsecraft.dense.tokens import Reads
+from sparsecraft.errors import SurgeryError
 from sparsecraft.moe.context import Batch
 from sparsecraft.moe.experts.base import Experts
 from sparsecraft.moe.experts.slots import slots
@@ -67,6 +69,16 @@ class MoELayer(nn.Module):
         self.batch: Batch | None = None
         self.tracing = False
         self.routing: Routing | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # PEFT's target_parameters puts a module that is no bank in the place of one.
+        if name == "experts" and not hasattr(value, "dispatch"):
+            raise SurgeryError(
+                f"A {type(value).__name__} cannot take the place of a layer's experts, of which "
+                "router and losses ask more than a forward pass; let PEFT's target_modules name "
+                "Linears of the model, and leave the experts' own tensors out of target_parameters."
+            )
+        super().__setattr__(name, value)
 
     def forward(self, x: Tensor | None = None, *args, **kwargs) -> Tensor | tuple:
         if x is None:  # transformers calls an attention by keywords

@@ -38,7 +38,7 @@ from sparsecraft.moe.experts.dispatch import loop
 from sparsecraft.moe.experts.folded import Network
 from sparsecraft.moe.experts.imitation import imitation
 from sparsecraft.moe.experts.neuron_major import by_expert, by_part, owned
-from sparsecraft.moe.extra_state import is_bool, pack, unpack
+from sparsecraft.moe.extra_state import is_bool, is_left_out, pack, unpack
 from sparsecraft.moe.routing import Routing
 from sparsecraft.recipe.edits import Edit, Place
 from sparsecraft.recipe.experts import SplitSpec
@@ -366,11 +366,9 @@ class SplitExperts(Experts):
         self.activation = self._own_activation[0] if undo else nn.ReLU()
 
     def get_extra_state(self) -> Tensor:
-        """The activation, whether it is ReLU that was put in, and whether the bank imitates, for
-        `state_dict`."""
-        rectified = is_relu(self.activation) and not self.has_own_activation
-        settings = {"rectified": rectified, "imitates": self.imitates}
-        return pack(settings | {"activation": repr(self.activation)})
+        """The activation, whether ReLU was put in, and whether the bank imitates."""
+        own = {"rectified": is_relu(self.activation) and not self.has_own_activation}
+        return pack(own | {"imitates": self.imitates, "activation": repr(self.activation)})
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over what another bank runs.
@@ -378,6 +376,8 @@ class SplitExperts(Experts):
         Raises:
             SparsecraftError: the state is no such bank's, or of another activation.
         """
+        if is_left_out(state):
+            return
         own, now = repr(self._own_activation[0]), repr(self.activation)
         checks = {
             "rectified": is_bool,

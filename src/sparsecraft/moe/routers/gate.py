@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sparsecraft.kernels.selection import Active, select
 from sparsecraft.moe.context import Batch
 from sparsecraft.moe.experts.split import SplitExperts
-from sparsecraft.moe.extra_state import is_number, pack, unpack
+from sparsecraft.moe.extra_state import is_left_out, is_number, pack, unpack
 from sparsecraft.moe.routers.part_scorers import PART_SCORERS
 from sparsecraft.moe.routers.running import Running, is_running
 from sparsecraft.moe.routers.starts import DOOR
@@ -132,6 +132,8 @@ class Gate(nn.Module):
         Raises:
             SparsecraftError: the state is another rule's, or none.
         """
+        if is_left_out(state):
+            return
         most, ruled_by_k = self.num_experts - self.spec.shared, self.k is not None
         checks = {
             "rule": lambda rule: rule == _rule(self.spec),
