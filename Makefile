@@ -5,7 +5,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two torch processes of one thread each beat one of two threads, and never wait for each other.
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: install model demo test slow clients lint docs families bench clean
+.PHONY: install model demo test slow clients peft-suite lint docs families bench clean
 
 install: .venv/installed
 # torch first and by itself, so that a build which lies ready on the machine (without CUDA, say) is
@@ -36,6 +36,12 @@ slow: model
 clients: model
 	$(BIN)/python -m pip install --quiet --editable '.[dev,clients]'
 	$(PYTEST) -m slow tests/clients
+
+# PEFT's own tests, fetched from PyPI, with our configurations in place of its methods; docs/guides/peft.md.
+# Some twelve minutes on two quiet cores. Its tests import diffusers.
+peft-suite: install
+	$(BIN)/python -m pip install --quiet diffusers
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m tests.clients.peft_suite
 
 lint: install
 	$(BIN)/ruff check .

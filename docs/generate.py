@@ -4,6 +4,7 @@
     packages   README.md: a row for every package, what it says of itself
     floors     docs/architecture.md: what each package may import
     tensors    docs/format.md: names, shapes and types, read off tiny converted models
+    failures   docs/guides/peft.md: which of PEFT's own tests fail, as `make peft-suite` holds it
 
 A marker is a pair of comments, `<!-- methods -->` and `<!-- /methods -->`.
 """
@@ -25,6 +26,7 @@ PAGES = {
     "README.md": ("methods", "packages"),
     "docs/architecture.md": ("floors",),
     "docs/format.md": ("tensors",),
+    "docs/guides/peft.md": ("failures",),
 }
 
 # Sizes by which a dimension of a tensor is recognized: no two are equal.
@@ -98,6 +100,30 @@ def floors() -> str:
         for name, line in sorted(MAY_IMPORT.items(), key=lambda item: level[item[0]])
     ]
     return table(("floor", "package", "may import"), iter(rows))
+
+
+# ------------------------------------------------------------------------------------ the failures
+
+
+def failures() -> str:
+    """How many of PEFT's tests pass, and a row for every reason why others do not."""
+    from tests.clients.peft_suite.failures import FAILURES, PASSED, SKIPPED, VERSION
+
+    number = sum(failure.count for failure in FAILURES)
+    rows = [
+        (
+            "<br>".join(f"`{glob}`" for glob in failure.ids()),
+            ", ".join(failure.configurations) or "all",
+            str(failure.count),
+            failure.reason,
+        )
+        for failure in FAILURES
+    ]
+    head = ("ids", "configurations", "tests", "why")
+    return (
+        f"PEFT {VERSION}: {PASSED} pass, {number} fail, {SKIPPED} are skipped by PEFT as not of "
+        f"the method.\n\n{table(head, iter(rows))}"
+    )
 
 
 # ------------------------------------------------------------------------------------- the tensors

@@ -29,6 +29,17 @@ CROSS_ATTENTIONS = {"EncDecAttention", "encoder_attn", "crossattention"}
 CROSS_PROJECTIONS = {"k", "v", "k_proj", "v_proj", "key", "value"}
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a decoder stands beside an encoder; a module that is no model of transformers has no
+    configuration, and one row of blocks."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def can_generate(model: nn.Module) -> bool:
+    """Whether `generate` works on a model; a module that is no model of transformers has none."""
+    return hasattr(model, "can_generate") and model.can_generate()
+
+
 def reads(model: nn.Module, path: str) -> Reads:
     """Whose tokens arrive at `path`."""
     # The tower of an image or of sound; a model without one returns itself.
@@ -41,7 +52,7 @@ def reads(model: nn.Module, path: str) -> Reads:
     if any(t is not model and module in set(t.modules()) for t in towers):
         return "tower"
     parts = path.split(".")
-    if not model.config.is_encoder_decoder or "decoder" not in parts:
+    if not is_encoder_decoder(model) or "decoder" not in parts:
         return "input"
     crosses = CROSS_ATTENTIONS.intersection(parts) and parts[-1] in CROSS_PROJECTIONS
     return "input" if crosses else "decoder"
@@ -49,9 +60,9 @@ def reads(model: nn.Module, path: str) -> Reads:
 
 def is_causal(model: nn.Module, path: str) -> bool:
     """Whether tokens at `path` must not see later ones."""
-    if model.config.is_encoder_decoder:
+    if is_encoder_decoder(model):
         # What a decoder's attention reads of the encoder is not causal, but its length varies.
         return "decoder" in path.split(".")
-    if getattr(model.config, "is_decoder", False):
+    if getattr(getattr(model, "config", None), "is_decoder", False):
         return True
     return model.can_generate() if hasattr(model, "can_generate") else True

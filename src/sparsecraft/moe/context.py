@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from sparsecraft.dense.tokens import can_generate, is_encoder_decoder
 from sparsecraft.errors import SparsecraftError, did_you_mean
 from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.routers import AnyRouterSpec
@@ -211,8 +212,8 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
 
 def attach(model: nn.Module, batch: Batch) -> list:
     """Let every forward pass of `model`, or of its encoder alone, fill `batch`; the handles."""
-    decoder = getattr(model.config, "is_encoder_decoder", False)
-    batch.grows = not decoder and model.can_generate()
+    decoder = is_encoder_decoder(model)
+    batch.grows = not decoder and can_generate(model)
     handles = [
         model.register_forward_pre_hook(_Fill(batch, whole=True), with_kwargs=True),
         model.register_forward_hook(_End(batch), always_call=True),

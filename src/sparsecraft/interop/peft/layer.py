@@ -12,6 +12,8 @@ from sparsecraft.checkpoint.adapter_names import HELD, WRAPPED, Standing, standi
 from sparsecraft.dense.sites import FFNSpan, Site, silence
 from sparsecraft.errors import SparsecraftError
 
+COMPILED = "_orig_mod."  # what torch.compile puts before the names of a model
+
 
 class ExpertsTunerLayer(nn.Module, BaseTunerLayer):
     """Stands where a dense module stood and holds one `MoELayer` for each adapter.
@@ -21,13 +23,19 @@ class ExpertsTunerLayer(nn.Module, BaseTunerLayer):
     Attributes:
         site: where it stands in the dense model.
         level: how many other layers of ours stand below it on the same dense module.
+        in_features: of the dense module's input, which PEFT asks of every layer.
+        out_features: of its output.
+        cast_input_dtype_enabled: what `peft.helpers.disable_input_dtype_casting` turns off in
+            layers that cast their input; ours compute in the types that they are given.
     """
 
     adapter_layer_names = (HELD,)
+    cast_input_dtype_enabled = False
 
-    def __init__(self, site: Site, level: int):
+    def __init__(self, site: Site, level: int, in_features: int, out_features: int):
         super().__init__()
         self.site, self.level = site, level
+        self.in_features, self.out_features = in_features, out_features
         self.sparsecraft_moe = nn.ModuleDict()
         self.merged_adapters = []
 
@@ -116,6 +124,6 @@ def saved_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
     return {
         f"{path}.{HELD}.{adapter_name}.{name}": f"{prefix}{saved}.{HELD}.{name}"
         for (path, layer), saved in zip(found, alone, strict=True)
-        for prefix in (WRAPPED if path.startswith(WRAPPED) else "",)
+        for prefix in (WRAPPED if path.removeprefix(COMPILED).startswith(WRAPPED) else "",)
         for name in layer.sparsecraft_moe[adapter_name].state_dict()
     }

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import ClassVar
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from sparsecraft.checkpoint.adapter_names import PREFIX, WRAPPED, check_complete, standings
+from sparsecraft.dense.donors import Linear
 from sparsecraft.dense.sites import Site
 from sparsecraft.errors import CheckpointError, SparsecraftError, SurgeryError
 from sparsecraft.interop.peft.layer import ExpertsTunerLayer, layers_of, saved_names, taken_out
@@ -55,6 +58,11 @@ class RecipeTuner(BaseTuner):
             )
         config = self.peft_config[adapter_name]
         before = layers_of(model)
+        if before and isinstance(model, PeftModel):
+            raise SurgeryError(
+                "This PeftModel has adapters of ours already, and another one around it would not "
+                "see what they stand on. Call its add_adapter(name, config), or its unload() first."
+            )
         required = {p: p.requires_grad for m in before for p in m.sparsecraft_moe.parameters()}
         device = "meta" if low_cpu_mem_usage else None
         with taken_out(model):
@@ -84,7 +92,7 @@ class RecipeTuner(BaseTuner):
         places = standings([item.site for item, _ in planned])
         for place, (item, moe) in zip(places, planned, strict=True):
             if place not in standing:
-                layer = ExpertsTunerLayer(item.site, place[1])
+                layer = ExpertsTunerLayer(item.site, place[1], *_widths(item))
                 layer._active_adapter = list(self.active_adapters)
                 layer._disable_adapters, layer.training = disabled, moe.training
                 standing[place] = layer
@@ -186,6 +194,13 @@ class RecipeTuner(BaseTuner):
         found = {WRAPPED + key.removeprefix(WRAPPED): value for key, value in state_dict.items()}
         check_complete(found, names, f"The file of adapter {adapter_name!r}")
         return {names.get(key, key): value for key, value in found.items()}
+
+
+def _widths(item: PlannedEdit) -> tuple[int, int]:
+    """Input and output features of the whole module that an edit acts on, or on some rows of."""
+    donor = item.donor
+    whole = replace(donor, rows=None) if isinstance(donor, Linear) else donor
+    return whole.in_features, whole.out_features
 
 
 def _check_names(sites: list[Site], before: list[ExpertsTunerLayer]) -> None:
