@@ -67,6 +67,7 @@ def read_tensors(
         digests[name] = digest(tensor)
         if name not in known:
             raise CheckpointError(f"{path} holds {name!r}, which this recipe has no place for.")
+        tensor = _by_expert(name, tensor, known[name])
         if known[name].shape != tensor.shape:
             raise CheckpointError(
                 f"{path} holds {name!r} with shape {list(tensor.shape)}; this recipe has "
@@ -85,6 +86,12 @@ def read_tensors(
             f"The tensors in {path} are not those that {MANIFEST} was written with; "
             "copy or save the folder again."
         )
+
+
+def _by_expert(name: str, tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Of an activation that all experts shared in older versions, a copy for each."""
+    shared = ".experts.activation." in name and own.shape[1:] == tensor.shape
+    return tensor.expand(own.shape).contiguous() if shared else tensor
 
 
 def _check_kind(path: Path, name: str, tensor: torch.Tensor, own: torch.Tensor) -> None:

@@ -206,11 +206,9 @@ class _Stream:
                     source.tensor(name)
         self.arrived = arrivals(self.sources, self.weights)
 
-    def _dense(
-        self, name: str, tensor: Tensor, copied: bool = False
-    ) -> Callable[[], Iterable[Tensor]] | None:
-        """What makes a dense tensor, or a copy of it; None if the base holds it."""
-        kept = copied or self.base is None
+    def _dense(self, name: str, tensor: Tensor) -> Callable[[], Iterable[Tensor]] | None:
+        """What makes a dense tensor; None if the base holds it."""
+        kept = self.base is None
         means = self.sources and self.recipe.others == "mean" and tensor.is_floating_point()
         if means and name not in self.own:
             read = lambda: mean(self.sources, name).to(tensor.dtype)  # noqa: E731
@@ -224,13 +222,10 @@ class _Stream:
         makers = {}
         for number, (item, layer) in enumerate(zip(self.edits, self.record.layers, strict=True)):
             copied = layer.experts.copied(item.donor) or ()
-            for name, tensor in unique_tensors(layer).items():
+            for name in unique_tensors(layer):
                 part, _, leaf = name.partition(".")
                 if part == "experts" and leaf in copied:
                     make = partial(self._bank, item, layer.experts, leaf)
-                elif copied and leaf.startswith("activation."):  # one for all experts
-                    dense = item.donor.activation_path + leaf.removeprefix("activation")
-                    make = self._dense(dense, tensor, copied=True)
                 elif part in ("experts", "router"):
                     make = partial(self.drawn.tensor, number, name)
                 else:
@@ -241,12 +236,12 @@ class _Stream:
     def _bank(self, item: PlannedEdit, bank: Experts, leaf: str) -> Iterator[Tensor]:
         """The experts of one bank, one after the other."""
         readers = [network.tensor for network in self.networks] or [self._base]
-        last, tensor = None, None
+        last, tensor, dtype = None, None, unique_tensors(bank)[leaf].dtype
         for e in range(bank.num_experts):
             chosen = e * len(readers) // bank.num_experts
             if chosen != last:
                 last, donor = chosen, item.donor.of(readers[chosen])
-                tensor = bank.copied(donor)[leaf].detach().to(getattr(bank, leaf).dtype)
+                tensor = bank.copied(donor)[leaf].detach().to(dtype)
             yield tensor
 
     def memory(self, certify: bool) -> int:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from sparsecraft.dense.activations import placed, saved_tensors
 from sparsecraft.dense.forms import ATTENTION_FORMS, AttentionForm, FFNForm, features, has, join
 from sparsecraft.errors import DonorError
 
@@ -185,14 +186,22 @@ class FFN:
             read: gives the other model's tensor of a dense name, such as `...up_proj.weight`.
         """
         parts = {name: getattr(self, name) for name in ("gate", "up", "down")}
-        return dataclasses.replace(
-            self, **{name: part and part.of(read) for name, part in parts.items()}
-        )
+        found = {name: part and part.of(read) for name, part in parts.items()}
+        theirs = {name: read(f"{self.activation_path}.{name}") for name in self._activation()}
+        activation = placed(self.activation, theirs) if theirs else self.activation
+        return dataclasses.replace(self, activation=activation, **found)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its weights and biases by their dense names."""
+        """Its weights and biases by their dense names, and what its activation holds."""
         parts = filter(None, (self.gate, self.up, self.down))
-        return {f"{p.path}.{name}": t for p in parts for name, t in p.module.named_parameters()}
+        found = {f"{p.path}.{name}": t for p in parts for name, t in p.module.named_parameters()}
+        own = self._activation().items()
+        return found | {f"{self.activation_path}.{name}": tensor for name, tensor in own}
+
+    def _activation(self) -> dict[str, Tensor]:
+        """The activation's floating tensors, where the model has them under a name."""
+        held = saved_tensors(self.activation) if self.activation_path else {}
+        return {name: tensor for name, tensor in held.items() if tensor.is_floating_point()}
 
 
 @dataclass(frozen=True)

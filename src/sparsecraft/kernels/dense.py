@@ -23,7 +23,10 @@ def dense(net: TwoLayer, x_TI: Tensor, weights_TE: Tensor, sums_to_one: bool) ->
     hidden_ETM = torch.bmm(x_ETI, net.first_EMI.transpose(-2, -1))
     if net.first_bias_EM is not None:
         hidden_ETM = hidden_ETM + net.first_bias_EM[:, None]
-    y_ETO = torch.bmm(net.activate(hidden_ETM), net.second_EOH.transpose(-2, -1))
+    hidden_ETH = (
+        torch.stack(net.activated(hidden_ETM)) if net.by_expert else net.activate(hidden_ETM)
+    )
+    y_ETO = torch.bmm(hidden_ETH, net.second_EOH.transpose(-2, -1))
     if net.second_bias_EO is not None:
         y_ETO = y_ETO + net.second_bias_EO[:, None]
     if net.output_dropout:

@@ -22,6 +22,8 @@ ALIGNMENT_BYTES = 16
 
 def why_not_grouped(net: TwoLayer, x_TI: Tensor) -> str | None:
     """The reason why `grouped` cannot run these experts on these tokens, or None."""
+    if net.by_expert and torch.compiler.is_compiling():
+        return "each expert has an activation of its own, for rows that no graph knows"
     return why_no_product(x_TI, (*net.first_EMI.shape[1:], *net.second_EOH.shape[1:]))
 
 
@@ -62,7 +64,11 @@ def grouped(
     hidden_SM = F.grouped_mm(x_SI, net.first_EMI.transpose(-2, -1), offs=ends_E)
     if net.first_bias_EM is not None:
         hidden_SM = hidden_SM + net.first_bias_EM[expert_S]
-    hidden_SH = net.activate(hidden_SM)
+    if net.by_expert:  # where one expert's tokens end is read from the device
+        hidden_E = hidden_SM.tensor_split(ends_E[:-1].tolist())
+        hidden_SH = torch.cat(net.activated(hidden_E))
+    else:
+        hidden_SH = net.activate(hidden_SM)
     # Weigh on the narrower side: the mixing weight commutes with the second product.
     early = hidden_SH.shape[-1] < net.O and net.second_bias_EO is None
     y_SO = F.grouped_mm(

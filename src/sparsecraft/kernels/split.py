@@ -107,7 +107,7 @@ class SplitNet:
 
     def tensors(self) -> list[Tensor]:
         own = (self.first_EMD, self.down_EHD, self.first_bias_EM, self.mean_EH, self.bias_D)
-        return [t for t in own if t is not None]
+        return [t for t in (*own, *self.activation.parameters()) if t is not None]
 
 
 def hidden(net: SplitNet, x_TD: Tensor) -> Tensor:
@@ -317,6 +317,8 @@ def gather_torch(net: SplitNet, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
     P = len(token_P)
     products = P * (net.first_EMD[0].numel() + net.down_EHD[0].numel())
     cores = max(1, min(torch.get_num_threads(), P, products // CPU_CORE_PRODUCTS))
+    if net.activation.state_dict():
+        cores = 1  # they are lent to the module at each call, of which only one may run
     ends = [P * i // cores for i in range(cores + 1)]
 
     @torch.no_grad()  # for the other threads, which do not inherit it

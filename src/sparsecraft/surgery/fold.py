@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sparsecraft.dense.activations import tensors_of
 from sparsecraft.dense.donors import FFN, Activation
 from sparsecraft.dense.forms import join
 from sparsecraft.errors import MergeError
@@ -40,13 +41,13 @@ class Ledger:
     """What a merge writes into the dense model. A failure is undone by `rollback`.
 
     Attributes:
-        old: parameter -> its value before the first write.
+        old: parameter, or an activation's buffer -> its value before the first write.
         asked: parameters of which something was to change, before it was rounded.
         shared: parameters that several modules of the model have in common.
     """
 
-    old: dict[nn.Parameter, Tensor] = field(default_factory=dict)
-    asked: set[nn.Parameter] = field(default_factory=set)
+    old: dict[Tensor, Tensor] = field(default_factory=dict)
+    asked: set[Tensor] = field(default_factory=set)
     shared: dict[nn.Parameter, list[str]] = field(default_factory=dict)
 
     def guard(self, model: nn.Module) -> None:
@@ -56,7 +57,7 @@ class Ledger:
             names.setdefault(parameter, []).append(name)
         self.shared = {p: own for p, own in names.items() if len(own) > 1}
 
-    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+    def write(self, parameter: Tensor, value: Tensor) -> None:
         if parameter in self.shared:
             raise MergeError(
                 f"{' and '.join(self.shared[parameter])} are one tensor, and a merge would change "
@@ -76,7 +77,8 @@ class Ledger:
         Raises:
             MergeError: none of them is.
         """
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        names = {tensor: name for name, tensor in tensors}
         lost = sorted(names[p] for p in self.asked if torch.equal(self.old[p], p.data))
         if lost and len(lost) == len(self.asked):
             dtype = str(next(iter(self.asked)).dtype).removeprefix("torch.")
@@ -210,3 +212,7 @@ def _write_network(model: nn.Module, donor: FFN, network: Network, ledger: Ledge
         if bias is not None:
             for module, b_O in zip(modules, bias.chunk(len(modules)), strict=True):
                 ledger.write(module.bias, b_O)
+    if network.activation:
+        held = tensors_of(model.get_submodule(donor.activation_path))
+        for name, value in network.activation.items():
+            ledger.write(held[name], value)

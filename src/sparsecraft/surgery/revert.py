@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.sites import silence
 from sparsecraft.errors import SurgeryError
-from sparsecraft.moe.names import dense_tensors
+from sparsecraft.moe.names import dense_tensors, unique_tensors
 from sparsecraft.surgery.identity import bears
 from sparsecraft.surgery.record import Conversion, check_stands, conversion_of
 from sparsecraft.surgery.rollback import atomic
@@ -49,7 +49,7 @@ def replaced_tensors(record: Conversion) -> dict[str, Tensor]:
     return {
         f"{path}.{name}": tensor
         for path, module in modules.items()
-        for name, tensor in module.named_parameters()
+        for name, tensor in unique_tensors(module).items()
     }
 
 

@@ -131,6 +131,8 @@ def _form(layer: MoELayer, edit: Edit, config: Any) -> Form | str:
         return "its networks have no gate, and those of a standard architecture do."
     if bank.gate_up_bias is not None or bank.down_bias is not None:
         return "the model has mlp_bias=True, and no standard architecture has biases there."
+    if bank.activation.state_dict():
+        return "each expert has tensors in its activation, which those of no standard one have."
     if layer.router.scorer.weight_rows() is None:
         return f"its {router.scorer.kind} scorer is more than a matrix at inference."
     top_k = bank.num_experts if router.slots is None else router.slots

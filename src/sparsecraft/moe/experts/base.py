@@ -20,6 +20,7 @@ from sparsecraft.errors import SparsecraftError
 from sparsecraft.kernels.two_layer import TwoLayer
 from sparsecraft.moe.experts.dispatch import PATHS, choose_path
 from sparsecraft.moe.experts.folded import Network, Scale, Update
+from sparsecraft.moe.experts.own_activation import OwnActivation
 from sparsecraft.moe.routing import Routing
 from sparsecraft.recipe.edits import Edit, Place
 from sparsecraft.recipe.experts import ExpertsSpec
@@ -163,8 +164,10 @@ class Experts(nn.Module, ABC):
         return self._met(sum(p.numel() for p in self.parameters()), slots)
 
     def biases(self, slots: float) -> int:
-        """Those of them that are only added, not multiplied."""
-        total = sum(p.numel() for name, p in self.named_parameters() if name.endswith("bias"))
+        """Those of them that no matrix product reads: biases, and those of an activation."""
+        held = self.named_parameters()
+        apart = [p for n, p in held if n.endswith("bias") or n.startswith("activation.")]
+        total = sum(p.numel() for p in apart)
         return total if self.adds_all_biases else self._met(total, slots)
 
     def _met(self, total: int, slots: float) -> int:
@@ -258,10 +261,12 @@ class Experts(nn.Module, ABC):
         for store in ("_parameters", "_buffers"):
             tensors = getattr(self, store).items()
             setattr(bank, store, {name: self._changed(name, t, change) for name, t in tensors})
-        bank._modules = {
-            name: module._remade(change) if isinstance(module, Experts) else module
-            for name, module in self._modules.items()
-        }
+        bank._modules = dict(self._modules)
+        for name, module in self._modules.items():
+            if isinstance(module, Experts):
+                bank._modules[name] = module._remade(change)
+            elif isinstance(module, OwnActivation):
+                bank._modules[name] = module.remade(change)
         bank.num_experts = 1
         return bank
 

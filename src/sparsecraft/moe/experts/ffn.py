@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ReLUSquaredActivation
 
+from sparsecraft.dense.activations import tensors_of
 from sparsecraft.dense.donors import FFN
 from sparsecraft.dense.sites import Site
 from sparsecraft.errors import RecipeError
 from sparsecraft.kernels.two_layer import TwoLayer
 from sparsecraft.moe.experts.base import CopiedExperts, Rate
 from sparsecraft.moe.experts.folded import Network
+from sparsecraft.moe.experts.own_activation import OwnActivation, own_activation, own_tensors
 from sparsecraft.moe.experts.stacked import copies, with_one_more, without
 from sparsecraft.moe.init.neurons import diversify
 from sparsecraft.recipe.edits import Edit, Place
@@ -35,6 +37,9 @@ SUM_OF_NETWORKS = (
 
 class FFNExperts(CopiedExperts):
     """E feed-forward networks of the donor's own form (gated or not, with or without biases).
+
+    An activation with tensors is one for each expert (`OwnActivation`), in a blend of networks with
+    the means of theirs.
 
     Args:
         device: `meta` for a bank whose values a checkpoint brings.
@@ -53,11 +58,10 @@ class FFNExperts(CopiedExperts):
         self.num_experts = spec.num_experts
         self.out_features = donor.width
         self.gated = donor.gated
-        self.activation = donor.activation
-        self._activation_name = donor.activation_path.removeprefix(f"{donor.path}.")
         self.hidden_dropout = donor.hidden_dropout
         self.output_dropout = donor.output_dropout
         self.parts = spec.num_experts if spec.blend else spec.granularity
+        self.activation = own_activation(donor, spec.num_experts)
         if donor.hidden_width % self.parts:
             raise RecipeError(
                 f"The {donor.hidden_width} neurons of {donor.path!r} cannot be cut into "
@@ -89,7 +93,7 @@ class FFNExperts(CopiedExperts):
         first, first_bias = self._first()
         hidden = F.linear(x, first[e].to(x.dtype), _row(first_bias, e, x.dtype))
         y = F.linear(
-            self._activate(hidden), self.down[e].to(x.dtype), _row(self.down_bias, e, x.dtype)
+            self._activate(hidden, e), self.down[e].to(x.dtype), _row(self.down_bias, e, x.dtype)
         )
         return F.dropout(y, self.output_dropout, self.training)
 
@@ -99,6 +103,7 @@ class FFNExperts(CopiedExperts):
             first_EMI=first.to(dtype),
             second_EOH=self.down.to(dtype),
             activate=self._activate,
+            by_expert=isinstance(self.activation, OwnActivation),
             first_bias_EM=None if first_bias is None else first_bias.to(dtype),
             second_bias_EO=None if self.down_bias is None else self.down_bias.to(dtype),
             output_dropout=self.output_dropout if self.training else 0.0,
@@ -111,6 +116,8 @@ class FFNExperts(CopiedExperts):
         for name, tensor in self._network(e, donors).items():
             if tensor is not None:
                 getattr(self, name)[e].copy_(tensor)
+        if isinstance(self.activation, OwnActivation):
+            self.activation.put(e, [donor.activation for donor in donors])
 
     def take(self, donors: Iterable[FFN], count: int) -> None:
         if not self.spec.blend:
@@ -121,14 +128,12 @@ class FFNExperts(CopiedExperts):
             self.put(e, *donors)
 
     def copied(self, donor: FFN) -> Mapping[str, Tensor | None]:
-        return _tensors(donor, None, donor.gated, None)
+        own = tensors_of(donor.activation)
+        activation = {f"activation.{name.replace('.', '_')}": t for name, t in own.items()}
+        return _tensors(donor, None, donor.gated, None) | activation
 
     def diversify(self) -> None:
         diversify(self, self.spec.differ)
-
-    def shared_parts(self) -> dict[str, nn.Parameter]:
-        named = self.activation.named_parameters()
-        return {f"{self._activation_name}.{name}": p for name, p in named}
 
     def misfit(self, donor: FFN) -> str | None:
         width = self.down.shape[-1]
@@ -139,16 +144,20 @@ class FFNExperts(CopiedExperts):
     @torch.no_grad()
     def append(self, donor: FFN) -> None:
         network = self._network(self.num_experts, [donor])
-        stacked = self.named_parameters(recurse=False)  # an activation's are one for all
+        stacked = self.named_parameters(recurse=False)
         longer = {n: with_one_more(p, network[n]) for n, p in stacked}
         for name, parameter in longer.items():  # all of them, or none
             setattr(self, name, parameter)
+        if isinstance(self.activation, OwnActivation):
+            self.activation.append(donor.activation)
         self._recount(self.num_experts + 1)
 
     @torch.no_grad()
     def remove(self, e: int) -> None:
         for name, parameter in [*self.named_parameters(recurse=False)]:
             setattr(self, name, without(parameter, e))
+        if isinstance(self.activation, OwnActivation):
+            self.activation.remove(e)
         self._recount(self.num_experts - 1)
 
     def why_no_fold(self, edit: Edit, site: Site, single: bool) -> str | None:
@@ -165,7 +174,8 @@ class FFNExperts(CopiedExperts):
     def fold(self, weights_E: Tensor) -> Network:
         e, (first, first_bias) = int(weights_E.argmax()), self._first()
         rows = first, first_bias, self.down, self.down_bias
-        return Network(*(None if stacked is None else stacked.detach()[e] for stacked in rows))
+        tensors = (None if stacked is None else stacked.detach()[e] for stacked in rows)
+        return Network(*tensors, activation=own_tensors(self.activation, e))
 
     def _remade(self, change: Callable[[Tensor], Tensor]) -> Self:
         bank = super()._remade(change)
@@ -211,12 +221,13 @@ class FFNExperts(CopiedExperts):
     def _first(self) -> tuple[Tensor, Tensor | None]:
         return (self.gate_up, self.gate_up_bias) if self.gated else (self.up, self.up_bias)
 
-    def _activate(self, hidden: Tensor) -> Tensor:
+    def _activate(self, hidden: Tensor, e: int | None = None) -> Tensor:
+        own = () if e is None or not isinstance(self.activation, OwnActivation) else (e,)
         if self.gated:
             gate, up = hidden.chunk(2, dim=-1)
-            hidden = self.activation(gate) * up
+            hidden = self.activation(gate, *own) * up
         else:
-            hidden = self.activation(hidden)
+            hidden = self.activation(hidden, *own)
         return F.dropout(hidden, self.hidden_dropout, self.training)
 
 

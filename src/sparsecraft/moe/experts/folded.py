@@ -7,7 +7,7 @@ matrix where a network has a gate (its rows come first), else 1.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -43,6 +43,7 @@ class Network:
         first: (G F, D), and its bias (G F,) or None.
         down: (D, F), and its bias (D,) or None.
         rectified: its activation is ReLU, and the dense network's another.
+        activation: tensors of its activation, by their names in that.
     """
 
     first: Tensor
@@ -50,3 +51,4 @@ class Network:
     down: Tensor
     down_bias: Tensor | None
     rectified: bool = False
+    activation: Mapping[str, Tensor] = field(default_factory=dict)

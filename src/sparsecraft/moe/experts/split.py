@@ -38,6 +38,7 @@ from sparsecraft.moe.experts.dispatch import loop
 from sparsecraft.moe.experts.folded import Network
 from sparsecraft.moe.experts.imitation import imitation
 from sparsecraft.moe.experts.neuron_major import by_expert, by_part, owned
+from sparsecraft.moe.experts.own_activation import own_activation, own_tensors
 from sparsecraft.moe.extra_state import is_bool, is_left_out, pack, unpack
 from sparsecraft.moe.routing import Routing
 from sparsecraft.recipe.edits import Edit, Place
@@ -75,13 +76,12 @@ class SplitExperts(Experts):
             )
         self.spec = spec
         self.num_experts, self.out_features = E, donor.width
-        self.activation = donor.activation
-        self._own_activation = (donor.activation,)  # in a tuple, so that it is no part of the bank
+        self.activation = own_activation(donor, None)
+        self._own_activation = (self.activation,)  # in a tuple, so that it is no part of the bank
         self.hidden_dropout, self.output_dropout = donor.hidden_dropout, donor.output_dropout
         self.compensates = (
             not is_relu(donor.activation) if spec.compensate is None else spec.compensate
         )
-        self.records, self.imitates = False, False
         self.pre_TF: Tensor | None = None
         meta = device is not None and torch.device(device).type == "meta"
         parts, m = 2 if donor.gated else 1, width // E
@@ -91,10 +91,8 @@ class SplitExperts(Experts):
             self.register_parameter(name, owned(stacked, meta))
         self.down = owned(donor.down_weight().t().reshape(E, m, -1), meta)
         self.register_parameter("down_bias", owned(donor.down_bias(), meta))
-        where = self.down.device
-        self.register_buffer("neurons", torch.arange(width, device=where).view(E, m))
-        mean = self.down.new_zeros(E, m) if self.compensates else None
-        self.register_buffer("mean", mean)
+        self.register_buffer("neurons", torch.arange(width, device=self.down.device).view(E, m))
+        self.register_buffer("mean", self.down.new_zeros(E, m) if self.compensates else None)
         self._kept: tuple[list, Tensor] | None = None
 
     @classmethod
@@ -253,12 +251,10 @@ class SplitExperts(Experts):
 
     def _activate(self, first: Tensor) -> Tensor:
         """(..., M) -> (..., m)."""
-        if self.parts == 2:
-            gate, up = first.chunk(2, dim=-1)
-            hidden = self.activation(gate) * up
-        else:
-            hidden = self.activation(first)
-        return hidden
+        if self.parts == 1:
+            return self.activation(first)
+        gate, up = first.chunk(2, dim=-1)
+        return self.activation(gate) * up
 
     def _drop(self, hidden: Tensor) -> Tensor:
         return F.dropout(hidden, self.hidden_dropout, self.training)
@@ -345,11 +341,14 @@ class SplitExperts(Experts):
 
     def fold(self, weights_E: Tensor) -> Network:
         """The dense network again: all parts with weight one, whatever the weights."""
-        return Network(**self.dense(), rectified=self.rectified)
+        dense, activation = self.dense(), own_tensors(self.activation)
+        return Network(**dense, rectified=self.rectified, activation=activation)
 
     def _remade(self, change: Callable[[Tensor], Tensor]) -> Self:
         bank = super()._remade(change)
         bank.spec, bank._kept = replace(self.spec, num_experts=1), None
+        if self.has_own_activation:
+            bank._own_activation = (bank.activation,)
         return bank
 
     @property
@@ -363,7 +362,8 @@ class SplitExperts(Experts):
 
     def rectify(self, undo: bool = False) -> None:
         """Let ReLU be the activation, or the dense network's own again."""
-        self.activation = self._own_activation[0] if undo else nn.ReLU()
+        # While ReLU stands there, the other does not follow the bank.
+        self.activation = self._own_activation[0].to(self.down.device) if undo else nn.ReLU()
 
     def get_extra_state(self) -> Tensor:
         """The activation, whether ReLU was put in, and whether the bank imitates."""
