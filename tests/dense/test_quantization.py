@@ -99,11 +99,11 @@ torch.save([found, dense, str(model.config.quantization_config.to_dict())], sys.
 def packed(packing: str, folder: str, packs: str):
     """A model whose folder is packed, or that is packed at load; and how it was."""
     config = transformers.BitsAndBytesConfig(**PACKINGS[packing])
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, quantization_config=config)
+    model = hub.load_dense(folder, quantization_config=config)
     if packs == "folder":
         model.save_pretrained(f"{folder} packed")
-        model = transformers.LlamaForCausalLM.from_pretrained(f"{folder} packed")
-    return model.eval()
+        model = hub.load_dense(f"{folder} packed")
+    return model
 
 
 def said(recipe, packing: str):
@@ -146,6 +146,40 @@ def test_a_packed_base_comes_back_as_it_was(packing, packs, recipe, tmp_path):
     assert torch.equal(reverted, dense)
     assert config == str(model.config.quantization_config.to_dict())
     assert torch.equal(logits(sc.revert(model)), dense)
+
+
+@pytest.mark.parametrize("packing", ["nf4", "nf4, other settings", "fp4"])
+@pytest.mark.parametrize("by", ["us", "transformers"])
+def test_weights_keep_their_layout_on_every_processor(by, packing, tmp_path, monkeypatch):
+    """With AVX-512 BF16 bitsandbytes exchanges them in the first evaluation, also for training."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    folder = tiny.save_dense(tmp_path / "dense", width=64)
+    if by == "us":
+        model = packed(packing, folder, "load")
+        logits(model)
+    else:
+        config = transformers.BitsAndBytesConfig(**PACKINGS[packing])
+        model = transformers.LlamaForCausalLM.from_pretrained(folder, quantization_config=config)
+    name = "model.layers.0.self_attn.q_proj"
+    before = model.get_submodule(name).weight.detach().clone()
+    sc.convert(model, said(RECIPES["molora"], packing))
+    logits(model.eval())
+    assert torch.equal(model.get_submodule(name).base.weight, before)
+    model(IDS, labels=IDS).loss.backward()
+    grads = [p.grad for n, p in model.named_parameters() if n.endswith("lora_B")]
+    assert all(grad is not None and grad.abs().max() > 0 for grad in grads)
+
+
+def test_weights_that_were_laid_out_anew_are_refused(tmp_path):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    model = packed("nf4", tiny.save_dense(tmp_path / "dense", width=64), "load")
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu(
+        weight.data, weight.quant_state
+    )  # what its first evaluation does
+    with pytest.raises(sc.SparsecraftError, match=r"layers\.1\.mlp\.up_proj.*before it runs"):
+        sc.convert(model, said(RECIPES["molora"], "nf4"))
+    assert not hasattr(model, "sparsecraft")
 
 
 def test_a_recipe_that_says_another_packing_is_refused(tmp_path):

@@ -561,6 +561,31 @@ def test_a_nested_trace_leaves_the_outer_one_alone():
     assert all(layer.routing is None for layer in model.modules() if isinstance(layer, MoELayer))
 
 
+def test_a_trace_that_sees_no_pass_leaves_the_outer_one_its_record():
+    model, inputs = dense("llama"), batch("llama")
+    sc.convert(model, RECIPES["camelidae"].make())
+    with sc.trace(model) as outer:
+        model(**inputs)
+        before = dict(outer)
+        with sc.trace(model) as inner:
+            assert not inner
+        assert len(before) == 2 and dict(outer) == before
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_traces_that_overlap_close_in_any_order(first):
+    model, inputs = dense("llama"), batch("llama")
+    sc.convert(model, RECIPES["camelidae"].make())
+    layers = [layer for layer in model.modules() if isinstance(layer, MoELayer) and layer.router]
+    opened = [sc.trace(model), sc.trace(model)]
+    records = [each.__enter__() for each in opened]
+    opened[first].__exit__(None, None, None)
+    model(**inputs)
+    assert [len(record) for record in records] == ([0, 2] if first == 0 else [2, 0])
+    opened[1 - first].__exit__(None, None, None)
+    assert not any(layer.tracing or layer.routing is not None for layer in layers)
+
+
 def test_a_nan_in_any_probe_is_no_equality():
     zeros = torch.zeros(2, 3)
     certificate = compare([zeros, zeros], [zeros, torch.full((2, 3), float("nan"))])

@@ -7,7 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any, Literal
 
-from sparsecraft.dense.quantization import loading
+from sparsecraft.dense.quantization import keep_layout, loading
 from sparsecraft.errors import HubError
 
 Task = Literal["causal", "seq2seq", "encoder", "classification", "image"]
@@ -130,6 +130,7 @@ def load_model(
         why = " ".join(str(error).split())
         raise HubError(f"{str(folder)!r} cannot be loaded: {why:.300}") from None
     check_loaded(model, folder, kwargs.get("variant"), info)
+    keep_layout(model)
     return model.eval()
 
 

@@ -35,6 +35,28 @@ def packing_of(model: Any) -> Packing | None:
     return None
 
 
+def keep_layout(model: Any) -> None:
+    """Let bitsandbytes leave the 4-bit weights of a model as they are.
+
+    On processors with AVX-512 BF16 it lays them out anew when they are first evaluated, rounds
+    their scales to bfloat16, and passes no gradient through them from then on.
+
+    Raises:
+        SurgeryError: it has done so already.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "support_avx512bf16_for_cpu", None) is None:
+            continue
+        state = getattr(module.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", None) is not None:
+            raise SurgeryError(
+                f"bitsandbytes has laid out {name!r} of this {type(model).__name__} anew for the "
+                "processor, which rounds its scales and passes no gradient; convert the model "
+                "before it runs for the first time, or load it with sparsecraft.hub.load_dense."
+            )
+        module.support_avx512bf16_for_cpu = False
+
+
 def settings_of(model: Any) -> dict[str, Any] | None:
     """What transformers knows of a model's quantization, as JSON data; None if it has none."""
     found = getattr(model.config, "quantization_config", None)

@@ -43,7 +43,7 @@ class MoELayer(nn.Module):
         batch: what the batch says of its tokens, where router or modality ask for it.
         causal: whether tokens must not see later ones, which `slots` have to respect.
         reads: whose tokens arrive here.
-        tracing: keep the routing of each forward pass, for losses and for `trace`.
+        tracing: how many keep the routing of each forward pass, such as losses and `trace`.
         routing: the latest that was kept.
     """
 
@@ -67,7 +67,7 @@ class MoELayer(nn.Module):
         self.causal = True
         self.reads: Reads = "input"
         self.batch: Batch | None = None
-        self.tracing = False
+        self.tracing = 0
         self.routing: Routing | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:

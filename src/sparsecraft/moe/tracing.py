@@ -16,7 +16,7 @@ class Trace(Mapping[str, Routing]):
     def __init__(self, layers: dict[str, nn.Module]):
         self._layers = layers
         self._final: dict[str, Routing] | None = None
-        self._traced_before = {name: layer.tracing for name, layer in layers.items()}
+        self._before = {name: layer.routing for name, layer in layers.items()}
 
     def _routings(self) -> dict[str, Routing]:
         if self._final is not None:
@@ -33,12 +33,15 @@ class Trace(Mapping[str, Routing]):
         return len(self._routings())
 
     def close(self) -> None:
-        """Freeze the record and leave the layers as they were: an outer trace goes on."""
+        """Freeze the record; others of the same layers go on, and have what they had if no pass
+        came since."""
         self._final = self._routings()
         for name, layer in self._layers.items():
-            layer.tracing = self._traced_before[name]
+            layer.tracing -= 1
             if not layer.tracing:
                 layer.routing = None
+            elif layer.routing is None:
+                layer.routing = self._before[name]
 
 
 @contextmanager
@@ -63,7 +66,7 @@ def trace(model: nn.Module) -> Iterator[Trace]:
     }
     record = Trace(layers)
     for layer in layers.values():
-        layer.tracing, layer.routing = True, None
+        layer.tracing, layer.routing = layer.tracing + 1, None
     try:
         yield record
     finally:

@@ -7,7 +7,7 @@ import functools
 
 from torch import nn
 
-from sparsecraft.dense.quantization import packing_of
+from sparsecraft.dense.quantization import keep_layout, packing_of
 from sparsecraft.dense.sites import FFNSpan, silence
 from sparsecraft.errors import RecipeError
 from sparsecraft.moe.context import Batch, asks_for_batch, attach
@@ -86,6 +86,7 @@ def on_packed(model: nn.Module, recipe: Recipe) -> Recipe:
         SurgeryError: they are packed in a way that does not come back as it was.
     """
     found = packing_of(model)
+    keep_layout(model)
     if recipe.quantization is None and found not in (None, "nf4"):
         return dataclasses.replace(recipe, backbone=Quantize(found))
     if recipe.quantization != found:

@@ -196,3 +196,23 @@ def test_heads_of_all_experts_that_read_one_key_lie_together():
     for j, found in enumerate(y.unflatten(-1, (G, N, R)).unbind(-2)):
         wanted = nn.functional.linear(x, rows.weight[j], rows.bias[j]).unflatten(-1, (G, R))
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_continuous_batching_is_generation_or_is_refused(family):
+    """Its cache has room for the dense model's key-value heads."""
+    ids = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(0))
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    room = {"num_blocks": 16, "max_batch_tokens": 32, "block_size": 16, "eos_token_id": -1}
+    config = transformers.GenerationConfig(**settings, **room)
+    for kv in ("shared", "expert"):
+        model = build(family)
+        sc.convert(model, sc.recipes.bam(2, kv), certify=False)
+        model.generation_config.eos_token_id = None
+        answers = model.generate_batch(ids.tolist(), generation_config=config).values()
+        if kv == "expert":
+            assert all("kv='shared'" in answer.error for answer in answers)
+        else:
+            wanted = model.generate(ids, eos_token_id=None, **settings)[:, ids.shape[1] :]
+            assert [answer.generated_tokens for answer in answers] == wanted.tolist()

@@ -82,7 +82,18 @@ class AttentionExperts(CopiedExperts):
         return cls(spec, donor)
 
     def mixed(self, x_BSD: Tensor, routing: Routing, *args, **kwargs) -> tuple:
-        """What the dense attention returns, mixed by the routing's weights."""
+        """What the dense attention returns, mixed by the routing's weights.
+
+        Raises:
+            SparsecraftError: the cache has room for the dense attention's key-value heads alone.
+        """
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # newer transformers, older
+        if type(cache).__name__ == "PagedAttentionCache" and self.kv != "shared":
+            raise SparsecraftError(
+                "generate_batch (continuous batching) makes a cache for the dense model's "
+                "key-value heads, and each expert of this attention has its own: call generate, "
+                "or convert with kv='shared'."
+            )
         output = self.attention.get_submodule(self.form.output)
         output.gates_BSN = routing.weights_TE().view(*x_BSD.shape[:-1], -1)
         try:
