@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two torch processes of one thread each beat one of two threads, and never wait for each other.
-PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Without a GPU, which the tests that need none would share and compare with the CPU.
+PYTEST := $(OFFLINE) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: install model demo test slow clients peft-suite lint docs families bench clean
 
