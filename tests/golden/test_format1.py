@@ -24,7 +24,8 @@ from tests.cases import RECIPES, dense
 from tests.golden.recipe_names import recipe_of
 
 FORMAT1 = Path(__file__).resolve().parent / "format1"
-TOLERANCE = 1e-5
+# Of the largest logit. A processor of another kind than that which wrote them was 1.3e-5 away.
+TOLERANCE = 2e-5
 
 
 def read(name: str):
