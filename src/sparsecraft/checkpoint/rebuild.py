@@ -119,7 +119,9 @@ def _runs_on(model: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
     process would have to run it, nor offloaded, and they are no other state of it."""
     own = unique_tensors(model)
     return not is_sharded(model) and all(
-        name in own and not own[name].is_meta and _same(own[name], tensor, values=True)
+        name in own
+        and not own[name].is_meta
+        and (own[name] is tensor or _same(own[name], tensor, values=True))
         for name, tensor in tensors.items()
     )
 
