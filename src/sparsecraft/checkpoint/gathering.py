@@ -54,7 +54,7 @@ def _whole(modules: Mapping[str, nn.Module], name: str, tensor: Tensor) -> Tenso
 def _of_state(
     model: nn.Module, known: Mapping[str, Tensor], given: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    found = {_unwrapped(name): tensor for name, tensor in given.items()}
+    found = {unwrapped(name): tensor for name, tensor in given.items()}
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)} | set(known)
     others = [n for n in found if n not in names and not n.endswith("_extra_state")]
     missing = [name for name in known if name not in found]
@@ -74,7 +74,8 @@ def _of_state(
     return {name: found[name] for name in known}
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
+    """The name that a tensor or a module has in the model inside."""
     for prefix in WRAPPERS:
         name = name.removeprefix(prefix)
     return name

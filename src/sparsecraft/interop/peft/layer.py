@@ -9,10 +9,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sparsecraft.checkpoint.adapter_names import HELD, WRAPPED, Standing, standing_paths
+from sparsecraft.checkpoint.gathering import unwrapped
 from sparsecraft.dense.sites import FFNSpan, Site, silence
 from sparsecraft.errors import SparsecraftError
-
-COMPILED = "_orig_mod."  # what torch.compile puts before the names of a model
 
 
 class ExpertsTunerLayer(nn.Module, BaseTunerLayer):
@@ -124,6 +123,6 @@ def saved_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
     return {
         f"{path}.{HELD}.{adapter_name}.{name}": f"{prefix}{saved}.{HELD}.{name}"
         for (path, layer), saved in zip(found, alone, strict=True)
-        for prefix in (WRAPPED if path.removeprefix(COMPILED).startswith(WRAPPED) else "",)
+        for prefix in (WRAPPED if unwrapped(path).startswith(WRAPPED) else "",)
         for name in layer.sparsecraft_moe[adapter_name].state_dict()
     }
