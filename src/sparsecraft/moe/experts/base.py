@@ -261,12 +261,10 @@ class Experts(nn.Module, ABC):
         for store in ("_parameters", "_buffers"):
             tensors = getattr(self, store).items()
             setattr(bank, store, {name: self._changed(name, t, change) for name, t in tensors})
-        bank._modules = dict(self._modules)
-        for name, module in self._modules.items():
-            if isinstance(module, Experts):
-                bank._modules[name] = module._remade(change)
-            elif isinstance(module, OwnActivation):
-                bank._modules[name] = module.remade(change)
+        bank._modules = {
+            name: module._remade(change) if isinstance(module, Experts | OwnActivation) else module
+            for name, module in self._modules.items()
+        }
         bank.num_experts = 1
         return bank
 

@@ -23,7 +23,12 @@ from sparsecraft.errors import RecipeError
 from sparsecraft.kernels.two_layer import TwoLayer
 from sparsecraft.moe.experts.base import CopiedExperts, Rate
 from sparsecraft.moe.experts.folded import Network
-from sparsecraft.moe.experts.own_activation import OwnActivation, own_activation, own_tensors
+from sparsecraft.moe.experts.own_activation import (
+    OwnActivation,
+    own_activation,
+    own_name,
+    own_tensors,
+)
 from sparsecraft.moe.experts.stacked import copies, with_one_more, without
 from sparsecraft.moe.init.neurons import diversify
 from sparsecraft.recipe.edits import Edit, Place
@@ -129,7 +134,7 @@ class FFNExperts(CopiedExperts):
 
     def copied(self, donor: FFN) -> Mapping[str, Tensor | None]:
         own = tensors_of(donor.activation)
-        activation = {f"activation.{name.replace('.', '_')}": t for name, t in own.items()}
+        activation = {f"activation.{own_name(name)}": t for name, t in own.items()}
         return _tensors(donor, None, donor.gated, None) | activation
 
     def diversify(self) -> None:

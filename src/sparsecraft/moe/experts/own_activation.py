@@ -38,7 +38,7 @@ class OwnActivation(nn.Module):
         super().__init__()
         tensors, saved = tensors_of(activation), saved_tensors(activation)
         self.count, self.function = count, placed(activation, dict.fromkeys(tensors))
-        self.names = {name.replace(".", "_"): name for name in tensors}
+        self.names = {own_name(name): name for name in tensors}
         for own, name in self.names.items():
             tensor, value = tensors[name], tensors[name].detach().clone()
             if count is not None:
@@ -82,7 +82,7 @@ class OwnActivation(nn.Module):
         """Take those of expert `e` away."""
         self._change(self.count - 1, lambda name, t: without(t, e))
 
-    def remade(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def _remade(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The activation of one expert, whose stacked tensors are these, changed."""
         other = copy.deepcopy(self)
         if self.count is not None:
@@ -97,6 +97,11 @@ class OwnActivation(nn.Module):
 
     def __repr__(self) -> str:
         return repr(self.function)
+
+
+def own_name(name: str) -> str:
+    """What an activation's tensor is called where it is stacked: names of tensors have no dot."""
+    return name.replace(".", "_")
 
 
 def own_activation(donor: FFN, count: int | None) -> nn.Module:
