@@ -41,7 +41,6 @@ AT_LINEARS = ("molora", "molora_top1", "lora", "camel", "hydralora", "smola")
 
 TASKS = {
     "test_decoder_models": "CAUSAL_LM",
-    "test_target_parameters": "CAUSAL_LM",
     "test_encoder_decoder_models": "SEQ_2_SEQ_LM",
     "test_feature_extraction_models": "FEATURE_EXTRACTION",
     "test_seq_classifier": "SEQ_CLS",
@@ -71,15 +70,6 @@ def of_custom_models() -> list:
     return [
         pytest.param(f"{name} {model}", model, *CONFIGURATIONS[name], id=f"{name}-{model}")
         for model, name in rows
-    ]
-
-
-def of_mixtures(models: list[str]) -> list:
-    """Rows `model_id,config_cls,config_kwargs` for models that are mixtures already."""
-    return [
-        pytest.param(model, *row.values, id=f"{row.id}-{model}")
-        for model in models
-        for row in of_task("test_target_parameters")
     ]
 
 
