@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -35,8 +36,13 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-@functools.cache
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A new one for each caller: a token that one test adds is in no other's vocabulary."""
+    return copy.deepcopy(_tokenizer())
+
+
+@functools.cache
+def _tokenizer() -> transformers.PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     special = ["<pad>", "<|im_start|>", "<|im_end|>"]

@@ -4,6 +4,7 @@ tests.training.cut FOLDER MICRO_BATCH` writes what process 0 logged and trained.
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -63,7 +64,8 @@ def converted(task: str, **changes) -> torch.nn.Module:
 
 def train(task: str, folder: Path, data: list[dict], micro_batch: int, **options) -> dict:
     """The log, the report and the trained tensors of one training, as process 0 has them."""
-    path = tiny.write_rows(folder / f"{task}.jsonl", data)
+    # Of its own for each process: one would read the file while another begins to write it.
+    path = tiny.write_rows(folder / f"{task}-{os.environ.get('RANK', 0)}.jsonl", data)
     model = options.pop("model")
     options = {**OPTIONS, "packing": task == "packed", "micro_batch": micro_batch, **options}
     report = sc.train(model, path, folder / f"{task}-out", tokenizer=tiny.tokenizer(), **options)

@@ -370,7 +370,7 @@ def test_a_classifier_trains_on_text_and_label(tmp_path):
     sc.convert(model, recipe())
     rows = [{"text": f"say {w}", "label": int(i < 5)} for i, w in enumerate(tiny.WORDS)] * 6
     path = tiny.write_rows(tmp_path / "labels.jsonl", rows)
-    options = {**FAST, "steps": 80, "learning_rate": 3e-3}
+    options = {**FAST, "steps": 160, "learning_rate": 3e-3}
     sc.train(model, path, tmp_path / "out", tokenizer=tiny.tokenizer(), **options)
     found = sc.evaluate(model, path, tokenizer=tiny.tokenizer())["loss"][path]
     assert found["accuracy"] > 0.9 and found["rows"] == 60

@@ -266,3 +266,25 @@ def test_two_processes_stop_together_when_one_diverges(tmp_path, rows):
     done = subprocess.run([*launch, *folders, *options], capture_output=True, text=True, timeout=90)
     assert done.returncode != 0 and "diverged in step 2" in done.stderr, done.stderr[-2000:]
     assert "imeout" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_processes_with_different_rows_or_options_do_not_train(tmp_path, rows):
+    base = tiny.save_dense(tmp_path / "base")
+    convert = ["convert", "camelidae", "--model", base, "--num-experts", "2", "--adapter-dim", "4"]
+    assert main([*convert, "--out", str(tmp_path / "in")]) == 0
+    other = tiny.write_rows(tmp_path / "other.jsonl", tiny.chat_rows(7))
+    script = tmp_path / "unlike.py"
+    script.write_text(
+        "import os, sys\nfrom sparsecraft.cli.main import main\n"
+        f"own = ['--data', {other!r}, '--seed', '1'] if os.environ['RANK'] == '1' else []\n"
+        "sys.exit(main([*sys.argv[1:], *own]))\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    folders = ["2", str(script), "train", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    options = ["--data", rows, "--steps", "4", "--batch-size", "4", "--max-length", "64"]
+    done = subprocess.run(
+        [*launch, *folders, *options, "--no-progress"], capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode != 0, done.stderr[-2000:]
+    assert "Process 1 was started on another run than process 0: data, seed differ" in done.stderr
+    assert not (tmp_path / "out").exists()

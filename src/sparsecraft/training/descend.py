@@ -38,7 +38,7 @@ from sparsecraft.training.moved import Before, watched_routers
 from sparsecraft.training.options import TrainOptions
 from sparsecraft.training.progress import ProgressBar
 from sparsecraft.training.report import TrainReport, note
-from sparsecraft.training.resume import check_same_run, describe, last_state, read_as
+from sparsecraft.training.resume import check_alike, check_same_run, describe, last_state, read_as
 from sparsecraft.training.trainers import (
     RoutedSeq2SeqTrainer,
     RoutedSFTTrainer,
@@ -107,6 +107,7 @@ def descend(
     with _untouched(model), adapters_known(model), forced:
         should = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         trainer = make_trainer(run, stage, settings, dataset, folder)
+        check_alike(described)
         before = Before(model, should)
         with watched_routers(model, trainer.evidence):
             report = _run(trainer, counts, run)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow
 import xxhash
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 
@@ -100,6 +101,22 @@ def describe(
             for entry in record.report.get("extensions", [])
         ],
     }
+
+
+def check_alike(described: dict[str, Any]) -> None:
+    """Refuse processes that were started on different runs; all of them call this.
+
+    Raises:
+        SparsecraftError: in all processes. Gradients would be averaged over other rows, settings
+            or models than one process has, and nothing else would tell.
+    """
+    first, *others = gather_object([described])
+    for number, other in enumerate(others, 1):
+        if unequal := sorted(key for key in first if other[key] != first[key]):
+            raise SparsecraftError(
+                f"Process {number} was started on another run than process 0: {', '.join(unequal)} "
+                "differ. Give all processes the same options and the same copies of the files."
+            )
 
 
 def read_as(model: nn.Module) -> str | None:
