@@ -12,7 +12,7 @@ from sparsecraft.checkpoint.manifest import word
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.memory import check_in_memory
-from sparsecraft.dense.networks import looked_at_once
+from sparsecraft.dense.once import looked_at_once
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.quantization import settings_in, settings_of
 from sparsecraft.errors import CheckpointError, HubError

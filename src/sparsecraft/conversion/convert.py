@@ -23,7 +23,7 @@ from sparsecraft.conversion.sources.source import Source
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.foreign import check_own
 from sparsecraft.dense.memory import check_in_memory, check_new_in_memory
-from sparsecraft.dense.networks import looked_at_once
+from sparsecraft.dense.once import looked_at_once
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CertificateError, SurgeryError

@@ -28,6 +28,7 @@ from sparsecraft.dense.forms import (
     has,
     join,
 )
+from sparsecraft.dense.once import once
 from sparsecraft.dense.twins import problem, twin
 
 Rows = tuple[int, int]
@@ -66,6 +67,10 @@ def fused_rows(module: nn.Module, form: AttentionForm, kind: str) -> Rows | None
 
 def why_not(module: nn.Module, form: AttentionForm, kind: str) -> str | None:
     """Why the rows that `form` names are not the queries, keys or values of the attention."""
+    return once(("attention", id(module), form, kind), lambda: _found_wrong(module, form, kind))
+
+
+def _found_wrong(module: nn.Module, form: AttentionForm, kind: str) -> str | None:
     try:
         run = _running(module, form)
         return "it cannot be run on its own" if run is None else _why_not(module, form, kind, run)

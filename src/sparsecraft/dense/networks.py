@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from sparsecraft.dense.forms import FFNForm, features, is_linear, join
+from sparsecraft.dense.once import once
 from sparsecraft.dense.proof import is_attention, outside_attention, prove
 from sparsecraft.dense.twins import twin
 
@@ -50,30 +50,10 @@ class Network:
     why: str | None = None
 
 
-_FOUND: ContextVar[dict[int, tuple[list[Network], list[Network]]] | None] = ContextVar(
-    "found networks", default=None
-)
-
-
-@contextmanager
-def looked_at_once() -> Iterator[None]:
-    """While the block runs and no model is changed, each is searched for networks once."""
-    token = _FOUND.set(_FOUND.get() or {})
-    try:
-        yield
-    finally:
-        _FOUND.reset(token)
-
-
 def find_networks(model: nn.Module) -> tuple[list[Network], list[Network]]:
     """The networks in the model's order, with those among them that are to be refused; and modules
     that are perhaps no networks at all, for an error's sake."""
-    known = _FOUND.get()
-    if known is None:
-        return _find_networks(model)
-    if id(model) not in known:
-        known[id(model)] = _find_networks(model)
-    return known[id(model)]
+    return once(("networks", id(model)), lambda: _find_networks(model))
 
 
 def _find_networks(model: nn.Module) -> tuple[list[Network], list[Network]]:

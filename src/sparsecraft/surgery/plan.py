@@ -9,7 +9,7 @@ from torch import nn
 
 from sparsecraft.dense.donors import Attention, Donor, view
 from sparsecraft.dense.mixtures import inside, mixtures
-from sparsecraft.dense.networks import looked_at_once
+from sparsecraft.dense.once import looked_at_once
 from sparsecraft.dense.sites import Site, find_sites
 from sparsecraft.dense.tokens import is_causal, reads
 from sparsecraft.errors import SparsecraftError, SurgeryError
