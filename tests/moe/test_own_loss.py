@@ -151,11 +151,39 @@ def test_nothing_is_said_where_the_loss_holds_them(caplog):
     (model(batch["input_ids"]).logits.square().mean() + sc.losses.latest(model)).backward()
     with torch.no_grad():
         model(batch["input_ids"])
-    model.eval()
-    model(batch["input_ids"]).logits.mean().backward()
+    model.eval().zero_grad()
+    x = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    torch.autograd.grad(model(inputs_embeds=x).logits.mean(), x)  # of a look at the model
     model.train().sparsecraft.own_loss.losses = {}
     model(batch["input_ids"]).logits.mean().backward()
     assert warned(caplog) == 0
+
+
+@pytest.mark.parametrize("how", ["loaded", "converted", "trunk"])
+def test_a_training_in_evaluation_mode_is_warned_of_once(caplog, tmp_path, how):
+    """So are models loaded and converted; neither a plain loop nor Lightning changes the mode."""
+    model, batch = converted(), plain()
+    if how == "loaded":
+        sc.save(model, tmp_path / "out")
+        model = sc.load(tmp_path / "out")
+    model.eval()
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    for _ in range(2):
+        if how == "trunk":
+            model.model(batch["input_ids"]).last_hidden_state.square().mean().backward()
+        else:
+            model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    said = [r.message for r in caplog.records if "Call model.train() first" in r.message]
+    assert len(said) == 1
+
+
+def test_a_training_in_evaluation_mode_without_losses_goes_without_a_word(caplog):
+    model, batch = converted(), plain()
+    model.eval().sparsecraft.own_loss.losses = {}
+    model(**batch).loss.backward()
+    assert "model.train()" not in caplog.text
 
 
 def test_a_loss_of_ones_own_takes_the_latest_pass():

@@ -28,6 +28,18 @@ from sparsecraft.recipe.stages import Stage
 
 log = logging.getLogger("sparsecraft")
 
+NOT_IN_THE_LOSS = (
+    "The recipe has auxiliary losses (such as load balance), and the loss that is trained on does "
+    "not hold them: it is not the one that the model gave (SFTTrainer's, DPO's and GRPO's are "
+    "computed from its outputs). Add sc.losses.latest(model) to it, train with sc.train, or set "
+    "model.sparsecraft.own_loss.losses = {} to go without."
+)
+IN_EVALUATION = (
+    "The model was trained on in evaluation mode, as it is loaded and converted: without the "
+    "recipe's auxiliary losses (such as load balance) and without dropout. Call model.train() "
+    "first, or set model.sparsecraft.own_loss.losses = {} to go without."
+)
+
 
 @dataclass(slots=True)
 class _Call:
@@ -110,9 +122,22 @@ class OwnLoss:
         return args, kwargs
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        if not (module.training and torch.is_grad_enabled()):
-            return None
-        return self._end(module, output)
+        if module.training:
+            return self._end(module, output) if torch.is_grad_enabled() else None
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._watch_evaluation(module, output)
+        return None
+
+    def _watch_evaluation(self, module: nn.Module, output: Any) -> None:
+        """Say so if parameters are trained in a pass to which nothing was added."""
+        if self.warned or self._call is not None:
+            return
+
+        def unmet() -> str | None:
+            trains = any(p.grad is not None for p in module.parameters())
+            return IN_EVALUATION if trains and self.in_force(module) else None
+
+        _Watch(self, unmet).listen(output)
 
     @torch.compiler.disable
     def _end(self, module: nn.Module, output: Any) -> Any:
@@ -126,15 +151,11 @@ class OwnLoss:
             return None
         masks = layer_masks(module, call.inputs, None)
         self.latest, _ = balance_of(module, routings, call.losses, masks)
-        watched = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+        if self.latest is not None and not self.warned:
+            _Watch(self, _reached(self.latest)).listen(output)
         loss = _loss_of(output, call.inputs)
         if loss is not None:
             output = _with_loss(output, self._own(loss, call))
-        if self.latest is not None and not self.warned:
-            watch = _Watch(self)
-            self.latest.register_hook(watch.reaches)
-            for tensor in watched:
-                tensor.register_hook(watch.passes)
         return output
 
     def _own(self, loss: Tensor, call: _Call) -> Tensor:
@@ -199,31 +220,37 @@ class OwnLoss:
 
 
 class _Watch:
-    """Whether a backward pass through a model's outputs reaches its auxiliary loss."""
+    """Says once what is wrong with a backward pass through a model's outputs.
 
-    def __init__(self, own: OwnLoss):
-        self.own, self.reached, self.asked = own, False, False
+    Args:
+        unmet: asked at the end of the pass; None if nothing is.
+    """
 
-    def reaches(self, grad: Tensor) -> None:
-        self.reached = True
+    def __init__(self, own: OwnLoss, unmet: Callable[[], str | None]):
+        self.own, self.unmet, self.asked = own, unmet, False
 
-    def passes(self, grad: Tensor) -> None:
+    def listen(self, output: Any) -> None:
+        for tensor in tensors_in(output):
+            if tensor.requires_grad:
+                tensor.register_hook(self._passes)
+
+    def _passes(self, grad: Tensor) -> None:
         if not self.asked:
             self.asked = True
-            torch.autograd.Variable._execution_engine.queue_callback(self.tell)
+            torch.autograd.Variable._execution_engine.queue_callback(self._tell)
 
-    def tell(self) -> None:
-        """At the end of the backward pass."""
+    def _tell(self) -> None:
         self.asked = False
-        if self.reached or self.own.warned:
-            return
-        self.own.warned = True
-        log.warning(
-            "The recipe has auxiliary losses (such as load balance), and the loss that is trained "
-            "on does not hold them: it is not the one that the model gave (SFTTrainer's, DPO's and "
-            "GRPO's are computed from its outputs). Add sc.losses.latest(model) to it, train with "
-            "sc.train, or set model.sparsecraft.own_loss.losses = {} to go without."
-        )
+        if not self.own.warned and (words := self.unmet()):
+            self.own.warned = True
+            log.warning(words)
+
+
+def _reached(loss: Tensor) -> Callable[[], str | None]:
+    """Whether a backward pass comes to an auxiliary loss."""
+    came = []
+    loss.register_hook(lambda grad: came.append(True))
+    return lambda: None if came else NOT_IN_THE_LOSS
 
 
 def needs_train(model: nn.Module, stage: Stage | None) -> str | None:
