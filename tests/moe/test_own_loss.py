@@ -122,6 +122,30 @@ def test_transformers_own_trainer_accumulates_a_t5_rightly(tmp_path):
     assert logs[3] == pytest.approx(logs[1], rel=1e-3)
 
 
+@pytest.mark.parametrize("family", ["Bert", "Llama"])
+def test_token_classifiers_do_not_depend_on_the_cut(family):
+    """sc.train has no objective for them, and a trainer of the user's gives the number of items."""
+    sizes = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+    sizes |= {"intermediate_size": 48, "num_attention_heads": 4, "num_labels": 3}
+    rates = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+    config = getattr(transformers, f"{family}Config")(**sizes, **dict.fromkeys(rates, 0.0))
+    torch.manual_seed(3)
+    model = getattr(transformers, f"{family}ForTokenClassification")(config).eval()
+    sc.convert(model, sc.recipes.camelidae(num_experts=4, adapter_dim=8, dropout=0.0))
+    model.train().sparsecraft.own_loss.losses = {}
+    ids, labels = torch.arange(3, 27).reshape(4, 6), torch.arange(24).reshape(4, 6) % 3
+    labels[0, 1:] = labels[1, 3:] = -100
+    model(input_ids=ids, labels=labels).loss.backward()
+    whole = gradients(model)
+    for size in (2, 1):
+        for rows, classes in zip(ids.split(size), labels.split(size), strict=True):
+            items = labels.ne(-100).sum()
+            model(input_ids=rows, labels=classes, num_items_in_batch=items).loss.backward()
+        assert_equal(gradients(model), whole)
+    with pytest.raises(SparsecraftError, match=r"train has no objective for .*TokenClassification"):
+        sc.train(model, "rows.jsonl", "out", tokenizer=tiny.tokenizer())
+
+
 def warned(caplog) -> int:
     return sum("auxiliary losses" in r.message for r in caplog.records if r.name == "sparsecraft")
 

@@ -16,7 +16,7 @@ from sparsecraft.checkpoint.space import require
 from sparsecraft.data.prepare import TASK_OF_MODEL
 from sparsecraft.dense.loading import task_of
 from sparsecraft.dense.tokens import positions_of
-from sparsecraft.errors import SparsecraftError, did_you_mean
+from sparsecraft.errors import HubError, SparsecraftError, did_you_mean
 from sparsecraft.moe import cost
 from sparsecraft.moe.names import dense_name
 from sparsecraft.recipe.recipe import Recipe
@@ -99,7 +99,10 @@ def fill(model: nn.Module, stage: Stage | Fit, asked: TrainOptions) -> TrainOpti
 
 def objective_of(model: nn.Module) -> str:
     """What a model is trained for: causal, seq2seq or classification."""
-    task = task_of(model)
+    try:
+        task = task_of(model)
+    except HubError:  # a head of another kind, for token classification or questions
+        task = "other"
     if task == "classification" and not _has_classes(model):
         raise SparsecraftError(
             f"This {type(model).__name__} has num_labels={model.config.num_labels} and "
@@ -110,8 +113,9 @@ def objective_of(model: nn.Module) -> str:
     if task in TASK_OF_MODEL:
         return task
     raise SparsecraftError(
-        f"{type(model).__name__} is an {task} model without a training objective here; use a "
-        "...ForCausalLM, ...ForConditionalGeneration or ...ForSequenceClassification model."
+        f"sc.train has no objective for {type(model).__name__}; it trains ...ForCausalLM, "
+        "...ForConditionalGeneration and ...ForSequenceClassification models. Train others in a "
+        "loop or trainer of your own, where the model's own loss holds the recipe's losses."
     )
 
 
