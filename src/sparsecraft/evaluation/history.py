@@ -28,9 +28,8 @@ def history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     """How the model started, what it was trained on, what was added, removed and merged."""
     conversion = report.get("conversion", {})
     certificate = conversion.get("certificate")
-    claim = "exact" if recipe.exact_at_start else "not exact"
     lines = [*_source_lines(conversion), *_domain_lines(recipe, conversion)]
-    lines += [f"At the start: claimed {claim}, {_measured(certificate)}."]
+    lines += [start_line(recipe, report)]
     if found := _unsaid("certificate", certificate or {}):
         lines += [f"  certificate: {', '.join(line.strip() for line in found)}"]
     lines += _unsaid("conversion", conversion)
@@ -44,6 +43,13 @@ def history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
         lines += [f"Merged ({merged['how']}) from {merged['recipe']}.", *_unsaid("merge", merged)]
         lines += arrived_lines({"what the experts change": merged.get("arrived", {})})
     return lines if report.get("training") else [*lines, "Not trained yet."]
+
+
+def start_line(recipe: Recipe, report: dict[str, Any]) -> str:
+    """What the recipe claims of a model's start, in how many layers it was measured, and how."""
+    claim = "exact" if recipe.exact_at_start else "not exact"
+    certificate = report.get("conversion", {}).get("certificate")
+    return f"At the start: claimed {claim}, {_measured(certificate)}."
 
 
 def _measured(certificate: dict[str, Any] | None) -> str:
