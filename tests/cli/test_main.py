@@ -44,7 +44,7 @@ def test_train_evaluate_inspect_generate(run, converted, tmp_path, rows):
         "--no-progress",
     )  # fmt: skip
     assert text.startswith("6 steps, mean loss") and f"Saved and read back: {out}" in text
-    assert re.search(r"in \d+ of \d+ layers, an error of \d", text)  # what the certificate saw, and its power
+    assert re.search(r"in \d+ of \d+ layers, an error of \d", text)  # and its power
     text = run("eval", out, "--data", rows, "--json", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     assert f"{found['loss'][rows]['loss']:.4f}" in text and "load_entropy" in text
