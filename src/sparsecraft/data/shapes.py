@@ -13,6 +13,7 @@ from typing import Any
 from sparsecraft.data.turns import (
     FLAGS,
     flag,
+    flags_of,
     is_empty,
     json_unicode,
     messages_of,
@@ -103,14 +104,13 @@ class _Shape:
         raise DataError(f"unknown row shape with {keys or 'no keys'}")
 
     def trains(self) -> bool:
-        """What a weight or a flag of the whole row says; a measure of its name is left."""
-        flags = [
-            key
-            for key in FLAGS
-            if key in self.left and (key == "weight" or self.left[key] in (0, 1))
-        ]
-        values = [flag(key, self.left.pop(key), "the row") for key in flags]
-        return all(values)
+        """What flags of the whole row say; a loss that is a measure is left."""
+        given = {key: self.left[key] for key in FLAGS if key in self.left}
+        loss = given.get("loss")
+        if isinstance(loss, (int, float)) and loss not in (0, 1):
+            given.pop("loss")
+        self.left = {key: value for key, value in self.left.items() if key not in given}
+        return all(flags_of(given, "the row").values())
 
     def name_the_rest(self) -> None:
         self.unused += [
@@ -178,6 +178,7 @@ class _Shape:
 
     # -------------------------------------------------------------- what stands beside a chat
     def _chat(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        self._flag_turns(messages)
         found: dict[str, Any] = {"messages": self._with_system(messages)}
         for key in ("tools", "functions"):
             if tools := tools_of(self.left.pop(key, None), key):
@@ -191,6 +192,23 @@ class _Shape:
                 found[key] = value
         self._check_text(messages)
         return found
+
+    def _flag_turns(self, messages: list[dict[str, Any]]) -> None:
+        """Flags of all turns in one list beside them, as of LlamaFactory and NeMo."""
+        for key in [key for key in FLAGS if isinstance(self.left.get(key), list)]:
+            flags = [
+                flag(key, value, f"an entry of {key} of the row") for value in self.left.pop(key)
+            ]
+            if flags and len(flags) != len(messages):
+                raise DataError(
+                    f"the row has {key} with {len(flags)} entries and {len(messages)} messages; "
+                    "give one for each message"
+                )
+            for message, trains in zip(messages, flags, strict=False):
+                if message["role"] == "assistant":
+                    message |= {} if trains else {"train": False}
+                elif trains:
+                    self.unused.append(f"{key}[] ({message['role']})")
 
     def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         given = {key: self.left.pop(key) for key in SYSTEM if not is_empty(self.left.get(key))}
