@@ -215,6 +215,20 @@ def test_what_is_not_one_thing_is_named(tmp_path, row, found):
         load_rows(path)
 
 
+@pytest.mark.parametrize("row", [{"prompt": "q", "completion": "a"}, {"input": "q", "output": "a"}])
+@pytest.mark.parametrize("name", ["data", "rows", "chat"])
+def test_rows_within_a_row_are_not_taken_for_turns(tmp_path, name, row):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({name: [row], "version": 1}))
+    with pytest.raises(
+        DataError, match=f"shape with {name}, version; if the rows are what '{name}"
+    ):
+        load_rows(path)
+    assert read(tmp_path, {"prompt": "q", "completion": "a", name: [{"x": 1}]}) == {
+        "messages": [Q, A]
+    }
+
+
 def test_fields_that_are_not_used_are_named_once_for_each_file(tmp_path, caplog):
     rows = [{"messages": [Q | {"lang": "en"}, A], "source": "x", "n": 0}] * 3
     write(tmp_path / "a.jsonl", *rows, {"messages": [Q, A], "source": None, "tags": [], "n": None})

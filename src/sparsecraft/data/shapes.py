@@ -86,7 +86,7 @@ class _Shape:
         """The canonical row of the first shape that the row has."""
         left = self.left
         chats = [key for key in CHATS if key in left and not is_empty(left[key])]
-        chats = [key for key in chats if key in SURE or isinstance(left[key], list)]
+        chats = [key for key in chats if key in SURE or _are_turns(left[key])]
         pairs = [names for names in PAIRS if set(names) <= left.keys()]
         if chats and not ({"text", "label"} <= left.keys() and chats[0] not in SURE):
             return self._chat(self._turns(chats))
@@ -101,7 +101,9 @@ class _Shape:
         for key in set(SURE) & left.keys():  # an empty one
             messages_of(left[key], key, [])
         keys = ", ".join(k if v is not None else f"{k} (null)" for k, v in self.row.items())
-        raise DataError(f"unknown row shape with {keys or 'no keys'}")
+        within = [key for key, value in self.row.items() if value and _are_objects(value)]
+        hint = f"; if the rows are what {within[0]!r} holds, write them alone" if within else ""
+        raise DataError(f"unknown row shape with {keys or 'no keys'}{hint}")
 
     def trains(self) -> bool:
         """What flags of the whole row say; a loss that is a measure is left."""
@@ -238,6 +240,17 @@ _PREFERENCE = (
     "the row holds answers that are not preferred (rejected, or label false), and training here "
     "is on answers to give; keep the chosen one as {prompt, completion}"
 )
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def _are_turns(value: Any) -> bool:
+    """Whether a column that may hold something else holds turns, and not rows."""
+    return isinstance(value, list) and not (
+        _are_objects(value) and all({"role", "from"}.isdisjoint(item) for item in value)
+    )
 
 
 def _reply(content: Any) -> dict[str, Any]:
