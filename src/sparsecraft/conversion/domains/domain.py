@@ -101,9 +101,15 @@ def domain_batches(
     model: nn.Module, domain: Domain, tokenizer: Any, tokens: int | None = None
 ) -> Iterator[dict[str, Any]]:
     """The domain as model inputs, chats as the tokenizer's template has them, long rows cut; up to
-    about `tokens`. None is `TOKENS` of text, and all batches."""
-    batches, count = domain.batches, 0
-    if batches is None:
+    about `tokens`. None is `TOKENS` of text, and all batches.
+
+    Raises:
+        DataError: a token that the model has no row for, or a row without any.
+    """
+    count = 0
+    if domain.batches is not None:
+        batches = as_batches(domain.batches, model=model)
+    else:
         batches, tokens = _collated(model, domain, tokenizer), TOKENS if tokens is None else tokens
     for batch in batches:
         yield batch
