@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from sparsecraft.checkpoint.adapter import load_adapter
-from sparsecraft.checkpoint.arguments import meant
+from sparsecraft.checkpoint.arguments import is_another, meant
 from sparsecraft.checkpoint.base import as_it_was, convert_base, find_base, load_on
 from sparsecraft.checkpoint.fields import CONFIG_FIELDS, check_fields
 from sparsecraft.checkpoint.folder import GENERATION, MANIFEST
@@ -56,6 +56,7 @@ def load(
     origin = find_base(folder, manifest["base"], base)
     # Not the base folder's: the model may have been loaded with other settings.
     config = base_config(_checked_config(folder, manifest))
+    changed = recipe != saved or is_another(config, kwargs)
     config.update({key: kwargs.pop(key) for key in list(kwargs) if key in config.to_dict()})
     kwargs = meant(kwargs)
     if origin is None:
@@ -75,7 +76,7 @@ def load(
         _cast(model, dtype)
         record.masters.clear()
     restore(model, manifest.get("running"), changed=recipe != saved)
-    _settle(model, folder, changed=recipe != saved)
+    _settle(model, folder, changed)
     if origin is None and spread is not None:
         _dispatch(model, spread, kwargs)
     return model.eval()
