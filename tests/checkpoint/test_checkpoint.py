@@ -301,6 +301,7 @@ def test_dtypes(shelf, tmp_path, family):
     )
     for cast in (
         sc.load(folder, dtype="bfloat16"),
+        sc.load(folder, torch_dtype=torch.bfloat16),
         auto.from_pretrained(folder, dtype=torch.bfloat16),
     ):
         assert {p.dtype for p in cast.parameters()} == {torch.bfloat16}

@@ -42,13 +42,14 @@ def load(
         dtype: cast the whole model after loading; None keeps what was saved.
         device_map: as in transformers' `from_pretrained`.
         override: changes to the recipe, dotted path -> value.
-        kwargs: passed to the dense model's `from_pretrained`.
+        kwargs: passed to the dense model's `from_pretrained`; `torch_dtype` is `dtype`.
 
     Raises:
         CheckpointError: the folder is incomplete, edited or truncated, or stands on another base.
         RecipeError: a newer format, or an impossible override.
     """
-    folder, dtype = Path(folder), _dtype(dtype)
+    older = kwargs.pop("torch_dtype", None)
+    folder, dtype = Path(folder), _dtype(older if dtype is None else dtype)
     if (folder / ADAPTER).is_file() and not (folder / MANIFEST).is_file():
         return load_adapter(folder, base, dtype, device_map, override, **kwargs)
     manifest = read_manifest(folder)
