@@ -191,7 +191,7 @@ def _base(folder: Path, config: dict[str, Any], base: str | None) -> tuple[Origi
     if not name:
         raise CheckpointError(
             f"{folder} does not say which model its adapter stands on, because that one was built "
-            "in memory; pass its folder or hub id as sc.load(dir, base=...)."
+            "in memory; load it with base=NAME (--base), that model's folder or hub id."
         )
     own = name == config.get("base_model_name_or_path")
     origin = Origin.at(hub.resolve(name, config.get("revision") if own else None))

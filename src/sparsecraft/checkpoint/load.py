@@ -170,29 +170,40 @@ def _dispatch(model: nn.Module, device_map: Any, kwargs: dict[str, Any]) -> None
     dispatch_model(model, device_map, **where)
 
 
-def load_any(name: str) -> tuple[nn.Module, Any]:
+def is_self_contained(folder: str | Path) -> bool:
+    """Whether a folder is a checkpoint that stands on no base."""
+    folder = Path(folder).expanduser()
+    return (folder / MANIFEST).is_file() and read_manifest(folder)["base"] is None
+
+
+def load_any(name: str, base: str | None = None) -> tuple[nn.Module, Any]:
     """Model and tokenizer of a checkpoint folder, or of a dense model by name.
 
     On the GPU if there is one.
 
+    Args:
+        base: of a checkpoint, as in `load`.
+
     Raises:
-        CheckpointError: a checkpoint folder that lacks its recipe.
+        CheckpointError: a checkpoint folder that lacks its recipe, or a base of a dense model.
         HubError: no such model, or weights or a tokenizer that cannot be read.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(name).expanduser()
     if (folder / "adapter_config.json").is_file():
-        model = load(folder, device_map=device)
+        model = load(folder, base, device_map=device)
         return model, load_tokenizer(folder) or tokenizer_of(model)
     if not (folder / MANIFEST).is_file():
         folder = hub.resolve(name)
     tokenizer = load_tokenizer(folder)  # before the weights, which take long
     if (folder / MANIFEST).is_file():
-        return load(folder, device_map=device), tokenizer
+        return load(folder, base, device_map=device), tokenizer
     config = read_json(folder / "config.json")
     if isinstance(config, dict) and config.get("model_type") == "sparsecraft":
         raise CheckpointError(
             f"{folder} is a sparsecraft checkpoint whose {MANIFEST} is missing; "
             "copy or save the folder again."
         )
+    if base is not None:
+        raise CheckpointError(f"{name} is a dense model and stands on no base; drop {base!r}.")
     return hub.load_dense(name, device_map=device), tokenizer

@@ -18,13 +18,13 @@ from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.moe.context import context, sentences_of
 
 
-def load_generator(name: str) -> tuple[nn.Module, Any]:
+def load_generator(name: str, base: str | None = None) -> tuple[nn.Module, Any]:
     """As `load_any`; refuses models that do not generate text, or have no tokenizer to do so.
 
     Raises:
         SparsecraftError: an encoder or classifier, or no usable tokenizer.
     """
-    model, tokenizer = load_any(name)
+    model, tokenizer = load_any(name, base)
     if not model.can_generate():
         raise SparsecraftError(
             f"{name} is a {type(model).__name__}, which does not generate text; eval takes it."
