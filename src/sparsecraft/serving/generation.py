@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from sparsecraft.checkpoint.load import load_any
 from sparsecraft.data.encoding import prompt_ids
 from sparsecraft.data.sentences import for_routers, prompt_text
-from sparsecraft.dense.tokens import positions_of
+from sparsecraft.dense.tokens import is_encoder_decoder, positions_of
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.moe.context import context, sentences_of
 
@@ -84,7 +84,7 @@ def answer(
             else tokenizer.pad_token_id,
             **options,
         )
-    new = output[0] if model.config.is_encoder_decoder else output[0, ids.shape[1] :]
+    new = output[0] if is_encoder_decoder(model) else output[0, ids.shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
@@ -93,7 +93,7 @@ def _room(model: nn.Module, prompt: int) -> float:
     positions = positions_of(model)
     if positions is None:
         return math.inf
-    decoder = model.config.is_encoder_decoder
+    decoder = is_encoder_decoder(model)
     # A decoder of its own begins with one start token.
     room = positions - 1 if decoder else positions - prompt
     if room < 1 or prompt > positions:

@@ -18,6 +18,7 @@ from sparsecraft.data.batches import as_batches, collate
 from sparsecraft.data.encoding import row_ids
 from sparsecraft.data.limits import Limits, pad_id
 from sparsecraft.data.rows import load_rows
+from sparsecraft.dense.tokens import is_encoder_decoder
 from sparsecraft.errors import DataError
 from sparsecraft.surgery.record import tokenizer_of
 
@@ -124,7 +125,7 @@ def _collated(model: nn.Module, domain: Domain, tokenizer: Any) -> Iterator[dict
         raise DataError(f"The domain {domain.name} is text; pass the model's tokenizer.")
     length, pad = length_of(model), pad_id(tokenizer, model)
     limits = Limits.of(model)
-    decodes = model.can_generate() and not model.config.is_encoder_decoder
+    decodes = model.can_generate() and not is_encoder_decoder(model)
     for start in range(0, len(domain.rows), BATCH):
         features = []
         for row in domain.rows[start : start + BATCH]:
