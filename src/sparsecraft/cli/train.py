@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparsecraft.cli.console import Command, Say
-from sparsecraft.cli.options import Folder, Paths
+from sparsecraft.cli.options import Based, Folder, Paths
 from sparsecraft.training.options import TrainOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCommand(Command, TrainOptions):
+class TrainCommand(Command, TrainOptions, Based):
     """Train a converted model on chat, text or classification rows."""
 
     folder: Folder
@@ -39,7 +39,7 @@ def run(command: TrainCommand, say: Say) -> None:
     from sparsecraft.training.train import train
 
     check_free(command.out, command.overwrite)
-    model = load(command.folder)
+    model = load(command.folder, command.base)
     if command.dtype != "saved":
         _cast_frozen(model, command.dtype)
     report = train(

@@ -1,7 +1,7 @@
 """What has happened to a model, in words, from the report that its checkpoint keeps.
 
 What is known has a line of its own; whatever else a report says of a conversion, of its certificate
-or of a training is printed as it stands, so that nothing in it stays unread.
+or of a training is printed as it stands, so that no field in it stays unread; long lists are cut.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SAID = {
     "merge": "how recipe result folded joined kept certificate change cost activation arrived",
 }
 
-# Entries of a list or a dict that are shown.
+# Entries of a list that are shown.
 SHOWN = 8
 
 
@@ -163,8 +163,7 @@ def words(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        parts = [f"{_spaced(key)} {words(inner)}" for key, inner in value.items()]
-        return _listed(parts)
+        return ", ".join(f"{_spaced(key)} {words(inner)}" for key, inner in value.items())
     if isinstance(value, (list, tuple)):
         return _listed([words(inner) for inner in value])
     return str(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsecraft.dense.tokens import is_encoder_decoder
 from sparsecraft.errors import SparsecraftError
 
 # Tokens in one forward pass: the logits of a large vocabulary in float32 are the largest tensor.
@@ -18,7 +19,7 @@ def label_logprobs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, 
     """
     batch = {key: value.to(model.device) for key, value in batch.items()}
     labels = batch.pop("labels")
-    decoder = getattr(model.config, "is_encoder_decoder", False)
+    decoder = is_encoder_decoder(model)
     if decoder:
         batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
     # A cache would hide the document borders of packed batches from the attention mask.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.dense.tokens import reads
+from sparsecraft.dense.tokens import is_encoder_decoder, reads
 from sparsecraft.moe.outputs import evaluation_mode
 from sparsecraft.surgery.plan import PlannedEdit
 
@@ -57,7 +57,7 @@ def _inputs(
         if isinstance(value, Tensor) and key not in ("labels", "token_mask")
     }
     masks = {"input": inputs.get("attention_mask")}
-    if getattr(model.config, "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         masks["decoder"] = inputs.get("decoder_attention_mask")
         if "decoder_input_ids" not in inputs:  # the decoder reads the same text
             inputs["decoder_input_ids"], masks["decoder"] = inputs["input_ids"], masks["input"]
