@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.dense.tokens import reads
+from sparsecraft.errors import SparsecraftError
+from sparsecraft.moe.masks import of_frames, of_rows
 from sparsecraft.moe.outputs import evaluation_mode
 from sparsecraft.surgery.plan import PlannedEdit
 
@@ -56,7 +58,8 @@ def _inputs(
         for key, value in batch.items()
         if isinstance(value, Tensor) and key not in ("labels", "token_mask")
     }
-    masks = {"input": inputs.get("attention_mask")}
+    mask = inputs.get("attention_mask")
+    masks = {"input": None if mask is None else of_frames(model, mask)}
     if getattr(model.config, "is_encoder_decoder", False):
         masks["decoder"] = inputs.get("decoder_attention_mask")
         if "decoder_input_ids" not in inputs:  # the decoder reads the same text
@@ -66,4 +69,13 @@ def _inputs(
 
 def _real(x: Tensor, mask_BS: Tensor | None) -> Tensor:
     x_TD = x.reshape(-1, x.shape[-1])
-    return x_TD if mask_BS is None else x_TD[mask_BS.reshape(-1).to(x.device, torch.bool)]
+    if mask_BS is None:
+        return x_TD
+    real_T = of_rows(mask_BS, x.shape[:-1])
+    if real_T is None:
+        raise SparsecraftError(
+            f"The batch has a mask of shape {tuple(mask_BS.shape)}, and a router will read tokens "
+            f"of shape {tuple(x.shape[:-1])}; give paths of layers that read the masked tokens, "
+            "or data without a mask."
+        )
+    return x_TD[real_T.to(x.device, torch.bool)]
