@@ -1,4 +1,4 @@
-"""Whose tokens a batch's mask is of: towers, and frames of sound.
+"""Whose tokens a batch's mask is of: towers, frames of sound, layers that run on (S, B, D).
 
 Shapes: B sequences, S positions, F frames, E experts.
 """
@@ -13,9 +13,10 @@ import transformers
 
 import sparsecraft as sc
 from sparsecraft.dense.tokens import reads
+from sparsecraft.errors import SurgeryError
 from sparsecraft.moe.context import layer_masks
-from sparsecraft.moe.masks import of_frames
-from tests import cases
+from sparsecraft.moe.masks import of_frames, of_rows
+from tests import cases, tiny
 from tests.cases.members import member_inputs, member_model
 
 TOWERS = ["clip", "siglip", "llava", "paligemma", "gemma3_vision", "qwen2_5_vl", "qwen3_vl"]
@@ -201,3 +202,151 @@ def test_layers_that_no_mask_covers_count_all_their_tokens_which_is_said_once(ca
     wanted = balance(routing, lambda n: None)
     coefficient = model.sparsecraft.recipe.stages[0].losses["switch"]
     assert sc.losses.latest(model).item() == pytest.approx(coefficient * wanted, rel=1e-5)
+
+
+# ----------------------------------------------------------------------- (positions, batch, width)
+def xlnet():
+    sizes = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "dropout": 0.0}
+    torch.manual_seed(0)
+    config = transformers.XLNetConfig(vocab_size=len(tiny.tokenizer()), pad_token_id=0, **sizes)
+    return transformers.XLNetLMHeadModel(config).eval()
+
+
+def fsmt():
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64}
+    sizes |= {"decoder_ffn_dim": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    vocabulary = {"src_vocab_size": 99, "tgt_vocab_size": 99, "langs": ["en", "de"]}
+    torch.manual_seed(0)
+    config = transformers.FSMTConfig(**sizes, **vocabulary, pad_token_id=0, bos_token_id=1)
+    return transformers.FSMTForConditionalGeneration(config).eval()
+
+
+def led():
+    return member_model("led")
+
+
+def lengths(rows: int) -> torch.Tensor:
+    """Of rows of up to eight tokens, so that a square mask is not its own transpose."""
+    return 8 - 5 * torch.arange(rows) % 8
+
+
+def amounts(model, ids, mask) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Of one pass the routings, and by layer what each expert received of real tokens."""
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if model.config.is_encoder_decoder:
+        inputs |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+    with torch.no_grad(), sc.trace(model) as routing:
+        model(**inputs)
+    masks = layer_masks(model, inputs, None)
+    return routing, {name: found.amounts_E(masks(name)) for name, found in routing.items()}
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+@pytest.mark.parametrize("make, turned", [(xlnet, ""), (fsmt, ""), (led, "longformer_self_attn")])
+def test_masks_are_in_the_order_of_the_tokens(make, turned, rows):
+    """Of eight positions; eight rows are a square, whose shape says nothing."""
+    model = converted(make(), sc.recipes.molora(num_experts=3))
+    ids = torch.arange(3, 3 + 8 * rows).reshape(rows, 8)
+    mask = (torch.arange(8) < lengths(rows)[:, None]).long()
+    routing, found = amounts(model, ids, mask)
+    assert sum(turned in name for name in routing) >= 4
+    for name, routed in routing.items():
+        if "_global" in name:  # of other tokens, the few that see all
+            continue
+        weights_BSE = routed.weights_TE().reshape(8, rows, 3).transpose(0, 1)
+        if turned not in name:
+            weights_BSE = routed.weights_TE().reshape(rows, 8, 3)
+        assert torch.allclose(found[name], weights_BSE[mask.bool()].sum(0)), name
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+def test_padding_counts_nowhere_where_positions_come_first(rows):
+    model = converted(xlnet(), sc.recipes.molora(num_experts=3))
+    ids = torch.arange(3, 3 + 8 * rows).reshape(rows, 8)
+    together = amounts(model, ids, (torch.arange(8) < lengths(rows)[:, None]).long())[1]
+    for row, length in zip(ids, lengths(rows).tolist(), strict=True):
+        for name, found in amounts(model, row[None, :length], None)[1].items():
+            together[name] = together[name] - found
+    assert all(rest.abs().max() < 1e-4 for rest in together.values())
+
+
+def test_orders_are_told_by_the_shape_and_by_the_family_of_a_square():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    flat, turned = [1, 1, 0, 1, 0, 0], [1, 1, 1, 0, 0, 0]
+    for shape, first, wanted in (
+        ((2, 3), False, flat), ((2, 1, 3), False, flat), ((6,), False, flat),
+        ((3, 2), False, turned), ((3, 2), True, turned), ((6,), True, turned),
+        ((2,), False, [1, 1]), ((4, 3), False, None), ((12,), False, None),
+    ):  # fmt: skip
+        found = of_rows(mask, torch.Size(shape), first)
+        assert wanted is None if found is None else found.tolist() == wanted, shape
+    square = mask[:, :2]
+    assert of_rows(square, square.shape, False).tolist() == [1, 1, 1, 0]
+    assert of_rows(square, square.shape, True).tolist() == [1, 1, 1, 0]
+    assert of_rows(square.flip(0), square.shape, True).tolist() == [1, 1, 0, 1]
+
+
+@pytest.mark.parametrize("options", [{"mixing": "slots"}, {"modalities": True}])
+def test_what_looks_at_sequences_is_refused_where_positions_come_first(options):
+    with pytest.raises(SurgeryError, match=r"tokens come as \(positions, batch, width\)"):
+        sc.convert(xlnet(), sc.recipes.smola(num_experts=3, rank=2, **options))
+
+
+def test_measured_weights_leave_padding_out_where_positions_come_first():
+    from sparsecraft.conversion.merging.frozen import measured_weights
+
+    model = converted(xlnet(), sc.recipes.molora(num_experts=3))
+    ids = torch.arange(3, 19).reshape(2, 8)
+    mask = (torch.arange(8) < torch.tensor([[8], [3]])).long()
+    padded = measured_weights(model, [{"input_ids": ids, "attention_mask": mask}])
+    alone = measured_weights(model, [{"input_ids": ids[:1]}, {"input_ids": ids[1:, :3]}])
+    for name, found in padded.items():
+        assert torch.allclose(found, alone[name], atol=1e-6), name
+
+
+def test_training_counts_real_tokens_where_positions_come_first(tmp_path):
+    """Rows of many lengths, in one batch with padding and one by one."""
+    rows = [{"text": "red " * n} for n in (2, 4, 9, 14)]
+    data, loads = tiny.write_rows(tmp_path / "rows.jsonl", rows), []
+    for size in (4, 1):
+        model = converted(xlnet(), sc.recipes.molora(num_experts=3, variant="tuned"))
+        sc.train(
+            model, data, tmp_path / f"out{size}", tokenizer=tiny.tokenizer(), steps=1,
+            batch_size=4, micro_batch=size, max_length=64, packing=False, progress=False,
+        )  # fmt: skip
+        entry = model.sparsecraft.report["training"][0]["log"][0]
+        loads.append({key: value for key, value in entry.items() if key.startswith("max_load/")})
+    assert max(loads[0].values()) > 1.1 and loads[0] == pytest.approx(loads[1], rel=1e-5)
+
+
+def test_rows_are_assigned_to_experts_where_positions_come_first():
+    from sparsecraft.training.deal import directed
+
+    model = converted(xlnet(), sc.recipes.molora(num_experts=3))
+    ids, experts = torch.arange(3, 19).reshape(2, 8), torch.tensor([[1] * 8, [2] * 8])
+    with directed(model), torch.no_grad(), sc.trace(model) as routing:
+        model(ids, expert_ids=experts)
+    for found in routing.values():
+        assert found.indices_TK.reshape(8, 2).tolist() == [[1, 2]] * 8
+
+
+@pytest.mark.parametrize("make", [xlnet, lambda: member_model("wav2vec2")])
+def test_routers_start_from_real_tokens(make):
+    from sparsecraft.conversion.domains.inputs import read_inputs
+    from sparsecraft.surgery.plan import plan
+
+    model, taken = make(), []
+    name, size, kept = ("input_ids", 8, 3) if make is xlnet else ("input_values", 400, 100)
+    values = torch.arange(3, 19).reshape(2, 8) if make is xlnet else torch.randn(2, 400)
+    mask = (torch.arange(size) < torch.tensor([[size], [kept]])).long()
+    items = plan(model, sc.recipes.molora(num_experts=3))[:2]
+    read_inputs(model, items, [{name: values, "attention_mask": mask}], taken.append)
+    padded = taken.pop()
+    if make is xlnet:
+        rows = [{name: values[:1]}, {name: values[1:, :kept]}]
+        read_inputs(model, items, rows, taken.append)
+        for found, *alone in zip(padded, *taken, strict=True):
+            assert found.sum(0).allclose(torch.cat(alone).sum(0), atol=1e-4)
+    else:
+        real = model._get_feature_vector_attention_mask(23, mask)
+        assert {len(found) for found in padded} == {real.sum().item()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from torch import nn
@@ -72,6 +73,21 @@ def _owners(model: nn.Module, path: str) -> list[nn.Module]:
     """The modules around `path`, from the model inwards."""
     parts = path.split(".")
     return [model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
+
+
+# Model type -> what runs on tokens (S, B, D) there: a square batch does not tell.
+SEQUENCE_FIRST = {
+    "fsmt": "*layers.*",
+    "led": "*longformer_self_attn.*",
+    "longformer": "*attention.self.*",
+    "xlnet": "*layer.*",
+}
+
+
+def is_sequence_first(model: nn.Module, path: str) -> bool:
+    """Whether tokens arrive at `path` as (positions, batch, width)."""
+    types = {getattr(getattr(m, "config", None), "model_type", None) for m in _owners(model, path)}
+    return any(t in types and fnmatchcase(path, paths) for t, paths in SEQUENCE_FIRST.items())
 
 
 def is_causal(model: nn.Module, path: str) -> bool:

@@ -107,10 +107,12 @@ class Batch:
         if self.grows and cache is not None and any(getattr(self, n) is not None for n in MASKS):
             self.past = int(cache.get_seq_length())
 
-    def seen_by(self, reads: Reads) -> Batch:
+    def seen_by(self, reads: Reads, sequence_first: bool) -> Batch:
         """What of it is true of a layer's tokens: a tower has others than all masks cover."""
         if reads == "tower":
             return replace(self, **dict.fromkeys((*MASKS, "sentence_ids", "shape")))
+        if sequence_first and self.expert_ids is not None:
+            return replace(self, expert_ids=self.expert_ids.T)
         return self
 
     def clear(self) -> None:
@@ -166,7 +168,8 @@ class Batch:
         """
         if x.ndim == 2 and self.shape and len(x) == self.shape.numel():
             x = x.reshape(*self.shape, x.shape[-1])
-        if x.ndim != 3:
+        turned = self.shape and x.shape[:2] == self.shape[::-1] != self.shape
+        if x.ndim != 3 or turned:
             raise SparsecraftError(
                 f"A layer that looks at whole sequences needs tokens of shape (batch, positions, "
                 f"width) and got {tuple(x.shape)}; use a router by token, for all modalities."
@@ -319,7 +322,7 @@ def layer_masks(model: torch.nn.Module, inputs: dict, token_mask: Tensor | None)
         real, shape = masks[layer.reads], layer.shape if shape is None else shape
         if real is None:
             return None
-        real_T = of_rows(real, shape)
+        real_T = of_rows(real, shape, layer.sequence_first)
         if real_T is None and not layer.warned and not real.all():
             log.warning(misfit(real, shape, name, model))
             for other in model.modules():

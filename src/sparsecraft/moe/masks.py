@@ -1,4 +1,4 @@
-"""Whether a batch's mask is of the tokens that a layer reads.
+"""Whether a batch's mask is of the tokens that a layer reads, and in which order they come there.
 
 Shapes: B sequences, S positions, F frames of sound, T tokens.
 """
@@ -33,19 +33,24 @@ def of_frames(model: nn.Module, mask_BS: Tensor) -> Tensor:
     return torch.arange(frames, device=mask_BS.device) < real_B[:, None]
 
 
-def of_rows(mask_BS: Tensor, shape: torch.Size) -> Tensor | None:
-    """A mask for the tokens of one layer, (T,); None if it is not of them.
+def of_rows(mask_BS: Tensor, shape: torch.Size, sequence_first: bool = False) -> Tensor | None:
+    """A mask for the tokens of one layer in their order, (T,); None if it is not of them.
 
     Args:
-        shape: of the tokens: (B, S), flattened, or one for each sequence.
+        shape: of the tokens: (B, S), flattened, (S, B), or one for each sequence.
+        sequence_first: where the shape does not tell, whether they are (S, B).
     """
     if mask_BS.ndim != 2:
         return None
     B, S = mask_BS.shape
-    found, own = (tuple(n for n in s if n != 1) for s in (shape, (B, S)))
+    found, own, other = (tuple(n for n in s if n != 1) for s in (shape, (B, S), (S, B)))
     if math.prod(shape) == B:
         return mask_BS.any(-1)
-    return mask_BS.reshape(-1) if found in (own, (B * S,)) else None
+    if found == (B * S,) or found == own == other:
+        return (mask_BS.T if sequence_first else mask_BS).reshape(-1)
+    if found in (own, other):
+        return (mask_BS if found == own else mask_BS.T).reshape(-1)
+    return None
 
 
 def misfit(mask: Tensor, shape: torch.Size, layer: str, model: nn.Module) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.dense.tokens import reads
+from sparsecraft.dense.tokens import is_sequence_first, reads
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.moe.masks import of_frames, of_rows
 from sparsecraft.moe.outputs import evaluation_mode
@@ -24,7 +24,8 @@ def read_inputs(
     """Give `take`, for every batch, what the router of each item reads of its real tokens, (T, D),
     and the last hidden states of the real tokens."""
     seen: dict[int, Tensor] = {}
-    whose = [reads(model, item.site.path) for item in items]
+    paths = [item.site.path for item in items]
+    whose = [(reads(model, path), is_sequence_first(model, path)) for path in paths]
 
     def keep(n: int) -> Callable:
         return lambda module, args, kwargs: seen.update(
@@ -42,7 +43,10 @@ def read_inputs(
                 output = model.base_model(**inputs)
                 last = getattr(output, "encoder_last_hidden_state", None)
                 last = output.last_hidden_state if last is None else last
-                read = [_real(seen[n], masks.get(whose[n])) for n in range(len(items))]
+                read = [
+                    _real(seen[n], masks.get(tokens), turned)
+                    for n, (tokens, turned) in enumerate(whose)
+                ]
                 take([*read, _real(last, masks["input"])])
     finally:
         for handle in handles:
@@ -67,11 +71,11 @@ def _inputs(
     return inputs, masks
 
 
-def _real(x: Tensor, mask_BS: Tensor | None) -> Tensor:
+def _real(x: Tensor, mask_BS: Tensor | None, sequence_first: bool = False) -> Tensor:
     x_TD = x.reshape(-1, x.shape[-1])
     if mask_BS is None:
         return x_TD
-    real_T = of_rows(mask_BS, x.shape[:-1])
+    real_T = of_rows(mask_BS, x.shape[:-1], sequence_first)
     if real_T is None:
         raise SparsecraftError(
             f"The batch has a mask of shape {tuple(mask_BS.shape)}, and a router will read tokens "

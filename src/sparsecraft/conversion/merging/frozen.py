@@ -113,7 +113,7 @@ def _with_decoder(
 
 def _real(name: str, layer: MoELayer, mask: Tensor) -> Tensor:
     """Which of the tokens that a layer routed are real, (T,)."""
-    real_T = of_rows(mask, layer.shape)
+    real_T = of_rows(mask, layer.shape, layer.sequence_first)
     if real_T is None:
         raise MergeError(
             f"The mask of the tokens that {name!r} reads has shape {tuple(mask.shape)}, and it "
