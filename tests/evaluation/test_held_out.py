@@ -186,16 +186,41 @@ def classifier(**changes) -> transformers.BertForSequenceClassification:
 
 def test_tasks_without_a_held_out_loss_are_refused(tmp_path):
     choice = tiny.write_rows(tmp_path / "choice.jsonl", [choice_row("x", ["a", "b"], 0)])
-    for name, task in (("bert", "encoder"), ("vit", "image")):
-        with pytest.raises(SparsecraftError, match=f"is an {task} model.*ForCausalLM"):
+    for name in ("bert", "vit"):
+        with pytest.raises(SparsecraftError, match=r"evaluate has no objective for .*ForCausalLM"):
             sc.evaluate(cases.dense(name), [cases.batch(name, labels=True)])
-    with pytest.raises(SparsecraftError, match="is an encoder model"):
+    config = cases.FAMILIES["bert"].config()
+    with pytest.raises(SparsecraftError, match="no objective for BertForTokenClassification"):
+        sc.evaluate(transformers.BertForTokenClassification(config), choices=choice)
+    with pytest.raises(SparsecraftError, match="no objective for BertForMaskedLM"):
         sc.evaluate(cases.dense("bert"), choices=choice, tokenizer=tiny.tokenizer())
     with pytest.raises(SparsecraftError, match=r"is a classifier.*text and label"):
         sc.evaluate(classifier(), choices=choice, tokenizer=tiny.tokenizer())
     for model in (cases.dense("t5"), classifier()):
         with pytest.raises(DataError, match="no labels"):
             sc.evaluate(model, [torch.arange(3, 15).view(2, 6)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ({"num_labels": 1}, "num_labels=1"),
+        ({"problem_type": "multi_label_classification"}, "multi"),
+    ],
+)
+def test_a_classifier_of_another_problem_has_no_accuracy(tmp_path, kind, said):
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"text": "say red", "label": 0}] * 4)
+    batch = {"input_ids": torch.arange(3, 15).view(2, 6), "labels": torch.tensor([0, 0])}
+    for data in (rows, [batch]):
+        with pytest.raises(SparsecraftError, match=f"{said}.*sc.evaluate takes classifiers"):
+            sc.evaluate(classifier(**kind), data, tokenizer=tiny.tokenizer())
+
+
+@pytest.mark.parametrize("labels", [torch.rand(2, 3), torch.rand(2), torch.zeros(2, 6).long()])
+def test_labels_that_are_no_class_of_a_row_are_refused(labels):
+    batch = {"input_ids": torch.arange(3, 15).view(2, 6), "labels": labels}
+    with pytest.raises(DataError, match="one whole number for each row"):
+        sc.evaluate(classifier(), [batch])
 
 
 def test_classes_that_the_classifier_lacks_are_named(tmp_path):

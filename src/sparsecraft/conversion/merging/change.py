@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsecraft.data.batches import as_batches, collate
 from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
-from sparsecraft.dense.loading import task_of
+from sparsecraft.dense.loading import objective_of, task_of
 from sparsecraft.dense.probes import PROBE_SHAPE
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import DataError
@@ -78,7 +78,7 @@ class HeldOut:
         positions = positions_of(model) or DEFAULT_MAX_LENGTH
         options = {
             "max_length": min(DEFAULT_MAX_LENGTH, positions),
-            "task": TASK_OF_MODEL.get(task_of(model), "causal"),
+            "task": TASK_OF_MODEL.get(objective_of(model), "causal"),
             "model": model,
         }
         return cls({str(p): _batches(p, tokenizer, options) for p in listed}, from_files=True)
@@ -99,7 +99,7 @@ class HeldOut:
 
     def losses(self, model: nn.Module) -> dict[str, float]:
         """File -> loss; nothing without data, or for a task that has no such loss."""
-        if not self.sources or task_of(model) not in TASK_OF_MODEL:
+        if not self.sources or objective_of(model) is None:
             return {}
         return {
             name: evaluate(model, batches)["loss"]["data"]["loss"]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.dense.loading import task_of
+from sparsecraft.dense.loading import objective_of
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import DataError
 from sparsecraft.evaluation.budget.loads import NOT_READ, Batch
@@ -57,7 +57,7 @@ def latencies(
         rounds: times that each setting is timed. Every round begins with another setting, so that
             a machine that slows down or warms up does so for all.
     """
-    causal = task_of(model) == "causal"
+    causal = objective_of(model) == "causal"
     times: list[list[float]] = [[] for _ in settings]
     with evaluation_mode(model), torch.no_grad():
         steps = []
