@@ -130,6 +130,45 @@ def test_the_median_over_templates_is_taken(tmp_path, model):
     assert found["accuracy"] in (0.0, 1.0)  # two templates agree, the third says the opposite
 
 
+PAIR = {
+    "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 96,
+    "max_position_embeddings": 32, "pad_token_id": 0, "decoder_start_token_id": 2,
+}  # fmt: skip
+SEAMLESS = {
+    **PAIR, "hidden_size": 16, "speech_encoder_layers": 1, "speech_encoder_attention_heads": 2,
+    "t2u_encoder_layers": 1, "t2u_decoder_layers": 1, "bos_token_id": 2, "eos_token_id": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Bart", PAIR),
+        ("M2M100", PAIR),
+        ("NllbMoe", {**PAIR, "num_experts": 2, "expert_capacity": 64}),
+        ("Blenderbot", PAIR),
+        ("BlenderbotSmall", PAIR),
+        ("SeamlessM4T", SEAMLESS),
+        ("SeamlessM4Tv2", SEAMLESS),
+    ],
+)
+def test_a_decoder_reads_what_its_model_makes_of_labels(kind, options):
+    torch.manual_seed(0)
+    head = "ForTextToText" if "Seamless" in kind else "ForConditionalGeneration"
+    config = getattr(transformers, f"{kind}Config")(**options)
+    model = getattr(transformers, kind + head)(config).eval()
+    ids = torch.randint(4, 90, (3, 8))
+    labels = torch.randint(4, 90, (3, 6))
+    labels[1, 4:] = -100
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that what the decoder reads shows
+            parameter.mul_(2 if parameter.ndim > 1 else 1)
+        own = model(input_ids=ids, labels=labels).loss.item()
+    found = sc.evaluate(model, [{"input_ids": ids, "labels": labels}])["loss"]["data"]
+    assert found["loss"] == pytest.approx(own, abs=1e-4) and found["tokens"] == 16
+
+
 def test_t5_is_evaluated_on_its_targets(tmp_path):
     model = cases.dense("t5")
     model.resize_token_embeddings(len(tiny.tokenizer()))

@@ -80,6 +80,16 @@ def inputs_of(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     return inputs
 
 
+def decoder_ids(model: nn.Module, labels: Tensor) -> Tensor:
+    """(B, S) of what a decoder beside an encoder reads, to predict labels (B, S)."""
+    if prepare := getattr(model, "prepare_decoder_input_ids_from_labels", None):
+        return prepare(labels=labels)
+    # M2M100, NLLB-MoE, Blenderbot, SeamlessM4T: in their forward, in the same way.
+    shifted = labels.roll(1, -1)
+    shifted[:, 0] = model.config.decoder_start_token_id
+    return shifted.masked_fill(shifted == -100, model.config.pad_token_id)
+
+
 def _has_cache(model: nn.Module) -> bool:
     """Whether the model passes `use_cache` on to a trunk that knows it."""
     return bool(getattr(model.config.get_text_config(), "use_cache", None)) and any(

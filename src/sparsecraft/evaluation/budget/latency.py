@@ -22,7 +22,7 @@ from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import DataError
 from sparsecraft.evaluation.budget.loads import NOT_READ, Batch
 from sparsecraft.moe.context import CACHES
-from sparsecraft.moe.outputs import evaluation_mode
+from sparsecraft.moe.outputs import decoder_ids, evaluation_mode
 
 CONTEXT, ROUNDS = 128, 20
 
@@ -136,5 +136,5 @@ def _whole(model: nn.Module, batches: Sequence[Batch], size: int) -> Step:
     inputs = {key: value[rows.to(value.device)].to(model.device) for key, value in inputs.items()}
     if getattr(model.config, "is_encoder_decoder", False) and "labels" in batch:
         labels = batch["labels"][rows].to(model.device)
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        inputs["decoder_input_ids"] = decoder_ids(model, labels)
     return lambda: lambda: model(**inputs)
