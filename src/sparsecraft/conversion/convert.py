@@ -25,7 +25,7 @@ from sparsecraft.dense.foreign import check_own
 from sparsecraft.dense.memory import check_in_memory, check_new_in_memory
 from sparsecraft.dense.once import looked_at_once
 from sparsecraft.dense.origin import Origin
-from sparsecraft.dense.sound import check_weights
+from sparsecraft.dense.sound import check_files, check_weights
 from sparsecraft.errors import CertificateError, SurgeryError
 from sparsecraft.evaluation.certificate import Certificate, probes
 from sparsecraft.evaluation.layerwise import certify as certify_layers
@@ -140,6 +140,8 @@ def convert(
     check_weights(model, SurgeryError)
     names = [name for name, _ in model.named_parameters()]
     origin = Origin.of(model)
+    if origin is not None:
+        check_files(model, origin.weights, SurgeryError)
     with looked_at_once():
         edits = plan(model, recipe)
         given = opened(model, recipe, edits, sources, unrelated=unrelated)
