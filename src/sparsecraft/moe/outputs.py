@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsecraft.dense.twins import HERE
 from sparsecraft.errors import DataError
 from sparsecraft.moe.context import sentence_width
 from sparsecraft.moe.layer import MoELayer
@@ -99,7 +100,7 @@ def _has_cache(model: nn.Module) -> bool:
 
 
 def _random_sentences(rows: int, width: int) -> Tensor:
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(0), **HERE)
 
 
 def _to(value: Any, device: torch.device, floating: torch.dtype | None) -> Any:
