@@ -36,6 +36,7 @@ from sparsecraft.moe.names import dense_tensors, unique_tensors
 from sparsecraft.moe.outputs import outputs
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.install import apply, on_packed
+from sparsecraft.surgery.left_out import UNTIED
 from sparsecraft.surgery.plan import PlannedEdit, plan
 from sparsecraft.surgery.record import Conversion, conversion_of, is_converted
 from sparsecraft.surgery.rollback import atomic
@@ -161,6 +162,8 @@ def convert(
     report = Report.of(model, certificate, given, starts.names, children)
     report = dataclasses.replace(report, arrived=arrivals(given, names))
     record.report = {"conversion": report.to_dict()}
+    if UNTIED in report.left_out:
+        log.warning(f"Left out, {UNTIED}: {', '.join(report.left_out[UNTIED])}.")
     writes_ours(model)
     return report
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsecraft.dense.loading import load_tokenizer
 from sparsecraft.dense.origin import Origin
@@ -30,6 +30,7 @@ class Conversion:
         layers: the layers that were installed, one for each planned edit.
         devices: where each layer's donor was.
         dense: module path -> the module that stood there, for `revert`.
+        aliases: each further name of a shared dense parameter -> its first, which these go by:
         digests: dense tensor name -> its dtype and digest before the conversion.
         shapes: dense tensor name -> its shape then.
         vocabulary: rows of the embedding of tokens then; None without one.
@@ -52,6 +53,7 @@ class Conversion:
     layers: list[MoELayer] = field(default_factory=list)
     devices: list[torch.device] = field(default_factory=list)
     dense: dict[str, nn.Module] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
     digests: dict[str, tuple[torch.dtype, str]] = field(default_factory=dict)
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     vocabulary: int | None = None
@@ -81,6 +83,16 @@ class Conversion:
     def types_of_masters(self) -> dict[str, torch.dtype]:
         """Dense name -> type before the conversion, of what training holds in float32."""
         return {name: self.digests[name][0] for name in self.masters if name in self.digests}
+
+    def by_first_name(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Dense tensors by the names that `digests` has; those that were shared and are not any
+        more keep their own."""
+        found = {name: t for name, t in tensors.items() if name not in self.aliases}
+        for name in tensors.keys() - found.keys():
+            first = self.aliases[name]
+            shared = found.setdefault(first, tensors[name]) is tensors[name]
+            found |= {} if shared else {name: tensors[name]}
+        return found
 
     @property
     def base(self) -> Origin | None:
