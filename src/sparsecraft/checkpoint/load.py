@@ -23,6 +23,7 @@ from sparsecraft.dense.loading import load_tokenizer, model_class
 from sparsecraft.errors import CheckpointError
 from sparsecraft.moe.names import dense_tensors, unique_tensors
 from sparsecraft.surgery.budget import restore
+from sparsecraft.surgery.elsewhere import remember
 from sparsecraft.surgery.identity import stands_in
 from sparsecraft.surgery.record import conversion_of, tokenizer_of
 
@@ -50,7 +51,9 @@ def load(
     """
     folder, dtype = Path(folder), _dtype(dtype)
     if (folder / ADAPTER).is_file() and not (folder / MANIFEST).is_file():
-        return load_adapter(folder, base, dtype, device_map, override, **kwargs)
+        model = load_adapter(folder, base, dtype, device_map, override, **kwargs)
+        remember(model, "it was loaded")
+        return model
     manifest = read_manifest(folder)
     saved, recipe = read_recipe(manifest["recipe"], override)
     origin = find_base(folder, manifest["base"], base)
@@ -76,6 +79,7 @@ def load(
         record.masters.clear()
     restore(model, manifest.get("running"), changed=recipe != saved)
     _settle(model, folder, changed=recipe != saved)
+    remember(model, "it was loaded")
     if origin is None and spread is not None:
         _dispatch(model, spread, kwargs)
     return model.eval()

@@ -28,6 +28,7 @@ from sparsecraft.errors import CheckpointError, HubError
 from sparsecraft.recipe.formats import FORMAT_VERSION, VERSION, to_json
 from sparsecraft.surgery.agreement import check_agrees
 from sparsecraft.surgery.budget import state_of, warn_untrained
+from sparsecraft.surgery.elsewhere import note
 from sparsecraft.surgery.identity import stands_in
 from sparsecraft.surgery.record import conversion_of
 
@@ -76,6 +77,7 @@ def save(
         stands_in(model, out)
         return out
     check_weights(model, CheckpointError, whole)
+    note(model, whole)
     always = may_change(model) if resumable else frozenset()
     tensors = new_or_changed(model, origin, whole, always)
     size = sum(t.numel() * t.element_size() for t in tensors.values())

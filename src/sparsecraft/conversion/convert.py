@@ -35,6 +35,7 @@ from sparsecraft.moe.losses import check_names
 from sparsecraft.moe.names import dense_tensors, unique_tensors
 from sparsecraft.moe.outputs import outputs
 from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.surgery.elsewhere import remember
 from sparsecraft.surgery.install import apply, on_packed
 from sparsecraft.surgery.left_out import UNTIED
 from sparsecraft.surgery.plan import PlannedEdit, plan
@@ -162,6 +163,7 @@ def convert(
     report = Report.of(model, certificate, given, starts.names, children)
     report = dataclasses.replace(report, arrived=arrivals(given, names))
     record.report = {"conversion": report.to_dict()}
+    remember(model, "the conversion")
     if UNTIED in report.left_out:
         log.warning(f"Left out, {UNTIED}: {', '.join(report.left_out[UNTIED])}.")
     writes_ours(model)

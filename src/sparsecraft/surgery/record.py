@@ -42,6 +42,7 @@ class Conversion:
         folder: the checkpoint that the model was loaded from, if it was.
         written: the recipe's JSON in that folder, of whatever format.
         report: what `convert` and `train` measured, as written to report.json.
+        seen: what the parameters were when our verbs had last changed them; see `elsewhere`.
         hooks: handles of the hooks that give the layers each batch's masks.
         running: what of its split networks the model runs.
         left_out: reason -> what the recipe does not reach; see `sparsecraft.surgery.left_out`.
@@ -65,6 +66,7 @@ class Conversion:
     written: dict[str, Any] | None = None
     base_card: tuple[str | None, ...] | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    seen: Any = None
     hooks: list[Any] = field(default_factory=list)
     running: Running = field(default_factory=Running)
     left_out: dict[str, list[str]] = field(default_factory=dict)

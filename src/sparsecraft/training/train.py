@@ -26,6 +26,7 @@ from sparsecraft.evaluation.split_report import summary
 from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.init.graph import check_metis
 from sparsecraft.recipe.stages import Fit, Stage
+from sparsecraft.surgery.elsewhere import note as note_elsewhere
 from sparsecraft.surgery.record import conversion_of, tokenizer_of
 from sparsecraft.training.arguments import processes
 from sparsecraft.training.deal import check_deal
@@ -83,6 +84,7 @@ def train(
     record = conversion_of(model)
     check_free(out, overwrite)
     check_loadable(model)
+    note_elsewhere(model)
     check_settings(model, tokenizer)
     _check_devices(model)
     states = out.with_name(f"{out.name}.training")
