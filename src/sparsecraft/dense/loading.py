@@ -108,10 +108,14 @@ def objective_of(model: Any) -> Task | None:
         task = task_of(model)
     except HubError:  # a head of another kind, for token classification or questions
         return None
-    if task == "classification":
-        of_one = model.config.problem_type in (None, "single_label_classification")
-        return task if of_one and model.config.num_labels > 1 else None
-    return task if task in ("causal", "seq2seq") else None
+    known = task in ("causal", "seq2seq") or (task == "classification" and gives_one_class(model))
+    return task if known else None
+
+
+def gives_one_class(model: Any) -> bool:
+    """Whether a classifier gives one of several classes, and no number and not several labels."""
+    of_one = model.config.problem_type in (None, "single_label_classification")
+    return of_one and model.config.num_labels > 1
 
 
 def without_objective(model: Any, who: str) -> str:

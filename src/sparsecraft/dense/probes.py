@@ -66,6 +66,8 @@ def candidates(
         text = {"decoder_input_ids": _ids(model, generator, shape)["input_ids"]}
     elif model.config.is_encoder_decoder and text:
         text["decoder_input_ids"] = text["input_ids"].flip(-1)
+    if type(model).__name__.endswith("ForMultipleChoice"):  # one choice for each sequence
+        text = {name: ids[:, None] for name, ids in text.items()}
     found = []
     if "pixel_values" in takes:
         found += [_with_images(model, text, images) for images in _images(model, generator, shape)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsecraft.data.batches import as_batches, collate
 from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
-from sparsecraft.dense.loading import objective_of, task_of
+from sparsecraft.dense.loading import gives_one_class, objective_of
 from sparsecraft.dense.probes import PROBE_SHAPE
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import DataError
@@ -24,6 +24,8 @@ from sparsecraft.evaluation.held_out import DEFAULT_MAX_LENGTH, evaluate
 from sparsecraft.surgery.record import tokenizer_of
 
 BATCH_ROWS = 8
+# What transformers calls the losses of heads that give a token or an image one of several labels.
+LABELLED = ("ForTokenClassification", "ForImageClassification")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,5 +136,7 @@ def mean_kl(
 
 
 def predicts_classes(model: nn.Module) -> bool:
-    """Whether the model's outputs are logits, of tokens or of labels."""
-    return task_of(model) != "encoder" or model.get_output_embeddings() is not None
+    """Whether the model's outputs are logits, of tokens or of one of several labels."""
+    if objective_of(model) or model.get_output_embeddings() is not None:
+        return True
+    return model.loss_type in LABELLED and gives_one_class(model)
