@@ -66,6 +66,9 @@ def load(
         model = _from_config(folder, config, None if spread else device_map, kwargs)
         record, held = convert_base(model, recipe, None), manifest["dense"].items()
         record.digests = {name: (getattr(torch, d), h) for name, (d, h) in held}
+        if resized := manifest.get("resized"):
+            record.vocabulary = resized["vocabulary"]
+            record.shapes |= {n: torch.Size(s) for n, s in resized["shapes"].items()}
     else:
         kwargs |= as_it_was(manifest["base"])
         kwargs["packed"] = kwargs["packed"] or _packed(folder)
