@@ -284,6 +284,40 @@ def test_torchs_default_device_does_not_matter_to_a_plan(family):
         assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("recipe", ["camelidae", "upcycling", "moefication"])
+def test_what_is_made_in_inference_mode_trains_afterwards(recipe, tmp_path):
+    model = dense("llama")
+    with torch.inference_mode():
+        sc.convert(model, RECIPES[recipe].make())
+        sc.save(model, tmp_path / "out")
+        loaded = sc.load(tmp_path / "out")
+    for found in (model, loaded):
+        assert not any(tensor.is_inference() for tensor in unique_tensors(found).values())
+        found.train()
+        found(**batch("llama"), labels=batch("llama")["input_ids"]).loss.backward()
+        assert any(parameter.grad is not None for parameter in found.parameters())
+
+
+def test_a_model_that_was_made_in_inference_mode_is_refused():
+    with torch.inference_mode():
+        model = transformers.LlamaForCausalLM(dense("llama").config)
+        refused(SurgeryError, model, sc.recipes.molora(2), "made inside of torch.inference_mode")
+    refused(SurgeryError, model, sc.recipes.molora(2), "'model.embed_tokens.weight'", "outside")
+
+
+@pytest.mark.parametrize("recipe", ["camelidae", "lora", "ia3", "upcycling", "bam"])
+@pytest.mark.parametrize("part", ["mlp", "self_attn"])
+def test_a_part_that_was_compiled_is_converted_as_any(part, recipe):
+    """torch.nn.Module.compile keeps a graph of what was there, and asks at the call."""
+    models = [dense("llama"), dense("llama")]
+    getattr(models[0].model.layers[0], part).compile(backend="eager")
+    for model in models:
+        report = sc.convert(model, RECIPES[recipe].make())
+        randomize_new(model)
+    assert report.certificate.exact == RECIPES[recipe].exact
+    assert torch.allclose(*(logits(model, batch("llama")) for model in models), atol=1e-6)
+
+
 def test_layers_in_several_modes_keep_them_through_the_probe():
     model = dense("llama")
     model.model.layers[0].train()

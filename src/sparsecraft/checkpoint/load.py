@@ -20,6 +20,7 @@ from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.checkpoint.tensors import ADAPTER, WEIGHTS, read_tensors
 from sparsecraft.dense import hub
 from sparsecraft.dense.loading import load_tokenizer, model_class
+from sparsecraft.dense.memory import outside_of_inference_mode
 from sparsecraft.errors import CheckpointError
 from sparsecraft.moe.names import dense_tensors, unique_tensors
 from sparsecraft.surgery.budget import restore
@@ -28,6 +29,7 @@ from sparsecraft.surgery.identity import stands_in
 from sparsecraft.surgery.record import conversion_of, tokenizer_of
 
 
+@outside_of_inference_mode()
 def load(
     folder: str | Path,
     base: str | None = None,

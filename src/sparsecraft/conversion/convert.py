@@ -22,7 +22,7 @@ from sparsecraft.conversion.sources.gather import gather, opened
 from sparsecraft.conversion.sources.source import Source
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.foreign import check_own
-from sparsecraft.dense.memory import check_in_memory, check_new_in_memory
+from sparsecraft.dense.memory import check_can_train, check_in_memory, check_new_in_memory
 from sparsecraft.dense.once import looked_at_once
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_files, check_weights
@@ -228,5 +228,6 @@ def _check_arguments(model: Any, recipe: Any) -> None:
         )
     check_in_memory(model, "convert it")
     check_new_in_memory()
+    check_can_train(model)
     check_own(model)
     check_names({name: 0.0 for stage in recipe.stages for name in stage.losses})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,7 +37,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     dense = [m for m in model.modules() if not isinstance(m, MoELayer)]
     noted = [(m, {**vars(m)}, {**m._buffers}) for m in dense]
     cuda = {p.device for p in model.parameters() if p.is_cuda}
-    with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=list(cuda)):
+    compiled = any(m._compiled_call_impl for m in dense)  # what is exchanged meanwhile, it misses
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    random = torch.random.fork_rng(devices=list(cuda))
+    with evaluation_mode(model), torch.no_grad(), random, eager:
         torch.manual_seed(0)
         try:
             yield

@@ -21,6 +21,7 @@ from sparsecraft.data.batches import collate
 from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
 from sparsecraft.data.sentences import Prompts
+from sparsecraft.dense.memory import outside_of_inference_mode
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.split_report import summary
 from sparsecraft.moe.context import layer_masks
@@ -47,6 +48,7 @@ from sparsecraft.training.trainers import (
 log = logging.getLogger("sparsecraft")
 
 
+@outside_of_inference_mode()
 def train(
     model: nn.Module | str | Path,
     data: str | Path | Sequence[str | Path],
