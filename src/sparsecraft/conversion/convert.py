@@ -141,9 +141,7 @@ def convert(
     recipe = on_packed(model, recipe)
     check_weights(model, SurgeryError)
     names = [name for name, _ in model.named_parameters()]
-    origin = Origin.of(model)
-    if origin is not None:
-        check_files(model, origin.weights, SurgeryError)
+    origin = _origin_of(model)
     with looked_at_once():
         edits = plan(model, recipe)
         given = opened(model, recipe, edits, sources, unrelated=unrelated)
@@ -164,10 +162,16 @@ def convert(
     report = dataclasses.replace(report, arrived=arrivals(given, names))
     record.report = {"conversion": report.to_dict()}
     remember(model, "the conversion")
-    if UNTIED in report.left_out:
-        log.warning(f"Left out, {UNTIED}: {', '.join(report.left_out[UNTIED])}.")
     writes_ours(model)
     return report
+
+
+def _origin_of(model: nn.Module) -> Origin | None:
+    """Where the dense model came from; refused if its weights are integers there."""
+    origin = Origin.of(model)
+    if origin is not None:
+        check_files(model, origin.weights, SurgeryError)
+    return origin
 
 
 def _dense_outputs(
@@ -198,6 +202,8 @@ def _made(
         torch.manual_seed(seed)
         record = apply(model, recipe, edits)
         gather(model, recipe, edits, record.layers, given, networks)
+    if untied := record.left_out.get(UNTIED):
+        log.warning(f"Left out, {UNTIED}: {', '.join(untied)}.")
     return record
 
 
