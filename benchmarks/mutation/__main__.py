@@ -110,7 +110,11 @@ def _one_pass(
     pool: ProcessPoolExecutor, number: int, tests: dict[Mutant, list[str]], limit: float
 ) -> dict[Mutant, dict]:
     ends = pool.map(_in_a_child, tests, tests.values(), [limit] * len(tests))
-    return {m: end | {"pass": number} for m, end in zip(tests, ends, strict=True)}
+    found = {}
+    for mutant, end in zip(tests, ends, strict=True):
+        found[mutant] = end | {"pass": number}
+        print(f"{end['end']}: {mutant.file}:{mutant.line} {mutant} {end.get('by')}", flush=True)
+    return found
 
 
 def _mark_unsound(

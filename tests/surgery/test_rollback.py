@@ -289,6 +289,27 @@ def test_a_resized_model_gives_its_network_back_and_keeps_the_size(
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in others.items())
 
 
+@pytest.mark.parametrize("recipe", ["camelidae", "molora"])
+def test_a_resized_model_reverts_from_its_folder_as_well(folder, recipe, tmp_path, caplog):
+    """And from the folder of one that was resized again after it was loaded."""
+    model, start = base(folder), base(folder)
+    sc.convert(model, RECIPES[recipe].make())
+    size = len(start.model.embed_tokens.weight)
+    for name, more in (("once", 7), ("twice", 9)):
+        model.resize_token_embeddings(size + more, mean_resizing=False)
+        sc.save(model, tmp_path / name)
+        model = sc.load(tmp_path / name)
+    added = model.model.embed_tokens.weight[size:].detach().clone()
+    sc.revert(model)
+    assert "embed_tokens.weight: resized" in caplog.text
+    rows = model.model.embed_tokens.weight
+    assert torch.equal(rows[size:], added) and len(added) == 9
+    start.resize_token_embeddings(size + 9, mean_resizing=False)
+    start.model.embed_tokens.weight.data[size:] = added
+    wanted, found = start.state_dict(), model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [

@@ -20,13 +20,16 @@ from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.checkpoint.tensors import ADAPTER, WEIGHTS, read_tensors
 from sparsecraft.dense import hub
 from sparsecraft.dense.loading import load_tokenizer, model_class
+from sparsecraft.dense.memory import outside_of_inference_mode
 from sparsecraft.errors import CheckpointError
 from sparsecraft.moe.names import dense_tensors, unique_tensors
 from sparsecraft.surgery.budget import restore
+from sparsecraft.surgery.elsewhere import remember
 from sparsecraft.surgery.identity import stands_in
 from sparsecraft.surgery.record import conversion_of, tokenizer_of
 
 
+@outside_of_inference_mode()
 def load(
     folder: str | Path,
     base: str | None = None,
@@ -51,7 +54,9 @@ def load(
     older = kwargs.pop("torch_dtype", None)
     folder, dtype = Path(folder), _dtype(older if dtype is None else dtype)
     if (folder / ADAPTER).is_file() and not (folder / MANIFEST).is_file():
-        return load_adapter(folder, base, dtype, device_map, override, **kwargs)
+        model = load_adapter(folder, base, dtype, device_map, override, **kwargs)
+        remember(model, "it was loaded")
+        return model
     manifest = read_manifest(folder)
     saved, recipe = read_recipe(manifest["recipe"], override)
     origin = find_base(folder, manifest["base"], base)
@@ -65,6 +70,9 @@ def load(
         model = _from_config(folder, config, None if spread else device_map, kwargs)
         record, held = convert_base(model, recipe, None), manifest["dense"].items()
         record.digests = {name: (getattr(torch, d), h) for name, (d, h) in held}
+        if resized := manifest.get("resized"):
+            record.vocabulary = resized["vocabulary"]
+            record.shapes |= {n: torch.Size(s) for n, s in resized["shapes"].items()}
     else:
         kwargs |= as_it_was(manifest["base"])
         kwargs["packed"] = kwargs["packed"] or _packed(folder)
@@ -78,6 +86,7 @@ def load(
         record.masters.clear()
     restore(model, manifest.get("running"), changed=recipe != saved)
     _settle(model, folder, changed)
+    remember(model, "it was loaded")
     if origin is None and spread is not None:
         _dispatch(model, spread, kwargs)
     return model.eval()

@@ -22,10 +22,10 @@ from sparsecraft.conversion.sources.gather import gather, opened
 from sparsecraft.conversion.sources.source import Source
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.foreign import check_own
-from sparsecraft.dense.memory import check_in_memory, check_new_in_memory
+from sparsecraft.dense.memory import check_can_train, check_in_memory, check_new_in_memory
 from sparsecraft.dense.once import looked_at_once
 from sparsecraft.dense.origin import Origin
-from sparsecraft.dense.sound import check_weights
+from sparsecraft.dense.sound import check_files, check_weights
 from sparsecraft.errors import CertificateError, SurgeryError
 from sparsecraft.evaluation.certificate import Certificate, probes
 from sparsecraft.evaluation.layerwise import certify as certify_layers
@@ -35,7 +35,9 @@ from sparsecraft.moe.losses import check_names
 from sparsecraft.moe.names import dense_tensors, unique_tensors
 from sparsecraft.moe.outputs import outputs
 from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.surgery.elsewhere import remember
 from sparsecraft.surgery.install import apply, on_packed
+from sparsecraft.surgery.left_out import UNTIED
 from sparsecraft.surgery.plan import PlannedEdit, plan
 from sparsecraft.surgery.record import Conversion, conversion_of, is_converted
 from sparsecraft.surgery.rollback import atomic
@@ -140,7 +142,7 @@ def convert(
     recipe = on_packed(model, recipe)
     check_weights(model, SurgeryError)
     names = [name for name, _ in model.named_parameters()]
-    origin = Origin.of(model)
+    origin = _origin_of(model)
     with looked_at_once():
         edits = plan(model, recipe)
         given = opened(model, recipe, edits, sources, unrelated=unrelated)
@@ -160,8 +162,17 @@ def convert(
     report = Report.of(model, certificate, given, starts.names, children)
     report = dataclasses.replace(report, arrived=arrivals(given, names))
     record.report = {"conversion": report.to_dict()}
+    remember(model, "the conversion")
     writes_ours(model)
     return report
+
+
+def _origin_of(model: nn.Module) -> Origin | None:
+    """Where the dense model came from; refused if its weights are integers there."""
+    origin = Origin.of(model)
+    if origin is not None:
+        check_files(model, origin.weights, SurgeryError)
+    return origin
 
 
 def _dense_outputs(
@@ -192,6 +203,8 @@ def _made(
         torch.manual_seed(seed)
         record = apply(model, recipe, edits)
         gather(model, recipe, edits, record.layers, given, networks)
+    if untied := record.left_out.get(UNTIED):
+        log.warning(f"Left out, {UNTIED}: {', '.join(untied)}.")
     return record
 
 
@@ -222,5 +235,6 @@ def _check_arguments(model: Any, recipe: Any) -> None:
         )
     check_in_memory(model, "convert it")
     check_new_in_memory()
+    check_can_train(model)
     check_own(model)
     check_names({name: 0.0 for stage in recipe.stages for name in stage.losses})

@@ -34,15 +34,17 @@ def history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
         lines += [f"  certificate: {', '.join(line.strip() for line in found)}"]
     lines += _unsaid("conversion", conversion)
     runs, changes = report.get("training", []), report.get("extensions", [])
+    elsewhere = report.get("elsewhere", {})
     for number in range(len(runs) + 1):  # in the order in which it happened
         for entry in (entry for entry in changes if entry["trainings"] == number):
             lines += [_extension_line(entry)]
             lines += arrived_lines({entry.get("expert"): entry.get("arrived", {})})
+        lines += _elsewhere_lines(elsewhere) if elsewhere.get("trainings") == number else []
         lines += [line for run in runs[number : number + 1] for line in _training_lines(run)]
     if merged := report.get("merge"):
         lines += [f"Merged ({merged['how']}) from {merged['recipe']}.", *_unsaid("merge", merged)]
         lines += arrived_lines({"what the experts change": merged.get("arrived", {})})
-    return lines if report.get("training") else [*lines, "Not trained yet."]
+    return lines if runs or elsewhere else [*lines, "Not trained yet."]
 
 
 def start_line(recipe: Recipe, report: dict[str, Any]) -> str:
@@ -73,6 +75,13 @@ def moved_lines(moved: dict[str, Any]) -> list[str]:
     """What a stage has moved, in words; a line for each tensor or pattern that did not move."""
     first = f"{moved['moved']} of {moved['should']} tensors that should train have moved."
     return [first, *(f"  not moved: {n}: {reason}" for n, reason in moved["unmoved"].items())]
+
+
+def _elsewhere_lines(elsewhere: dict[str, Any]) -> list[str]:
+    return [
+        f"Not by sc.train: {elsewhere['moved']} of {elsewhere['parameters']} parameters have moved "
+        f"since {elsewhere['since']}, in a loop or trainer of the user's own or by an edit."
+    ]
 
 
 def arrived_lines(arrived: dict[str, dict[str, Any]]) -> list[str]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsecraft.dense.twins import HERE
 from sparsecraft.evaluation.certificate import TOLERANCE, Certificate, compare
 from sparsecraft.evaluation.distance import Distance, distance, first_tensor, mean_distance, power
 from sparsecraft.evaluation.lending import Lender, widened
@@ -278,7 +279,7 @@ class Comparison:
                 if self.found[layer].calls:
                     continue
                 donor = item.donor.reference
-                x = torch.randn(*ALONE, item.donor.in_features, generator=generator)
+                x = torch.randn(*ALONE, item.donor.in_features, generator=generator, **HERE)
                 x = x.to("cpu" if donor.is_meta else donor.device, self.model.dtype)
                 # A module that reads more than its hidden states fails in its own way.
                 with suppress(Exception):

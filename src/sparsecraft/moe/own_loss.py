@@ -187,7 +187,7 @@ class OwnLoss:
         """What `sc.losses.latest` gives."""
         if self.latest is None:
             if not self.in_force(model):
-                return torch.zeros((), device=next(model.parameters()).device)
+                return torch.zeros((), dtype=torch.float32, device=next(model.parameters()).device)
             raise SparsecraftError(
                 "There is no auxiliary loss: no forward pass in training, with gradients, came "
                 "before. Call model.train() and the model first."

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from sparsecraft.checkpoint.load import load_any
 from sparsecraft.data.encoding import prompt_ids
 from sparsecraft.data.sentences import for_routers, prompt_text
+from sparsecraft.dense.loading import objective_of
 from sparsecraft.dense.tokens import is_encoder_decoder, positions_of
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.moe.context import context, sentences_of
@@ -27,7 +28,8 @@ def load_generator(name: str, base: str | None = None) -> tuple[nn.Module, Any]:
     model, tokenizer = load_any(name, base)
     if not model.can_generate():
         raise SparsecraftError(
-            f"{name} is a {type(model).__name__}, which does not generate text; eval takes it."
+            f"{name} is a {type(model).__name__}, which does not generate text"
+            + ("; eval takes it." if objective_of(model) else ".")
         )
     # transformers makes an empty tokenizer where the vocabulary file is missing.
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.tokenize("a"):

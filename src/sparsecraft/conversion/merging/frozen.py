@@ -17,7 +17,7 @@ from sparsecraft.errors import MergeError, did_you_mean
 from sparsecraft.moe.context import sentence_width
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.masks import of_frames, of_rows
-from sparsecraft.moe.outputs import outputs
+from sparsecraft.moe.outputs import decoder_ids, outputs
 from sparsecraft.moe.routers.router import Router
 from sparsecraft.moe.routing import Routing, spread
 from sparsecraft.moe.tracing import trace
@@ -103,7 +103,7 @@ def _with_decoder(
         return batch, masks
     labels, mask = batch.get("labels"), batch.get("decoder_attention_mask")
     if labels is not None:
-        ids = model.prepare_decoder_input_ids_from_labels(labels=labels.to(model.device))
+        ids = decoder_ids(model, labels.to(model.device))
         batch = {"decoder_input_ids": ids, **batch}
         mask = labels != -100 if mask is None else mask
     elif mask is None and "decoder_input_ids" not in batch:

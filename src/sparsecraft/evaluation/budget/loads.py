@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparsecraft.data.batches import as_batches, collate
 from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
-from sparsecraft.dense.loading import task_of
+from sparsecraft.dense.loading import objective_of
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import DataError
 from sparsecraft.evaluation.held_out import DEFAULT_MAX_LENGTH, evaluate
@@ -153,9 +153,8 @@ def _run(
     model: nn.Module, seen: Iterable[Batch], batches: Sequence[Batch]
 ) -> tuple[float | None, float | None]:
     """Loss and accuracy where there are such, by `evaluate`; else the forward passes alone."""
-    task = task_of(model)
-    labelled = task == "causal" or all("labels" in batch for batch in batches)
-    if task in TASK_OF_MODEL and labelled:
+    task = objective_of(model)
+    if task == "causal" or (task and all("labels" in batch for batch in batches)):
         found = evaluate(model, seen)["loss"]["data"]
         return found["loss"], found.get("accuracy")
     for batch in seen:
@@ -186,17 +185,17 @@ class Source:
         self.pad_id = None
         if not (files and all(isinstance(item, (str, Path)) for item in listed)):
             self.items = list(as_batches(given, model=model))
-            if task_of(model) == "seq2seq" and any("labels" not in b for b in self.items):
+            if objective_of(model) == "seq2seq" and any("labels" not in b for b in self.items):
                 raise DataError(
                     "A batch has no labels, which mark the real tokens of a decoder beside an "
                     "encoder; give every batch its labels."
                 )
             return
-        task = TASK_OF_MODEL.get(task_of(model))
+        task = TASK_OF_MODEL.get(objective_of(model))
         if task is None:
             raise DataError(
-                f"{type(model).__name__} is an {task_of(model)} model, for which rows of files "
-                "have no form here; pass an iterable of dicts of model inputs."
+                f"Rows of files have no form that {type(model).__name__} learns from; pass an "
+                "iterable of dicts of model inputs."
             )
         if tokenizer is None:
             raise DataError("The model came without a tokenizer; pass tokenizer=...")
