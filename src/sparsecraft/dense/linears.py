@@ -3,8 +3,9 @@
 `linear` means every Linear and Conv1D of the transformer blocks, whatever is in them (attentions,
 feed-forward networks, Mamba and linear-attention mixers, shared experts), and of attentions and
 known feed-forward networks outside of them. Not meant are embeddings, projectors between towers and
-heads; left out, and listed, are routers and experts of the model's own mixtures, and Linears whose
-weights are read without calling them. PEFT's "all-linear" is wider by the projectors.
+heads; left out, and listed, are routers and experts of the model's own mixtures, Linears whose
+weights are read without calling them, and those that compute something else than these say. PEFT's
+"all-linear" is wider by the projectors.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from sparsecraft.dense.bypass import bypassed
 from sparsecraft.dense.forms import has
 from sparsecraft.dense.mixtures import inside, mixtures, routers
+from sparsecraft.dense.plain import is_plain
 
 Nature = Literal["attention", "ffn", "other", "outside"]
 
@@ -28,6 +30,7 @@ Nature = Literal["attention", "ffn", "other", "outside"]
 ROUTER = "routers of the model's own mixtures of experts"
 EXPERTS = "experts of the model's own mixtures of experts"
 BYPASSED = "modules whose weights are read without calling them"
+NOT_PLAIN = "Linears that compute something else than their weight and bias say"
 
 # Names of queries, keys and values by which an attention is known whose class does not say it.
 QUERIES = ("q_proj", "query", "query_proj", "q_lin", "linear_q", "q", "qkv", "query_key_value")
@@ -85,6 +88,8 @@ def linears(model: nn.Module, networks: Collection[str]) -> list[Placed]:
             why_not = ROUTER
         elif path in skipped:
             why_not = BYPASSED
+        elif nature != "outside" and not is_plain(module):
+            why_not = NOT_PLAIN
         found.append(Placed(path, nature, part, why_not))
     return found
 

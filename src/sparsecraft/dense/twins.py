@@ -52,6 +52,11 @@ def twin(
     return _twin(module, sizes, stubs, torch.Generator().manual_seed(seed))
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether its forward is accelerate's, which moves the weights about and calls the module's."""
+    return "_hf_hook" in vars(module)
+
+
 def problem(error: Exception) -> str:
     """What the code of a module raised, in one line."""
     return f"{type(error).__name__}: {[*str(error).splitlines(), ''][0]}"
@@ -63,19 +68,27 @@ def _twin(
     if any(module is stub for stub in stubs):
         return Stub()
     if is_linear(module):
-        return _linear(module, sizes, generator)
+        found = _linear(module, sizes, generator)
+        found._modules = _parts(found, sizes, stubs, generator)
+        return found
     found = _shell(module)
     for store in ("_parameters", "_buffers"):
         tensors = getattr(module, store).items()
         values = {n: None if t is None else _value(t, sizes) for n, t in tensors}
         setattr(found, store, values)
-    found._modules = {
-        name: child and _twin(child, sizes, stubs, generator)
-        for name, child in module._modules.items()
-    }
+    found._modules = _parts(module, sizes, stubs, generator)
     if isinstance(found, nn.LayerNorm):
         found.normalized_shape = tuple(sizes.get(n, n) for n in found.normalized_shape)
     return found
+
+
+def _parts(
+    module: nn.Module, sizes: Sizes, stubs: Collection[nn.Module], generator: torch.Generator
+) -> dict[str, nn.Module | None]:
+    return {
+        name: child and _twin(child, sizes, stubs, generator)
+        for name, child in module._modules.items()
+    }
 
 
 def _shell(module: nn.Module) -> nn.Module:
@@ -84,7 +97,7 @@ def _shell(module: nn.Module) -> nn.Module:
     own = vars(found)
     for name in [n for n in own if n.endswith("_hooks")]:
         own[name] = type(own[name])()
-    if "_hf_hook" in own:
+    if is_hooked(module):
         for name in HOOKED:
             own.pop(name, None)
     forward = own.get("forward")
