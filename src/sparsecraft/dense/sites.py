@@ -132,7 +132,7 @@ def find_sites(model: nn.Module, kind: SiteKind, paths: str = "*") -> list[Site]
 
 def _only_mixtures(model: nn.Module, kind: SiteKind, own: list[Mixture]) -> str:
     """Why the networks of a mixture of experts are no sites."""
-    examples = ", ".join(mixture.owner for mixture in own[:2])
+    examples = ", ".join([*dict.fromkeys(mixture.owner for mixture in own)][:2])
     return (
         f"{type(model).__name__} has no {kind} outside of the experts of its own mixtures (such as "
         f"{examples}), which nothing of ours enters yet; adapters and vectors can stand around a "
