@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import sparsecraft as sc
 from sparsecraft.dense.linears import NOT_PLAIN
-from sparsecraft.dense.plain import is_plain
+from sparsecraft.dense.plain import is_plain_linear
 from sparsecraft.errors import DonorError
 from tests import cases, tiny
 from tests.cases.members import member_inputs, member_model, member_outputs
@@ -125,7 +125,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("kind", PLAIN)
 def test_linears_that_are_ones(kind):
-    assert is_plain(PLAIN[kind]())
+    assert is_plain_linear(PLAIN[kind]())
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -133,7 +133,7 @@ def test_linears_that_are_none(kind):
     module = OTHERS[kind]()
     modes = [part.training for part in module.modules()]
     state = torch.random.get_rng_state()
-    assert not is_plain(module)
+    assert not is_plain_linear(module)
     assert modes == [part.training for part in module.modules()]
     assert torch.equal(state, torch.random.get_rng_state())
 

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from sparsecraft.dense.bypass import bypassed
 from sparsecraft.dense.forms import has
 from sparsecraft.dense.mixtures import inside, mixtures, routers
-from sparsecraft.dense.plain import is_plain
+from sparsecraft.dense.plain import is_plain_linear
 
 Nature = Literal["attention", "ffn", "other", "outside"]
 
@@ -74,13 +74,13 @@ def linears(model: nn.Module, networks: Collection[str]) -> list[Placed]:
         networks: paths of the members of its feed-forward networks of a known form.
     """
     modules = dict(model.named_modules())
-    blocks, own = _blocks(modules), mixtures(model)
+    within, own = blocks(modules), mixtures(model)
     choosing, experts, skipped = routers(model, own), [m.path for m in own], bypassed(model)
     found = []
     for path, module in modules.items():
         if not isinstance(module, (nn.Linear, Conv1D)):
             continue
-        nature, part = _nature(path, modules, blocks, networks)
+        nature, part = _nature(path, modules, within, networks)
         why_not = None
         if inside(path, experts):
             nature, why_not = "ffn", EXPERTS
@@ -88,13 +88,13 @@ def linears(model: nn.Module, networks: Collection[str]) -> list[Placed]:
             why_not = ROUTER
         elif path in skipped:
             why_not = BYPASSED
-        elif nature != "outside" and not is_plain(module):
+        elif nature != "outside" and not is_plain_linear(module):
             why_not = NOT_PLAIN
         found.append(Placed(path, nature, part, why_not))
     return found
 
 
-def _blocks(modules: dict[str, nn.Module]) -> list[str]:
+def blocks(modules: dict[str, nn.Module]) -> list[str]:
     """Paths of the innermost transformer blocks: what transformers checkpoints as one, and
     elsewhere items of a list that hold an attention."""
     found = [p for p, m in modules.items() if isinstance(m, GradientCheckpointingLayer)]

@@ -24,7 +24,7 @@ KNOWN = {"torch.nn.modules.linear", "transformers.pytorch_utils", "bitsandbytes.
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
-def is_plain(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> bool:
     """Whether a Linear or Conv1D gives x W^T + b and nothing else."""
     if "weight" not in module._parameters:  # it is computed from others
         return False

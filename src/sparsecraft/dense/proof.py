@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sparsecraft.dense.difference import TOLERANCE, Run, difference, random_tokens
 from sparsecraft.dense.donors import FFN, view_ffn
 from sparsecraft.dense.forms import FFNForm, features, join
-from sparsecraft.dense.plain import is_plain
+from sparsecraft.dense.plain import is_plain_linear
 from sparsecraft.dense.twins import Sizes, Stub, problem, twin
 
 
@@ -47,7 +47,7 @@ def prove(owner: nn.Module, form: FFNForm, whole: bool) -> Proof:
         whole: the module is to be the network and nothing else; otherwise its parts are a span.
     """
     for name in filter(None, (form.gate, form.up, form.down)):
-        if not is_plain(owner.get_submodule(name)):
+        if not is_plain_linear(owner.get_submodule(name)):
             return Proof(form, float("inf"), f"its {name!r} is no plain Linear")
     return (_Whole if whole else _Span)(owner, form).result()
 

@@ -21,7 +21,7 @@ from sparsecraft.dense.forms import (
 from sparsecraft.dense.linears import Placed, linears
 from sparsecraft.dense.mixtures import Mixture, inside, mixtures
 from sparsecraft.dense.networks import Network, find_networks
-from sparsecraft.dense.plain import is_plain
+from sparsecraft.dense.plain import is_plain_linear
 from sparsecraft.dense.proof import span
 from sparsecraft.errors import DonorError, SurgeryError
 from sparsecraft.recipe.edits import SiteKind
@@ -188,7 +188,7 @@ def _projection_sites(model: nn.Module, kind: SiteKind) -> list[Site]:
         if kind != "output":
             rows, refused = fused_rows(module, form, kind), why_not(module, form, kind)
         projection = model.get_submodule(path)
-        if is_linear(projection) and not is_plain(projection):
+        if is_linear(projection) and not is_plain_linear(projection):
             refused = f"its {getattr(form, kind)!r} is no plain Linear"
         if refused:
             refused = f"the attention {owner!r} ({type(module).__name__}): {refused}"

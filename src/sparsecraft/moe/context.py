@@ -290,10 +290,10 @@ def layer_masks(model: torch.nn.Module, inputs: dict, token_mask: Tensor | None)
     labels, decoder_mask = inputs.get("labels"), inputs.get("decoder_attention_mask")
     if labels is not None:  # of a classifier, the decoder reads the inputs
         decoder_mask = labels != -100 if labels.ndim > 1 else token_mask
+    masks = {"input": token_mask, "decoder": decoder_mask}  # a tower's tokens are all real
 
     def mask(layer: str) -> Tensor | None:
-        decoder = model.get_submodule(layer).reads == "decoder"
-        real = decoder_mask if decoder else token_mask
+        real = masks.get(model.get_submodule(layer).reads)
         return None if real is None else real.reshape(-1)
 
     return mask

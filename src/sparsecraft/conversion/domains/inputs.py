@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.dense.tokens import reads
 from sparsecraft.moe.outputs import evaluation_mode
 from sparsecraft.surgery.plan import PlannedEdit
 
@@ -22,7 +21,6 @@ def read_inputs(
     """Give `take`, for every batch, what the router of each item reads of its real tokens, (T, D),
     and the last hidden states of the real tokens."""
     seen: dict[int, Tensor] = {}
-    whose = [reads(model, item.site.path) for item in items]
 
     def keep(n: int) -> Callable:
         return lambda module, args, kwargs: seen.update(
@@ -40,7 +38,7 @@ def read_inputs(
                 output = model.base_model(**inputs)
                 last = getattr(output, "encoder_last_hidden_state", None)
                 last = output.last_hidden_state if last is None else last
-                read = [_real(seen[n], masks.get(whose[n])) for n in range(len(items))]
+                read = [_real(seen[n], masks.get(item.reads)) for n, item in enumerate(items)]
                 take([*read, _real(last, masks["input"])])
     finally:
         for handle in handles:

@@ -119,7 +119,7 @@ def _rows(name: str, mask: Tensor, rows: int, by_head: bool) -> Tensor:
             f"routed {rows} rows; give attention_mask (or a decoder's labels) one value for each "
             "token (batch, positions)."
         )
-    return spread(mask.bool().cpu(), rows)
+    return spread(mask.bool().cpu(), rows, rows // tokens)
 
 
 def given_weights(layers: Mapping[str, MoELayer], weights: Any) -> dict[str, Tensor]:
