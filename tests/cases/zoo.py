@@ -129,6 +129,7 @@ QWEN_TOKENS = {
 }
 SIGLIP = like(VISION, model_type="siglip_vision_model", vision_use_head=False)
 CLIP_TEXT = like(MASKED, projection_dim=D, eos_token_id=2, bos_token_id=1, pad_token_id=0)
+GEMMA = like(LLAMA_LIKE, **HEAD, **LOCAL)
 MLA = {
     "kv_lora_rank": 16,
     "q_lora_rank": 16,
@@ -305,6 +306,28 @@ ZOO = {
         topk_group=1,
         first_k_dense_replace=1,
     ),
+    "deepseek_v4": mixture(
+        "DeepseekV4ForCausalLM",
+        **like(LLAMA_LIKE, num_key_value_heads=1),
+        head_dim=16,
+        q_lora_rank=16,
+        o_groups=2,
+        o_lora_rank=8,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["heavily_compressed_attention", "compressed_sparse_attention"],
+        mlp_layer_types=["hash_moe", "moe"],
+        compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        index_n_heads=2,
+        index_head_dim=16,
+        index_topk=2,
+        hc_mult=2,
+        **LOCAL,
+    ),
+    "doge_moe": mixture(
+        "DogeForCausalLM", **LLAMA_LIKE, is_moe=True, num_experts=16, num_experts_per_tok=2
+    ),
     "llama4": mixture(
         "Llama4ForCausalLM",
         **LLAMA_LIKE,
@@ -452,6 +475,29 @@ ZOO = {
     "mt5": pair("MT5ForConditionalGeneration", **T5, tie_word_embeddings=False),
     "umt5": pair("UMT5ForConditionalGeneration", **T5, tie_word_embeddings=False),
     "longt5": pair("LongT5ForConditionalGeneration", **T5, local_radius=8),
+    "t5gemma": pair(
+        "T5GemmaForConditionalGeneration",
+        encoder=GEMMA,
+        decoder=GEMMA,
+        vocab_size=VOCAB,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    ),
+    "prophetnet": pair(
+        "ProphetNetForConditionalGeneration",
+        vocab_size=VOCAB,
+        hidden_size=D,
+        encoder_ffn_dim=F,
+        decoder_ffn_dim=F,
+        num_encoder_layers=LAYERS,
+        num_decoder_layers=LAYERS,
+        num_encoder_attention_heads=HEADS,
+        num_decoder_attention_heads=HEADS,
+        max_position_embeddings=POSITIONS,
+        decoder_start_token_id=1,
+    ),
     "switch_transformers": pair(
         "SwitchTransformersForConditionalGeneration",
         **T5,

@@ -10,7 +10,7 @@ from torch import nn
 
 from sparsecraft.dense.bypass import bypassed
 from sparsecraft.dense.linears import BYPASSED, EXPERTS, ROUTER
-from sparsecraft.dense.mixtures import mixtures, routers
+from sparsecraft.dense.mixtures import mixtures, routers, tensors
 from sparsecraft.dense.sites import find_sites, placed_linears
 from sparsecraft.errors import DonorError
 from tests.cases.members import member_model
@@ -77,6 +77,7 @@ def test_a_network_inside_an_attention_is_a_network():
         ("phimoe", ROUTER, {"router"}),
         ("qwen2_moe", ROUTER, {"shared_expert_gate"}),
         ("llama4", ROUTER, {"router"}),
+        ("doge_moe", ROUTER, {"router_gate"}),
         ("switch_transformers", ROUTER, {"classifier"}),
         ("switch_transformers", EXPERTS, {"wi", "wo"}),
     ],
@@ -133,6 +134,7 @@ MIXTURES = {
     "ernie4_5_moe": (4, 2, True),
     "switch_transformers": (2, 1, True),
     "jetmoe": (4, 2, True),
+    "doge_moe": (16, 2, True),
 }
 
 
@@ -144,6 +146,38 @@ def test_a_models_own_mixtures_are_found(family):
     assert {(m.num_experts, m.top_k, m.is_network) for m in networks} == {MIXTURES[family]}
     assert not any(m.is_network for m in found if m not in networks)
     assert routers(model, found)
+
+
+class _Stacked(nn.Module):
+    """A user's own mixture: its tensors stand beside its router and a shared network."""
+
+    def __init__(self, shape: tuple[int, ...] = (4, 8, 8), **parts: nn.Module):
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
+        self.top_k, self.shared = 2, nn.Linear(8, 8)
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def test_experts_beside_their_router_are_found():
+    model = member_model("llama")
+    router = nn.Linear(8, 4)
+    blocks = model.model.layers
+    blocks[0].mlp = _Stacked(router=router)
+    found = mixtures(model)
+    assert [m.path for m in found] == ["model.layers.0.mlp.up", "model.layers.0.mlp.down"]
+    assert {(m.num_experts, m.top_k, m.is_network) for m in found} == {(4, 2, True)}
+    held = [tensor for mixture in found for tensor in tensors(model, mixture)]
+    assert held[0] is blocks[0].mlp.up and held[1] is blocks[0].mlp.down
+    assert routers(model, found) == {"model.layers.0.mlp.router"}
+    others = (
+        _Stacked(),  # nothing chooses
+        _Stacked((1, 8, 8), router=router),  # such as RWKV's mixing of positions
+        _Stacked(router=router, table=nn.Embedding(9, 8)),
+    )
+    for other in others:
+        blocks[0].mlp = other
+        assert not mixtures(model)
 
 
 def test_dense_models_have_no_mixtures():

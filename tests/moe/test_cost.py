@@ -46,6 +46,16 @@ def test_ours_and_the_models_own_experts_are_counted_apart():
     assert counted.total - counted.active == own // 2 + ours // 2
 
 
+def test_experts_that_are_rows_of_tables_are_counted_as_experts():
+    """Doge's: of 16 rows of two tables a token meets two, which are products with it."""
+    model = member_model("doge_moe")
+    tables = [m for n, m in model.named_modules() if n.endswith(("down_embed", "up_embed"))]
+    counted, own = cost.count(model), sum(map(size, tables))
+    assert len(tables) == 4 and counted.total - counted.active == own - own // 8
+    linears = sum(size(m) for m in model.modules() if isinstance(m, nn.Linear))
+    assert counted.flops_per_token == 2 * (linears + own // 8)
+
+
 @pytest.mark.parametrize(
     "family", ["llama", "bert", "gpt2", "t5", "bloom", "opt", "whisper", "clip", "vit", "siglip"]
 )

@@ -140,11 +140,14 @@ def check_loadable(model: nn.Module) -> None:
             f"{type(model).__name__} is no class of transformers, so that a checkpoint of it could "
             "not be loaded again; save a model of a transformers class."
         )
-    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    head = model.get_output_embeddings() if tied else None
-    embeddings = model.get_input_embeddings().weight if tied else None
-    if head is not None and not embeddings.is_meta and head.weight is not embeddings:
-        raise CheckpointError(
-            "The configuration says tie_word_embeddings=True and the head has a weight of its own; "
-            "set model.config.tie_word_embeddings = False, or tie them."
-        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, other in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        target, source = parameters.get(name), parameters.get(other)
+        if target is None or source is None or source.is_meta:
+            continue
+        if target is not source:
+            raise CheckpointError(
+                f"The configuration says tie_word_embeddings=True and {name!r} is a weight of its "
+                f"own, not {other!r}; set tie_word_embeddings = False in the model's config, or "
+                "tie them (model.tie_weights())."
+            )

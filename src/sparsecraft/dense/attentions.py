@@ -178,12 +178,16 @@ def _running(module: nn.Module, form: AttentionForm) -> Run | None:
 
 def eager_twin(module: nn.Module, seed: int = 0) -> nn.Module:
     """A twin whose attention is plain products, which take every mask."""
-    copied = twin(module, {}, seed=seed).eval()
+    return eager(twin(module, {}, seed=seed))
+
+
+def eager(copied: nn.Module) -> nn.Module:
+    """A copy of a dense module, in evaluation, with attention of plain products from now on."""
     for part in copied.modules():
         if config := getattr(part, "config", None):
             part.config = copy.deepcopy(config)
             part.config._attn_implementation = "eager"
-    return copied
+    return copied.eval()
 
 
 def some_tokens(module: nn.Module, width: int) -> Tensor:

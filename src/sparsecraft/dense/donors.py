@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsecraft.dense.activations import placed, saved_tensors
 from sparsecraft.dense.forms import ATTENTION_FORMS, AttentionForm, FFNForm, features, has, join
+from sparsecraft.dense.plain import is_plain_linear
 from sparsecraft.errors import DonorError
 
 if TYPE_CHECKING:
@@ -299,7 +300,8 @@ def _view_ffn(model: nn.Module, site: Site) -> FFN:
 def _view_attention(model: nn.Module, site: Site) -> Attention:
     module = model.get_submodule(site.path)
     form = next(f for f in ATTENTION_FORMS if all(has(module, part) for part in f.parts()))
-    plain = all(type(module.get_submodule(part)) is nn.Linear for part in form.parts())
+    parts = [module.get_submodule(part) for part in form.parts()]
+    plain = all(type(part) is nn.Linear and is_plain_linear(part) for part in parts)
     if len(form.parts()) < 4 or not plain or not hasattr(module, "num_key_value_groups"):
         raise DonorError(
             f"The attention at {site.path!r} ({type(module).__name__}) cannot be an expert: that "

@@ -3,8 +3,9 @@
 `linear` means every Linear and Conv1D of the transformer blocks, whatever is in them (attentions,
 feed-forward networks, Mamba and linear-attention mixers, shared experts), and of attentions and
 known feed-forward networks outside of them. Not meant are embeddings, projectors between towers and
-heads; left out, and listed, are routers and experts of the model's own mixtures, and Linears whose
-weights are read without calling them. PEFT's "all-linear" is wider by the projectors.
+heads; left out, and listed, are routers and experts of the model's own mixtures, Linears whose
+weights are read without calling them, and those that compute something else than these say. PEFT's
+"all-linear" is wider by the projectors.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from sparsecraft.dense.bypass import bypassed
 from sparsecraft.dense.forms import has
 from sparsecraft.dense.mixtures import inside, mixtures, routers
+from sparsecraft.dense.plain import is_plain_linear
 
 Nature = Literal["attention", "ffn", "other", "outside"]
 
@@ -28,6 +30,7 @@ Nature = Literal["attention", "ffn", "other", "outside"]
 ROUTER = "routers of the model's own mixtures of experts"
 EXPERTS = "experts of the model's own mixtures of experts"
 BYPASSED = "modules whose weights are read without calling them"
+NOT_PLAIN = "Linears that compute something else than their weight and bias say"
 
 # Names of queries, keys and values by which an attention is known whose class does not say it.
 QUERIES = ("q_proj", "query", "query_proj", "q_lin", "linear_q", "q", "qkv", "query_key_value")
@@ -71,13 +74,13 @@ def linears(model: nn.Module, networks: Collection[str]) -> list[Placed]:
         networks: paths of the members of its feed-forward networks of a known form.
     """
     modules = dict(model.named_modules())
-    blocks, own = _blocks(modules), mixtures(model)
+    within, own = blocks(modules), mixtures(model)
     choosing, experts, skipped = routers(model, own), [m.path for m in own], bypassed(model)
     found = []
     for path, module in modules.items():
         if not isinstance(module, (nn.Linear, Conv1D)):
             continue
-        nature, part = _nature(path, modules, blocks, networks)
+        nature, part = _nature(path, modules, within, networks)
         why_not = None
         if inside(path, experts):
             nature, why_not = "ffn", EXPERTS
@@ -85,11 +88,13 @@ def linears(model: nn.Module, networks: Collection[str]) -> list[Placed]:
             why_not = ROUTER
         elif path in skipped:
             why_not = BYPASSED
+        elif nature != "outside" and not is_plain_linear(module):
+            why_not = NOT_PLAIN
         found.append(Placed(path, nature, part, why_not))
     return found
 
 
-def _blocks(modules: dict[str, nn.Module]) -> list[str]:
+def blocks(modules: dict[str, nn.Module]) -> list[str]:
     """Paths of the innermost transformer blocks: what transformers checkpoints as one, and
     elsewhere items of a list that hold an attention."""
     found = [p for p, m in modules.items() if isinstance(m, GradientCheckpointingLayer)]

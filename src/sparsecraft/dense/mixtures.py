@@ -1,11 +1,13 @@
 """Mixtures of experts that a model has of its own, before any conversion.
 
-Their experts are one module with stacked tensors, or a list of networks; a router beside it chooses
-some for each token. Nothing of ours enters them: an expert sees only the tokens that it gets.
+Their experts are one module with stacked tensors, a list of networks, or tables and stacked tensors
+of the network itself (Doge: a row is an expert); a router beside them chooses some for each token.
+Nothing of ours enters them: an expert sees only the tokens that it gets.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +30,10 @@ TOP_K = (
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """The experts of one mixture.
+    """The experts of one mixture, or one of their tensors.
 
     Attributes:
-        path: of the module that holds all of them.
+        path: of the module, or the parameter, that holds all of them.
         owner: path of the module that holds them with their router.
         num_experts: how many they are.
         top_k: how many of them a token meets; all where nothing says it.
@@ -49,23 +51,21 @@ class Mixture:
 def mixtures(model: nn.Module) -> list[Mixture]:
     """Every mixture of a model, in its order."""
     modules, found = dict(model.named_modules()), []
-    for path, module in modules.items():
-        if not _holds_experts(path, module) or inside(path, [m.path for m in found]):
-            continue
-        count = _num_experts(module)
-        if count is None:
-            continue
-        owner = path.rpartition(".")[0]
-        found.append(
-            Mixture(
-                path=path,
-                owner=owner,
-                num_experts=count,
-                top_k=min(count, _top_k(model, module, modules[owner]) or count),
-                is_network=_is_network(owner, modules),
-            )
-        )
+    for owner, module in modules.items():
+        for name, count in _experts(module):
+            path = join(owner, name)
+            if inside(path, [m.path for m in found]):
+                continue
+            known = _top_k(model, getattr(module, name), module) or count
+            is_network = _is_network(owner, modules)
+            found.append(Mixture(path, owner, count, min(count, known), is_network))
     return found
+
+
+def tensors(model: nn.Module, mixture: Mixture) -> list[nn.Parameter]:
+    """Those that the experts are."""
+    part = getattr(model.get_submodule(mixture.owner), mixture.path.rpartition(".")[2])
+    return [part] if isinstance(part, nn.Parameter) else [*part.parameters()]
 
 
 def inside(path: str, owners: list[str] | tuple[str, ...]) -> bool:
@@ -77,16 +77,30 @@ def routers(model: nn.Module, found: list[Mixture]) -> set[str]:
     """Paths of all that chooses between experts, or weighs a shared one."""
     paths = set()
     for mixture in found:
-        around = model.get_submodule(mixture.owner)
-        for name, module in around.named_children():
-            asks = name.endswith(("gate", "router")) or "Router" in type(module).__name__
-            if asks and join(mixture.owner, name) != mixture.path:
+        for name, module in model.get_submodule(mixture.owner).named_children():
+            if _chooses(name, module) and join(mixture.owner, name) != mixture.path:
                 paths.add(join(mixture.owner, name))
     return paths
 
 
-def _holds_experts(path: str, module: nn.Module) -> bool:
-    name, cls = path.rpartition(".")[2], type(module).__name__
+def _chooses(name: str, module: nn.Module) -> bool:
+    return name.endswith(("gate", "router")) or "Router" in type(module).__name__
+
+
+def _experts(owner: nn.Module) -> Iterator[tuple[str, int]]:
+    """Names in a module of what holds experts, and how many."""
+    children = dict(owner.named_children())
+    held = {name: _num_experts(part) for name, part in children.items() if _holds(name, part)}
+    if not held and any(_chooses(*child) for child in children.items()):
+        held = {n: c.num_embeddings for n, c in children.items() if isinstance(c, nn.Embedding)}
+        held |= {n: len(p) for n, p in owner.named_parameters(recurse=False) if p.ndim == 3}
+        if len({*held.values()}) != 1 or 1 in held.values():  # they are no experts
+            return
+    yield from ((name, count) for name, count in held.items() if count is not None)
+
+
+def _holds(name: str, module: nn.Module) -> bool:
+    cls = type(module).__name__
     return not name.startswith("shared") and (name == "experts" or cls.endswith("Experts"))
 
 

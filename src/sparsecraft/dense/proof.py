@@ -15,24 +15,16 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
+from sparsecraft.dense.difference import TOLERANCE, Run, difference, random_tokens
 from sparsecraft.dense.donors import FFN, view_ffn
 from sparsecraft.dense.forms import FFNForm, features, join
-from sparsecraft.dense.twins import HERE, Sizes, Stub, problem, twin
-
-# Largest relative error of a formula that is the module's own, in float32.
-TOLERANCE = 1e-5
-# Tokens that are small, usual, large, and beyond any clamp.
-SCALES = (2.0**-6, 1.0, 2.0**6, 2.0**20)
-
-Run = Callable[[bool, Tensor], Tensor]
-"""What a module gives, by whether it trains and the tokens that it reads."""
+from sparsecraft.dense.plain import is_plain_linear
+from sparsecraft.dense.twins import Sizes, Stub, problem, twin
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +46,9 @@ def prove(owner: nn.Module, form: FFNForm, whole: bool) -> Proof:
     Args:
         whole: the module is to be the network and nothing else; otherwise its parts are a span.
     """
+    for name in filter(None, (form.gate, form.up, form.down)):
+        if not is_plain_linear(owner.get_submodule(name)):
+            return Proof(form, float("inf"), f"its {name!r} is no plain Linear")
     return (_Whole if whole else _Span)(owner, form).result()
 
 
@@ -99,14 +94,14 @@ class _Whole:
         return Proof(self.form, float("inf"), reason)
 
     def _result(self, sizes: Sizes) -> Proof:
-        tokens = _tokens(sizes.get(self.width, self.width))
+        tokens = random_tokens(sizes.get(self.width, self.width))
         dense = self.dense(sizes)
-        error = _difference(dense, self.ours(sizes, self.form), tokens, training=False)
+        error = difference(dense, self.ours(sizes, self.form), tokens, training=False)
         if error > TOLERANCE:
             return Proof(self.form, error, f"a relative error of {error:.1e} on random tokens")
         nearest = float("inf")
         for form in self.with_dropouts():
-            error = _difference(dense, self.ours(sizes, form), tokens[1:2], training=True)
+            error = difference(dense, self.ours(sizes, form), tokens[1:2], training=True)
             if error <= TOLERANCE:
                 return Proof(form, error, None)
             nearest = min(nearest, error)
@@ -166,7 +161,7 @@ class _Span(_Whole):
     def _convention(self, sizes: Sizes) -> tuple[str, bool]:
         """How the owner is called: what the parts that are not the network's return, and whether
         what else it asks for is a tensor such as its input, or None."""
-        x = _tokens(sizes.get(self.width, self.width))[1]
+        x = random_tokens(sizes.get(self.width, self.width))[1]
         failure = None
         for returns, tensors in itertools.product(("pair", "tensor", "triple"), (True, False)):
             try:
@@ -214,12 +209,6 @@ def _small(width: int, hidden: int) -> Sizes:
     return {width: 8, hidden: 12, 2 * hidden: 24}
 
 
-def _tokens(width: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    shape = (2, 3, width)
-    return [torch.randn(shape, generator=generator, **HERE) * scale for scale in SCALES]
-
-
 def _rates(owner: nn.Module) -> list[tuple[str, float]]:
     """(the owner's attribute, rate) of every dropout that is on; of a Dropout no attribute."""
     modules = [m for _, m in outside_attention(owner)]
@@ -240,36 +229,3 @@ def _strangers(owner: nn.Module, form: FFNForm) -> list[nn.Module]:
                 yield child
 
     return [*below(owner)]
-
-
-def _difference(
-    dense: Run,
-    ours: Run,
-    tokens: list[Tensor],
-    training: bool,
-) -> float:
-    """The largest relative error, with the same dropout masks on both sides."""
-    worst = 0.0
-    with torch.no_grad(), _own_random_state(), torch.autocast("cpu", enabled=False):
-        for x in tokens:
-            outputs = []
-            for run in (dense, ours):
-                torch.default_generator.manual_seed(0)
-                outputs.append(run(training, x.clone()).double())
-            wanted, found = outputs
-            if wanted.shape != found.shape or not (wanted.isfinite() & found.isfinite()).all():
-                return float("inf")
-            if not torch.equal(wanted, found):
-                scale = max(wanted.norm(), found.norm())
-                worst = max(worst, ((found - wanted).norm() / scale).item())
-    return worst
-
-
-@contextmanager
-def _own_random_state() -> Iterator[None]:
-    """The CPU's random state is afterwards what it was; torch.manual_seed would seed GPUs too."""
-    state = torch.default_generator.get_state()
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(state)

@@ -15,11 +15,13 @@ from sparsecraft.dense.forms import (
     AttentionForm,
     FFNForm,
     features,
+    is_linear,
     join,
 )
 from sparsecraft.dense.linears import Placed, linears
 from sparsecraft.dense.mixtures import Mixture, inside, mixtures
 from sparsecraft.dense.networks import Network, find_networks
+from sparsecraft.dense.plain import is_plain_linear
 from sparsecraft.dense.proof import span
 from sparsecraft.errors import DonorError, SurgeryError
 from sparsecraft.recipe.edits import SiteKind
@@ -130,7 +132,7 @@ def find_sites(model: nn.Module, kind: SiteKind, paths: str = "*") -> list[Site]
 
 def _only_mixtures(model: nn.Module, kind: SiteKind, own: list[Mixture]) -> str:
     """Why the networks of a mixture of experts are no sites."""
-    examples = ", ".join(mixture.owner for mixture in own[:2])
+    examples = ", ".join([*dict.fromkeys(mixture.owner for mixture in own)][:2])
     return (
         f"{type(model).__name__} has no {kind} outside of the experts of its own mixtures (such as "
         f"{examples}), which nothing of ours enters yet; adapters and vectors can stand around a "
@@ -185,6 +187,9 @@ def _projection_sites(model: nn.Module, kind: SiteKind) -> list[Site]:
         path, rows, refused = join(owner, getattr(form, kind)), None, None
         if kind != "output":
             rows, refused = fused_rows(module, form, kind), why_not(module, form, kind)
+        projection = model.get_submodule(path)
+        if is_linear(projection) and not is_plain_linear(projection):
+            refused = f"its {getattr(form, kind)!r} is no plain Linear"
         if refused:
             refused = f"the attention {owner!r} ({type(module).__name__}): {refused}"
         head_dim = _head_dim(module) if kind in ("key", "value") else None

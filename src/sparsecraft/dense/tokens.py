@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import nn
 
+from sparsecraft.dense.crossing import crossing
+
 
 def positions_of(model: nn.Module) -> int | None:
     """The longest sequence the model was made for; None where nothing bounds it."""
@@ -25,10 +27,6 @@ def positions_of(model: nn.Module) -> int | None:
 # cover; those of a decoder beside an encoder; or those of an image's or sound's own tower.
 Reads = Literal["input", "decoder", "tower"]
 
-# Inside a decoder, what reads the encoder's tokens: in these modules (T5, BART, BERT) these parts.
-CROSS_ATTENTIONS = {"EncDecAttention", "encoder_attn", "crossattention"}
-CROSS_PROJECTIONS = {"k", "v", "k_proj", "v_proj", "key", "value"}
-
 
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether a decoder stands beside an encoder; a module that is no model of transformers has no
@@ -43,21 +41,13 @@ def can_generate(model: nn.Module) -> bool:
 
 def reads(model: nn.Module, path: str) -> Reads:
     """Whose tokens arrive at `path`."""
-    # The tower of an image or of sound; a model without one returns itself, or its text's encoder.
-    towers = (
-        [model.get_encoder(modality=m) for m in ("image", "audio")]
-        if hasattr(model, "get_encoder")
-        else []
-    )
-    module = model.get_submodule(path)
-    towers = [tower for tower in towers if tower not in (model, model.get_encoder())]
+    module, towers = model.get_submodule(path), _towers(model)
     if any(module in set(tower.modules()) for tower in towers) or _is_fed(model, path):
         return "tower"
-    parts = path.split(".")
-    if not is_encoder_decoder(model) or "decoder" not in parts:
-        return "input"
-    crosses = CROSS_ATTENTIONS.intersection(parts) and parts[-1] in CROSS_PROJECTIONS
-    return "input" if crosses else "decoder"
+    if not is_encoder_decoder(model):
+        return "tower" if towers and module in crossing(model) else "input"
+    theirs = not _in_decoder(model, path) or module in crossing(model.get_decoder())
+    return "input" if theirs else "decoder"
 
 
 def _is_fed(model: nn.Module, path: str) -> bool:
@@ -94,7 +84,20 @@ def is_causal(model: nn.Module, path: str) -> bool:
     """Whether tokens at `path` must not see later ones."""
     if is_encoder_decoder(model):
         # What a decoder's attention reads of the encoder is not causal, but its length varies.
-        return "decoder" in path.split(".")
+        return _in_decoder(model, path)
     if getattr(getattr(model, "config", None), "is_decoder", False):
         return True
     return model.can_generate() if hasattr(model, "can_generate") else True
+
+
+def _towers(model: nn.Module) -> list[nn.Module]:
+    """Those of images and sounds beside a text model; a model without one returns itself, and some
+    encoder-decoders their encoder."""
+    if not hasattr(model, "get_encoder"):
+        return []
+    found = [model.get_encoder(modality=modality) for modality in ("image", "audio")]
+    return [t for t in found if t is not model and t is not model.get_encoder()]
+
+
+def _in_decoder(model: nn.Module, path: str) -> bool:
+    return model.get_submodule(path) in set(model.get_decoder().modules())

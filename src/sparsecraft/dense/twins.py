@@ -54,30 +54,49 @@ def twin(
     return _twin(module, sizes, stubs, torch.Generator().manual_seed(seed))
 
 
+def skeleton(module: nn.Module) -> nn.Module:
+    """A copy without memory: its code runs on shapes alone, whatever the weights are packed in."""
+    return _twin(module, {}, (), None)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether its forward is accelerate's, which moves the weights about and calls the module's."""
+    return "_hf_hook" in vars(module)
+
+
 def problem(error: Exception) -> str:
     """What the code of a module raised, in one line."""
     return f"{type(error).__name__}: {[*str(error).splitlines(), ''][0]}"
 
 
 def _twin(
-    module: nn.Module, sizes: Sizes, stubs: Collection[nn.Module], generator: torch.Generator
+    module: nn.Module, sizes: Sizes, stubs: Collection[nn.Module], generator: torch.Generator | None
 ) -> nn.Module:
     if any(module is stub for stub in stubs):
         return Stub()
     if is_linear(module):
-        return _linear(module, sizes, generator)
+        found = _linear(module, sizes, generator)
+        found._modules = _parts(found, sizes, stubs, generator)
+        return found
     found = _shell(module)
     for store in ("_parameters", "_buffers"):
         tensors = getattr(module, store).items()
-        values = {n: None if t is None else _value(t, sizes) for n, t in tensors}
+        where = "meta" if generator is None else "cpu"
+        values = {n: None if t is None else _value(t, sizes, where) for n, t in tensors}
         setattr(found, store, values)
-    found._modules = {
-        name: child and _twin(child, sizes, stubs, generator)
-        for name, child in module._modules.items()
-    }
+    found._modules = _parts(module, sizes, stubs, generator)
     if isinstance(found, nn.LayerNorm):
         found.normalized_shape = tuple(sizes.get(n, n) for n in found.normalized_shape)
     return found
+
+
+def _parts(
+    module: nn.Module, sizes: Sizes, stubs: Collection[nn.Module], generator: torch.Generator | None
+) -> dict[str, nn.Module | None]:
+    return {
+        name: child and _twin(child, sizes, stubs, generator)
+        for name, child in module._modules.items()
+    }
 
 
 def _shell(module: nn.Module) -> nn.Module:
@@ -86,7 +105,7 @@ def _shell(module: nn.Module) -> nn.Module:
     own = vars(found)
     for name in [n for n in own if n.endswith("_hooks")]:
         own[name] = type(own[name])()
-    if "_hf_hook" in own:
+    if is_hooked(module):
         for name in HOOKED:
             own.pop(name, None)
     forward = own.get("forward")
@@ -97,10 +116,13 @@ def _shell(module: nn.Module) -> nn.Module:
     return found
 
 
-def _value(tensor: Tensor, sizes: Sizes) -> Tensor:
+def _value(tensor: Tensor, sizes: Sizes, where: str) -> Tensor:
     """The tensor's own values, or others about one where it has none or another size."""
     shape = tuple(sizes.get(n, n) for n in tensor.shape)
-    if not tensor.is_floating_point():
+    if where == "meta":
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        value = torch.empty(shape, dtype=dtype, device=where)
+    elif not tensor.is_floating_point():
         kind = {**HERE, "dtype": tensor.dtype}
         value = torch.zeros(shape, **kind) if tensor.is_meta else tensor.detach().to(**kind)
     elif tensor.is_meta or shape != tensor.shape:
@@ -110,7 +132,7 @@ def _value(tensor: Tensor, sizes: Sizes) -> Tensor:
     return nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value
 
 
-def _linear(module: nn.Module, sizes: Sizes, generator: torch.Generator) -> nn.Module:
+def _linear(module: nn.Module, sizes: Sizes, generator: torch.Generator | None) -> nn.Module:
     """A Linear of the module's class, or a plain one where its weight is in a format of its own."""
     width, height = (sizes.get(n, n) for n in features(module))
     weight, bias = module.weight, module.bias
@@ -132,8 +154,10 @@ def _linear(module: nn.Module, sizes: Sizes, generator: torch.Generator) -> nn.M
     return found
 
 
-def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _random(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
     """Normal numbers; the same ones over and over in a large matrix, out of step with its rows."""
+    if generator is None:
+        return torch.empty(shape, dtype=torch.float32, device="meta")
     count = math.prod(shape)
     drawn = torch.randn(min(count, PERIOD), generator=generator, **HERE)
     return drawn.repeat(-(-count // PERIOD))[:count].view(shape)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
-from sparsecraft.dense.mixtures import mixtures
+from sparsecraft.dense.mixtures import mixtures, tensors
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import dense_name
 from sparsecraft.moe.routers.gate import Gate
@@ -52,7 +53,7 @@ def count(model: nn.Module) -> Cost:
     shares = _own_shares(model, [layer.experts for layer in layers])
     own = sum(_numel(p) - _share(p, shares) for p in parameters.values())
     active = total - idle - own
-    added = sum(_share(p, shares) for p in _unmultiplied(model, layers).values())
+    added = sum(_share(p, shares) for p in _unmultiplied(model, layers, shares).values())
     biases = sum(la.experts.biases(slots_of(la)) for la in layers if la.runs_experts)
     return Cost(
         total=total,
@@ -66,13 +67,13 @@ def count(model: nn.Module) -> Cost:
 
 def _own_shares(model: nn.Module, ours: list[nn.Module]) -> dict[int, tuple[int, int]]:
     """id of a parameter -> (K, E), for the experts of mixtures that the dense model has itself."""
-    shares = {}
-    for mixture in mixtures(model):
-        module = model.get_submodule(mixture.path)
-        if module not in ours:
-            share = (mixture.top_k, mixture.num_experts)
-            shares |= {id(parameter): share for parameter in module.parameters()}
-    return shares
+    skipped = {id(parameter) for bank in ours for parameter in bank.parameters()}
+    return {
+        id(parameter): (mixture.top_k, mixture.num_experts)
+        for mixture in mixtures(model)
+        for parameter in tensors(model, mixture)
+        if id(parameter) not in skipped
+    }
 
 
 def _share(parameter: nn.Parameter, shares: dict[int, tuple[int, int]]) -> int:
@@ -81,9 +82,12 @@ def _share(parameter: nn.Parameter, shares: dict[int, tuple[int, int]]) -> int:
     return _numel(parameter) * k // count
 
 
-def _unmultiplied(model: nn.Module, layers: list[MoELayer]) -> dict[int, nn.Parameter]:
+def _unmultiplied(
+    model: nn.Module, layers: list[MoELayer], experts: Container[int]
+) -> dict[int, nn.Parameter]:
     """The parameters that no matrix product reads, by their ids: norms, biases, and tables of
-    which a token looks one row up. Our experts, our routers and what does not run are left out."""
+    which a token looks one row up, unless the rows are experts. Our experts, our routers and what
+    does not run are left out."""
     apart = [part for la in layers for part in (la.experts, la.router) if part is not None]
     apart += [la.base for la in layers if la.base is not None and not la.runs_base]
     skipped = {id(p) for part in apart for p in part.parameters()}
@@ -91,6 +95,7 @@ def _unmultiplied(model: nn.Module, layers: list[MoELayer]) -> dict[int, nn.Para
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             table = isinstance(module, nn.Embedding) or any(word in name for word in TABLES)
+            table = table and id(parameter) not in experts
             if parameter.ndim < 2 or table or name.endswith("bias"):
                 found[id(parameter)] = parameter
             else:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sparsecraft.errors import SparsecraftError
+
 
 @dataclass(frozen=True, slots=True)
 class Routing:
@@ -28,6 +30,7 @@ class Routing:
         soft: every token has all experts, which differ in weight alone: a count of slots says
             nothing of them.
         acts_T: the tokens that the layer acts on, where it does not act on all.
+        heads: rows of each token: a router by head has several.
     """
 
     weights_TK: Tensor
@@ -40,6 +43,7 @@ class Routing:
     pre_TF: Tensor | None = None
     soft: bool = False
     acts_T: Tensor | None = None
+    heads: int = 1
 
     @property
     def num_experts(self) -> int:
@@ -56,7 +60,7 @@ class Routing:
 
     def only(self, keep_T: Tensor) -> Routing:
         """The same decision with weight zero for all other tokens."""
-        keep_T = spread(keep_T, len(self.weights_TK))
+        keep_T = spread(keep_T, len(self.weights_TK), self.heads)
         weights_TK = self.weights_TK * keep_T[:, None]
         return replace(self, weights_TK=weights_TK, sums_to_one=False, acts_T=keep_T)
 
@@ -91,7 +95,9 @@ class Routing:
         """
         if mask_T is None:
             return self.acts_T
-        real_T = spread(mask_T, len(self.logits_TE)).to(self.logits_TE.device, torch.bool)
+        real_T = spread(mask_T, len(self.logits_TE), self.heads).to(
+            self.logits_TE.device, torch.bool
+        )
         return real_T if self.acts_T is None else real_T & self.acts_T
 
     def amounts_E(self, mask_T: Tensor | None = None) -> Tensor:
@@ -124,10 +130,20 @@ def shares(amounts_E: Tensor) -> Tensor:
     return amounts_E / amounts_E.sum().clamp_min(torch.finfo(amounts_E.dtype).tiny)
 
 
-def spread(mask_T: Tensor, rows: int) -> Tensor:
-    """A mask of tokens for the rows of a routing: a router by head has several for each token."""
+def spread(mask_T: Tensor, rows: int, heads: int) -> Tensor:
+    """A mask of tokens for the rows of a routing, `heads` for each of them.
+
+    Raises:
+        SparsecraftError: it is a mask of other tokens.
+    """
     mask_T = mask_T.reshape(-1)
-    return mask_T.repeat_interleave(rows // max(1, len(mask_T)))
+    if len(mask_T) * heads != rows:
+        raise SparsecraftError(
+            f"A mask of {len(mask_T)} tokens lies over {rows // heads} that a layer has routed: "
+            "these are of another sequence than attention_mask (of a decoder, labels) covers, or "
+            "the model changes their number; pass a mask of their shape, or leave it out."
+        )
+    return mask_T.repeat_interleave(heads)
 
 
 def combined(routing: Routing) -> Tensor:

@@ -11,7 +11,7 @@ from sparsecraft.dense.donors import Attention, Donor, view
 from sparsecraft.dense.mixtures import inside, mixtures
 from sparsecraft.dense.once import looked_at_once
 from sparsecraft.dense.sites import Site, find_sites
-from sparsecraft.dense.tokens import is_causal, is_sequence_first, reads
+from sparsecraft.dense.tokens import Reads, is_causal, is_sequence_first, reads
 from sparsecraft.errors import SparsecraftError, SurgeryError
 from sparsecraft.moe.context import asks_for_batch
 from sparsecraft.recipe.edits import Edit
@@ -21,11 +21,13 @@ from sparsecraft.surgery.attention_proof import prove
 
 @dataclass(frozen=True, slots=True)
 class PlannedEdit:
-    """One edit at one site, with the view of the dense module taken before any change."""
+    """One edit at one site, with the view of the dense module taken before any change, and whose
+    tokens arrive there."""
 
     site: Site
     edit: Edit
     donor: Donor
+    reads: Reads
 
     @property
     def claim(self) -> tuple:
@@ -45,7 +47,7 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
         RecipeError: an unknown component, or a model that is quantized differently.
     """
     planned = [
-        PlannedEdit(site, edit, view(model, site))
+        PlannedEdit(site, edit, view(model, site), reads(model, site.path))
         for edit in recipe.edits
         for site in _sites(model, edit)
     ]
@@ -124,7 +126,7 @@ def _check_tokens(model: nn.Module, item: PlannedEdit) -> None:
             f"{item.site.path!r} of {type(model).__name__} that would show a token what comes "
             "after it; use decides='token' or 'sentence', or paths='encoder.*'."
         )
-    if item.edit.modality and reads(model, item.site.path) == "tower":
+    if item.edit.modality and item.reads == "tower":
         raise SurgeryError(
             f"An edit for {item.edit.modality} tokens reaches {item.site.path!r} of "
             f"{type(model).__name__}, which reads images or sound alone, and mm_token_type_ids "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.dense.tokens import is_encoder_decoder, is_sequence_first, reads
+from sparsecraft.dense.tokens import is_encoder_decoder, is_sequence_first
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.moe.masks import of_frames, of_rows
 from sparsecraft.moe.outputs import evaluation_mode
@@ -24,8 +24,7 @@ def read_inputs(
     """Give `take`, for every batch, what the router of each item reads of its real tokens, (T, D),
     and the last hidden states of the real tokens."""
     seen: dict[int, Tensor] = {}
-    paths = [item.site.path for item in items]
-    whose = [(reads(model, path), is_sequence_first(model, path)) for path in paths]
+    turned = [is_sequence_first(model, item.site.path) for item in items]
 
     def keep(n: int) -> Callable:
         return lambda module, args, kwargs: seen.update(
@@ -44,8 +43,7 @@ def read_inputs(
                 last = getattr(output, "encoder_last_hidden_state", None)
                 last = output.last_hidden_state if last is None else last
                 read = [
-                    _real(seen[n], masks.get(tokens), turned)
-                    for n, (tokens, turned) in enumerate(whose)
+                    _real(seen[n], masks.get(item.reads), turned[n]) for n, item in enumerate(items)
                 ]
                 take([*read, _real(last, masks["input"])])
     finally:

@@ -84,7 +84,8 @@ def measured_weights(model: nn.Module, batches: Iterable[dict[str, Any]]) -> dic
             layer = model.get_submodule(name)
             mask = masks.get(layer.reads)
             if mask is not None:
-                weights_TE = weights_TE[spread(_real(name, layer, mask), len(weights_TE))]
+                real_T = _real(name, layer, mask)
+                weights_TE = weights_TE[spread(real_T, len(weights_TE), found.heads)]
             sums[name] = sums.get(name, 0) + torch.cat(
                 [weights_TE.sum(0), torch.tensor([len(weights_TE)], dtype=torch.float64)]
             )

@@ -84,7 +84,8 @@ class Router(nn.Module):
         weights_TK, indices_TK = self.select(logits)
         facts = self.sums_to_one, self.in_order
         soft = weights_TK.shape == logits.shape  # also top-k of all experts
-        return Routing(weights_TK, indices_TK, logits, *facts, outputs_TEO=outputs_TEO, soft=soft)
+        rest = {"outputs_TEO": outputs_TEO, "soft": soft, "heads": self.heads(x.shape[-1])}
+        return Routing(weights_TK, indices_TK, logits, *facts, **rest)
 
     def scores_of_input(self) -> Tensor | None:
         """The matrix (E, D) whose product with each token of the layer's input is all that the
@@ -156,11 +157,14 @@ class Router(nn.Module):
         weights_BS = real_BS / real_BS.sum(1, keepdim=True).clamp_min(1)
         return torch.einsum("bs,bsd->bd", weights_BS.to(dtype), x_BSD.to(dtype))
 
+    def heads(self, width: int) -> int:
+        """How many decisions there are for a token of `width` features."""
+        return width // self.scorer.width if self.by_head else 1
+
     def repeated(self, width: int) -> int:
         """Multiplications for a token of `width` features beyond one for each parameter: those of
         every head but the first."""
-        heads = width // self.scorer.width if self.by_head else 1
-        return (heads - 1) * sum(p.numel() for p in self.scorer.parameters())
+        return (self.heads(width) - 1) * sum(p.numel() for p in self.scorer.parameters())
 
     def extra_repr(self) -> str:
         return router_words(self.spec)
