@@ -17,28 +17,61 @@ from sparsecraft.training.packing import leak
 from tests import tiny
 from tests.cases import randomize_new
 from tests.cases.members import member_inputs, member_model, member_outputs
+from tests.cases.zoo import ZOO
 
 # Networks of new forms, parallel blocks, mixtures of their own, hybrids.
 DECODERS = (
     "gpt_neox",
     "gptj",
+    "codegen",
     "falcon",
     "bloom",
+    "mpt",
     "starcoder2",
     "nemotron",
+    "arcee",
+    "apertus",
     "stablelm_parallel",
     "olmo2",
     "mixtral",
     "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "phimoe",
+    "gpt_oss",
     "granitemoe",
     "deepseek_v3",
     "jamba",
     "qwen3_next",
 )
 ENCODERS = ("distilbert", "deberta_v2", "modernbert", "camembert")
-PAIRS = ("bart", "mt5")
-# Whose state, or whose positions counted by the mask, run on from one packed document to the next.
-RUN_ON = ("bloom", "jamba", "qwen3_next")
+PAIRS = ("bart", "mt5", "t5gemma")
+# Whose state, positions counted by the mask, or attention (gpt-oss's, with its sinks) runs on from
+# one packed document to the next.
+RUN_ON = ("bloom", "mpt", "gpt_oss", "jamba", "qwen3_next")
+RUN_ON += ("openai_gpt", "opt", "opt_350m", "xglm", "biogpt", "xlnet", "deepseek_v4", "mamba")
+RUN_ON += ("mamba2", "bamba", "falcon_h1", "recurrent_gemma", "qwen3_5", "lfm2", "granitemoehybrid")
+# Whose own router looks at all tokens of a batch at once.
+OF_THE_BATCH = ("doge_moe",)
+
+
+def _others(known: tuple[str, ...], *groups: str) -> list:
+    """The zoo's other families of these groups, slow."""
+    names = [n for n, member in ZOO.items() if member.group in groups and n not in known]
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+ALL_DECODERS = (
+    *DECODERS,
+    *_others(
+        (*DECODERS, *OF_THE_BATCH),
+        "Text decoders",
+        "Mixtures of experts",
+        "Hybrids and state spaces",
+    ),
+)
+ALL_ENCODERS = (*ENCODERS, *_others(ENCODERS, "Text encoders"))
+ALL_PAIRS = (*PAIRS, *_others(PAIRS, "Encoder-decoders"))
 # What another order of summation makes, relative to the largest output.
 ROUNDING = 1e-4
 
@@ -64,7 +97,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() <= ROUNDING * one.abs().max())
 
 
-@pytest.mark.parametrize("member", [*DECODERS, *PAIRS])
+@pytest.mark.parametrize("member", [*ALL_DECODERS, *ALL_PAIRS, *OF_THE_BATCH])
 def test_generation_with_cache_equals_without(member):
     model, ids = _converted(member), member_inputs(member)["input_ids"]
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -73,13 +106,13 @@ def test_generation_with_cache_equals_without(member):
     assert torch.equal(with_cache, model.generate(ids, use_cache=False, **settings))
 
 
-@pytest.mark.parametrize("member", [*DECODERS, *ENCODERS, *PAIRS])
+@pytest.mark.parametrize("member", [*ALL_DECODERS, *ALL_ENCODERS, *ALL_PAIRS])
 def test_padding_and_batch_neighbours_change_nothing(member):
     model, inputs = _converted(member), member_inputs(member)
     whole = model(**inputs).logits.detach()
     mask = torch.ones_like(inputs["input_ids"])
     padded = {
-        key: torch.nn.functional.pad(ids, (0, 5)) if key == "input_ids" else ids
+        key: ids if key == "decoder_input_ids" else torch.nn.functional.pad(ids, (0, 5))
         for key, ids in inputs.items()
     }
     padded["attention_mask"] = torch.nn.functional.pad(mask, (0, 5))
@@ -94,23 +127,37 @@ def test_padding_and_batch_neighbours_change_nothing(member):
     assert _close(whole, found) and _close(whole, alone)
 
 
-@pytest.mark.parametrize("member", [*DECODERS, *ENCODERS, *PAIRS])
-def test_micro_batches_sum_to_the_gradient_of_the_batch(member):
-    model, inputs = _converted(member), member_inputs(member)
+def _labeled(member: str) -> tuple[dict[str, Tensor], int]:
+    """Inputs with labels, of which the second row has a third, and how many these are."""
+    inputs = dict(member_inputs(member))
+    labels = inputs.pop("decoder_input_ids", inputs.get("input_ids")).clone()
+    labels[:, 0] = -100  # nothing predicts it where labels are shifted
+    labels[1, labels.shape[1] // 3 :] = -100
+    return inputs | {"labels": labels}, int((labels != -100).sum())
+
+
+@pytest.mark.parametrize("member", [*ALL_DECODERS, *ALL_ENCODERS, *ALL_PAIRS, "whisper"])
+def test_micro_batches_sum_to_the_loss_and_the_gradient_of_the_batch(member):
+    model, (inputs, items) = _converted(member), _labeled(member)
     trained = [p for p in model.parameters() if p.requires_grad]
+    model.sparsecraft.own_loss.losses = {}  # a balance is of the tokens that it sees at once
 
-    def gradients(rows: list[dict[str, Tensor]]) -> list[Tensor]:
+    def losses(batches: list[dict[str, Tensor]], **said: int) -> tuple[Tensor, Tensor]:
         model.zero_grad()
-        for row in rows:
-            model(**row).logits.logsumexp(-1).sum().backward()
-        return [p.grad.clone() for p in trained if p.grad is not None]
+        model.training = True  # by itself: no part of it drops anything
+        found = [model(**batch, **said).loss for batch in batches]
+        sum(found).backward()
+        model.training = False
+        gradients = [p.grad.flatten() for p in trained if p.grad is not None]
+        return sum(found).detach(), torch.cat(gradients)
 
-    together, summed = gradients([inputs]), gradients(_rows(inputs))
-    assert len(together) == len(summed) > 0
-    assert all(_close(one, other) for one, other in zip(together, summed, strict=True))
+    wanted, gradients = losses([inputs])
+    for batches in ([inputs], _rows(inputs)):
+        loss, found = losses(batches, num_items_in_batch=items)
+        assert _close(loss, wanted) and _close(found, gradients)
 
 
-@pytest.mark.parametrize("member", DECODERS)
+@pytest.mark.parametrize("member", ALL_DECODERS)
 def test_packed_documents_do_not_see_each_other_or_it_is_said(member):
     """What packing asks before it packs is true: where nothing leaks, the second document's logits
     do not follow the first."""
