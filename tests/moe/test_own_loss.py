@@ -146,6 +146,72 @@ def test_token_classifiers_do_not_depend_on_the_cut(family):
         sc.train(model, "rows.jsonl", "out", tokenizer=tiny.tokenizer())
 
 
+SMALL = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "intermediate_size": 48}  # fmt: skip
+LOSSES = {  # a class, its configuration
+    "llama": ("LlamaForCausalLM", SMALL),
+    "gpt2, which shifts and does not say so": (
+        "GPT2LMHeadModel",
+        {"vocab_size": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
+        | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    ),
+    "bert, which does not shift": (
+        "BertForMaskedLM",
+        SMALL | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    ),
+    "ctc, which is no mean": (
+        "Wav2Vec2ForCTC",
+        SMALL | {"conv_dim": (16,), "conv_stride": (5,), "conv_kernel": (10,)}
+        | {"num_feat_extract_layers": 1, "num_conv_pos_embeddings": 4}
+        | {"num_conv_pos_embedding_groups": 2, "apply_spec_augment": False}
+        | dict.fromkeys(
+            ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout",
+             "final_dropout", "layerdrop"), 0.0,
+        ),
+    ),
+}  # fmt: skip
+
+
+def padded(rows: list[dict]) -> dict[str, torch.Tensor]:
+    fill = {"input_ids": 0, "labels": -100, "input_values": 0.0}
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {name: pad([row[name] for row in rows], True, fill[name]) for name in rows[0]}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_transformers_own_trainer_gets_the_dense_loss_however_it_cuts(tmp_path, name):
+    head, sizes = LOSSES[name]
+    config = getattr(transformers, head).config_class(**sizes)
+    generator, rows = torch.Generator().manual_seed(0), []
+    for length in (2, 9, 5, 7):
+        ids = torch.randint(3, 30, (length,), generator=generator)
+        sound = {"input_values": torch.randn(400, generator=generator)}
+        rows.append((sound if "CTC" in head else {"input_ids": ids}) | {"labels": ids})
+
+    def first_step(parts: int, convert: bool = True) -> tuple[float, float]:
+        torch.manual_seed(0)
+        model = getattr(transformers, head)(config)
+        if convert:
+            recipe = sc.recipes.molora(num_experts=2, variant="tuned")  # without a loss of its own
+            sc.convert(model, recipe, certify=False)
+            model.requires_grad_(True)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=4 // parts, use_cpu=True,
+            gradient_accumulation_steps=parts, max_steps=1, learning_rate=1e-9, optim="sgd",
+            logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, arguments, padded, rows)
+        trainer.train()
+        log = trainer.state.log_history[0]
+        return log["loss"], log["grad_norm"]
+
+    loss, norm = first_step(1, convert=False)
+    for parts in (1, 2, 4):
+        found = first_step(parts)
+        assert found[0] == pytest.approx(loss, rel=1e-4)
+        assert found[1] == pytest.approx(norm, rel=1e-2)  # the experts' own are few
+
+
 def warned(caplog) -> int:
     return sum("auxiliary losses" in r.message for r in caplog.records if r.name == "sparsecraft")
 

@@ -33,12 +33,17 @@ def state_of(model: nn.Module) -> dict:
     """Everything of a model and of the process that a verb may not leave changed."""
     modules = dict(model.named_modules(remove_duplicate=False))
     record = getattr(model, "sparsecraft", None)
+    for place, dense_module in (record.dense if record else {}).items():  # outside of the tree
+        modules |= dict(dense_module.named_modules(prefix=f"dense {place}"))
     return {
         "modules": {name: id(module) for name, module in modules.items()},
         "training": {name: module.training for name, module in modules.items()},
         "tensors": {
             name: (id(t), t.dtype, t.requires_grad, t.detach().clone())
-            for name, t in (*model.named_parameters(), *model.named_buffers())
+            for path, module in modules.items()
+            for short, t in (*module._parameters.items(), *module._buffers.items())
+            for name in [f"{path}.{short}"]
+            if t is not None
         },
         "extra": {n: t for n, t in model.state_dict().items() if n.endswith("_extra_state")},
         "hooks": {

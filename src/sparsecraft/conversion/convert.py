@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from sparsecraft.checkpoint.base import card_of
 from sparsecraft.checkpoint.pretrained import writes_ours
-from sparsecraft.conversion.domains.router_starts import find_starts
+from sparsecraft.conversion.domains.router_starts import check_given, find_starts
 from sparsecraft.conversion.sources.arrival import arrivals
 from sparsecraft.conversion.sources.expansion import Child, expand
 from sparsecraft.conversion.sources.gather import gather, opened
@@ -138,6 +138,7 @@ def convert(
             model has been given back.
     """
     _check_arguments(model, recipe)
+    check_given(recipe, domains, data, certify)
     recipe = on_packed(model, recipe)
     check_weights(model, SurgeryError)
     names = [name for name, _ in model.named_parameters()]
@@ -147,7 +148,7 @@ def convert(
         given = opened(model, recipe, edits, sources, unrelated=unrelated)
         networks, children = expand(recipe, edits, given, unique_tensors(model).__getitem__, seed)
         probing = probes(model, data, tokenizer, seed) if certify else []
-        starts = find_starts(model, recipe, edits, domains, data, tokenizer=tokenizer, seed=seed)
+        starts = find_starts(model, edits, domains, data, tokenizer=tokenizer, seed=seed)
         probing, before = _dense_outputs(model, probing)
         digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
         record = _made(model, recipe, edits, given, networks, seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparsecraft.dense.quantization import keep_layout, loading
-from sparsecraft.errors import HubError
+from sparsecraft.errors import HubError, first_line
 
 Task = Literal["causal", "seq2seq", "encoder", "classification", "image"]
 
@@ -158,7 +158,7 @@ def load_model(
             folder, dtype="auto" if dtype is None else dtype, device_map=device_map, **kwargs
         )
     except (OSError, SafetensorError, pickle.UnpicklingError) as error:
-        why = str(error).strip().splitlines()[0]
+        why = first_line(error)
         raise HubError(f"The weights in {str(folder)!r} cannot be read ({why}).") from None
     except (ValueError, ImportError) as error:  # of settings, or for want of a quantizer's package
         why = " ".join(str(error).split())
@@ -183,7 +183,7 @@ def load_tokenizer(folder: str | Path) -> Any | None:
     try:
         return Auto.from_pretrained(folder)
     except Exception as error:  # every tokenizer class reads its files in its own way
-        why = (str(error).strip().splitlines() or [""])[0]
+        why = first_line(error)
         why = f"{type(error).__name__}: {why:.200}"
         kind = "tokenizer" if Auto.__name__ == "AutoTokenizer" else "image processor"
         message = f"The {kind} in {str(folder)!r} cannot be read ({why}): fetch or save it again."

@@ -34,7 +34,7 @@ from transformers.utils import (
 )
 
 from sparsecraft.dense import layout
-from sparsecraft.errors import CheckpointError
+from sparsecraft.errors import CheckpointError, first_line
 
 NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 INDEX, SAFE = ".index", ".safetensors"
@@ -255,5 +255,5 @@ def _is_zip(path: Path) -> bool:
 
 
 def _unreadable(path: Path, why: object) -> CheckpointError:
-    said = (str(why).strip().splitlines() or [type(why).__name__])[0]
+    said = first_line(why)
     return CheckpointError(f"The base file {path} cannot be read: {said:.200}.")

@@ -1,7 +1,7 @@
 """What has happened to a model, in words, from the report that its checkpoint keeps.
 
 What is known has a line of its own; whatever else a report says of a conversion, of its certificate
-or of a training is printed as it stands, so that nothing in it stays unread.
+or of a training is printed as it stands, so that no field in it stays unread; long lists are cut.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SAID = {
     "merge": "how recipe result folded joined kept certificate change cost activation arrived",
 }
 
-# Entries of a list or a dict that are shown.
+# Entries of a list that are shown.
 SHOWN = 8
 
 
@@ -28,9 +28,8 @@ def history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     """How the model started, what it was trained on, what was added, removed and merged."""
     conversion = report.get("conversion", {})
     certificate = conversion.get("certificate")
-    claim = "exact" if recipe.exact_at_start else "not exact"
     lines = [*_source_lines(conversion), *_domain_lines(recipe, conversion)]
-    lines += [f"At the start: claimed {claim}, {_measured(certificate)}."]
+    lines += [start_line(recipe, report)]
     if found := _unsaid("certificate", certificate or {}):
         lines += [f"  certificate: {', '.join(line.strip() for line in found)}"]
     lines += _unsaid("conversion", conversion)
@@ -46,6 +45,13 @@ def history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
         lines += [f"Merged ({merged['how']}) from {merged['recipe']}.", *_unsaid("merge", merged)]
         lines += arrived_lines({"what the experts change": merged.get("arrived", {})})
     return lines if runs or elsewhere else [*lines, "Not trained yet."]
+
+
+def start_line(recipe: Recipe, report: dict[str, Any]) -> str:
+    """What the recipe claims of a model's start, in how many layers it was measured, and how."""
+    claim = "exact" if recipe.exact_at_start else "not exact"
+    certificate = report.get("conversion", {}).get("certificate")
+    return f"At the start: claimed {claim}, {_measured(certificate)}."
 
 
 def _measured(certificate: dict[str, Any] | None) -> str:
@@ -166,8 +172,7 @@ def words(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        parts = [f"{_spaced(key)} {words(inner)}" for key, inner in value.items()]
-        return _listed(parts)
+        return ", ".join(f"{_spaced(key)} {words(inner)}" for key, inner in value.items())
     if isinstance(value, (list, tuple)):
         return _listed([words(inner) for inner in value])
     return str(value)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsecraft.dense.tokens import is_encoder_decoder
 from sparsecraft.dense.twins import HERE
 from sparsecraft.errors import DataError
 from sparsecraft.moe.context import sentence_width
@@ -74,7 +75,7 @@ def inputs_of(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     device = torch.device("cpu") if device.type == "meta" else device  # weights come at the call
     floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     inputs = {key: _to(value, device, floating) for key, value in batch.items() if key != "labels"}
-    if getattr(model.config, "is_encoder_decoder", False) and "input_ids" in inputs:
+    if is_encoder_decoder(model) and "input_ids" in inputs:
         inputs.setdefault("decoder_input_ids", inputs["input_ids"])
     if width := sentence_width(model):
         rows = len(next(iter(inputs.values())))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.moe.context import layer_masks, tensors_in
-from sparsecraft.moe.items import count_items, shifts_labels, weighed
+from sparsecraft.moe.items import count_items, shifts, shifts_labels, weighed
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.losses import auxiliary_loss as sum_of_losses
 from sparsecraft.moe.routing import Routing
@@ -48,7 +48,7 @@ class _Call:
     module: nn.Module
     inputs: dict[str, Any]
     losses: Mapping[str, float]
-    items: Tensor | None
+    labels: Tensor | None
     num_items: Any
     traced: AbstractContextManager[Trace]
     trace: Trace
@@ -67,6 +67,7 @@ class OwnLoss:
             stage at their full value, {} for none.
         latest: the weighted sum of the latest forward pass in training; None if nothing is added.
         items: of that pass, over which its loss is a mean; None without labels.
+        shifts: whether the model's loss shifts its labels; None until a pass has shown it.
         warned: whether it was said that a backward pass went without them.
     """
 
@@ -75,6 +76,7 @@ class OwnLoss:
         self.losses: dict[str, float] | None = None
         self.latest: Tensor | None = None
         self.items: Tensor | None = None
+        self.shifts: bool | None = None
         self.warned = False
         self.handles: list[Any] = []
         self._call: _Call | None = None
@@ -110,15 +112,14 @@ class OwnLoss:
         inputs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False))
         inputs |= kwargs
         labels = inputs.get("shift_labels", inputs.get("labels"))
-        items, num_items = None, None
-        if isinstance(labels, Tensor):
-            shifts = shifts_labels(module) and "shift_labels" not in inputs
-            items, num_items = count_items(labels, shifts), kwargs.pop("num_items_in_batch", None)
+        labels = labels if isinstance(labels, Tensor) else None
+        num_items = None if labels is None else kwargs.pop("num_items_in_batch", None)
         losses = self.in_force(module)
-        self._call, self.latest, self.items = None, None, items
+        self._call, self.latest, self.items = None, None, None
         if losses or num_items is not None:
             traced = trace(module)
-            self._call = _Call(module, inputs, losses, items, num_items, traced, traced.__enter__())
+            opened = traced.__enter__()
+            self._call = _Call(module, inputs, losses, labels, num_items, traced, opened)
         return args, kwargs
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -154,14 +155,33 @@ class OwnLoss:
         if self.latest is not None and not self.warned:
             _Watch(self, _reached(self.latest)).listen(output)
         loss = _loss_of(output, call.inputs)
+        is_mean = self._count(call, output, loss)
         if loss is not None:
-            output = _with_loss(output, self._own(loss, call))
+            output = _with_loss(output, self._own(loss, call, is_mean))
         return output
 
-    def _own(self, loss: Tensor, call: _Call) -> Tensor:
-        if self.latest is not None:
-            loss = loss + self.latest.to(loss.device)
-        return loss if call.num_items is None else weighed(loss, call.items, call.num_items)
+    def _count(self, call: _Call, output: Any, loss: Tensor | None) -> bool:
+        """Note the items of a pass; whether its loss is a mean over them, as CTC's is not."""
+        labels, logits = call.labels, getattr(output, "logits", None)
+        if labels is None:
+            return False
+        shifted, of_tokens = False, not labels.is_floating_point() and labels.ndim == 2
+        fits = logits is None or logits.shape[:-1] == labels.shape
+        if of_tokens and "shift_labels" not in call.inputs:
+            if self.shifts is None and None not in (logits, loss) and fits:
+                with torch.no_grad():
+                    self.shifts = shifts(labels, logits, loss)
+            shifted = shifts_labels(call.module) if self.shifts is None else self.shifts
+        self.items = count_items(labels, shifted)
+        return fits or not of_tokens
+
+    def _own(self, loss: Tensor, call: _Call, is_mean: bool) -> Tensor:
+        extra = 0.0 if self.latest is None else self.latest.to(loss.device)
+        if call.num_items is None:
+            return loss + extra
+        if is_mean:
+            return weighed(loss + extra, self.items, call.num_items)
+        return loss if self.latest is None else loss + weighed(extra, self.items, call.num_items)
 
     def read(self, model: nn.Module, num_items: Tensor | int | None) -> Tensor:
         """What `sc.losses.latest` gives."""

@@ -27,7 +27,6 @@ from sparsecraft.moe import cost
 from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.outputs import evaluation_mode
-from sparsecraft.moe.routing import Routing
 from sparsecraft.moe.tracing import trace
 from sparsecraft.surgery.budget import split_layers
 
@@ -93,11 +92,15 @@ def observe(
     generator = torch.Generator().manual_seed(0)
 
     def real(name: str, rows: Tensor) -> Tensor:
-        mask_T = current[0](name)
-        return rows if mask_T is None else rows[mask_T.reshape(-1).to(rows.device)]
+        """Of rows (..., N) of a layer's tokens the real ones', (T, N)."""
+        mask_T = current[0](name, rows.shape[:-1])
+        rows = rows.reshape(-1, rows.shape[-1])
+        return rows if mask_T is None else rows[mask_T.to(rows.device)]
 
-    def count(name: str, routing: Routing) -> None:
-        chosen_TE = real(name, routing.indices_TK < routing.num_experts)
+    def count(name: str, layer: MoELayer) -> None:
+        routing = layer.routing
+        chosen_TE = (routing.indices_TK < routing.num_experts).reshape(*layer.shape, -1)
+        chosen_TE = real(name, chosen_TE)
         counts[name] = counts.get(name, 0) + chosen_TE.sum(0)
         tokens[name] += len(chosen_TE)
         order_T = torch.randperm(len(chosen_TE), generator=generator).to(chosen_TE.device)
@@ -123,7 +126,7 @@ def observe(
 @contextmanager
 def _hooked(
     layers: dict[str, MoELayer],
-    count: Callable[[str, Routing], None],
+    count: Callable[[str, MoELayer], None],
     visit: Visit | None,
     real: Callable[[str, Tensor], Tensor],
 ) -> Iterator[None]:
@@ -131,16 +134,12 @@ def _hooked(
     for name, layer in layers.items():
         handles.append(
             # Of the layer: one that is not traced need not call its router as a module.
-            layer.register_forward_hook(
-                lambda layer, args, y, name=name: count(name, layer.routing)
-            )
+            layer.register_forward_hook(lambda layer, args, y, name=name: count(name, layer))
         )
         if visit is not None:
             handles.append(
                 layer.register_forward_pre_hook(
-                    lambda layer, args, name=name: visit(
-                        layer, real(name, args[0].reshape(-1, args[0].shape[-1]))
-                    )
+                    lambda layer, args, name=name: visit(layer, real(name, args[0]))
                 )
             )
     try:
