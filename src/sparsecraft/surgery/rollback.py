@@ -61,7 +61,7 @@ def atomic(verb: Callable[..., Any]) -> Callable[..., Any]:
     def run(model: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(model, nn.Module):  # a folder, which the verb reads itself; or nonsense
             return verb(model, *args, **kwargs)
-        with outside_of_inference_mode(), all_or_nothing(model):
+        with all_or_nothing(model), outside_of_inference_mode():
             return verb(model, *args, **kwargs)
 
     return run
