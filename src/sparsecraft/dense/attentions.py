@@ -203,9 +203,10 @@ def ways(module: nn.Module, x: Tensor) -> Iterator[dict[str, Any]]:
     required = {p.name for p in asked if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
     named = {"position_embeddings", "attention_mask", "mask", "position_ids", *required}
     S, heads = x.shape[1], _number(module, ("num_heads", "n_heads"))
+    like = {"dtype": x.dtype, "device": x.device}
     # Ones do not matter to a mask that is added, and let all pass of one that is multiplied.
-    masks = (None, torch.ones(1, 1, S, S, **HERE), torch.ones(1, 1, S, S, **HERE).bool())
-    numbers = torch.arange(S, device="cpu")
+    masks = (None, torch.ones(1, 1, S, S, **like), torch.ones(1, 1, S, S, **like).bool())
+    numbers = torch.arange(S, device=x.device)
     for mask, turn in itertools.product(masks, _turns(module, x)):
         values = {
             "position_embeddings": turn,
@@ -214,8 +215,8 @@ def ways(module: nn.Module, x: Tensor) -> Iterator[dict[str, Any]]:
             "position_ids": numbers[None],
             "cache_position": numbers,
             "residual": torch.zeros_like(x),
-            "alibi": torch.zeros(heads, 1, S, **HERE),
-            "position_bias": torch.zeros(heads, 1, S, **HERE),
+            "alibi": torch.zeros(heads, 1, S, **like),
+            "position_bias": torch.zeros(heads, 1, S, **like),
             "shared_kv_states": {},
         }
         yield {p.name: values.get(p.name) for p in asked if p.name in named}
@@ -224,13 +225,13 @@ def ways(module: nn.Module, x: Tensor) -> Iterator[dict[str, Any]]:
 def _turns(module: nn.Module, x: Tensor) -> Iterator[Any]:
     """Positions: cosines and sines of a head's features, of half of them, or of those that turn at
     all; complex numbers; and relative ones."""
-    S = x.shape[1]
-    angles = torch.arange(S, **HERE)[None, :, None] / 3
+    S, like = x.shape[1], {"dtype": x.dtype, "device": x.device}
+    angles = torch.arange(S, **like)[None, :, None] / 3
     head, turned = _number(module, HEAD_DIM_NAMES), _number(module, ("rotary_dim", "rotary_ndims"))
     for features_of in dict.fromkeys((1, head, head // 2, turned, turned // 2)):
         turned_by = angles.expand(1, S, features_of)
         yield turned_by.cos(), turned_by.sin()
-    yield torch.polar(torch.ones(1, S, head // 2, **HERE), angles.expand(1, S, head // 2))
+    yield torch.polar(torch.ones(1, S, head // 2, **like), angles.expand(1, S, head // 2))
     yield x.repeat(1, 2, 1)[:, : 2 * S - 1]
 
 

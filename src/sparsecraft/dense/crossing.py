@@ -63,13 +63,14 @@ def _theirs(block: nn.Module, states: str) -> set[str]:
         )
     widths = [*dict.fromkeys(features(m)[0] for m in block.modules() if is_linear(m))]
     theirs: set[str] = set()
+    like = {"dtype": torch.float32, "device": "meta"}
     with torch.device("meta"), torch.no_grad():
-        x = torch.empty(1, OWN, widths[0])
+        x = torch.empty(1, OWN, widths[0], **like)
         for width, arguments in itertools.product(widths, itertools.islice(ways(copied, x), WAYS)):
             arrived.clear()
             ran = False
             with suppress(Exception):  # of whatever code the block has
-                copied(x, **{**arguments, states: torch.empty(1, OTHERS, width)})
+                copied(x, **{**arguments, states: torch.empty(1, OTHERS, width, **like)})
                 ran = True
             theirs |= {path for path, rows in arrived if rows == OTHERS}
             if ran or (theirs and arrived[-1][1] == OWN):  # it went on from there
