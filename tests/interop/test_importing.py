@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -10,9 +11,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import sparsecraft as sc
-from sparsecraft.errors import CheckpointError, RecipeError, SurgeryError
+from sparsecraft.errors import CertificateError, CheckpointError, RecipeError, SurgeryError
+from sparsecraft.interop import importing
 from sparsecraft.interop.exporting import STANDARD, plan
 from tests import cases, tiny
+from tests.evaluation.test_certificate import FAULTS
 
 LIKE = {k: v for k, v in cases.LLAMA_LIKE.items() if k != "intermediate_size"}
 SHARED = {"shared_expert_intermediate_size": 48, "moe_intermediate_size": 24, "num_experts": 4}
@@ -124,6 +127,31 @@ def test_a_mixture_comes_in_and_goes_back_to_the_same_bits(name, tmp_path):
     changed = {k for k in new.keys() - free if k in old and old[k] != new[k]}
     # Qwen's width of dense layers, of which there are none.
     assert changed <= {"intermediate_size"} | ({"max_window_layers"} if "qwen" in name else set())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fault", ["none", *sorted(FAULTS.keys() - {"bias"})])
+def test_a_wrong_layer_is_seen_in_any_type(fault, dtype, tmp_path, monkeypatch):
+    made("mixtral", tmp_path / "float32").to(dtype).save_pretrained(tmp_path / "in")
+    build = importing._build
+
+    def wrong(*args):
+        model = build(*args)
+        layer = model.model.layers[1].mlp
+        layer.experts = copy.deepcopy(layer.experts)  # it has its memory from the mixture
+        FAULTS.get(fault, lambda bank: None)(layer.experts)
+        return model
+
+    monkeypatch.setattr(importing, "_build", wrong)
+    if fault == "none":
+        report = sc.import_moe(tmp_path / "in").sparsecraft.report["import"]
+        found = report["certificate"]
+        assert found["dtype"] == "float32"
+        assert found["max_difference"] < 1e-5 < found["power"] < 1e-3
+        assert "would be seen" in report["measured"]
+    else:
+        with pytest.raises(CertificateError, match="in float32: different"):
+            sc.import_moe(tmp_path / "in")
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "granite"])

@@ -7,6 +7,7 @@ The inverse of `targets`: a dense model is built with the attention of the mixtu
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,13 @@ from torch import nn
 from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.dense import hub
-from sparsecraft.dense.probes import random_probe
 from sparsecraft.dense.sound import check_weights
-from sparsecraft.dense.windows import long_probe
 from sparsecraft.errors import CertificateError, CheckpointError
-from sparsecraft.evaluation.certificate import compare
-from sparsecraft.interop.exporting import EXPORT_TOLERANCE, STANDARD
+from sparsecraft.evaluation.whole import certify
+from sparsecraft.interop.exporting import STANDARD
 from sparsecraft.interop.layouts import read_mixturekit, read_pesc
 from sparsecraft.interop.targets.form import Form, attention_of
 from sparsecraft.interop.targets.standard import Part, aligned, by_layer
-from sparsecraft.moe.outputs import outputs
 from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.experts import FFNSpec
 from sparsecraft.recipe.recipe import Recipe
@@ -96,10 +94,13 @@ def _import_standard(folder: Path, kind: str) -> nn.Module:
     tensors = target.from_target(tensors, form, attention_of(config))
     model = _build(config, imported(form, target.title), tensors, theirs.dtype)
     model.generation_config = theirs.generation_config
-    probes = [random_probe(model), *filter(None, [long_probe(model)])]
-    certificate = compare(outputs(theirs, probes), outputs(model, probes))
-    if not certificate.within(EXPORT_TOLERANCE):
+    certificate = certify(theirs, model)
+    if not certificate.exact:
         raise CertificateError(f"The imported model differs from {str(folder)!r}: {certificate}.")
+    conversion_of(model).report["import"] |= {
+        "certificate": dataclasses.asdict(certificate),
+        "measured": str(certificate),
+    }
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -13,10 +14,13 @@ import transformers
 from safetensors import safe_open
 
 import sparsecraft as sc
+from sparsecraft.cli.main import main
 from sparsecraft.errors import CheckpointError, ExportError
+from sparsecraft.evaluation.certificate import TOLERANCE
 from sparsecraft.interop.exporting import STANDARD, TARGETS, plan
 from sparsecraft.moe.routers.scorer import Scorer
 from tests import cases, tiny
+from tests.evaluation.test_certificate import FAULTS
 
 
 def upcycled(dense, **changes):
@@ -494,3 +498,70 @@ def test_a_difference_beyond_the_window_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(type(target), "settings", without)
     with pytest.raises(ExportError, match="differs from ours"):
         sc.export(model, "mixtral", tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------- in half precision
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("fault", FAULTS.keys() - {"bias"})
+def test_a_wrong_layer_is_seen_in_any_type(fault, dtype, tmp_path, monkeypatch):
+    """Logits in half precision let ten percent of a layer pass."""
+    model = upcycled(cases.dense("mistral").to(dtype))
+    target = STANDARD["mixtral"]
+    to_target = type(target).to_target
+
+    def wrong(self, given):
+        given = copy.deepcopy(given)
+        FAULTS[fault](given.model.layers[1].mlp.experts)
+        return to_target(self, given)
+
+    monkeypatch.setattr(type(target), "to_target", wrong)
+    with pytest.raises(ExportError, match="in float32: different"):
+        sc.export(model, "mixtral", tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_was_measured_in_half_precision_is_said(dtype, tmp_path):
+    """The cast has rounded the rotary frequencies too, which are in no file."""
+    record = sc.export(upcycled(llama().to(dtype)), "mixtral", tmp_path / "out")
+    assert record["difference"] < 1e-5 and record["rounding"] is None
+    assert record["dtype"] == "float32" and 1e-4 <= record["power"] < 1e-3
+    assert "would be seen" in record["measured"]
+    assert json.loads((tmp_path / "out" / "sparsecraft_export.json").read_text()) == record
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_is_rounded_when_it_is_written_is_right_before(dtype, tmp_path, monkeypatch):
+    """Experts that training left in float32, and a router's temperature."""
+    dense = cases.dense("qwen2").to(dtype)
+    recipe = sc.override(sc.recipes.upcycling(num_experts=4), {"router.temperature": 0.7})
+    sc.convert(dense, recipe)
+    for layer in dense.sparsecraft.layers:
+        layer.experts.float()
+    cases.randomize_new(dense, std=0.05)
+    record = sc.export(dense, "qwen2_moe", tmp_path / "out")
+    assert record["difference"] < 1e-5 < record["rounding"] < 0.1
+    assert f"{record['rounding']:.1e} with rounded weights" in record["measured"]
+    monkeypatch.setitem(TOLERANCE, dtype, 0.0)
+    monkeypatch.setattr("sparsecraft.evaluation.whole.EQUAL", 1e-6)
+    with pytest.raises(ExportError, match="the weights make it another model"):
+        sc.export(dense, "qwen2_moe", tmp_path / "other")
+
+
+def test_without_memory_for_float32_the_command_says_what_it_does_not_see(
+    tmp_path, monkeypatch, caplog, capsys
+):
+    model = llama().to(torch.bfloat16)
+    sc.convert(model, sc.recipes.upcycling(num_experts=4))
+    sc.save(model, tmp_path / "ours")
+    monkeypatch.setattr("sparsecraft.evaluation.whole.free_memory", lambda device: 1000)
+    arguments = ["export", tmp_path / "ours", "--to", "mixtral", "--out", tmp_path / "out"]
+    assert main([*map(str, arguments)]) == 0
+    record = json.loads((tmp_path / "out" / "sparsecraft_export.json").read_text())
+    assert record["dtype"] == "bfloat16" and record["power"] >= 0.05
+    said = capsys.readouterr()
+    assert record["measured"] in said.out and "in bfloat16: equal; an error of" in said.out
+    assert "Compared in bfloat16, because a copy in float32 takes" in caplog.text + said.err
