@@ -15,9 +15,9 @@ from sparsecraft.errors import CertificateError
 from sparsecraft.evaluation.certificate import compare
 from sparsecraft.evaluation.distance import distance, power
 from sparsecraft.evaluation.layerwise import Comparison, certify
-from sparsecraft.evaluation.lending import Lender
 from sparsecraft.moe.experts.ffn import FFNExperts
 from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.lending import Lender
 from sparsecraft.moe.outputs import outputs
 from sparsecraft.surgery.record import conversion_of
 from tests.cases.families import dense, logits

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from sparsecraft.evaluation.certificate import TOLERANCE, Certificate, compare
 from sparsecraft.evaluation.distance import Distance, distance, first_tensor, mean_distance, power
-from sparsecraft.evaluation.lending import Lender, widened
 from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.lending import Lender, widened
 from sparsecraft.moe.outputs import evaluation_mode, inputs_of, output_of, undisturbed
 from sparsecraft.moe.routing import Routing
 from sparsecraft.surgery.record import conversion_of

@@ -15,7 +15,7 @@ from sparsecraft.dense.probes import candidates
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.evaluation.certificate import Certificate
 from sparsecraft.evaluation.layerwise import Comparison
-from sparsecraft.evaluation.lending import Lender
+from sparsecraft.moe.lending import Lender
 from sparsecraft.moe.names import dense_name, unique_tensors
 from sparsecraft.surgery.record import conversion_of
 from sparsecraft.surgery.revert import replaced_tensors

@@ -16,6 +16,28 @@ def unsaved(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def alike(model: nn.Module, other: nn.Module) -> tuple[dict[Tensor, Tensor], list[str]]:
+    """Compare the buffers of two models that are in no file, where name and shape are the same.
+
+    Frequencies that grow with a sequence are what they were at first.
+
+    Returns:
+        buffer of `other` -> that of `model`, which a cast may have rounded; the names of those that
+        are other ones.
+    """
+    ours, rounded, differ = unsaved(model), {}, []
+    for name, theirs in unsaved(other).items():
+        own = ours.get(name)
+        if own is None or own.is_meta or own.shape != theirs.shape:
+            continue
+        first = name.replace("inv_freq", "original_inv_freq")
+        if near(own, theirs):
+            rounded[theirs] = own.to(theirs.device)
+        elif first == name or first not in ours:
+            differ.append(name)
+    return rounded, differ
+
+
 def near(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two buffers are one, but for the rounding of the coarser type."""
     theirs = theirs.to(ours.device)

@@ -557,7 +557,7 @@ def test_without_memory_for_float32_the_command_says_what_it_does_not_see(
     model = llama().to(torch.bfloat16)
     sc.convert(model, sc.recipes.upcycling(num_experts=4))
     sc.save(model, tmp_path / "ours")
-    monkeypatch.setattr("sparsecraft.evaluation.whole.free_memory", lambda device: 1000)
+    monkeypatch.setattr("sparsecraft.checkpoint.wide.free_memory", lambda device: 1000)
     arguments = ["export", tmp_path / "ours", "--to", "mixtral", "--out", tmp_path / "out"]
     assert main([*map(str, arguments)]) == 0
     record = json.loads((tmp_path / "out" / "sparsecraft_export.json").read_text())

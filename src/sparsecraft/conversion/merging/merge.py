@@ -26,6 +26,7 @@ from sparsecraft.checkpoint.jsonfile import write_json
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.checkpoint.save import save
 from sparsecraft.checkpoint.space import require
+from sparsecraft.checkpoint.wide import wide_outputs
 from sparsecraft.conversion.merging.change import Change, HeldOut, mean_kl, predicts_classes
 from sparsecraft.conversion.merging.frozen import frozen_routing
 from sparsecraft.conversion.merging.mergeable import (
@@ -43,7 +44,7 @@ from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CertificateError, MergeError, did_you_mean
 from sparsecraft.evaluation.certificate import MAX_DATA_PROBES, Certificate, compare
 from sparsecraft.evaluation.history import arrived_lines
-from sparsecraft.evaluation.whole import certify, compared, wide_outputs, wide_type
+from sparsecraft.evaluation.whole import arithmetic, certify, compared
 from sparsecraft.moe import cost
 from sparsecraft.moe.cost import Cost
 from sparsecraft.moe.layer import MoELayer
@@ -151,7 +152,7 @@ def merge(
     steps = plan_steps(model, how, weights, heldout.batches)
     check_steps(model, steps, how, partial)
     probes = [random_probe(model), *heldout.probes(MAX_DATA_PROBES)]
-    ledger = Ledger(wide=wide_type(model))
+    ledger = Ledger(wide=arithmetic(model))
     before, losses = wide_outputs(model, probes, ledger.wide), heldout.losses(model)
     wanted = before
     if frozen := held(steps):
