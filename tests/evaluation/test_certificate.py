@@ -338,6 +338,43 @@ def test_a_dense_model_that_runs_on_no_probe_is_compared_alone(monkeypatch, capl
     assert "does not run on random inputs (no tea)" in caplog.text
 
 
+def skipping(monkeypatch):
+    """A model that leaves its second block out."""
+    model = dense("llama")
+    monkeypatch.setattr(model.model.layers[1], "forward", lambda hidden, *args, **kwargs: hidden)
+    return model
+
+
+def test_an_error_of_a_converted_layer_is_no_layer_that_was_not_reached(monkeypatch):
+    forward, called = FFNExperts.forward, []
+
+    def wrong(self, *args):
+        called.append(self)
+        if self is not called[0]:
+            raise ValueError("a fault of ours")
+        return forward(self, *args)
+
+    monkeypatch.setattr(FFNExperts, "forward", wrong)
+    model = skipping(monkeypatch)
+    with pytest.raises(ValueError, match="a fault of ours"):
+        sc.convert(model, sc.recipes.upcycling(num_experts=2))
+    assert not isinstance(model.model.layers[1].mlp, MoELayer)
+
+
+def test_a_layer_that_refuses_hidden_states_alone_is_counted_as_not_reached(monkeypatch):
+    def refuse(self, *args):
+        raise sc.errors.SparsecraftError("give sentence_embeddings")
+
+    model = skipping(monkeypatch)
+    sc.convert(model, sc.recipes.upcycling(num_experts=2), certify=False)
+    monkeypatch.setattr(model.model.layers[1].mlp.experts, "forward", refuse)
+    comparison = Comparison(model, Lender(), claims=True)
+    comparison.run([{"input_ids": torch.arange(40).view(2, 20)}])
+    comparison.run_alone()
+    found = comparison.certificate(1)
+    assert (found.ran, found.alone, found.unreached) == (1, 0, ("model.layers.1.mlp",))
+
+
 # ------------------------------------------------------------------------------------ what it says
 
 

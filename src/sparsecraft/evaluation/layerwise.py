@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsecraft.errors import SparsecraftError
 from sparsecraft.evaluation.certificate import TOLERANCE, Certificate, compare
 from sparsecraft.evaluation.distance import Distance, distance, first_tensor, mean_distance, power
 from sparsecraft.moe.layer import MoELayer
@@ -280,10 +281,19 @@ class Comparison:
                 donor = item.donor.reference
                 x = torch.randn(*ALONE, item.donor.in_features, generator=generator)
                 x = x.to("cpu" if donor.is_meta else donor.device, self.model.dtype)
-                # A module that reads more than its hidden states fails in its own way.
-                with suppress(Exception):
+                if not self._runs_alone(layer, x):
+                    continue
+                with suppress(SparsecraftError):  # a layer that reads masks or sentences refuses
                     self._compare(layer, layer.forward, (x,), {})
-                    self.found[layer].alone = True
+                self.found[layer].alone = self.found[layer].worst is not None
+
+    def _runs_alone(self, layer: MoELayer, x: Tensor) -> bool:
+        """Whether the dense module needs hidden states and nothing else."""
+        base = self._dense(layer)
+        with suppress(Exception):  # families fail in their own ways
+            self._call("dense", base, base, self.lender.wide_type(base, layer), (x,), {})
+            return True
+        return False
 
     # ------------------------------------------------------------------------------------- results
 
