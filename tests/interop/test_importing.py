@@ -11,9 +11,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import sparsecraft as sc
+from sparsecraft.cli.main import main
 from sparsecraft.errors import CertificateError, CheckpointError, RecipeError, SurgeryError
+from sparsecraft.evaluation.whole import certify
 from sparsecraft.interop import importing
 from sparsecraft.interop.exporting import STANDARD, plan
+from sparsecraft.interop.twins import random_model, small
 from tests import cases, tiny
 from tests.evaluation.test_certificate import FAULTS
 
@@ -152,6 +155,44 @@ def test_a_wrong_layer_is_seen_in_any_type(fault, dtype, tmp_path, monkeypatch):
     else:
         with pytest.raises(CertificateError, match="in float32: different"):
             sc.import_moe(tmp_path / "in")
+
+
+# Operations on a CPU -> what is said of a window of 1024: of the model, of its twin, of none.
+PROBED = {
+    1e10: "in 1152 tokens would be seen",
+    1e8: "a small twin with the same windows was compared in 1152 tokens",
+    1e4: "NOT compared beyond windows of 1024",
+}
+
+
+@pytest.mark.parametrize("work", PROBED)
+def test_a_window_that_is_lost_is_seen_beyond_it(work, tmp_path, monkeypatch, capsys):
+    config = MADE["mixtral"][0]()
+    config.sliding_window, config.max_position_embeddings = 1024, 4096
+    torch.manual_seed(4)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "in")
+    monkeypatch.setattr("sparsecraft.dense.windows.MOST_WORK", work)
+    assert main(["import", str(tmp_path / "in"), "--out", str(tmp_path / "ours")]) == 0
+    assert PROBED[work] in capsys.readouterr().out
+    mixtral = type(STANDARD["mixtral"])
+    dense_config = mixtral.dense_config
+
+    def without(self, config, form):
+        found = dense_config(self, config, form)
+        found.sliding_window = None
+        return found
+
+    monkeypatch.setattr(mixtral, "dense_config", without)
+    if work > 1e5:
+        with pytest.raises(CertificateError, match="differs"):
+            sc.import_moe(tmp_path / "in")
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_every_mixture_has_a_twin(name):
+    twin = random_model(small(MADE[name][0]()))
+    kind = importing.KINDS[twin.config.model_type]
+    assert certify(twin, importing._as_ours(twin, kind)).exact
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "granite"])

@@ -56,7 +56,9 @@ class Certificate:
         rounding: of outputs, the largest difference once the weights that were made are rounded to
             the type that holds them; None if they are not.
         tokens: of the longest probe, where a model was compared with one that was written or read.
-        unprobed: windows beyond which the two were not compared then.
+        twin: of the longest probe of a small twin with the same windows, where those are too long
+            for a probe of the model.
+        unprobed: windows beyond which neither was compared.
         differs: what else is not as in the dense model.
     """
 
@@ -79,6 +81,7 @@ class Certificate:
     logit_scale: float | None = None
     rounding: float | None = None
     tokens: int = 0
+    twin: int = 0
     unprobed: tuple[int, ...] = ()
     differs: tuple[str, ...] = ()
 
@@ -103,6 +106,8 @@ class Certificate:
         if self.power is not None:
             length = f" in {self.tokens} tokens" if self.tokens else ""
             lines.append(f"an error of {self.power:.0e} of that scale{length} would be seen")
+        if self.twin:
+            lines.append(f"a small twin with the same windows was compared in {self.twin} tokens")
         if self.unprobed:
             lines.append(f"NOT compared beyond windows of {', '.join(map(str, self.unprobed))}")
         return lines

@@ -25,6 +25,7 @@ from sparsecraft.interop.targets.architectures import Granite, Mixtral, Qwen2Moe
 from sparsecraft.interop.targets.form import form_of
 from sparsecraft.interop.targets.peft import PeftTarget
 from sparsecraft.interop.targets.standard import Standard, write_older_tokenizer
+from sparsecraft.interop.twins import certify_twin, with_twin
 from sparsecraft.moe import cost
 from sparsecraft.surgery.record import conversion_of
 
@@ -122,6 +123,8 @@ def export(
             write_older_tokenizer(folder)
         again = chosen.read(model, folder)
         certificate = certify(model, again, tensors)
+        if certificate.unprobed and target in STANDARD:
+            certificate = with_twin(certificate, certify_twin(model, STANDARD[target]))
         if not certificate.exact:
             raise ExportError(
                 f"The exported {target} model differs from ours: {certificate}. Nothing was kept."
@@ -155,6 +158,7 @@ def _record(
         "power": certificate.power,
         "rounding": certificate.rounding,
         "probed_tokens": certificate.tokens,
+        "twin_tokens": certificate.twin,
         "windows_not_probed": list(certificate.unprobed),
         "measured": str(certificate),
         "parameters": cost.count(again).total,

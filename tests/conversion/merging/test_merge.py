@@ -816,6 +816,35 @@ def test_the_command_freezes_and_averages_with_measured_losses(capsys, folders, 
     assert run(capsys, "merge", folders["mov"], "--out", tmp_path / "c", *options)[0] == 0
 
 
+@pytest.mark.parametrize("work", [1e10, 1e4])
+def test_a_window_that_the_folder_loses_is_seen_beyond_it(work, capsys, tmp_path, monkeypatch):
+    config = transformers.MistralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=1024,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM(config).eval()
+    sc.convert(model, sc.recipes.lora(R))
+    randomize_new(model)
+    sc.save(model, tmp_path / "lora")
+    monkeypatch.setattr("sparsecraft.dense.windows.MOST_WORK", work)
+    status, text = run(capsys, "merge", tmp_path / "lora", "--out", tmp_path / "good")
+    words = "in 1152 tokens would be seen" if work > 1e5 else "NOT compared beyond windows of 1024"
+    assert status == 0 and words in text.splitlines()[-1]
+    module = sys.modules["sparsecraft.conversion.merging.merge"]
+    write_dense = module.write_dense
+
+    def without(model, folder, source):
+        write_dense(model, folder, source)
+        written = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(written | {"sliding_window": None}))
+
+    monkeypatch.setattr(module, "write_dense", without)
+    if work > 1e5:
+        status, text = run(capsys, "merge", tmp_path / "lora", "--out", tmp_path / "bad")
+        assert status == 1 and "gives other logits" in text and not (tmp_path / "bad").exists()
+
+
 def test_bad_merges_are_one_sentence_and_write_nothing(capsys, folders, tmp_path):
     def fails(*arguments) -> str:
         status, text = run(capsys, "merge", *arguments, "--out", tmp_path / "out")

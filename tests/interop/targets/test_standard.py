@@ -18,6 +18,7 @@ from sparsecraft.cli.main import main
 from sparsecraft.errors import CheckpointError, ExportError
 from sparsecraft.evaluation.certificate import TOLERANCE
 from sparsecraft.interop.exporting import STANDARD, TARGETS, plan
+from sparsecraft.interop.twins import certify_twin
 from sparsecraft.moe.routers.scorer import Scorer
 from tests import cases, tiny
 from tests.evaluation.test_certificate import FAULTS
@@ -479,25 +480,69 @@ def test_a_field_of_another_family_is_not_believed(name, tmp_path):
     assert record["probed_tokens"] == (96 if fields["sliding_window"] else 64)
 
 
-def test_a_difference_beyond_the_window_is_seen(tmp_path, monkeypatch):
-    """A target that loses the window agrees on every shorter probe."""
+def windowed(size: int = 1024):
     config = transformers.MistralConfig(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, sliding_window=100,
-        max_position_embeddings=256,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=size,
+        max_position_embeddings=4096,
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.MistralForCausalLM(config).eval()
     sc.convert(model, sc.recipes.upcycling(num_experts=2))
-    target = STANDARD["mixtral"]
-    settings = type(target).settings
+    return model
+
+
+def lose_the_window(monkeypatch, **fields):
+    """A target that loses the window agrees on every shorter probe."""
+    mixtral = type(STANDARD["mixtral"])
+    settings = mixtral.settings
 
     def without(self, form, attention):
-        return settings(self, form, attention) | {"sliding_window": None}
+        return settings(self, form, attention) | {"sliding_window": None, **fields}
 
-    monkeypatch.setattr(type(target), "settings", without)
-    with pytest.raises(ExportError, match="differs from ours"):
-        sc.export(model, "mixtral", tmp_path / "out")
+    monkeypatch.setattr(mixtral, "settings", without)
+
+
+# Operations that are enough for a window of 1024 on its twin, and not on the model.
+TWIN = 1e8
+
+
+def test_a_difference_beyond_the_window_is_seen(tmp_path, monkeypatch):
+    lose_the_window(monkeypatch)
+    with pytest.raises(ExportError, match="in 1152 tokens"):
+        sc.export(windowed(), "mixtral", tmp_path / "out")
+
+
+@pytest.mark.parametrize("fields", [{}, {"sliding_window": 1000}])
+def test_a_window_too_long_for_a_probe_is_probed_on_a_twin(fields, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsecraft.dense.windows.MOST_WORK", TWIN)
+    record = sc.export(windowed(), "mixtral", tmp_path / "good")
+    assert (record["probed_tokens"], record["twin_tokens"]) == (64, 1152)
+    assert record["windows_not_probed"] == []
+    assert "twin with the same windows was compared in 1152 tokens" in record["measured"]
+    lose_the_window(monkeypatch, **fields)
+    with pytest.raises(ExportError, match="a small twin with the same windows differs"):
+        sc.export(windowed(), "mixtral", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_window_that_nothing_probes_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sparsecraft.dense.windows.MOST_WORK", 1e5)
+    sc.save(windowed(), tmp_path / "ours")
+    arguments = ["export", tmp_path / "ours", "--to", "mixtral", "--out", tmp_path / "out"]
+    assert main([*map(str, arguments)]) == 0
+    record = json.loads((tmp_path / "out" / "sparsecraft_export.json").read_text())
+    assert record["windows_not_probed"] == [1024]
+    assert "NOT compared beyond windows of 1024" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_every_standard_form_has_a_twin(name, recipe):
+    model = mixture(name, recipe)
+    for target in TABLE[recipe](*ATTENTION[name]):
+        found = certify_twin(model, STANDARD[target])
+        assert found.exact and found.tokens >= 9 and found.scale > 1
 
 
 # ------------------------------------------------------------------------------- in half precision
