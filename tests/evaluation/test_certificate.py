@@ -14,6 +14,7 @@ import sparsecraft as sc
 from sparsecraft.errors import CertificateError
 from sparsecraft.evaluation.certificate import compare
 from sparsecraft.evaluation.distance import distance, power
+from sparsecraft.evaluation.history import history_lines
 from sparsecraft.evaluation.layerwise import Comparison, certify
 from sparsecraft.moe.experts.ffn import FFNExperts
 from sparsecraft.moe.layer import MoELayer
@@ -381,7 +382,24 @@ def test_a_layer_that_refuses_hidden_states_alone_is_counted_as_not_reached(monk
 def test_a_recipe_that_does_not_claim_reports_its_distance():
     found = sc.convert(dense("llama"), sc.recipes.drop_upcycling(2)).certificate
     assert not found.exact and found.max_difference > 1e-3 and found.logit_difference > 0
-    assert "different in 2 layers" in str(found)
+    assert "different in 2 layers" in str(found) and "no equality was claimed" in str(found)
+
+
+@pytest.mark.parametrize("sources", [0, 2])
+def test_the_report_says_whether_equality_was_claimed(sources, tmp_path):
+    """A claim is about copies of one model, and not about sources."""
+    model, others = dense("llama"), [dense("llama") for _ in range(sources)]
+    for other in others:
+        with torch.no_grad():
+            other.model.layers[0].mlp.down_proj.weight.mul_(1.1)
+    recipe = sc.recipes.upcycling(num_experts=2)
+    found = sc.convert(model, recipe, sources=others).certificate
+    assert recipe.exact_at_start and found.claimed is found.exact is (not sources)
+    sc.save(model, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["conversion"]["certificate"]["claimed"] is (not sources)
+    said = "At the start: claimed not exact" if sources else "At the start: claimed exact"
+    assert said in "\n".join(history_lines(recipe, report))
 
 
 def test_an_attention_is_compared_with_its_masks_and_positions():

@@ -53,6 +53,8 @@ class Certificate:
             cannot be.
         logit_difference, logit_scale: of the whole model's outputs, in its own dtype, before and
             after; None where it does not fit into memory. In half precision they prove little.
+        claimed: whether the two should be equal: the recipe says so, and its experts are copies of
+            the model and not of sources.
         rounding: of outputs, the largest difference once the weights that were made are rounded to
             the type that holds them; None if they are not.
         tokens: of the longest probe, where a model was compared with one that was written or read.
@@ -79,6 +81,7 @@ class Certificate:
     lifted: int = 0
     logit_difference: float | None = None
     logit_scale: float | None = None
+    claimed: bool = True
     rounding: float | None = None
     tokens: int = 0
     twin: int = 0
@@ -125,7 +128,7 @@ class Certificate:
         )
 
     def _details(self) -> list[str]:
-        lines = []
+        lines = [] if self.claimed or self.exact else ["no equality was claimed"]
         if self.power is not None:
             lines.append(f"an error of {self.power:.0e} in any of them would be seen")
         if self.unreached:

@@ -15,7 +15,8 @@ from sparsecraft.recipe.recipe import Recipe
 SAID = {
     "conversion": "recipe variant exact_at_start certificate layers cost domains sources children "
     "arrived",
-    "certificate": "max_difference scale exact tolerance dtype probes layers ran unreached power",
+    "certificate": "max_difference scale exact tolerance dtype probes layers ran unreached power "
+    "claimed",
     "training": "stage steps loss settings counts log fit moved",
     "merge": "how recipe result folded joined kept certificate change cost activation arrived",
 }
@@ -28,7 +29,8 @@ def history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     """How the model started, what it was trained on, what was added, removed and merged."""
     conversion = report.get("conversion", {})
     certificate = conversion.get("certificate")
-    claim = "exact" if recipe.exact_at_start else "not exact"
+    claimed = (certificate or {}).get("claimed", recipe.exact_at_start)
+    claim = "exact" if claimed else "not exact"
     lines = [*_source_lines(conversion), *_domain_lines(recipe, conversion)]
     lines += [f"At the start: claimed {claim}, {_measured(certificate)}."]
     if found := _unsaid("certificate", certificate or {}):

@@ -321,6 +321,7 @@ class Comparison:
             power=max((m.power for m in measured if m.power is not None), default=None),
             worst=worst and worst.path,
             lifted=sum(m.lifted for m in ran),
+            claimed=self.claims,
             differs=tuple(self._differences(ran, alone)),
         )
 
