@@ -54,7 +54,7 @@ def long_probe(model: nn.Module, seed: int = 0) -> Inputs | None:
 
 
 def _beyond(window: int) -> int:
-    """So many tokens more that it shows when all of them are seen."""
+    """A length at which a token that sees all of them is told from one that does not."""
     return window + max(BEYOND, window // 8)
 
 
