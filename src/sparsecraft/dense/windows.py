@@ -54,7 +54,7 @@ def long_probe(model: nn.Module, seed: int = 0) -> Inputs | None:
 
 
 def _beyond(window: int) -> int:
-    """A length at which a token that sees all of them is told from one that does not."""
+    """A length at which it shows whether the last tokens see the first."""
     return window + max(BEYOND, window // 8)
 
 
