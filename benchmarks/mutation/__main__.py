@@ -33,7 +33,7 @@ WHERE = (
 )  # fmt: skip
 # The first pass takes the narrowest tests of each mutant, the second all others of what lives on.
 TESTS_FIRST = 120
-SECONDS_FIRST, SECONDS_SECOND = 240, 900
+SECONDS_FIRST, SECONDS_SECOND = 600, 900
 NOTICED = ("killed", "timeout")
 SOUND = Mutant("errors.py", 1, 0, "", "")  # no fault at all
 COVERAGE = Path(".coverage.mutation")
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="mutants made from syntax trees")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--marks", default="not gpu and not slow", help="pytest's -m")
+    parser.add_argument("--tests", nargs="*", default=[], help="what `cover` runs: by default all")
     parser.add_argument("--only", choices=("all", "named", "made"), default="all")
     parser.add_argument("--again", type=Path, help="only what lived in this earlier --out")
     parser.add_argument("--coverage", type=Path, default=ROOT / COVERAGE)
@@ -57,9 +58,10 @@ def main() -> None:
 
 
 def cover(asked: argparse.Namespace) -> None:
-    """The whole suite once, noting for each line the tests that run it."""
+    """The suite once, noting for each line the tests that run it."""
     command = [sys.executable, "-m", "pytest", "-n", str(asked.jobs), "-p", "no:cacheprovider"]
     command += ["-m", asked.marks, f"--cov={SOURCE}", "--cov-context=test", "--cov-report="]
+    command += asked.tests
     subprocess.run(command, cwd=ROOT, env=os.environ | {"COVERAGE_FILE": str(asked.coverage)})
 
 
@@ -108,7 +110,11 @@ def _one_pass(
     pool: ProcessPoolExecutor, number: int, tests: dict[Mutant, list[str]], limit: float
 ) -> dict[Mutant, dict]:
     ends = pool.map(_in_a_child, tests, tests.values(), [limit] * len(tests))
-    return {m: end | {"pass": number} for m, end in zip(tests, ends, strict=True)}
+    found = {}
+    for mutant, end in zip(tests, ends, strict=True):
+        found[mutant] = end | {"pass": number}
+        print(f"{end['end']}: {mutant.file}:{mutant.line} {mutant} {end.get('by')}", flush=True)
+    return found
 
 
 def _mark_unsound(

@@ -31,6 +31,7 @@ from sparsecraft.dense.loading import task_of
 from sparsecraft.dense.packaged import alias_folder
 from sparsecraft.errors import CheckpointError, RecipeError, SparsecraftError
 from sparsecraft.moe.names import dense_name, unique_tensors
+from sparsecraft.surgery.identity import UNSAVED
 from sparsecraft.surgery.record import conversion_of
 from tests.cases import FAMILIES, RECIPES, VOCAB, batch, dense, logits, randomize_new
 from tests.reference import papers
@@ -245,6 +246,27 @@ def test_settings_of_the_dense_model_travel(shelf, tmp_path):
     assert loaded.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("kind", ["folder", "standalone", "adapter"])
+def test_a_model_with_other_settings_does_not_go_by_the_folder(shelf, tmp_path, kind):
+    """DPO's reference model, loaded by that name, would be another model."""
+    model = shelf.model("llama")
+    sc.convert(model, RECIPES["molora"].make())
+    if kind == "adapter":
+        sc.export(model, "peft", tmp_path / "out")
+    else:
+        sc.save(model, tmp_path / "out", standalone=kind == "standalone")
+    for settings, own in (
+        ({"rms_norm_eps": 0.5}, False),
+        ({"rms_norm_eps": 0.5, "use_cache": False}, False),
+        ({"rms_norm_eps": model.config.rms_norm_eps}, True),
+        ({"use_cache": False, "output_hidden_states": True}, True),
+        ({}, True),
+    ):
+        name = sc.load(tmp_path / "out", **settings).config._name_or_path
+        assert (name == str(tmp_path / "out")) == own, settings
+        assert own or name.startswith(UNSAVED)
+
+
 def test_recipe_cases_round_trip(shelf, tmp_path):
     for name, case in RECIPES.items():
         model = shelf.model("llama")
@@ -279,6 +301,7 @@ def test_dtypes(shelf, tmp_path, family):
     )
     for cast in (
         sc.load(folder, dtype="bfloat16"),
+        sc.load(folder, torch_dtype=torch.bfloat16),
         auto.from_pretrained(folder, dtype=torch.bfloat16),
     ):
         assert {p.dtype for p in cast.parameters()} == {torch.bfloat16}

@@ -10,11 +10,30 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 import sparsecraft as sc
 from sparsecraft.cli.main import VERBS, main
+from tests import tiny
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_train_says_what_the_recipe_left_out(run, tmp_path, rows):
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=len(tiny.tokenizer()), hidden_size=32, intermediate_size=32, pad_token_id=0,
+        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    sizes = ("--num-experts", "2", "--rank", "2")
+    start, out = tmp_path / "start", tmp_path / "out"
+    text = run("convert", "molora", "--model", tmp_path / "base", *sizes, "--out", start)
+    (left,) = [line for line in text.splitlines() if line.startswith("Left out, ")]
+    options = ("--steps", "1", "--batch-size", "4", "--max-length", "64", "--no-progress")
+    assert left in run("train", start, "--data", rows, "--out", out, *options).splitlines()
 
 
 def test_train_evaluate_inspect_generate(run, converted, tmp_path, rows):
@@ -25,6 +44,7 @@ def test_train_evaluate_inspect_generate(run, converted, tmp_path, rows):
         "--no-progress",
     )  # fmt: skip
     assert text.startswith("6 steps, mean loss") and f"Saved and read back: {out}" in text
+    assert re.search(r"in \d+ of \d+ layers, an error of \d", text)  # and its power
     text = run("eval", out, "--data", rows, "--json", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     assert f"{found['loss'][rows]['loss']:.4f}" in text and "load_entropy" in text

@@ -17,7 +17,7 @@ class Module(lightning.LightningModule):
         from pathlib import Path
 
         self.save_hyperparameters()
-        self.model = converted(Path(folder), recipe).train()
+        self.model = converted(Path(folder), recipe)
 
     def training_step(self, batch, index):
         return self.model(batch, labels=batch).loss

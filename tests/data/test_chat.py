@@ -8,7 +8,7 @@ import re
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sparsecraft.data.chat import check_contents, has_control
+from sparsecraft.data.chat import check_contents, has_control, unprinted
 from sparsecraft.data.encoding import IGNORED, encode, encode_pair
 from sparsecraft.data.prepare import prepare
 from sparsecraft.data.shapes import canonical
@@ -268,6 +268,40 @@ def test_what_is_left_out_of_text_or_file_is_counted(tmp_path, caplog):
     assert len(caplog.records) == 1
     clean = write(tmp_path / "b.jsonl", {"messages": thought[2:], "source": None, "tools": []})
     assert "unused_fields" not in prepare(clean, make_tokenizer(TOOLS))[1]
+
+
+RESULTS = TOOLS.replace("{{ m.content }}", "{{ m.tool_call_id }}{{ m.content }}")
+IDS = TOOLS.replace("<tool_call>", "<tool_call>{{ c.id }}")
+# Looks up which call an answer belongs to, and refuses a call without an id.
+LOOKING = IDS.replace("{{ c.id }}", "{{ raise_exception('no id') if not c.id }}").replace(
+    "{{ m.content }}",
+    "{% for o in messages %}{% for c in o.tool_calls %}{% if c.id == m.tool_call_id %}"
+    "{{ c.function.name }}{% endif %}{% endfor %}{% endfor %}{{ m.content }}",
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "lost"),
+    [
+        (TOOLS, {"name", "tool_call_id", "tool_calls[].id"}),
+        (RESULTS, {"name", "tool_calls[].id"}),
+        (IDS, {"name", "tool_call_id"}),
+        (LOOKING, {"name"}),
+        (RESULTS.replace("m.tool_call_id", "m.name"), {"tool_call_id", "tool_calls[].id"}),
+    ],
+)
+def test_ids_of_calls_that_the_text_does_not_hold_are_counted(tmp_path, template, lost):
+    """Without them it does not say which answer is whose."""
+    calls = [CALL | {"id": "c1"}, CALL | {"id": "c2"}]
+    answers = [
+        {"role": "tool", "content": content, "tool_call_id": number, "name": "weather"}
+        for content, number in (("two", "c2"), ("one", "c1"))
+    ]
+    row = {"messages": [user("Q"), says("", tool_calls=calls), *answers, says("A")]}
+    path, tok = write(tmp_path / "a.jsonl", row), make_tokenizer(template)
+    fields = prepare(path, tok)[1]["unused_fields"]
+    assert fields == {str(path): {f"messages[].{field}": 1 for field in lost}}
+    assert unprinted(canonical({"messages": [user("Q"), says("A")]}, []), tok) == []
 
 
 def test_thoughts_may_be_printed_before_calls_only():

@@ -106,11 +106,22 @@ def test_choices_domains_and_batches_are_checked_too(tmp_path, tok):
     options = {"sources": [dense, dense], "tokenizer": tok}
     with pytest.raises(SparsecraftError, match="the token '<tool_call>'"):
         sc.convert(tiny.llama(), recipe, domains=[["say red"], ["<tool_call>"]], **options)
+    good = torch.tensor([[1, 2], [3, 4]])
+    btx = sc.override(sc.recipes.btx(2), {"router.init": "hidden"})
+    mixture, options = tiny.llama(), {"sources": [dense, dense]}
+    sc.convert(mixture, recipe, domains=[[good], [good + 4]], **options)
     for bad in (torch.tensor([[1, 320]]), {"input_ids": torch.tensor([[-1, 2]])}):
+        for method in (btx, recipe):
+            with pytest.raises(DataError, match="batch 2 of data holds the token"):
+                sc.convert(tiny.llama(), method, domains=[[good], [good, bad]], **options)
+        with pytest.raises(DataError, match="batch 1 of data holds the token"):
+            sc.extend(mixture, dense, [bad], base=tiny.llama())
         with pytest.raises(DataError, match="batch 2 of data holds the token"):
             list(as_batches([torch.tensor([[1, 2]]), bad], model=tiny.llama()))
         with pytest.raises(DataError, match="batch 2 of data holds the token"):
             sc.evaluate(converted(), [torch.tensor([[1, 2]]), bad])
+    with pytest.raises(DataError, match="batch 1 of data holds the token 400"):
+        list(as_batches([{"input_ids": good, "decoder_input_ids": good + 396}], model=tiny.llama()))
 
 
 def test_labels_beyond_the_classes_are_named_before_the_first_step(tmp_path):

@@ -9,10 +9,16 @@ import pytest
 from datasets import Dataset
 
 from sparsecraft.data.rows import load_choices, load_rows
+from sparsecraft.data.shapes import canonical
 from sparsecraft.errors import DataError
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 S = {"role": "system", "content": "s"}
+# Public words for what is trained, as rows.md lists them.
+FLAGS = (
+    "weight train training trainable train_on_turn loss loss_mask step_loss_mask "
+    "message_loss_mask loss_weight loss_scale output_with_loss"
+).split()
 ASK = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 
@@ -195,13 +201,32 @@ def test_tools_have_one_form(tmp_path):
          "lone surrogate"),
         ({"messages": [Q, A | {"weight": 0.5}]}, r"weight 0\.5; a turn is trained"),
         ({"messages": [Q, A], "weight": 2}, "the row has weight 2"),
-        ({"messages": [Q, A | {"mask": True}]}, "mask True: which part"),
+        ({"messages": [Q, A | {"content": [{"type": "text", "text": "a", "train": False}]}]},
+         r"a part of message 2 \(assistant\) has train False: which part"),
+        ({"messages": [Q, A], "loss_mask": [1]}, "loss_mask with 1 entries and 2 messages"),
+        ({"messages": [Q, A], "loss_mask": [0, 0.5]}, r"an entry of loss_mask .* has .*0\.5"),
+        ({"text": "t", "loss_mask": [0, 1]}, r"the row has loss_mask \[0, 1\]"),
+        ({"text": "t", "train": "false"}, "the row has train 'false'; a turn is trained"),
     ],
 )  # fmt: skip
 def test_what_is_not_one_thing_is_named(tmp_path, row, found):
     path = write(tmp_path / "a.jsonl", {"text": "good"}, row)
     with pytest.raises(DataError, match=rf"a\.jsonl, line 2: .*{found}"):
         load_rows(path)
+
+
+@pytest.mark.parametrize("row", [{"prompt": "q", "completion": "a"}, {"input": "q", "output": "a"}])
+@pytest.mark.parametrize("name", ["data", "rows", "chat"])
+def test_rows_within_a_row_are_not_taken_for_turns(tmp_path, name, row):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({name: [row], "version": 1}))
+    with pytest.raises(
+        DataError, match=f"shape with {name}, version; if the rows are what '{name}"
+    ):
+        load_rows(path)
+    assert read(tmp_path, {"prompt": "q", "completion": "a", name: [{"x": 1}]}) == {
+        "messages": [Q, A]
+    }
 
 
 def test_fields_that_are_not_used_are_named_once_for_each_file(tmp_path, caplog):
@@ -217,15 +242,69 @@ def test_fields_that_are_not_used_are_named_once_for_each_file(tmp_path, caplog)
     assert second.endswith("b.jsonl: fields that are not used, and in how many rows: Origin (1)")
 
 
-@pytest.mark.parametrize("name", ["weight", "train", "training", "loss"])
+@pytest.mark.parametrize("name", FLAGS)
 def test_flags_of_turns_and_rows(tmp_path, name):
     for value in (0, 0.0, False):
-        if name == "weight" or value is False:
-            row = read(tmp_path, {"messages": [Q, A | {name: value}, Q, A]})
-            assert [m.get("train") for m in row["messages"]] == [None, False, None, None]
-            for shape in ({"messages": [Q, A]}, {"text": "t"}, {"text": "t", "label": 1}):
-                assert read(tmp_path, shape | {name: value})["train"] is False
-    assert read(tmp_path, {"messages": [Q, A | {name: 1}], name: True}) == {"messages": [Q, A]}
+        row = read(tmp_path, {"messages": [Q | {name: value}, A | {name: value}, Q, A]})
+        assert [m.get("train") for m in row["messages"]] == [None, False, None, None]
+        row = read(tmp_path, {"conversation": [{"input": "q", "output": "a", name: value}]})
+        assert [m.get("train") for m in row["messages"]] == [None, False]
+        row = read(tmp_path, {"messages": [Q, A, Q, A], "system": "s", name: [value, value, 0, 1]})
+        assert [m.get("train") for m in row["messages"]] == [None, None, False, None, None]
+        for shape in ({"messages": [Q, A]}, {"text": "t"}, {"text": "t", "label": 1}):
+            assert read(tmp_path, shape | {name: value})["train"] is False
+    for value in (1, 1.0, True, None, "", []):
+        assert read(tmp_path, {"messages": [Q, A | {name: value}], name: value}) == {
+            "messages": [Q, A]
+        }
+    for value in (0.5, 2, "false", [1]):
+        with pytest.raises(DataError, match=rf"message 2 \(assistant\) has {name} .*; a turn is"):
+            canonical({"messages": [Q, A | {name: value}]}, [])
+
+
+@pytest.mark.parametrize("name", ["masked", "ignore_loss"])
+def test_words_that_deny_training(tmp_path, name):
+    for value in (1, True):
+        row = read(tmp_path, {"messages": [Q | {name: value}, A | {name: value}, Q, A]})
+        assert [m.get("train") for m in row["messages"]] == [None, False, None, None]
+    for value in (0, False, None, ""):
+        assert read(tmp_path, {"messages": [Q, A | {name: value}]}) == {"messages": [Q, A]}
+
+
+@pytest.mark.parametrize("name", ["mask", "train_detail", "token_loss_mask"])
+def test_masks_within_a_turn_are_refused(tmp_path, name):
+    for value in (0, 0.0, False, 1, 0.5, True, "user", [0, 1]):
+        with pytest.raises(DataError, match=rf"message 2 \(assistant\) has {name} .*: which part"):
+            canonical({"messages": [Q, A | {name: value}]}, [])
+    for value in (None, "", []):
+        assert read(tmp_path, {"messages": [Q, A | {name: value}]}) == {"messages": [Q, A]}
+
+
+def test_whatever_nothing_takes_is_named():
+    part = {"type": "text", "text": "q", "cache_control": {"type": "ephemeral"}, "train": 1}
+    call = {"arguments": {"x": 1}, "index": 0, "function": {"name": "f", "strict": True}}
+    turns = [
+        Q | {"content": [part], "loss_mask": 1, "masked": 0},
+        A | {"tool_calls": [call], "unlearn": 1},
+        {"input": "q", "output": "a", "need_eos_token": True},
+    ]
+    row = {"messages": turns, "loss_scale": [1] * 4, "assistant_masks": [0, 1], "mask": "User"}
+    unused: list[str] = []
+    assert all("train" not in message for message in canonical(row, unused)["messages"])
+    assert sorted(set(unused)) == [
+        "assistant_masks",
+        "loss_scale[] (user)",
+        "mask",
+        "messages[].content[].cache_control",
+        "messages[].content[].train",
+        "messages[].loss_mask (user)",
+        "messages[].masked (user)",
+        "messages[].need_eos_token",
+        "messages[].tool_calls[].arguments",
+        "messages[].tool_calls[].index",
+        "messages[].tool_calls[].strict",
+        "messages[].unlearn",
+    ]
 
 
 # ------------------------------------------------------------------ files

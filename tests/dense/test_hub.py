@@ -456,6 +456,18 @@ def test_missing_misshapen_or_torn_weights_are_errors(tmp_path):
         hub.load_dense(tmp_path)
 
 
+def test_an_error_that_says_nothing_is_told_by_its_type(tmp_path, monkeypatch):
+    import transformers
+
+    def fails(*_, **__):
+        raise PermissionError
+
+    tiny_llama().save_pretrained(tmp_path)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", fails)
+    with pytest.raises(HubError, match=r"cannot be read \(PermissionError\)"):
+        hub.load_dense(tmp_path)
+
+
 def test_quantize_names_the_extra(tmp_path, monkeypatch):
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(SparsecraftError, match="'int3' is unknown"):

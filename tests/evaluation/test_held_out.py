@@ -130,6 +130,45 @@ def test_the_median_over_templates_is_taken(tmp_path, model):
     assert found["accuracy"] in (0.0, 1.0)  # two templates agree, the third says the opposite
 
 
+PAIR = {
+    "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 96,
+    "max_position_embeddings": 32, "pad_token_id": 0, "decoder_start_token_id": 2,
+}  # fmt: skip
+SEAMLESS = {
+    **PAIR, "hidden_size": 16, "speech_encoder_layers": 1, "speech_encoder_attention_heads": 2,
+    "t2u_encoder_layers": 1, "t2u_decoder_layers": 1, "bos_token_id": 2, "eos_token_id": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Bart", PAIR),
+        ("M2M100", PAIR),
+        ("NllbMoe", {**PAIR, "num_experts": 2, "expert_capacity": 64}),
+        ("Blenderbot", PAIR),
+        ("BlenderbotSmall", PAIR),
+        ("SeamlessM4T", SEAMLESS),
+        ("SeamlessM4Tv2", SEAMLESS),
+    ],
+)
+def test_a_decoder_reads_what_its_model_makes_of_labels(kind, options):
+    torch.manual_seed(0)
+    head = "ForTextToText" if "Seamless" in kind else "ForConditionalGeneration"
+    config = getattr(transformers, f"{kind}Config")(**options)
+    model = getattr(transformers, kind + head)(config).eval()
+    ids = torch.randint(4, 90, (3, 8))
+    labels = torch.randint(4, 90, (3, 6))
+    labels[1, 4:] = -100
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that what the decoder reads shows
+            parameter.mul_(2 if parameter.ndim > 1 else 1)
+        own = model(input_ids=ids, labels=labels).loss.item()
+    found = sc.evaluate(model, [{"input_ids": ids, "labels": labels}])["loss"]["data"]
+    assert found["loss"] == pytest.approx(own, abs=1e-4) and found["tokens"] == 16
+
+
 def test_t5_is_evaluated_on_its_targets(tmp_path):
     model = cases.dense("t5")
     model.resize_token_embeddings(len(tiny.tokenizer()))
@@ -186,16 +225,41 @@ def classifier(**changes) -> transformers.BertForSequenceClassification:
 
 def test_tasks_without_a_held_out_loss_are_refused(tmp_path):
     choice = tiny.write_rows(tmp_path / "choice.jsonl", [choice_row("x", ["a", "b"], 0)])
-    for name, task in (("bert", "encoder"), ("vit", "image")):
-        with pytest.raises(SparsecraftError, match=f"is an {task} model.*ForCausalLM"):
+    for name in ("bert", "vit"):
+        with pytest.raises(SparsecraftError, match=r"evaluate has no objective for .*ForCausalLM"):
             sc.evaluate(cases.dense(name), [cases.batch(name, labels=True)])
-    with pytest.raises(SparsecraftError, match="is an encoder model"):
+    config = cases.FAMILIES["bert"].config()
+    with pytest.raises(SparsecraftError, match="no objective for BertForTokenClassification"):
+        sc.evaluate(transformers.BertForTokenClassification(config), choices=choice)
+    with pytest.raises(SparsecraftError, match="no objective for BertForMaskedLM"):
         sc.evaluate(cases.dense("bert"), choices=choice, tokenizer=tiny.tokenizer())
     with pytest.raises(SparsecraftError, match=r"is a classifier.*text and label"):
         sc.evaluate(classifier(), choices=choice, tokenizer=tiny.tokenizer())
     for model in (cases.dense("t5"), classifier()):
         with pytest.raises(DataError, match="no labels"):
             sc.evaluate(model, [torch.arange(3, 15).view(2, 6)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ({"num_labels": 1}, "num_labels=1"),
+        ({"problem_type": "multi_label_classification"}, "multi"),
+    ],
+)
+def test_a_classifier_of_another_problem_has_no_accuracy(tmp_path, kind, said):
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"text": "say red", "label": 0}] * 4)
+    batch = {"input_ids": torch.arange(3, 15).view(2, 6), "labels": torch.tensor([0, 0])}
+    for data in (rows, [batch]):
+        with pytest.raises(SparsecraftError, match=f"{said}.*sc.evaluate takes classifiers"):
+            sc.evaluate(classifier(**kind), data, tokenizer=tiny.tokenizer())
+
+
+@pytest.mark.parametrize("labels", [torch.rand(2, 3), torch.rand(2), torch.zeros(2, 6).long()])
+def test_labels_that_are_no_class_of_a_row_are_refused(labels):
+    batch = {"input_ids": torch.arange(3, 15).view(2, 6), "labels": labels}
+    with pytest.raises(DataError, match="one whole number for each row"):
+        sc.evaluate(classifier(), [batch])
 
 
 def test_classes_that_the_classifier_lacks_are_named(tmp_path):

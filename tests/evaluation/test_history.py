@@ -57,5 +57,8 @@ def test_what_no_line_is_made_for_is_printed_as_it_stands():
     assert "reached" not in found.replace("reached it", "")
 
 
-def test_long_lists_are_cut():
+def test_long_lists_are_cut_and_fields_are_not():
+    counts = dict.fromkeys(["rows", *"abcdefgh", "packs"], 3)
+    found = lines(training=[RUN | {"counts": counts}])
+    assert found.endswith("rows: rows 3, a 3, b 3, c 3, d 3, e 3, f 3, g 3, h 3, packs 3")
     assert "6 more" in lines(conversion={"left_out": [f"layer {n}" for n in range(14)]})

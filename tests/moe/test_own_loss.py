@@ -122,6 +122,96 @@ def test_transformers_own_trainer_accumulates_a_t5_rightly(tmp_path):
     assert logs[3] == pytest.approx(logs[1], rel=1e-3)
 
 
+@pytest.mark.parametrize("family", ["Bert", "Llama"])
+def test_token_classifiers_do_not_depend_on_the_cut(family):
+    """sc.train has no objective for them, and a trainer of the user's gives the number of items."""
+    sizes = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+    sizes |= {"intermediate_size": 48, "num_attention_heads": 4, "num_labels": 3}
+    rates = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+    config = getattr(transformers, f"{family}Config")(**sizes, **dict.fromkeys(rates, 0.0))
+    torch.manual_seed(3)
+    model = getattr(transformers, f"{family}ForTokenClassification")(config).eval()
+    sc.convert(model, sc.recipes.camelidae(num_experts=4, adapter_dim=8, dropout=0.0))
+    model.train().sparsecraft.own_loss.losses = {}
+    ids, labels = torch.arange(3, 27).reshape(4, 6), torch.arange(24).reshape(4, 6) % 3
+    labels[0, 1:] = labels[1, 3:] = -100
+    model(input_ids=ids, labels=labels).loss.backward()
+    whole = gradients(model)
+    for size in (2, 1):
+        for rows, classes in zip(ids.split(size), labels.split(size), strict=True):
+            items = labels.ne(-100).sum()
+            model(input_ids=rows, labels=classes, num_items_in_batch=items).loss.backward()
+        assert_equal(gradients(model), whole)
+    with pytest.raises(SparsecraftError, match=r"train has no objective for .*TokenClassification"):
+        sc.train(model, "rows.jsonl", "out", tokenizer=tiny.tokenizer())
+
+
+SMALL = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "intermediate_size": 48}  # fmt: skip
+LOSSES = {  # a class, its configuration
+    "llama": ("LlamaForCausalLM", SMALL),
+    "gpt2, which shifts and does not say so": (
+        "GPT2LMHeadModel",
+        {"vocab_size": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
+        | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    ),
+    "bert, which does not shift": (
+        "BertForMaskedLM",
+        SMALL | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    ),
+    "ctc, which is no mean": (
+        "Wav2Vec2ForCTC",
+        SMALL | {"conv_dim": (16,), "conv_stride": (5,), "conv_kernel": (10,)}
+        | {"num_feat_extract_layers": 1, "num_conv_pos_embeddings": 4}
+        | {"num_conv_pos_embedding_groups": 2, "apply_spec_augment": False}
+        | dict.fromkeys(
+            ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout",
+             "final_dropout", "layerdrop"), 0.0,
+        ),
+    ),
+}  # fmt: skip
+
+
+def padded(rows: list[dict]) -> dict[str, torch.Tensor]:
+    fill = {"input_ids": 0, "labels": -100, "input_values": 0.0}
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {name: pad([row[name] for row in rows], True, fill[name]) for name in rows[0]}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_transformers_own_trainer_gets_the_dense_loss_however_it_cuts(tmp_path, name):
+    head, sizes = LOSSES[name]
+    config = getattr(transformers, head).config_class(**sizes)
+    generator, rows = torch.Generator().manual_seed(0), []
+    for length in (2, 9, 5, 7):
+        ids = torch.randint(3, 30, (length,), generator=generator)
+        sound = {"input_values": torch.randn(400, generator=generator)}
+        rows.append((sound if "CTC" in head else {"input_ids": ids}) | {"labels": ids})
+
+    def first_step(parts: int, convert: bool = True) -> tuple[float, float]:
+        torch.manual_seed(0)
+        model = getattr(transformers, head)(config)
+        if convert:
+            recipe = sc.recipes.molora(num_experts=2, variant="tuned")  # without a loss of its own
+            sc.convert(model, recipe, certify=False)
+            model.requires_grad_(True)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=4 // parts, use_cpu=True,
+            gradient_accumulation_steps=parts, max_steps=1, learning_rate=1e-9, optim="sgd",
+            logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, arguments, padded, rows)
+        trainer.train()
+        log = trainer.state.log_history[0]
+        return log["loss"], log["grad_norm"]
+
+    loss, norm = first_step(1, convert=False)
+    for parts in (1, 2, 4):
+        found = first_step(parts)
+        assert found[0] == pytest.approx(loss, rel=1e-4)
+        assert found[1] == pytest.approx(norm, rel=1e-2)  # the experts' own are few
+
+
 def warned(caplog) -> int:
     return sum("auxiliary losses" in r.message for r in caplog.records if r.name == "sparsecraft")
 
@@ -151,11 +241,39 @@ def test_nothing_is_said_where_the_loss_holds_them(caplog):
     (model(batch["input_ids"]).logits.square().mean() + sc.losses.latest(model)).backward()
     with torch.no_grad():
         model(batch["input_ids"])
-    model.eval()
-    model(batch["input_ids"]).logits.mean().backward()
+    model.eval().zero_grad()
+    x = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    torch.autograd.grad(model(inputs_embeds=x).logits.mean(), x)  # of a look at the model
     model.train().sparsecraft.own_loss.losses = {}
     model(batch["input_ids"]).logits.mean().backward()
     assert warned(caplog) == 0
+
+
+@pytest.mark.parametrize("how", ["loaded", "converted", "trunk"])
+def test_a_training_in_evaluation_mode_is_warned_of_once(caplog, tmp_path, how):
+    """So are models loaded and converted; neither a plain loop nor Lightning changes the mode."""
+    model, batch = converted(), plain()
+    if how == "loaded":
+        sc.save(model, tmp_path / "out")
+        model = sc.load(tmp_path / "out")
+    model.eval()
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    for _ in range(2):
+        if how == "trunk":
+            model.model(batch["input_ids"]).last_hidden_state.square().mean().backward()
+        else:
+            model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    said = [r.message for r in caplog.records if "Call model.train() first" in r.message]
+    assert len(said) == 1
+
+
+def test_a_training_in_evaluation_mode_without_losses_goes_without_a_word(caplog):
+    model, batch = converted(), plain()
+    model.eval().sparsecraft.own_loss.losses = {}
+    model(**batch).loss.backward()
+    assert "model.train()" not in caplog.text
 
 
 def test_a_loss_of_ones_own_takes_the_latest_pass():

@@ -26,13 +26,14 @@ from sparsecraft.moe.experts.adapter import AdapterExperts
 from sparsecraft.moe.experts.base import set_dispatch
 from sparsecraft.moe.experts.ffn import FFNExperts
 from sparsecraft.moe.layer import MoELayer
-from sparsecraft.moe.names import dense_name
+from sparsecraft.moe.names import dense_name, unique_tensors
 from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.experts import AdapterSpec, FFNLoRASpec, FFNSpec, LoRASpec, VectorSpec
 from sparsecraft.recipe.recipe import Quantize, Recipe
 from sparsecraft.recipe.routers import RouterSpec
 from sparsecraft.recipe.selections import TopK
 from sparsecraft.recipe.stages import Stage
+from sparsecraft.surgery.plan import plan
 from sparsecraft.surgery.record import conversion_of
 from sparsecraft.surgery.trainable import matches, set_trainable
 from tests.cases import (
@@ -245,6 +246,76 @@ def test_float64_is_certified_at_its_own_precision():
     report = sc.convert(dense("llama").double(), RECIPES["upcycling"].make())
     assert report.certificate.dtype == "float64"
     assert report.certificate.max_difference <= 1e-10
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_torchs_default_type_changes_nothing(recipe, tmp_path):
+    """Users set it while they load a model."""
+    case = RECIPES[recipe]
+    family = next(iter(sorted(case.families, key=lambda name: name != "llama")))
+    found, usual = [], torch.get_default_dtype()
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        model = dense(family)
+        try:
+            torch.set_default_dtype(dtype)
+            sc.convert(model, case.make())
+            found.append(unique_tensors(model))
+            if recipe in ("camelidae", "moefication") and dtype != usual:
+                sc.save(model, tmp_path / str(dtype))
+                found.append(unique_tensors(sc.load(tmp_path / str(dtype))))
+        finally:
+            torch.set_default_dtype(usual)
+    for name, wanted in found[0].items():
+        assert all(state[name].dtype == wanted.dtype for state in found), name
+        assert all(torch.equal(state[name], wanted) for state in found), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_torchs_default_device_does_not_matter_to_a_plan(family):
+    model = dense(family)
+    for recipe in (sc.recipes.upcycling(2), sc.recipes.mov(2), sc.recipes.bam(2)):
+        found = []
+        for device in ("cpu", "meta"):
+            with torch.device(device):
+                try:
+                    found.append([item.site for item in plan(model, recipe)])
+                except SparsecraftError as error:
+                    found.append(str(error))
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("recipe", ["camelidae", "upcycling", "moefication"])
+def test_what_is_made_in_inference_mode_trains_afterwards(recipe, tmp_path):
+    model = dense("llama")
+    with torch.inference_mode():
+        sc.convert(model, RECIPES[recipe].make())
+        sc.save(model, tmp_path / "out")
+        loaded = sc.load(tmp_path / "out")
+    for found in (model, loaded):
+        assert not any(tensor.is_inference() for tensor in unique_tensors(found).values())
+        found.train()
+        found(**batch("llama"), labels=batch("llama")["input_ids"]).loss.backward()
+        assert any(parameter.grad is not None for parameter in found.parameters())
+
+
+def test_a_model_that_was_made_in_inference_mode_is_refused():
+    with torch.inference_mode():
+        model = transformers.LlamaForCausalLM(dense("llama").config)
+        refused(SurgeryError, model, sc.recipes.molora(2), "made inside of torch.inference_mode")
+    refused(SurgeryError, model, sc.recipes.molora(2), "'model.embed_tokens.weight'", "outside")
+
+
+@pytest.mark.parametrize("recipe", ["camelidae", "lora", "ia3", "upcycling", "bam"])
+@pytest.mark.parametrize("part", ["mlp", "self_attn"])
+def test_a_part_that_was_compiled_is_converted_as_any(part, recipe):
+    """torch.nn.Module.compile keeps a graph of what was there, and asks at the call."""
+    models = [dense("llama"), dense("llama")]
+    getattr(models[0].model.layers[0], part).compile(backend="eager")
+    for model in models:
+        report = sc.convert(model, RECIPES[recipe].make())
+        randomize_new(model)
+    assert report.certificate.exact == RECIPES[recipe].exact
+    assert torch.allclose(*(logits(model, batch("llama")) for model in models), atol=1e-6)
 
 
 def test_layers_in_several_modes_keep_them_through_the_probe():

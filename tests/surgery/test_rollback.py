@@ -33,12 +33,17 @@ def state_of(model: nn.Module) -> dict:
     """Everything of a model and of the process that a verb may not leave changed."""
     modules = dict(model.named_modules(remove_duplicate=False))
     record = getattr(model, "sparsecraft", None)
+    for place, dense_module in (record.dense if record else {}).items():  # outside of the tree
+        modules |= dict(dense_module.named_modules(prefix=f"dense {place}"))
     return {
         "modules": {name: id(module) for name, module in modules.items()},
         "training": {name: module.training for name, module in modules.items()},
         "tensors": {
             name: (id(t), t.dtype, t.requires_grad, t.detach().clone())
-            for name, t in (*model.named_parameters(), *model.named_buffers())
+            for path, module in modules.items()
+            for short, t in (*module._parameters.items(), *module._buffers.items())
+            for name in [f"{path}.{short}"]
+            if t is not None
         },
         "extra": {n: t for n, t in model.state_dict().items() if n.endswith("_extra_state")},
         "hooks": {
@@ -282,6 +287,27 @@ def test_a_resized_model_gives_its_network_back_and_keeps_the_size(
     assert change < 0 or torch.equal(rows[kept:], added)
     others = {n: t for n, t in start.state_dict().items() if t.shape[:1] != (size - change,)}
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in others.items())
+
+
+@pytest.mark.parametrize("recipe", ["camelidae", "molora"])
+def test_a_resized_model_reverts_from_its_folder_as_well(folder, recipe, tmp_path, caplog):
+    """And from the folder of one that was resized again after it was loaded."""
+    model, start = base(folder), base(folder)
+    sc.convert(model, RECIPES[recipe].make())
+    size = len(start.model.embed_tokens.weight)
+    for name, more in (("once", 7), ("twice", 9)):
+        model.resize_token_embeddings(size + more, mean_resizing=False)
+        sc.save(model, tmp_path / name)
+        model = sc.load(tmp_path / name)
+    added = model.model.embed_tokens.weight[size:].detach().clone()
+    sc.revert(model)
+    assert "embed_tokens.weight: resized" in caplog.text
+    rows = model.model.embed_tokens.weight
+    assert torch.equal(rows[size:], added) and len(added) == 9
+    start.resize_token_embeddings(size + 9, mean_resizing=False)
+    start.model.embed_tokens.weight.data[size:] = added
+    wanted, found = start.state_dict(), model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 @pytest.mark.parametrize(

@@ -431,7 +431,7 @@ def test_refusals_come_before_training(tmp_path, rows):
         sc.train(converted(), rows, tmp_path / "out")
     encoder = cases.dense("bert")
     sc.convert(encoder, recipe())
-    with pytest.raises(SparsecraftError, match="without a training objective"):
+    with pytest.raises(SparsecraftError, match="train has no objective for"):
         sc.train(encoder, rows, tmp_path / "out", tokenizer=tokenizer)
     assert not (tmp_path / "out").exists()
 

@@ -9,12 +9,20 @@ import sys
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import save_file
 from torch import nn
 
 import sparsecraft as sc
 from sparsecraft.cli.main import main
 from sparsecraft.dense.sound import check_weights, fault_of, is_finite
-from sparsecraft.errors import CheckpointError, SparsecraftError, SurgeryError, TrainingError
+from sparsecraft.errors import (
+    CheckpointError,
+    HubError,
+    SparsecraftError,
+    SurgeryError,
+    TrainingError,
+)
 from sparsecraft.training.resume import last_state
 from sparsecraft.training.trainers import RoutedSFTTrainer
 from tests import cases, tiny
@@ -174,6 +182,32 @@ def test_integers_are_no_weights_and_masks_are_none_either():
     model = cases.dense("llama")
     model.register_buffer("mask", torch.full((2, 2), -torch.inf))
     check_weights(model, SurgeryError)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_integers_in_the_files_of_a_base_are_refused_at_every_door(tmp_path, kind):
+    """transformers casts them to floating numbers, and what is in memory looks like weights."""
+    folder, name = tmp_path / "base", "model.layers.0.mlp.up_proj.weight"
+    model = tiny.llama()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state[name] = (state[name] * 1000).to(torch.int8)
+    state.pop("lm_head.weight")
+    tiny.save_dense(folder)
+    (folder / "model.safetensors").unlink()
+    if kind == "bin":
+        torch.save(state, folder / "pytorch_model.bin")
+    else:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    said = rf"'{name}' of .*base holds numbers of type int8"
+    with pytest.raises(HubError, match=said):
+        sc.hub.load_dense(str(folder))
+    with pytest.raises(SurgeryError, match=said):
+        loaded = transformers.LlamaForCausalLM.from_pretrained(folder)
+        sc.convert(loaded, sc.recipes.molora(2))
+    for how in ([], ["--stream"]):
+        words = ["convert", "molora", "--num-experts", "2", "--model", str(folder)]
+        assert main([*words, "--out", str(tmp_path / "out"), *how]) == 1
+        assert not (tmp_path / "out").exists()
 
 
 def broken(model: nn.Module, value: float = torch.nan) -> nn.Module:

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from sparsecraft.checkpoint import tensorfile
 from sparsecraft.checkpoint.adapter_names import HELD, WRAPPED, check_complete, standing_paths
+from sparsecraft.checkpoint.arguments import is_another
 from sparsecraft.checkpoint.base import find_base, load_on
 from sparsecraft.checkpoint.fields import ADAPTER_FIELDS, EXPORT_FIELDS, check_fields
 from sparsecraft.checkpoint.folder import EXPORT_RECORD
@@ -148,13 +150,14 @@ def load_adapter(
     recipe = _recipe(folder, config, override)
     origin, saved = _base(folder, config, base)
     saved_dtype = getattr(torch, saved["dtype"]) if saved else None
+    changed = bool(override) or is_another(AutoConfig.from_pretrained(origin.folder), kwargs)
     kwargs |= {"dtype": dtype or saved_dtype, "device_map": device_map}
     model, record = load_on(origin, recipe, saved.get("quantization"), **kwargs)
     if (folder / EXPORT_RECORD).is_file():  # PEFT's own folders hold no tokenizer
         record.folder = folder.absolute()
     _read_tensors(model, folder / WEIGHTS, dtype)
     writes_ours(model)
-    if not override:
+    if not changed:
         stands_in(model, folder)
     return model.eval()
 
@@ -188,7 +191,7 @@ def _base(folder: Path, config: dict[str, Any], base: str | None) -> tuple[Origi
     if not name:
         raise CheckpointError(
             f"{folder} does not say which model its adapter stands on, because that one was built "
-            "in memory; pass its folder or hub id as sc.load(dir, base=...)."
+            "in memory; load it with base=NAME (--base), that model's folder or hub id."
         )
     own = name == config.get("base_model_name_or_path")
     origin = Origin.at(hub.resolve(name, config.get("revision") if own else None))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from sparsecraft.errors import CheckpointError
 
 # They say where files come from or how they are read, and change nothing about the model.
@@ -19,6 +21,11 @@ OF_FILES = frozenset(
 # How the model runs and where it lies.
 OF_THE_MODEL = frozenset(
     "attn_implementation experts_implementation max_memory offload_buffers offload_folder".split()
+)
+# Fields of a configuration that change what a call gives back, and not what is computed.
+OF_CALLS = frozenset(
+    "id2label label2id output_attentions output_hidden_states problem_type return_dict "
+    "use_cache".split()
 )
 WHOLE = "a checkpoint is read from its own files, as they are"
 LATER = "load the model, and apply it then"
@@ -63,3 +70,10 @@ def meant(kwargs: dict[str, Any]) -> dict[str, Any]:
                 "field of the model's configuration."
             )
     return found
+
+
+def is_another(config: PreTrainedConfig, given: dict[str, Any]) -> bool:
+    """Whether arguments are fields of a configuration that make another model of it."""
+    held = config.to_dict()
+    settings = given.keys() & held.keys() - OF_CALLS
+    return any(held[name] != given[name] for name in settings)

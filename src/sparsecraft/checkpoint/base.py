@@ -126,8 +126,8 @@ def find_base(folder: Path, saved: dict[str, Any] | None, base: str | None) -> O
         resolved = hub.resolve(name, revision, **place)
     except HubError as error:
         raise CheckpointError(
-            f"The base of {folder} is {name!r}{_at(revision)}: {error} Or pass its folder as "
-            "sc.load(dir, base=...)."
+            f"The base of {folder} is {name!r}{_at(revision)}: {error} If it has moved, load the "
+            "checkpoint with base=FOLDER (--base)."
         ) from None
     origin = Origin.at(resolved, saved.get("variant"))
     if not origin.is_there:
@@ -141,7 +141,7 @@ def find_base(folder: Path, saved: dict[str, Any] | None, base: str | None) -> O
             return other
     raise CheckpointError(
         f"{folder} stands on {saved['name']!r}{_at(saved['revision'])}, and {name!r} holds other "
-        "tensors; pass the right base as sc.load(dir, base=...)."
+        "tensors; load it with the right base=FOLDER (--base)."
     )
 
 

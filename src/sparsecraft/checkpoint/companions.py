@@ -22,7 +22,7 @@ from sparsecraft.checkpoint.folder import COMPANIONS, GENERATION, PROCESSOR, TOK
 from sparsecraft.checkpoint.jsonfile import write_json
 from sparsecraft.checkpoint.manifest import base_config, config_of
 from sparsecraft.dense.loading import load_tokenizer
-from sparsecraft.errors import CheckpointError, SparsecraftError
+from sparsecraft.errors import CheckpointError, SparsecraftError, first_line
 from sparsecraft.surgery.record import settings_of
 
 UNWRITABLE = (OSError, TypeError, ValueError, AttributeError, LookupError)
@@ -124,7 +124,7 @@ def check_settings(model: nn.Module, tokenizer: Any = None) -> None:
                 load_tokenizer(folder)
         # Each class of transformers refuses in its own way.
         except (SparsecraftError, *UNWRITABLE) as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            said = first_line(error)
             raise CheckpointError(
                 f"The model's {what} could not be saved with it: {said:.200} Correct that first; "
                 "nothing has been done."

@@ -79,6 +79,17 @@ def _is_dense(value: Any) -> bool:
     )
 
 
+def _is_resized(value: Any) -> bool:
+    """Rows of the embedding before, and name -> shape before, or None."""
+    if value is None:
+        return True
+    if not (isinstance(value, dict) and isinstance(value.get("vocabulary"), int)):
+        return False
+    shapes = value.get("shapes")
+    lists = isinstance(shapes, dict) and all(isinstance(s, list) for s in shapes.values())
+    return lists and all(isinstance(n, int) for shape in shapes.values() for n in shape)
+
+
 def _is_card(value: Any) -> bool:
     """Name, license and, since commits are remembered, commit of the base, or None."""
     is_list = isinstance(value, list) and len(value) in (2, 3)
@@ -94,6 +105,11 @@ MANIFEST_FIELDS = {
     "recipe": Field(_is_object, "the object that to_json wrote"),
     "base": BASE,
     "dense": Field(_is_dense, "null, or dtype and digest of each dense tensor by its name"),
+    "resized": Field(
+        _is_resized,
+        "null, or vocabulary and shapes before the embeddings were resized",
+        older=True,
+    ),
     "tensors": Field(_is_text, "the digest of the tensors"),
     "config": Field(_is_text, "the digest of config.json"),
     "base_card": Field(_is_card, "null, or the base's name, license and commit", older=True),

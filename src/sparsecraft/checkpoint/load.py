@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from sparsecraft.checkpoint.adapter import load_adapter
-from sparsecraft.checkpoint.arguments import meant
+from sparsecraft.checkpoint.arguments import is_another, meant
 from sparsecraft.checkpoint.base import as_it_was, convert_base, find_base, load_on
 from sparsecraft.checkpoint.fields import CONFIG_FIELDS, check_fields
 from sparsecraft.checkpoint.folder import GENERATION, MANIFEST
@@ -20,13 +20,16 @@ from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.checkpoint.tensors import ADAPTER, WEIGHTS, read_tensors
 from sparsecraft.dense import hub
 from sparsecraft.dense.loading import load_tokenizer, model_class
+from sparsecraft.dense.memory import outside_of_inference_mode
 from sparsecraft.errors import CheckpointError
 from sparsecraft.moe.names import dense_tensors, unique_tensors
 from sparsecraft.surgery.budget import restore
+from sparsecraft.surgery.elsewhere import remember
 from sparsecraft.surgery.identity import stands_in
 from sparsecraft.surgery.record import conversion_of, tokenizer_of
 
 
+@outside_of_inference_mode()
 def load(
     folder: str | Path,
     base: str | None = None,
@@ -42,20 +45,24 @@ def load(
         dtype: cast the whole model after loading; None keeps what was saved.
         device_map: as in transformers' `from_pretrained`.
         override: changes to the recipe, dotted path -> value.
-        kwargs: passed to the dense model's `from_pretrained`.
+        kwargs: passed to the dense model's `from_pretrained`; `torch_dtype` is `dtype`.
 
     Raises:
         CheckpointError: the folder is incomplete, edited or truncated, or stands on another base.
         RecipeError: a newer format, or an impossible override.
     """
-    folder, dtype = Path(folder), _dtype(dtype)
+    older = kwargs.pop("torch_dtype", None)
+    folder, dtype = Path(folder), _dtype(older if dtype is None else dtype)
     if (folder / ADAPTER).is_file() and not (folder / MANIFEST).is_file():
-        return load_adapter(folder, base, dtype, device_map, override, **kwargs)
+        model = load_adapter(folder, base, dtype, device_map, override, **kwargs)
+        remember(model, "it was loaded")
+        return model
     manifest = read_manifest(folder)
     saved, recipe = read_recipe(manifest["recipe"], override)
     origin = find_base(folder, manifest["base"], base)
     # Not the base folder's: the model may have been loaded with other settings.
     config = base_config(_checked_config(folder, manifest))
+    changed = recipe != saved or is_another(config, kwargs)
     config.update({key: kwargs.pop(key) for key in list(kwargs) if key in config.to_dict()})
     kwargs = meant(kwargs)
     if origin is None:
@@ -63,6 +70,9 @@ def load(
         model = _from_config(folder, config, None if spread else device_map, kwargs)
         record, held = convert_base(model, recipe, None), manifest["dense"].items()
         record.digests = {name: (getattr(torch, d), h) for name, (d, h) in held}
+        if resized := manifest.get("resized"):
+            record.vocabulary = resized["vocabulary"]
+            record.shapes |= {n: torch.Size(s) for n, s in resized["shapes"].items()}
     else:
         kwargs |= as_it_was(manifest["base"])
         kwargs["packed"] = kwargs["packed"] or _packed(folder)
@@ -75,7 +85,8 @@ def load(
         _cast(model, dtype)
         record.masters.clear()
     restore(model, manifest.get("running"), changed=recipe != saved)
-    _settle(model, folder, changed=recipe != saved)
+    _settle(model, folder, changed)
+    remember(model, "it was loaded")
     if origin is None and spread is not None:
         _dispatch(model, spread, kwargs)
     return model.eval()
@@ -168,29 +179,40 @@ def _dispatch(model: nn.Module, device_map: Any, kwargs: dict[str, Any]) -> None
     dispatch_model(model, device_map, **where)
 
 
-def load_any(name: str) -> tuple[nn.Module, Any]:
+def is_self_contained(folder: str | Path) -> bool:
+    """Whether a folder is a checkpoint that stands on no base."""
+    folder = Path(folder).expanduser()
+    return (folder / MANIFEST).is_file() and read_manifest(folder)["base"] is None
+
+
+def load_any(name: str, base: str | None = None) -> tuple[nn.Module, Any]:
     """Model and tokenizer of a checkpoint folder, or of a dense model by name.
 
     On the GPU if there is one.
 
+    Args:
+        base: of a checkpoint, as in `load`.
+
     Raises:
-        CheckpointError: a checkpoint folder that lacks its recipe.
+        CheckpointError: a checkpoint folder that lacks its recipe, or a base of a dense model.
         HubError: no such model, or weights or a tokenizer that cannot be read.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(name).expanduser()
     if (folder / "adapter_config.json").is_file():
-        model = load(folder, device_map=device)
+        model = load(folder, base, device_map=device)
         return model, load_tokenizer(folder) or tokenizer_of(model)
     if not (folder / MANIFEST).is_file():
         folder = hub.resolve(name)
     tokenizer = load_tokenizer(folder)  # before the weights, which take long
     if (folder / MANIFEST).is_file():
-        return load(folder, device_map=device), tokenizer
+        return load(folder, base, device_map=device), tokenizer
     config = read_json(folder / "config.json")
     if isinstance(config, dict) and config.get("model_type") == "sparsecraft":
         raise CheckpointError(
             f"{folder} is a sparsecraft checkpoint whose {MANIFEST} is missing; "
             "copy or save the folder again."
         )
+    if base is not None:
+        raise CheckpointError(f"{name} is a dense model and stands on no base; drop {base!r}.")
     return hub.load_dense(name, device_map=device), tokenizer

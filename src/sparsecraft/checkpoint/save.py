@@ -25,9 +25,11 @@ from sparsecraft.dense.loading import class_of, model_class
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CheckpointError, HubError
+from sparsecraft.moe.names import dense_tensors
 from sparsecraft.recipe.formats import FORMAT_VERSION, VERSION, to_json
 from sparsecraft.surgery.agreement import check_agrees
 from sparsecraft.surgery.budget import state_of, warn_untrained
+from sparsecraft.surgery.elsewhere import note
 from sparsecraft.surgery.identity import stands_in
 from sparsecraft.surgery.record import conversion_of
 
@@ -76,6 +78,7 @@ def save(
         stands_in(model, out)
         return out
     check_weights(model, CheckpointError, whole)
+    note(model, whole)
     always = may_change(model) if resumable else frozenset()
     tensors = new_or_changed(model, origin, whole, always)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -103,6 +106,7 @@ def write_rest(
         "base_card": record.base_card,
         # What `revert` compares with, where there is no base to read the originals from.
         "dense": None if origin else {n: [word(d), h] for n, (d, h) in record.digests.items()},
+        "resized": _resized(model),
         "running": state_of(model),
         "tensors": weights_digest,
         "config": json_digest(config),
@@ -112,6 +116,17 @@ def write_rest(
     write_json(folder / "config.json", config)
     write_companions(model, folder, tokenizer)
     (folder / "README.md").write_text(readme(model, origin))
+
+
+def _resized(model: nn.Module) -> dict[str, Any] | None:
+    """What `revert` knows of tensors that have had another number of rows since the conversion."""
+    record, now = conversion_of(model), dense_tensors(model)
+    shapes = {
+        name: list(shape)
+        for name, shape in record.shapes.items()
+        if name in now and now[name].shape != shape
+    }
+    return {"vocabulary": record.vocabulary, "shapes": shapes} if shapes else None
 
 
 def check_loadable(model: nn.Module) -> None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsecraft.cli.console import Command, Say
-from sparsecraft.cli.options import Folder, Paths
+from sparsecraft.cli.options import Based, Folder, Paths
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateCommand(Command):
+class CalibrateCommand(Command, Based):
     """Find the threshold, or number of experts, for a share of the FLOPs, and save it."""
 
     folder: Folder
@@ -38,7 +38,7 @@ def run(command: CalibrateCommand, say: Say) -> None:
 
     if command.out is not None:
         check_free(command.out, command.overwrite)
-    model, tokenizer = load_any(command.folder)
+    model, tokenizer = load_any(command.folder, command.base)
     found = calibrate(
         model,
         command.data,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsecraft.cli.console import Command, Say
-from sparsecraft.cli.options import Budget, Folder, set_for
+from sparsecraft.cli.options import Based, Budget, Folder, set_for
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatCommand(Command):
+class ChatCommand(Command, Based):
     """Talk with a model; an empty line ends it."""
 
     folder: Folder
@@ -28,7 +28,7 @@ def run(command: ChatCommand, say: Say) -> None:
     """Ask for a line and answer it, until a line is empty. The conversation is kept."""
     from sparsecraft.serving.generation import answer, load_generator
 
-    model, tokenizer = load_generator(command.folder)
+    model, tokenizer = load_generator(command.folder, command.base)
     set_for(model, command.budget)
     messages = [{"role": "system", "content": command.system}] if command.system else []
     options = {"max_new_tokens": command.max_new_tokens, "temperature": command.temperature}

@@ -170,7 +170,8 @@ def _convert(recipe: Recipe, options: ConvertOptions, dtype: Any, say: Say) -> N
     from sparsecraft.dense.loading import load_tokenizer
 
     starts = domains_of(options)
-    check_given(recipe, starts, options.data or None)  # before the model takes its time
+    # Before the model takes its time.
+    check_given(recipe, starts, options.data or None, options.certify)
     folder = hub.resolve(options.model)
     say(_needs(folder, recipe, options, dtype))
     model = hub.load_dense(

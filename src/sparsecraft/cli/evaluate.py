@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsecraft.cli.console import Command, Say
-from sparsecraft.cli.options import Budget, Folder, Paths, set_for
+from sparsecraft.cli.options import Based, Budget, Folder, Paths, set_for
 from sparsecraft.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateCommand(Command):
+class EvaluateCommand(Command, Based):
     """Held-out loss, rank classification and lm-eval tasks of a checkpoint or a dense model."""
 
     folder: Folder
@@ -49,7 +49,7 @@ def run(command: EvaluateCommand, say: Say) -> None:
     if not (command.data or command.choice or command.tasks):
         raise DataError("There is nothing to evaluate on; pass --data, --choice or --tasks.")
     check_tasks(command.tasks)
-    model, tokenizer = load_any(command.folder)
+    model, tokenizer = load_any(command.folder, command.base)
     set_for(model, command.budget)
     results = evaluate(
         model,

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsecraft.cli.console import Command, Say
-from sparsecraft.cli.options import Folder
+from sparsecraft.cli.options import Based, Folder
 from sparsecraft.errors import ExportError
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportCommand(Command):
+class ExportCommand(Command, Based):
     """Write a checkpoint in a standard architecture that loads without sparsecraft."""
 
     folder: Folder
@@ -35,14 +35,14 @@ def run(command: ExportCommand, say: Say) -> None:
     if command.dry_run:
         if command.to is not None:
             check_name(command.to)
-        for prospect in plan(load(command.folder)):
+        for prospect in plan(load(command.folder, command.base)):
             if command.to in (None, prospect.target):
                 say(str(prospect))
         return
     if command.to is None or command.out is None:
         raise ExportError("export needs --to TARGET and --out DIR, or --dry-run.")
     check_free(command.out, command.overwrite)
-    model = load(command.folder)
+    model = load(command.folder, command.base)
     record = export(model, command.to, command.out, overwrite=command.overwrite)
     say(
         f"{command.out}: {record['parameters']:,} parameters as {command.to}; "

@@ -40,7 +40,8 @@ class ExtendCommand(Command, TrainOptions):
     unrelated: bool = False
     """Take a model without a common ancestor, too."""
     base: str | None = None
-    """The base that embedded the domains (encoder `self`), if the checkpoint holds all tensors."""
+    """The base, if it has moved; of a checkpoint that holds all tensors the one that embedded the
+    domains (encoder `self`)."""
     train: bool = True
     """Train after the expert was added: 100 steps, unless --steps or --epochs says otherwise."""
     resume: bool = False
@@ -52,7 +53,7 @@ class ExtendCommand(Command, TrainOptions):
 def run(command: ExtendCommand, say: Say) -> None:
     """Load, add the expert, train if asked, save."""
     from sparsecraft.checkpoint.folder import check_free
-    from sparsecraft.checkpoint.load import load_any
+    from sparsecraft.checkpoint.load import is_self_contained, load_any
     from sparsecraft.checkpoint.save import save
     from sparsecraft.conversion.domains.domain import Domain
     from sparsecraft.conversion.extension.extend import extend
@@ -65,7 +66,8 @@ def run(command: ExtendCommand, say: Say) -> None:
             "Training on the new data alone forgets the old; give --old-data, or --no-train."
         )
     _check_untrained(command)
-    model, tokenizer = load_any(command.folder)
+    alone = is_self_contained(command.folder)
+    model, tokenizer = load_any(command.folder, None if alone else command.base)
     new, old = (
         Domain.joined([Domain.of(path) for path in paths]) if paths else None
         for paths in (command.data, command.old_data)

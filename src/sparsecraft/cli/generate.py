@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsecraft.cli.console import Command, Say
-from sparsecraft.cli.options import Budget, Folder, set_for
+from sparsecraft.cli.options import Based, Budget, Folder, set_for
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateCommand(Command):
+class GenerateCommand(Command, Based):
     """Answer one prompt."""
 
     folder: Folder
@@ -34,7 +34,7 @@ def run(command: GenerateCommand, say: Say) -> None:
     """Load, answer, print."""
     from sparsecraft.serving.generation import answer, load_generator
 
-    model, tokenizer = load_generator(command.folder)
+    model, tokenizer = load_generator(command.folder, command.base)
     set_for(model, command.budget)
     messages = [{"role": "system", "content": command.system}] if command.system else []
     messages.append({"role": "user", "content": command.prompt})

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from sparsecraft.cli.console import Command, Say
-from sparsecraft.cli.options import Budget, Folder, Paths, set_for
+from sparsecraft.cli.options import Based, Budget, Folder, Paths, set_for
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeCommand(Command):
+class MergeCommand(Command, Based):
     """Merge the experts of a checkpoint into dense weights, or into one adapter."""
 
     folder: Folder
@@ -40,7 +40,7 @@ def run(command: MergeCommand, say: Say) -> None:
 
     weights = read_weights(command.weights)
     check_free(command.out, command.overwrite)
-    model, tokenizer = load_any(command.folder)
+    model, tokenizer = load_any(command.folder, command.base)
     set_for(model, command.budget)
     report = merge(
         model,

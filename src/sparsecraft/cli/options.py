@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
@@ -10,6 +11,14 @@ Folder = Positional[Annotated[str, arg(metavar="FOLDER")]]
 Paths = tuple[str, ...]
 # A share of the experts, or the rule of the model's recipe.
 Budget = float | Literal["recipe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Based:
+    """What every verb takes that reads a checkpoint."""
+
+    base: str | None = None
+    """Folder or name of the dense model that it stands on, if that has moved."""
 
 
 def set_for(model: Any, budget: Budget | None) -> None:

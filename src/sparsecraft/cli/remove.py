@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsecraft.cli.console import Command, Say
-from sparsecraft.cli.options import Folder
+from sparsecraft.cli.options import Based, Folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class RemoveCommand(Command):
+class RemoveCommand(Command, Based):
     """Take one expert out of every layer."""
 
     folder: Folder
@@ -33,7 +33,7 @@ def run(command: RemoveCommand, say: Say) -> None:
     from sparsecraft.surgery.record import conversion_of
 
     check_free(command.out, command.overwrite)
-    model = load(command.folder)
+    model = load(command.folder, command.base)
     remove(model, command.expert)
     save(model, command.out, overwrite=command.overwrite)
     recipe = conversion_of(model).recipe

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsecraft.cli.console import Command, Say
-from sparsecraft.cli.options import Folder, Paths
+from sparsecraft.cli.options import Based, Folder, Paths
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepCommand(Command):
+class SweepCommand(Command, Based):
     """Draw score and latency of a split model against its FLOPs, over budgets."""
 
     folder: Folder
@@ -41,11 +41,14 @@ def run(command: SweepCommand, say: Say) -> None:
     """Measure every budget, print the table, write the files."""
     from rich.console import Console
 
+    from sparsecraft.checkpoint.load import load_any
     from sparsecraft.evaluation.budget.sweep import sweep
 
+    model, tokenizer = load_any(command.folder, command.base)
     found = sweep(
-        command.folder,
+        model,
         command.data,
+        tokenizer=tokenizer,
         out=command.out,
         shares=command.shares,
         batch_sizes=command.batch_sizes if command.latency else (),

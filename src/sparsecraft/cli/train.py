@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparsecraft.cli.console import Command, Say
-from sparsecraft.cli.options import Folder, Paths
+from sparsecraft.cli.options import Based, Folder, Paths
 from sparsecraft.training.options import TrainOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCommand(Command, TrainOptions):
+class TrainCommand(Command, TrainOptions, Based):
     """Train a converted model on chat, text or classification rows."""
 
     folder: Folder
@@ -33,10 +33,13 @@ def run(command: TrainCommand, say: Say) -> None:
     """Load, train stage after stage, save, report."""
     from sparsecraft.checkpoint.folder import check_free
     from sparsecraft.checkpoint.load import load
+    from sparsecraft.evaluation.history import start_line
+    from sparsecraft.evaluation.report import left_out_lines
+    from sparsecraft.surgery.record import conversion_of
     from sparsecraft.training.train import train
 
     check_free(command.out, command.overwrite)
-    model = load(command.folder)
+    model = load(command.folder, command.base)
     if command.dtype != "saved":
         _cast_frozen(model, command.dtype)
     report = train(
@@ -47,7 +50,10 @@ def run(command: TrainCommand, say: Say) -> None:
         overwrite=command.overwrite,
         **command.of_training(),
     )
-    say(f"{report}\nSaved and read back: {command.out}")
+    record = conversion_of(model)
+    lines = [str(report), start_line(record.recipe, record.report)]
+    lines += [*left_out_lines(record.left_out), f"Saved and read back: {command.out}"]
+    say("\n".join(lines))
 
 
 def _cast_frozen(model: Any, dtype: str) -> None:

@@ -15,17 +15,17 @@ from transformers import PreTrainedModel
 
 from sparsecraft.checkpoint.base import card_of
 from sparsecraft.checkpoint.pretrained import writes_ours
-from sparsecraft.conversion.domains.router_starts import find_starts
+from sparsecraft.conversion.domains.router_starts import check_given, find_starts
 from sparsecraft.conversion.sources.arrival import arrivals
 from sparsecraft.conversion.sources.expansion import Child, expand
 from sparsecraft.conversion.sources.gather import gather, opened
 from sparsecraft.conversion.sources.source import Source
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.foreign import check_own
-from sparsecraft.dense.memory import check_in_memory, check_new_in_memory
+from sparsecraft.dense.memory import check_can_train, check_in_memory, check_new_in_memory
 from sparsecraft.dense.once import looked_at_once
 from sparsecraft.dense.origin import Origin
-from sparsecraft.dense.sound import check_weights
+from sparsecraft.dense.sound import check_files, check_weights
 from sparsecraft.errors import CertificateError, SurgeryError
 from sparsecraft.evaluation.certificate import Certificate, probes
 from sparsecraft.evaluation.layerwise import certify as certify_layers
@@ -35,7 +35,9 @@ from sparsecraft.moe.losses import check_names
 from sparsecraft.moe.names import dense_tensors, unique_tensors
 from sparsecraft.moe.outputs import outputs
 from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.surgery.elsewhere import remember
 from sparsecraft.surgery.install import apply, on_packed
+from sparsecraft.surgery.left_out import UNTIED
 from sparsecraft.surgery.plan import PlannedEdit, plan
 from sparsecraft.surgery.record import Conversion, conversion_of, is_converted
 from sparsecraft.surgery.rollback import atomic
@@ -136,16 +138,17 @@ def convert(
             model has been given back.
     """
     _check_arguments(model, recipe)
+    check_given(recipe, domains, data, certify)
     recipe = on_packed(model, recipe)
     check_weights(model, SurgeryError)
     names = [name for name, _ in model.named_parameters()]
-    origin = Origin.of(model)
+    origin = _origin_of(model)
     with looked_at_once():
         edits = plan(model, recipe)
         given = opened(model, recipe, edits, sources, unrelated=unrelated)
         networks, children = expand(recipe, edits, given, unique_tensors(model).__getitem__, seed)
         probing = probes(model, data, tokenizer, seed) if certify else []
-        starts = find_starts(model, recipe, edits, domains, data, tokenizer=tokenizer, seed=seed)
+        starts = find_starts(model, edits, domains, data, tokenizer=tokenizer, seed=seed)
         probing, before = _dense_outputs(model, probing)
         digests = {name: (t.dtype, digest(t)) for name, t in dense_tensors(model).items()}
         record = _made(model, recipe, edits, given, networks, seed)
@@ -159,8 +162,17 @@ def convert(
     report = Report.of(model, certificate, given, starts.names, children)
     report = dataclasses.replace(report, arrived=arrivals(given, names))
     record.report = {"conversion": report.to_dict()}
+    remember(model, "the conversion")
     writes_ours(model)
     return report
+
+
+def _origin_of(model: nn.Module) -> Origin | None:
+    """Where the dense model came from; refused if its weights are integers there."""
+    origin = Origin.of(model)
+    if origin is not None:
+        check_files(model, origin.weights, SurgeryError)
+    return origin
 
 
 def _dense_outputs(
@@ -191,6 +203,8 @@ def _made(
         torch.manual_seed(seed)
         record = apply(model, recipe, edits)
         gather(model, recipe, edits, record.layers, given, networks)
+    if untied := record.left_out.get(UNTIED):
+        log.warning(f"Left out, {UNTIED}: {', '.join(untied)}.")
     return record
 
 
@@ -221,5 +235,6 @@ def _check_arguments(model: Any, recipe: Any) -> None:
         )
     check_in_memory(model, "convert it")
     check_new_in_memory()
+    check_can_train(model)
     check_own(model)
     check_names({name: 0.0 for stage in recipe.stages for name in stage.losses})

@@ -122,7 +122,8 @@ def as_batches(
                 f"batch {number} of data is {type(batch).__name__} {shape}: needed are token-id "
                 "tensors (B, S) or dicts of model inputs."
             )
-        _check_tokens(number, found.get("input_ids"), tokens)
+        for key in ("input_ids", "decoder_input_ids"):
+            _check_tokens(number, found.get(key), tokens)
         yield found
 
 

@@ -10,6 +10,12 @@ from sparsecraft.errors import DataError
 
 OURS = ("train",)  # of a message: for the loss, not for the template
 GIVEN = ("tools", "documents")  # what a template is given beside the messages
+# Of messages and calls: what training can do without.
+ASIDE = {
+    "name": "messages[].name",
+    "tool_call_id": "messages[].tool_call_id",
+    "id": "messages[].tool_calls[].id",
+}
 MARK = "qzxmark"  # no template prints this by itself
 
 
@@ -89,17 +95,22 @@ def for_template(row: dict, tokenizer: Any) -> list[dict]:
 def unprinted(row: dict, tokenizer: Any) -> list[str]:
     """Fields of a canonical chat row that its template leaves out, though training can go on.
 
-    Names of speakers, which few templates know; thoughts of earlier turns, which templates of
-    reasoning models drop as they do when the model answers; arguments that no template reads.
+    Names of speakers and ids of calls, which few templates print; thoughts of earlier turns, which
+    templates of reasoning models drop as they do when the model answers; arguments that no template
+    reads.
     """
+    text = functools.cache(lambda: render_row(row, tokenizer))
     found = []
-    if any("name" in message for message in row["messages"]) and not _spelling(tokenizer, "name"):
-        found.append("messages[].name")
+    for field, where in ASIDE.items():
+        messages = [_without(field, message) for message in row["messages"]]
+        if (
+            messages != row["messages"]
+            and _tries(row | {"messages": messages}, tokenizer) == text()
+        ):
+            found.append(where)
     thoughts = [message.get("reasoning_content") for message in row["messages"]]
-    if any(thoughts):
-        text = render_row(row, tokenizer)
-        if any(thought and thought.strip() not in text for thought in thoughts):
-            found.append("messages[].reasoning_content (of earlier turns)")
+    if any(thought and thought.strip() not in text() for thought in thoughts):
+        found.append("messages[].reasoning_content (of earlier turns)")
     source = str(getattr(tokenizer, "chat_template", ""))
     arguments = row.get("chat_template_kwargs") or {}
     return found + [
@@ -107,6 +118,21 @@ def unprinted(row: dict, tokenizer: Any) -> list[str]:
         for key in arguments
         if not re.search(rf"\b{re.escape(key)}\b", source)
     ]
+
+
+def _without(field: str, message: dict) -> dict:
+    """A message, and its calls, without a field."""
+    left = {key: value for key, value in message.items() if key != field}
+    calls = [_without(field, call) for call in left.get("tool_calls", ())]
+    return left | ({"tool_calls": calls} if calls else {})
+
+
+def _tries(row: dict, tokenizer: Any) -> str | None:
+    """The text of a row, or None where the template refuses it."""
+    try:
+        return render_row(row, tokenizer)
+    except DataError:
+        return None
 
 
 # ------------------------------------------------------------------ what a template prints
@@ -153,7 +179,6 @@ def _prints(tokenizer: Any, template: str, field: str) -> bool:
         "tools": ([user, reply], {"tools": [{"type": "function", "function": tool}]}),
         "documents": ([user, reply], {"documents": [{"title": MARK, "text": MARK}]}),
         "tool_calls": ([user, {"role": "assistant", "content": "", "tool_calls": call}], {}),
-        "name": ([user | {"name": MARK}, reply | {"name": MARK}], {}),
     }
     messages, given = chats.get(field, ([user, reply | {field: MARK}], {}))
     called = messages

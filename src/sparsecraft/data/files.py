@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsecraft.errors import DataError
+from sparsecraft.errors import DataError, first_line
 
 log = logging.getLogger("sparsecraft")
 
@@ -235,7 +235,7 @@ def _read_hub(name: str, split: str) -> Iterator[tuple[Place, Any]]:
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as err:  # the hub client raises a dozen kinds
-        reason = (str(err).splitlines() or [""])[0]
+        reason = first_line(err)
         raise DataError(
             f"{name}: no such file or folder here, and the hub gave no dataset of that name with "
             f"split {split!r} ({type(err).__name__}: {reason})."

@@ -65,10 +65,10 @@ def pad_id(tokenizer: Any, model: Any = None) -> int:
     One that the model has no row for is passed over. A classifier finds the end of a text and T5
     the beginning of its labels by the padding of its own configuration: there that one comes first.
     """
-    from sparsecraft.dense.loading import task_of
+    from sparsecraft.dense.loading import objective_of
 
     ids = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
-    if model is not None and task_of(model) != "causal":
+    if model is not None and objective_of(model) != "causal":
         ids.insert(0, getattr(model.config.get_text_config(), "pad_token_id", None))
     rows = Limits.of(model).tokens
     return next(i for i in ids if i is not None and 0 <= i < (rows or i + 1))

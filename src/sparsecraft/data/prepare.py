@@ -34,7 +34,7 @@ CONTROL, UNUSED = "text_with_control_tokens", "unused_fields"
 
 TASKS = {"causal": encode, "seq2seq": encode_pair, "label": encode_label}
 
-# What `dense.loading.task_of` says of a model that can train or have a held-out loss -> TASKS.
+# What `dense.loading.objective_of` says of a model that can train or have a held-out loss -> TASKS.
 TASK_OF_MODEL = {"causal": "causal", "seq2seq": "seq2seq", "classification": "label"}
 
 

@@ -55,7 +55,7 @@ def embed(
     model.to(_device() if device is None else device)
     # By length, so that padding is short.
     distinct = sorted(dict.fromkeys(texts), key=lambda text: (len(text), text))
-    parts = [torch.empty(0, model.config.hidden_size)]
+    parts = [torch.empty(0, model.config.hidden_size, dtype=torch.float32)]
     for start in range(0, len(distinct), batch_size):
         part = distinct[start : start + batch_size]
         parts.append(_embed(part, model, tokenizer, length))

@@ -13,6 +13,7 @@ from typing import Any
 from sparsecraft.data.turns import (
     FLAGS,
     flag,
+    flags_of,
     is_empty,
     json_unicode,
     messages_of,
@@ -85,7 +86,7 @@ class _Shape:
         """The canonical row of the first shape that the row has."""
         left = self.left
         chats = [key for key in CHATS if key in left and not is_empty(left[key])]
-        chats = [key for key in chats if key in SURE or isinstance(left[key], list)]
+        chats = [key for key in chats if key in SURE or _are_turns(left[key])]
         pairs = [names for names in PAIRS if set(names) <= left.keys()]
         if chats and not ({"text", "label"} <= left.keys() and chats[0] not in SURE):
             return self._chat(self._turns(chats))
@@ -100,17 +101,18 @@ class _Shape:
         for key in set(SURE) & left.keys():  # an empty one
             messages_of(left[key], key, [])
         keys = ", ".join(k if v is not None else f"{k} (null)" for k, v in self.row.items())
-        raise DataError(f"unknown row shape with {keys or 'no keys'}")
+        within = [key for key, value in self.row.items() if value and _are_objects(value)]
+        hint = f"; if the rows are what {within[0]!r} holds, write them alone" if within else ""
+        raise DataError(f"unknown row shape with {keys or 'no keys'}{hint}")
 
     def trains(self) -> bool:
-        """What a weight or a flag of the whole row says; a measure of its name is left."""
-        flags = [
-            key
-            for key in FLAGS
-            if key in self.left and (key == "weight" or self.left[key] in (0, 1))
-        ]
-        values = [flag(key, self.left.pop(key), "the row") for key in flags]
-        return all(values)
+        """What flags of the whole row say; a loss that is a measure is left."""
+        given = {key: self.left[key] for key in FLAGS if key in self.left}
+        loss = given.get("loss")
+        if isinstance(loss, (int, float)) and loss not in (0, 1):
+            given.pop("loss")
+        self.left = {key: value for key, value in self.left.items() if key not in given}
+        return all(flags_of(given, "the row").values())
 
     def name_the_rest(self) -> None:
         self.unused += [
@@ -178,6 +180,7 @@ class _Shape:
 
     # -------------------------------------------------------------- what stands beside a chat
     def _chat(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        self._flag_turns(messages)
         found: dict[str, Any] = {"messages": self._with_system(messages)}
         for key in ("tools", "functions"):
             if tools := tools_of(self.left.pop(key, None), key):
@@ -191,6 +194,23 @@ class _Shape:
                 found[key] = value
         self._check_text(messages)
         return found
+
+    def _flag_turns(self, messages: list[dict[str, Any]]) -> None:
+        """Flags of all turns in one list beside them, as of LlamaFactory and NeMo."""
+        for key in [key for key in FLAGS if isinstance(self.left.get(key), list)]:
+            flags = [
+                flag(key, value, f"an entry of {key} of the row") for value in self.left.pop(key)
+            ]
+            if flags and len(flags) != len(messages):
+                raise DataError(
+                    f"the row has {key} with {len(flags)} entries and {len(messages)} messages; "
+                    "give one for each message"
+                )
+            for message, trains in zip(messages, flags, strict=False):
+                if message["role"] == "assistant":
+                    message |= {} if trains else {"train": False}
+                elif trains:
+                    self.unused.append(f"{key}[] ({message['role']})")
 
     def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         given = {key: self.left.pop(key) for key in SYSTEM if not is_empty(self.left.get(key))}
@@ -220,6 +240,17 @@ _PREFERENCE = (
     "the row holds answers that are not preferred (rejected, or label false), and training here "
     "is on answers to give; keep the chosen one as {prompt, completion}"
 )
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def _are_turns(value: Any) -> bool:
+    """Whether a column that may hold something else holds turns, and not rows."""
+    return isinstance(value, list) and not (
+        _are_objects(value) and all({"role", "from"}.isdisjoint(item) for item in value)
+    )
 
 
 def _reply(content: Any) -> dict[str, Any]:

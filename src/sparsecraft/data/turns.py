@@ -37,10 +37,16 @@ CALLS = ("function_call", "tool_call", "tool_calls")  # as a role: the content i
 TEXT_COLUMNS = ("data", "dialog", "dialogue")  # whose turns may be texts, the user's first
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-# Whether a turn is trained: OpenAI's, Axolotl's, ms-swift's and others' words for it.
-FLAGS = ("weight", "train", "training", "trainable", "train_on_turn", "loss")
-# Which part of a turn is trained, or how much: nothing here can do that.
-MASKS = ("mask", "masked", "loss_mask", "train_detail", "loss_scale", "loss_weight")
+# Whether a turn is trained, in the words of OpenAI, Mistral and OpenChat (weight), Axolotl (train,
+# training), Tinker (trainable), ms-swift (loss, loss_scale), verl (loss_mask), slime
+# (step_loss_mask), NeMo (message_loss_mask), LlamaFactory (loss_weight) and XTuner.
+FLAGS = (
+    *("weight", "train", "training", "trainable", "train_on_turn", "loss", "output_with_loss"),
+    *("loss_mask", "step_loss_mask", "message_loss_mask", "loss_weight", "loss_scale"),
+)
+DENIALS = ("masked", "ignore_loss")  # torchtune's and others': what is true here is not trained
+# Which part of a turn is trained, which nothing here can do, or words that are used both ways.
+MASKS = ("mask", "train_detail", "token_loss_mask")
 
 
 def messages_of(turns: Any, column: str, unused: list[str]) -> list[dict[str, Any]]:
@@ -74,12 +80,16 @@ def pair(question: Any, answer: Any) -> list[dict[str, Any]]:
 
 def _pair_of(turn: dict, number: int, column: str, unused: list[str]) -> list[dict[str, Any]]:
     """PESC's and XTuner's turns: {system?, input, output}."""
-    _name_unused(turn, ("system", "input", "output"), column, unused)
-    system = turn.get("system") if number == 1 else None
-    if number > 1 and turn.get("system"):
+    left = dict(turn)
+    system, asked, answer = (left.pop(key, None) for key in ("system", "input", "output"))
+    if number > 1 and system:
         raise DataError(f"turn {number} has a system prompt of its own; give it in the first")
-    head = [{"role": "system", "content": text(system, "system")}] if system else []
-    return head + pair(turn.get("input"), turn.get("output"))
+    found = [{"role": "system", "content": text(system, "system")}] if system else []
+    found += pair(asked, answer)
+    if not all(flags_of(left, f"turn {number}").values()):
+        found[-1]["train"] = False
+    _name_unused(left, f"{column}[]", unused)
+    return found
 
 
 def _listed(turns: Any) -> list:
@@ -88,8 +98,8 @@ def _listed(turns: Any) -> list:
     return turns
 
 
-def _name_unused(turn: dict, used: tuple[str, ...], column: str, unused: list[str]) -> None:
-    unused += [f"{column}[].{key}" for key in turn if key not in used and not is_empty(turn[key])]
+def _name_unused(left: dict, where: str, unused: list[str]) -> None:
+    unused += [f"{where}.{key}" for key, value in left.items() if not is_empty(value)]
 
 
 def is_empty(value: Any) -> bool:
@@ -97,10 +107,10 @@ def is_empty(value: Any) -> bool:
 
 
 class _Turn:
-    """One turn that is read: where it stands, what is still unread of it."""
+    """One turn that is read: `left` is what nothing has taken yet."""
 
     def __init__(self, turn: dict[str, Any], where: str, column: str, unused: list[str]):
-        self.turn, self.where, self.column, self.unused = turn, where, column, unused
+        self.left, self.where, self.column, self.unused = dict(turn), where, f"{column}[]", unused
         self.calls: list[dict] = []
         self.role = self._role()
         self.where += f" ({self.role})"
@@ -114,29 +124,27 @@ class _Turn:
         found: dict[str, Any] = {"role": self.role, "content": ""}
         extras = {"reasoning_content": self._reasoning(), "tool_calls": self._calls()}
         found["content"] = self._content(bool(extras["tool_calls"]), extras)
-        extras |= {key: self.turn.get(key) for key in ("name", "tool_call_id")}
+        extras |= {key: self.left.pop(key, None) for key in ("name", "tool_call_id")}
         found |= {key: value for key, value in extras.items() if not is_empty(value)}
         if not self._trains():
             found["train"] = False
-        used = (*ROLE_KEYS, *CONTENT_KEYS, *REASONING_KEYS, *FLAGS, *MASKS)
-        used += ("tool_calls", "function_call", "name", "tool_call_id")
-        _name_unused(self.turn, used, self.column, self.unused)
+        _name_unused(self.left, self.column, self.unused)
         return found
 
     def _one_of(self, keys: tuple[str, ...]) -> Any:
         """The value of the one key of `keys` that the turn has, or of several that agree."""
-        found = {key: self.turn[key] for key in keys if not is_empty(self.turn.get(key))}
+        given = {key: self.left.pop(key) for key in keys if key in self.left}
+        found = {key: value for key, value in given.items() if not is_empty(value)}
         values = list(found.values())
         if any(value != values[0] for value in values[1:]):
             raise DataError(f"{self.where} has {' and '.join(found)}, and they differ; keep one")
-        return values[0] if values else None
+        return next(iter(values or given.values()), None)
 
     def _role(self) -> str:
         name = self._one_of(ROLE_KEYS)
         name = name.lower() if isinstance(name, str) else name
         if name in CALLS:
-            self.calls = _read_calls(self._one_of(CONTENT_KEYS), self.where, name)
-            self.turn = {key: self.turn[key] for key in self.turn if key not in CONTENT_KEYS}
+            self.calls = self._read(self._one_of(CONTENT_KEYS), name)
             return "assistant"
         if not isinstance(name, str) or name not in ROLES:
             known = ", ".join([*ROLES, *CALLS])
@@ -144,9 +152,7 @@ class _Turn:
         return ROLES[name]
 
     def _content(self, calls: bool, extras: dict[str, Any]) -> str:
-        content = self._one_of(CONTENT_KEYS)
-        if content is None:  # or an empty one, which is no fault of a user's or tool's turn
-            content = next((self.turn[key] for key in CONTENT_KEYS if key in self.turn), None)
+        content = self._one_of(CONTENT_KEYS)  # an empty one is no fault of a user's or tool's turn
         if isinstance(content, list):
             content = self._joined(content, extras)
         speaks = calls or extras["reasoning_content"]
@@ -162,42 +168,70 @@ class _Turn:
         texts = []
         for part in parts:
             part = {"type": "text", "text": part} if isinstance(part, str) else part
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            left = dict(part) if isinstance(part, dict) else {"type": type(part).__name__}
+            kind = left.pop("type", None)
             if kind in ("text", "input_text", "output_text"):
-                texts.append(text(part.get("text"), f"a text part of {self.where}", empty=True))
+                part = left.pop("text", None)
+                texts.append(text(part, f"a text part of {self.where}", empty=True))
             elif kind in ("thinking", "reasoning") and not extras["reasoning_content"]:
-                extras["reasoning_content"] = text(part.get(kind), f"a part of {self.where}")
+                extras["reasoning_content"] = text(left.pop(kind, None), f"a part of {self.where}")
             else:
                 raise DataError(
                     f"{self.where} has a part of the type {kind!r:.40}; only text parts are read"
                 )
+            if self.role == "assistant":
+                _refuse_masks(left, f"a part of {self.where}", (*FLAGS, *DENIALS, *MASKS))
+            _name_unused(left, f"{self.column}.content[]", self.unused)
         return "".join(texts)
 
     def _reasoning(self) -> str | None:
         found = self._one_of(REASONING_KEYS)
-        return None if found is None else text(found, f"the reasoning of {self.where}")
+        return None if is_empty(found) else text(found, f"the reasoning of {self.where}")
 
     def _calls(self) -> list[dict]:
         for key in ("tool_calls", "function_call"):
-            if not is_empty(self.turn.get(key)):
-                self.calls = self.calls + _read_calls(self.turn[key], self.where, key)
+            value = self.left.pop(key, None)
+            if not is_empty(value):
+                self.calls = self.calls + self._read(value, key)
         if self.calls and self.role != "assistant":
             raise DataError(f"{self.where} has tool calls; only an assistant calls tools")
         return self.calls
 
+    def _read(self, value: Any, key: str) -> list[dict]:
+        return _read_calls(value, self.where, key, f"{self.column}.{key}", self.unused)
+
     def _trains(self) -> bool:
-        for key in MASKS:
-            if self.turn.get(key):
-                raise DataError(
-                    f"{self.where} has {key} {self.turn[key]!r:.40}: which part of a turn is "
-                    "trained cannot be chosen here; give weight 0 to turns that are not"
-                )
-        trains = [flag(key, self.turn[key], self.where) for key in FLAGS if key in self.turn]
+        flags = flags_of(self.left, self.where)
         if self.role != "assistant":  # never trained, whatever it says
-            asked = [key for key in FLAGS if key in self.turn and flag(key, self.turn[key], "")]
-            self.unused += [f"{self.column}[].{key} ({self.role})" for key in asked]
+            asked = [key for key, trains in flags.items() if trains]
+            self.unused += [f"{self.column}.{key} ({self.role})" for key in asked]
             return True
-        return all(trains)
+        return all(flags.values())
+
+
+def flags_of(left: dict[str, Any], where: str) -> dict[str, bool]:
+    """Word -> whether it lets the turn be trained; they are taken from `left`.
+
+    Raises:
+        DataError: a word says something else, or how much or which part of the turn is trained.
+    """
+    _refuse_masks(left, where, MASKS)
+    given = [key for key in (*FLAGS, *DENIALS) if key in left]
+    values = {key: left.pop(key) for key in given}
+    return {
+        key: flag(key, value, where) != (key in DENIALS)
+        for key, value in values.items()
+        if not is_empty(value)
+    }
+
+
+def _refuse_masks(left: dict[str, Any], where: str, words: tuple[str, ...]) -> None:
+    for key in words:
+        if not is_empty(left.get(key)):
+            raise DataError(
+                f"{where} has {key} {left[key]!r:.40}: which part of a turn is trained cannot be "
+                "chosen here; give weight 0 to turns that are not"
+            )
 
 
 def flag(key: str, value: Any, where: str) -> bool:
@@ -210,22 +244,26 @@ def flag(key: str, value: Any, where: str) -> bool:
 
 
 # ------------------------------------------------------------------ tools
-def _read_calls(value: Any, where: str, key: str) -> list[dict]:
+def _read_calls(value: Any, where: str, key: str, path: str, unused: list[str]) -> list[dict]:
     """[{id?, type, function: {name, arguments}}] of one call or several, or JSON of such."""
     value = parsed(value)
     calls = []
     for call in value if isinstance(value, list) else [value]:
-        function = call.get("function", call) if isinstance(call, dict) else None
+        left = dict(call) if isinstance(call, dict) else {}
+        identity, _ = left.pop("id", None), left.pop("type", None)
+        nested = left.pop("function", None)
+        function, left = (left, {}) if nested is None else (nested, left)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(
                 f"{where} has the {key} {call!r:.60}, and a call of a tool is {{name, arguments}}"
             )
+        named = {} if is_empty(identity) else {"id": identity}
+        rest = {word: value for word, value in function.items() if word != "name"}
         # Templates print arguments as JSON: of a string they would print a quoted string.
-        arguments = parsed(function.get("arguments", function.get("parameters", {})))
-        calls.append(
-            {key: call[key] for key in ("id",) if not is_empty(call.get(key))}
-            | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-        )
+        arguments = parsed(rest.pop("arguments" if "arguments" in rest else "parameters", {}))
+        function = {"name": function["name"], "arguments": arguments}
+        calls.append(named | {"type": "function", "function": function})
+        _name_unused(left | rest, f"{path}[]", unused)
     json_unicode(calls)
     return calls
 

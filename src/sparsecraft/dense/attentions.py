@@ -29,7 +29,7 @@ from sparsecraft.dense.forms import (
     join,
 )
 from sparsecraft.dense.once import once
-from sparsecraft.dense.twins import problem, twin
+from sparsecraft.dense.twins import HERE, problem, twin
 
 Rows = tuple[int, int]
 Change = Callable[[Tensor], Tensor]
@@ -125,7 +125,7 @@ def _at_one(length: int) -> Change:
 
     def apply(y: Tensor) -> Tensor:
         y = y.clone()
-        y.view(-1, length, y.shape[-1])[:, AT] += torch.linspace(-1, 1, y.shape[-1]).roll(1)
+        y.view(-1, length, y.shape[-1])[:, AT] += torch.linspace(-1, 1, y.shape[-1], **HERE).roll(1)
         return y
 
     return apply
@@ -190,7 +190,7 @@ def some_tokens(module: nn.Module, width: int) -> Tensor:
     """(1, S, D); attention within windows takes a whole one."""
     length = max(getattr(part, "window_area", 4) for part in module.modules())
     generator = torch.Generator().manual_seed(2)
-    return torch.randn(1, length, width, generator=generator, device="cpu")
+    return torch.randn(1, length, width, generator=generator, **HERE)
 
 
 def ways(module: nn.Module, x: Tensor) -> Iterator[dict[str, Any]]:
@@ -200,17 +200,18 @@ def ways(module: nn.Module, x: Tensor) -> Iterator[dict[str, Any]]:
     named = {"position_embeddings", "attention_mask", "mask", "position_ids", *required}
     S, heads = x.shape[1], _number(module, ("num_heads", "n_heads"))
     # Ones do not matter to a mask that is added, and let all pass of one that is multiplied.
-    masks = (None, torch.ones(1, 1, S, S), torch.ones(1, 1, S, S).bool())
+    masks = (None, torch.ones(1, 1, S, S, **HERE), torch.ones(1, 1, S, S, **HERE).bool())
+    numbers = torch.arange(S, device="cpu")
     for mask, turn in itertools.product(masks, _turns(module, x)):
         values = {
             "position_embeddings": turn,
             "attention_mask": mask,
             "mask": mask,
-            "position_ids": torch.arange(S)[None],
-            "cache_position": torch.arange(S),
+            "position_ids": numbers[None],
+            "cache_position": numbers,
             "residual": torch.zeros_like(x),
-            "alibi": torch.zeros(heads, 1, S),
-            "position_bias": torch.zeros(heads, 1, S),
+            "alibi": torch.zeros(heads, 1, S, **HERE),
+            "position_bias": torch.zeros(heads, 1, S, **HERE),
             "shared_kv_states": {},
         }
         yield {p.name: values.get(p.name) for p in asked if p.name in named}
@@ -220,12 +221,12 @@ def _turns(module: nn.Module, x: Tensor) -> Iterator[Any]:
     """Positions: cosines and sines of a head's features, of half of them, or of those that turn at
     all; complex numbers; and relative ones."""
     S = x.shape[1]
-    angles = torch.arange(S)[None, :, None] / 3
+    angles = torch.arange(S, **HERE)[None, :, None] / 3
     head, turned = _number(module, HEAD_DIM_NAMES), _number(module, ("rotary_dim", "rotary_ndims"))
     for features_of in dict.fromkeys((1, head, head // 2, turned, turned // 2)):
         turned_by = angles.expand(1, S, features_of)
         yield turned_by.cos(), turned_by.sin()
-    yield torch.polar(torch.ones(1, S, head // 2), angles.expand(1, S, head // 2))
+    yield torch.polar(torch.ones(1, S, head // 2, **HERE), angles.expand(1, S, head // 2))
     yield x.repeat(1, 2, 1)[:, : 2 * S - 1]
 
 

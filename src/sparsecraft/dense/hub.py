@@ -18,7 +18,7 @@ from sparsecraft.dense.cache import snapshot_in, snapshot_of
 from sparsecraft.dense.loading import checked, load_model
 from sparsecraft.dense.packaged import ALIASES, alias_folder, fetch, is_alias
 from sparsecraft.dense.quantization import Packing
-from sparsecraft.errors import HubError, did_you_mean
+from sparsecraft.errors import HubError, did_you_mean, first_line
 
 logger = logging.getLogger("sparsecraft")
 
@@ -110,7 +110,7 @@ def _from_hub(
     except errors.RevisionNotFoundError:
         message = f"The hub's {name!r} has no revision {revision!r}: give one of its branches."
     except Exception as error:  # the client's HTTP library, hence its errors' base, keeps changing
-        why = (str(error).strip().splitlines() or [""])[0]
+        why = first_line(error)
         why = f"the hub failed ({type(error).__name__}: {why}): check the connection.{lone}"
         return _hub_cached(name, revision, cache_dir, why)
     raise HubError(message) from None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sparsecraft.dense.sound import check_files
 from sparsecraft.dense.weights import Weights
 from sparsecraft.errors import HubError
 
@@ -27,7 +28,7 @@ def check_loaded(model: Any, folder: Path, variant: str | None, info: Mapping[st
         info: what `from_pretrained` gives as `output_loading_info`.
 
     Raises:
-        HubError: weights are missing, have another shape, or could not be converted.
+        HubError: weights are missing, have another shape, could not be converted, or are integers.
     """
     kind = type(model).__name__
     others = {name: shapes for name, *shapes in info["mismatched_keys"]}
@@ -49,6 +50,7 @@ def check_loaded(model: Any, folder: Path, variant: str | None, info: Mapping[st
             str(folder), len(unread), kind, named(unread), beyond,
         )  # fmt: skip
     _untie(model, folder, variant)
+    check_files(model, Weights(folder, variant), HubError)
 
 
 def named(names: Iterable[str]) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import pickle
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from sparsecraft.dense.quantization import keep_layout, loading
-from sparsecraft.errors import HubError
+from sparsecraft.errors import HubError, first_line
 
 Task = Literal["causal", "seq2seq", "encoder", "classification", "image"]
 
@@ -99,6 +100,39 @@ def task_of(model: Any) -> Task:
     raise HubError(f"{name!r} (model_type {kind!r}) is no {tasks}: load one with such a head.")
 
 
+def objective_of(model: Any) -> Task | None:
+    """The task of a model whose loss is a cross-entropy: of its tokens, or of the one class that a
+    classifier gives each row. None for all others: other heads, regression, several labels a row.
+    """
+    try:
+        task = task_of(model)
+    except HubError:  # a head of another kind, for token classification or questions
+        return None
+    known = task in ("causal", "seq2seq") or (task == "classification" and gives_one_class(model))
+    return task if known else None
+
+
+def gives_one_class(model: Any) -> bool:
+    """Whether a classifier gives one of several classes, and no number and not several labels."""
+    of_one = model.config.problem_type in (None, "single_label_classification")
+    return of_one and model.config.num_labels > 1
+
+
+def without_objective(model: Any, who: str) -> str:
+    """Why `who` cannot take a model for which `objective_of` knows nothing."""
+    with suppress(HubError):
+        if task_of(model) == "classification":
+            return (
+                f"This {type(model).__name__} has num_labels={model.config.num_labels} and "
+                f"problem_type={model.config.problem_type!r}; {who} takes classifiers that give "
+                "each row one of several classes."
+            )
+    return (
+        f"{who} has no objective for {type(model).__name__}; it takes ...ForCausalLM, "
+        "...ForConditionalGeneration and ...ForSequenceClassification models."
+    )
+
+
 def load_model(
     folder: Path,
     dtype: Any = None,
@@ -124,7 +158,7 @@ def load_model(
             folder, dtype="auto" if dtype is None else dtype, device_map=device_map, **kwargs
         )
     except (OSError, SafetensorError, pickle.UnpicklingError) as error:
-        why = str(error).strip().splitlines()[0]
+        why = first_line(error)
         raise HubError(f"The weights in {str(folder)!r} cannot be read ({why}).") from None
     except (ValueError, ImportError) as error:  # of settings, or for want of a quantizer's package
         why = " ".join(str(error).split())
@@ -149,7 +183,7 @@ def load_tokenizer(folder: str | Path) -> Any | None:
     try:
         return Auto.from_pretrained(folder)
     except Exception as error:  # every tokenizer class reads its files in its own way
-        why = (str(error).strip().splitlines() or [""])[0]
+        why = first_line(error)
         why = f"{type(error).__name__}: {why:.200}"
         kind = "tokenizer" if Auto.__name__ == "AutoTokenizer" else "image processor"
         message = f"The {kind} in {str(folder)!r} cannot be read ({why}): fetch or save it again."

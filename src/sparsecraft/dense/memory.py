@@ -1,11 +1,14 @@
-"""Whether a model's tensors, and new ones, have values here and now."""
+"""Whether a model's tensors, and new ones, have values here and now, and can be trained."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from sparsecraft.errors import ResourceError
+from sparsecraft.errors import ResourceError, SurgeryError
 
 
 def check_in_memory(model: nn.Module, task: str) -> None:
@@ -40,3 +43,27 @@ def check_new_in_memory() -> None:
             "New parameters come into being on the meta device here, and experts would have no "
             "values; call sc.convert outside of torch.device('meta') and init_empty_weights."
         )
+
+
+def check_can_train(model: nn.Module) -> None:
+    """Refuse a model with tensors that no gradient can ever reach.
+
+    Raises:
+        SurgeryError: some were made inside of `torch.inference_mode`.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_inference():
+            raise SurgeryError(
+                f"{name!r} of this {type(model).__name__} was made inside of torch.inference_mode, "
+                "so that nothing could be trained on it; load the model outside."
+            )
+
+
+@contextmanager
+def outside_of_inference_mode() -> Iterator[None]:
+    """What the block makes can be trained, wherever it is called."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            yield
+    else:
+        yield

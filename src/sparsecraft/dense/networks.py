@@ -25,7 +25,7 @@ from torch import nn
 from sparsecraft.dense.forms import FFNForm, features, is_linear, join
 from sparsecraft.dense.once import once
 from sparsecraft.dense.proof import is_attention, outside_attention, prove
-from sparsecraft.dense.twins import twin
+from sparsecraft.dense.twins import HERE, twin
 
 # Where a module's code calls a function: what it may be, by its name in transformers.
 FUNCTIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "quick_gelu", "mish", "tanh")
@@ -106,7 +106,7 @@ def _is_nothing_else(owner: nn.Module, count: int) -> bool:
 
 def is_activation(module: nn.Module) -> bool:
     """Whether a module maps every number on its own, and not to itself."""
-    x = torch.linspace(-2, 2, 8)
+    x = torch.linspace(-2, 2, 8, **HERE)
     with suppress(Exception), torch.no_grad():  # whatever a module raises that takes no such input
         copied = twin(module, {}).eval()
         y, part = copied(x), copied(x[:3])

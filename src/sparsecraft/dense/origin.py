@@ -107,10 +107,10 @@ class Origin:
     @property
     def is_there(self) -> bool:
         """Whether it is on disk still, with weights."""
-        return bool(self._weights.paths) and all(path.is_file() for path in self._weights.paths)
+        return bool(self.weights.paths) and all(path.is_file() for path in self.weights.paths)
 
     @cached_property
-    def _weights(self) -> Weights:
+    def weights(self) -> Weights:
         return Weights(self.folder, self.variant)
 
     @property
@@ -120,11 +120,11 @@ class Origin:
 
     def tensor(self, model: nn.Module, name: str) -> Tensor | None:
         """The folder's tensor for a dense tensor of `model`; None if the folder has none."""
-        return self._weights.tensor_of(model, name)
+        return self.weights.tensor_of(model, name)
 
     def shape(self, model: nn.Module, name: str) -> tuple[int, ...] | None:
         """The shape of what `tensor` gives, from the file's header; None if the folder has none."""
-        return self._weights.shape_of(model, name)
+        return self.weights.shape_of(model, name)
 
     def holds(self, model: nn.Module, shapes: dict[str, torch.Size]) -> bool:
         """Whether the dense `model` can be built from this folder: its class and its shapes."""
@@ -148,7 +148,7 @@ class Origin:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the folder in the order of its name, one in memory at a time."""
-        return iter(self._weights)
+        return iter(self.weights)
 
     def fingerprint(self) -> str:
         """One hash over the names and bytes of every tensor that transformers reads."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.dense.tokens import positions_of
+from sparsecraft.dense.twins import HERE
 
 PROBE_SHAPE = (2, 64)
 # Frames and samples that survive the strides of every speech encoder's convolutions.
@@ -65,6 +66,8 @@ def candidates(
         text = {"decoder_input_ids": _ids(model, generator, shape)["input_ids"]}
     elif model.config.is_encoder_decoder and text:
         text["decoder_input_ids"] = text["input_ids"].flip(-1)
+    if type(model).__name__.endswith("ForMultipleChoice"):  # one choice for each sequence
+        text = {name: ids[:, None] for name, ids in text.items()}
     found = []
     if "pixel_values" in takes:
         found += [_with_images(model, text, images) for images in _images(model, generator, shape)]
@@ -82,7 +85,7 @@ def _ids(model: nn.Module, generator: torch.Generator, shape: tuple[int, int]) -
     rows, length = shape
     bounds = positions_of(model), getattr(model.config, "max_target_positions", None)
     length = min([length, *filter(None, bounds)])
-    ids = torch.randint(0, config.vocab_size, (rows, length), generator=generator)
+    ids = torch.randint(0, config.vocab_size, (rows, length), generator=generator, device="cpu")
     return {"input_ids": ids.where(~torch.isin(ids, _placeholders(model.config)), 3)}
 
 
@@ -92,7 +95,8 @@ def _placeholders(config: Any) -> Tensor:
         f"{kind}_token_{leaf}" for kind in ("image", "video", "audio") for leaf in ("id", "index")
     ]
     values = [getattr(config, name, None) for name in names]
-    return torch.tensor([value for value in values if isinstance(value, int)], dtype=torch.long)
+    found = [value for value in values if isinstance(value, int)]
+    return torch.tensor(found, dtype=torch.long, device="cpu")
 
 
 # --------------------------------------------------------------------------------------- images
@@ -109,13 +113,14 @@ def _images(
         # Qwen-VL and its kin: rows of patches, in blocks that are merged into one token.
         side = 2 * (getattr(config, "spatial_merge_size", None) or 1)
         width = channels * getattr(config, "temporal_patch_size", 1) * patch**2
-        grid = torch.tensor([[1, side, side]] * shape[0])
-        pixels = torch.randn(shape[0] * side**2, width, generator=generator)
+        grid = torch.tensor([[1, side, side]] * shape[0], device="cpu")
+        pixels = torch.randn(shape[0] * side**2, width, generator=generator, **HERE)
         yield {"pixel_values": pixels, "image_grid_thw": grid}
         return
     size = getattr(config, "image_size", None) or (8 * patch if isinstance(patch, int) else 224)
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    yield {"pixel_values": torch.randn(shape[0], channels, height, width, generator=generator)}
+    size = (shape[0], channels, height, width)
+    yield {"pixel_values": torch.randn(size, generator=generator, **HERE)}
 
 
 def _with_images(model: nn.Module, text: Inputs, images: Inputs) -> Inputs:
@@ -127,7 +132,7 @@ def _with_images(model: nn.Module, text: Inputs, images: Inputs) -> Inputs:
     if not count:
         return {}
     ids = text["input_ids"]
-    tokens = torch.full((len(ids), count // len(ids)), int(_placeholders(model.config)[0]))
+    tokens = ids.new_full((len(ids), count // len(ids)), int(_placeholders(model.config)[0]))
     longest = max(4, (positions_of(model) or ids.shape[1] + tokens.shape[1]) - tokens.shape[1])
     ids = torch.cat([ids[:, :2], tokens, ids[:, 2:longest]], dim=1)
     kinds = torch.isin(ids, _placeholders(model.config)).long()
@@ -179,4 +184,4 @@ def _sounds(model: nn.Module, name: str, generator: torch.Generator, rows: int) 
         shapes = [(rows, width, 2 * positions)] if positions and width else []  # Whisper
         shapes += [(rows, FRAMES, width)] if width else []
     for shape in shapes:
-        yield {name: torch.randn(shape, generator=generator)}
+        yield {name: torch.randn(shape, generator=generator, **HERE)}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sparsecraft.dense.donors import FFN, view_ffn
 from sparsecraft.dense.forms import FFNForm, features, join
-from sparsecraft.dense.twins import Sizes, Stub, problem, twin
+from sparsecraft.dense.twins import HERE, Sizes, Stub, problem, twin
 
 # Largest relative error of a formula that is the module's own, in float32.
 TOLERANCE = 1e-5
@@ -217,7 +217,7 @@ def _small(width: int, hidden: int) -> Sizes:
 def _tokens(width: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     shape = (2, 3, width)
-    return [torch.randn(shape, generator=generator, device="cpu") * scale for scale in SCALES]
+    return [torch.randn(shape, generator=generator, **HERE) * scale for scale in SCALES]
 
 
 def _rates(owner: nn.Module) -> list[tuple[str, float]]:

@@ -11,6 +11,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from sparsecraft.dense.quantization import settings_in
+from sparsecraft.dense.weights import Weights
 from sparsecraft.errors import SparsecraftError
 
 
@@ -72,6 +74,20 @@ def check_weights(
                 f"{name!r} of this {type(model).__name__} {fault}; load a model whose weights are "
                 "sound."
             )
+
+
+def check_files(model: nn.Module, weights: Weights, error: type[SparsecraftError]) -> None:
+    """Refuse integers where a model that was read from `weights` has parameters: transformers makes
+    floating numbers of them without a word. Packed folders say how they are packed.
+
+    Raises:
+        SparsecraftError: of the given kind; the first such tensor is named.
+    """
+    if not weights.integers or settings_in(weights.folder):
+        return
+    for name, _ in model.named_parameters():
+        for held in sorted(weights.names(model, name) & weights.integers):
+            check_weight(held, weights.tensor(held), weights.folder, error)
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:

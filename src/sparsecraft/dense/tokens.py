@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from torch import nn
@@ -42,20 +43,51 @@ def can_generate(model: nn.Module) -> bool:
 
 def reads(model: nn.Module, path: str) -> Reads:
     """Whose tokens arrive at `path`."""
-    # The tower of an image or of sound; a model without one returns itself.
+    # The tower of an image or of sound; a model without one returns itself, or its text's encoder.
     towers = (
         [model.get_encoder(modality=m) for m in ("image", "audio")]
         if hasattr(model, "get_encoder")
         else []
     )
     module = model.get_submodule(path)
-    if any(t is not model and module in set(t.modules()) for t in towers):
+    towers = [tower for tower in towers if tower not in (model, model.get_encoder())]
+    if any(module in set(tower.modules()) for tower in towers) or _is_fed(model, path):
         return "tower"
     parts = path.split(".")
     if not is_encoder_decoder(model) or "decoder" not in parts:
         return "input"
     crosses = CROSS_ATTENTIONS.intersection(parts) and parts[-1] in CROSS_PROJECTIONS
     return "input" if crosses else "decoder"
+
+
+def _is_fed(model: nn.Module, path: str) -> bool:
+    """Whether what stands inside of a model of text reads images or sound, by the input that it
+    names; not all towers have a name that `get_encoder` knows (GIT, FLAVA, CLAP)."""
+    inputs = [getattr(owner, "main_input_name", "input_ids") for owner in _owners(model, path)]
+    return inputs[0] == "input_ids" and any(
+        name.startswith(("pixel_", "input_features", "input_values")) for name in inputs
+    )
+
+
+def _owners(model: nn.Module, path: str) -> list[nn.Module]:
+    """The modules around `path`, from the model inwards."""
+    parts = path.split(".")
+    return [model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
+
+
+# Model type -> what runs on tokens (S, B, D) there: a square batch does not tell.
+SEQUENCE_FIRST = {
+    "fsmt": "*layers.*",
+    "led": "*longformer_self_attn.*",
+    "longformer": "*attention.self.*",
+    "xlnet": "*layer.*",
+}
+
+
+def is_sequence_first(model: nn.Module, path: str) -> bool:
+    """Whether tokens arrive at `path` as (positions, batch, width)."""
+    types = {getattr(getattr(m, "config", None), "model_type", None) for m in _owners(model, path)}
+    return any(t in types and fnmatchcase(path, paths) for t, paths in SEQUENCE_FIRST.items())
 
 
 def is_causal(model: nn.Module, path: str) -> bool:

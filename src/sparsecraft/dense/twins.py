@@ -23,6 +23,8 @@ Sizes = Mapping[int, int]
 
 PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PERIOD = 65537  # a prime
+# Where twins and what they read are, whatever torch's default type and device are.
+HERE = {"dtype": torch.float32, "device": "cpu"}
 # What accelerate puts into a module whose weights it moves about.
 HOOKED = ("_hf_hook", "_old_forward", "forward")
 
@@ -99,11 +101,12 @@ def _value(tensor: Tensor, sizes: Sizes) -> Tensor:
     """The tensor's own values, or others about one where it has none or another size."""
     shape = tuple(sizes.get(n, n) for n in tensor.shape)
     if not tensor.is_floating_point():
-        value = torch.zeros(shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach().cpu()
+        kind = {**HERE, "dtype": tensor.dtype}
+        value = torch.zeros(shape, **kind) if tensor.is_meta else tensor.detach().to(**kind)
     elif tensor.is_meta or shape != tensor.shape:
-        value = torch.linspace(0.5, 1.5, math.prod(shape), device="cpu").view(shape)
+        value = torch.linspace(0.5, 1.5, math.prod(shape), **HERE).view(shape)
     else:
-        value = tensor.detach().to("cpu", torch.float32)
+        value = tensor.detach().to(**HERE)
     return nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value
 
 
@@ -132,5 +135,5 @@ def _linear(module: nn.Module, sizes: Sizes, generator: torch.Generator) -> nn.M
 def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Normal numbers; the same ones over and over in a large matrix, out of step with its rows."""
     count = math.prod(shape)
-    drawn = torch.randn(min(count, PERIOD), generator=generator, dtype=torch.float32, device="cpu")
+    drawn = torch.randn(min(count, PERIOD), generator=generator, **HERE)
     return drawn.repeat(-(-count // PERIOD))[:count].view(shape)

@@ -34,7 +34,7 @@ from transformers.utils import (
 )
 
 from sparsecraft.dense import layout
-from sparsecraft.errors import CheckpointError
+from sparsecraft.errors import CheckpointError, first_line
 
 NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 INDEX, SAFE = ".index", ".safetensors"
@@ -109,6 +109,21 @@ class Weights:
         with safe_open(path, "pt") as file:
             return tuple(file.get_slice(name).get_shape())
 
+    @cached_property
+    def integers(self) -> set[str]:
+        """Names of the tensors that hold no floating numbers, from the files' headers."""
+        found = set()
+        for path in self.paths:
+            if path.suffix != SAFE:
+                held = self._pickled(path).items()
+                found |= {name for name, tensor in held if not tensor.is_floating_point()}
+                continue
+            names = self._names(path)
+            with safe_open(path, "pt") as file:
+                kinds = {name: file.get_slice(name).get_dtype() for name in names}
+            found |= {name for name, kind in kinds.items() if kind.startswith(("I", "U", "BOOL"))}
+        return found
+
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor in the order of its name, one in memory at a time."""
         for name in sorted(self.files):
@@ -135,6 +150,11 @@ class Weights:
             if candidate in names:
                 return candidate
         return None
+
+    def names(self, model: nn.Module, name: str) -> set[str]:
+        """What the files call that of which a dense tensor of `model` is made."""
+        found = self.find(model, name)
+        return set(self._parts(model, name)) if found is None else {found}
 
     def shape_of(self, model: nn.Module, name: str) -> tuple[int, ...] | None:
         """The shape of what `tensor_of` gives, from the files' headers."""
@@ -235,5 +255,5 @@ def _is_zip(path: Path) -> bool:
 
 
 def _unreadable(path: Path, why: object) -> CheckpointError:
-    said = (str(why).strip().splitlines() or [type(why).__name__])[0]
+    said = first_line(why)
     return CheckpointError(f"The base file {path} cannot be read: {said:.200}.")

@@ -17,7 +17,7 @@ from sparsecraft.data.batches import as_batches, collate
 from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import CONTROL, TASK_OF_MODEL, UNUSED, prepare
 from sparsecraft.data.sentences import Prompts
-from sparsecraft.dense.loading import load_tokenizer, task_of
+from sparsecraft.dense.loading import load_tokenizer, objective_of, without_objective
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.choice import score_choice
@@ -96,11 +96,11 @@ def _listed(paths: Any) -> list:
 
 def _task(model: nn.Module) -> str:
     """What `data.prepare` calls the model's task."""
-    task = task_of(model)
-    if task not in TASK_OF_MODEL:
+    task = objective_of(model)
+    if task is None:
         raise SparsecraftError(
-            f"{type(model).__name__} is an {task} model, for which there is no held-out loss here; "
-            "use a ...ForCausalLM, ...ForConditionalGeneration or ...ForSequenceClassification."
+            f"{without_objective(model, 'sc.evaluate')} Of others, take the loss that the model "
+            "itself gives."
         )
     return TASK_OF_MODEL[task]
 
@@ -200,9 +200,15 @@ def _losses(model: nn.Module, sources: dict) -> tuple[dict[str, Any], dict[str, 
 
 
 def _check_classes(name: str, labels: Tensor, model: nn.Module) -> None:
-    """Raise DataError for a class that the classifier does not have."""
-    if labels.ndim > 1:
+    """Raise DataError for what is no class of the classifier."""
+    if objective_of(model) != "classification":
         return
+    if labels.ndim != 1 or labels.is_floating_point():
+        kind = str(labels.dtype).removeprefix("torch.")
+        raise DataError(
+            f"{name} has labels {list(labels.shape)} of type {kind}; {type(model).__name__} gives "
+            "each row one of several classes, so that they must be one whole number for each row."
+        )
     classes = model.config.num_labels
     for label in (labels.min().item(), labels.max().item()):
         if not 0 <= label < classes:

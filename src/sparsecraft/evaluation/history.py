@@ -1,7 +1,7 @@
 """What has happened to a model, in words, from the report that its checkpoint keeps.
 
 What is known has a line of its own; whatever else a report says of a conversion, of its certificate
-or of a training is printed as it stands, so that nothing in it stays unread.
+or of a training is printed as it stands, so that no field in it stays unread; long lists are cut.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SAID = {
     "merge": "how recipe result folded joined kept certificate change cost activation arrived",
 }
 
-# Entries of a list or a dict that are shown.
+# Entries of a list that are shown.
 SHOWN = 8
 
 
@@ -29,23 +29,31 @@ def history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     """How the model started, what it was trained on, what was added, removed and merged."""
     conversion = report.get("conversion", {})
     certificate = conversion.get("certificate")
-    claimed = (certificate or {}).get("claimed", recipe.exact_at_start)
-    claim = "exact" if claimed else "not exact"
     lines = [*_source_lines(conversion), *_domain_lines(recipe, conversion)]
-    lines += [f"At the start: claimed {claim}, {_measured(certificate)}."]
+    lines += [start_line(recipe, report)]
     if found := _unsaid("certificate", certificate or {}):
         lines += [f"  certificate: {', '.join(line.strip() for line in found)}"]
     lines += _unsaid("conversion", conversion)
     runs, changes = report.get("training", []), report.get("extensions", [])
+    elsewhere = report.get("elsewhere", {})
     for number in range(len(runs) + 1):  # in the order in which it happened
         for entry in (entry for entry in changes if entry["trainings"] == number):
             lines += [_extension_line(entry)]
             lines += arrived_lines({entry.get("expert"): entry.get("arrived", {})})
+        lines += _elsewhere_lines(elsewhere) if elsewhere.get("trainings") == number else []
         lines += [line for run in runs[number : number + 1] for line in _training_lines(run)]
     if merged := report.get("merge"):
         lines += [f"Merged ({merged['how']}) from {merged['recipe']}.", *_unsaid("merge", merged)]
         lines += arrived_lines({"what the experts change": merged.get("arrived", {})})
-    return lines if report.get("training") else [*lines, "Not trained yet."]
+    return lines if runs or elsewhere else [*lines, "Not trained yet."]
+
+
+def start_line(recipe: Recipe, report: dict[str, Any]) -> str:
+    """What the recipe claims of a model's start, in how many layers it was measured, and how."""
+    certificate = report.get("conversion", {}).get("certificate")
+    claimed = (certificate or {}).get("claimed", recipe.exact_at_start)
+    claim = "exact" if claimed else "not exact"
+    return f"At the start: claimed {claim}, {_measured(certificate)}."
 
 
 def _measured(certificate: dict[str, Any] | None) -> str:
@@ -69,6 +77,13 @@ def moved_lines(moved: dict[str, Any]) -> list[str]:
     """What a stage has moved, in words; a line for each tensor or pattern that did not move."""
     first = f"{moved['moved']} of {moved['should']} tensors that should train have moved."
     return [first, *(f"  not moved: {n}: {reason}" for n, reason in moved["unmoved"].items())]
+
+
+def _elsewhere_lines(elsewhere: dict[str, Any]) -> list[str]:
+    return [
+        f"Not by sc.train: {elsewhere['moved']} of {elsewhere['parameters']} parameters have moved "
+        f"since {elsewhere['since']}, in a loop or trainer of the user's own or by an edit."
+    ]
 
 
 def arrived_lines(arrived: dict[str, dict[str, Any]]) -> list[str]:
@@ -159,8 +174,7 @@ def words(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        parts = [f"{_spaced(key)} {words(inner)}" for key, inner in value.items()]
-        return _listed(parts)
+        return ", ".join(f"{_spaced(key)} {words(inner)}" for key, inner in value.items())
     if isinstance(value, (list, tuple)):
         return _listed([words(inner) for inner in value])
     return str(value)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsecraft.dense.twins import HERE
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.evaluation.certificate import TOLERANCE, Certificate, compare
 from sparsecraft.evaluation.distance import Distance, distance, first_tensor, mean_distance, power
@@ -279,7 +280,7 @@ class Comparison:
                 if self.found[layer].calls:
                     continue
                 donor = item.donor.reference
-                x = torch.randn(*ALONE, item.donor.in_features, generator=generator)
+                x = torch.randn(*ALONE, item.donor.in_features, generator=generator, **HERE)
                 x = x.to("cpu" if donor.is_meta else donor.device, self.model.dtype)
                 if not self._runs_alone(layer, x):
                     continue

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from sparsecraft.data.sentences import Prompts
-from sparsecraft.errors import DataError, SparsecraftError
+from sparsecraft.errors import DataError, SparsecraftError, first_line
 
 
 def run_lm_eval(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int | None) -> dict:
@@ -34,7 +34,7 @@ def run_lm_eval(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: i
     try:
         found = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit)
     except Exception as error:  # a task runs code of its own and fetches data
-        why = (str(error).splitlines() or [""])[0]
+        why = first_line(error)
         raise DataError(
             f"lm-eval could not run {', '.join(tasks)} ({type(error).__name__}: {why})."
         ) from error

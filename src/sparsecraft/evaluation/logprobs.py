@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsecraft.dense.tokens import is_encoder_decoder
 from sparsecraft.errors import SparsecraftError
+from sparsecraft.moe.outputs import decoder_ids
 
 # Tokens in one forward pass: the logits of a large vocabulary in float32 are the largest tensor.
 BATCH_TOKENS = 4096
@@ -18,9 +20,9 @@ def label_logprobs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, 
     """
     batch = {key: value.to(model.device) for key, value in batch.items()}
     labels = batch.pop("labels")
-    decoder = getattr(model.config, "is_encoder_decoder", False)
+    decoder = is_encoder_decoder(model)
     if decoder:
-        batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        batch["decoder_input_ids"] = decoder_ids(model, labels)
     # A cache would hide the document borders of packed batches from the attention mask.
     options = {"use_cache": False} if labels.ndim == 2 else {}
     logits = model(**batch, **options).logits

@@ -18,11 +18,11 @@ from sparsecraft.recipe.words import router_words
 from sparsecraft.surgery.record import conversion_of
 
 
-def describe(folder: str | Path) -> list[str]:
+def describe(folder: str | Path, base: str | None = None) -> list[str]:
     """Lines about a checkpoint: recipe, base, parameters, exactness, training, routing; and what
-    it runs of the networks that it has split."""
+    it runs of the networks that it has split. `base` is as in `load`."""
     manifest = read_manifest(Path(folder))
-    model = load(folder)
+    model = load(folder, base)
     record, base = conversion_of(model), manifest["base"]
     recipe, report = record.recipe, record.report
     return [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.dense.probes import candidates
-from sparsecraft.errors import SparsecraftError
+from sparsecraft.errors import SparsecraftError, first_line
 from sparsecraft.evaluation.certificate import Certificate
 from sparsecraft.evaluation.layerwise import Comparison
 from sparsecraft.moe.lending import Lender
@@ -58,7 +58,7 @@ def certify_files(
         try:
             comparison.run([probe])
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0]
+            why = first_line(error)
             continue
         comparison.run_alone()
         return comparison.certificate(1)

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from sparsecraft.dense.tokens import can_generate, is_encoder_decoder
+from sparsecraft.dense.tokens import Reads, can_generate, is_encoder_decoder
 from sparsecraft.errors import SparsecraftError, did_you_mean
+from sparsecraft.moe.masks import misfit, of_frames, of_rows
 from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.routers import AnyRouterSpec
 from sparsecraft.recipe.selections import Sentence
+
+log = logging.getLogger("sparsecraft")
 
 # What no transformers model takes itself, and what a layer may ask for.
 OURS = ("sentence_embeddings", "sentence_ids", "prefix_mask", "expert_ids")
@@ -103,6 +107,14 @@ class Batch:
         if self.grows and cache is not None and any(getattr(self, n) is not None for n in MASKS):
             self.past = int(cache.get_seq_length())
 
+    def seen_by(self, reads: Reads, sequence_first: bool) -> Batch:
+        """What of it is true of a layer's tokens: a tower has others than all masks cover."""
+        if reads == "tower":
+            return replace(self, **dict.fromkeys((*MASKS, "sentence_ids", "shape")))
+        if sequence_first and self.expert_ids is not None:
+            return replace(self, expert_ids=self.expert_ids.T)
+        return self
+
     def clear(self) -> None:
         for name in FIELDS:
             setattr(self, name, self.held.get(name))
@@ -156,7 +168,8 @@ class Batch:
         """
         if x.ndim == 2 and self.shape and len(x) == self.shape.numel():
             x = x.reshape(*self.shape, x.shape[-1])
-        if x.ndim != 3:
+        turned = self.shape and x.shape[:2] == self.shape[::-1] != self.shape
+        if x.ndim != 3 or turned:
             raise SparsecraftError(
                 f"A layer that looks at whole sequences needs tokens of shape (batch, positions, "
                 f"width) and got {tuple(x.shape)}; use a router by token, for all modalities."
@@ -178,7 +191,11 @@ class _Fill:
         ours = {name: kwargs.pop(name) for name in OURS if name in kwargs}
         signature = inspect.signature(module.forward)
         given = signature.bind_partial(*args, **kwargs).arguments
-        self.batch.fill(given | given.get("kwargs", {}) | ours)
+        given = given | given.get("kwargs", {}) | ours
+        mask = given.get("attention_mask")
+        if getattr(mask, "ndim", 0) == 2:
+            given["attention_mask"] = of_frames(module, mask)
+        self.batch.fill(given)
         if "mm_token_type_ids" not in signature.parameters:
             kwargs.pop("mm_token_type_ids", None)
         return args, kwargs
@@ -277,23 +294,40 @@ def context(model: nn.Module, **values: Tensor) -> Iterator[None]:
         batch.held = before  # a backward pass may still need the rest
 
 
+# What processors give for the tokens of towers.
+TOWERS = ("pixel_attention_mask", "pixel_mask", "input_features_mask", "feature_attention_mask")
+
+
 def layer_masks(model: torch.nn.Module, inputs: dict, token_mask: Tensor | None):
-    """Layer name -> which of its tokens are real.
+    """Layer name, and the shape of its tokens or else that of its latest trace -> which of them
+    are real, (T,); None for all of them.
 
     The decoder of an encoder-decoder model sees the labels' positions, its encoder the inputs',
-    and so do the keys and values of cross-attention.
+    and so do the keys and values of cross-attention; a speech encoder sees frames, and a tower
+    what no mask of the text covers. A mask of other tokens than the layer's is not used, which is
+    said once.
     """
     given = inputs.get("attention_mask")
     # One that says which token sees which has four dimensions, and marks no token as padding.
     if token_mask is None and given is not None and getattr(given, "ndim", 0) == 2:
-        token_mask = given.bool()
+        token_mask = of_frames(model, given.bool())
     labels, decoder_mask = inputs.get("labels"), inputs.get("decoder_attention_mask")
     if labels is not None:  # of a classifier, the decoder reads the inputs
         decoder_mask = labels != -100 if labels.ndim > 1 else token_mask
+    tower_mask = next((inputs[n] for n in TOWERS if inputs.get(n) is not None), None)
+    masks = {"input": token_mask, "decoder": decoder_mask, "tower": tower_mask}
 
-    def mask(layer: str) -> Tensor | None:
-        decoder = model.get_submodule(layer).reads == "decoder"
-        real = decoder_mask if decoder else token_mask
-        return None if real is None else real.reshape(-1)
+    def mask(name: str, shape: torch.Size | None = None) -> Tensor | None:
+        layer = model.get_submodule(name)
+        real, shape = masks[layer.reads], layer.shape if shape is None else shape
+        if real is None:
+            return None
+        real_T = of_rows(real, shape, layer.sequence_first)
+        if real_T is None and not layer.warned and not real.all():
+            log.warning(misfit(real, shape, name, model))
+            for other in model.modules():
+                if getattr(other, "warned", None) is False:
+                    other.warned = True
+        return real_T
 
     return mask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def count_items(labels: Tensor, shifts: bool) -> Tensor:
@@ -18,8 +19,27 @@ def count_items(labels: Tensor, shifts: bool) -> Tensor:
     return (labels[..., 1:] if shifts else labels).ne(-100).sum()
 
 
+def shifts(labels: Tensor, logits: Tensor, loss: Tensor) -> bool | None:
+    """Whether a loss is the mean over shifted labels, and not over all: asked of the loss itself,
+    because classes shift or do not whatever their names and their loss functions say.
+
+    Args:
+        labels: (B, S), of tokens.
+        logits: (B, S, V).
+
+    Returns:
+        None where these labels do not tell: no row's first label counts.
+    """
+    first, later = labels[:, 0], labels[:, 1:]
+    if not first.ne(-100).any() or not later.ne(-100).any():
+        return None
+    all_of_them = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().long())
+    shifted = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), later.flatten().long())
+    return bool((loss - shifted).abs() < (loss - all_of_them).abs())
+
+
 def shifts_labels(model: nn.Module) -> bool:
-    """Whether a model's own loss shifts its labels by one, as Trainer finds it out."""
+    """Whether a model's own loss shifts its labels by one, as Trainer guesses."""
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
     config = getattr(model, "config", None)

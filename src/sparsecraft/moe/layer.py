@@ -43,8 +43,11 @@ class MoELayer(nn.Module):
         batch: what the batch says of its tokens, where router or modality ask for it.
         causal: whether tokens must not see later ones, which `slots` have to respect.
         reads: whose tokens arrive here.
+        sequence_first: whether they come as (positions, batch, width).
         tracing: how many keep the routing of each forward pass, such as losses and `trace`.
         routing: the latest that was kept.
+        shape: of the tokens that it is of, (B, S) or as they come.
+        warned: whether it was said that a batch's mask is not of the layer's tokens.
     """
 
     def __init__(
@@ -66,9 +69,12 @@ class MoELayer(nn.Module):
         self.modality = modality
         self.causal = True
         self.reads: Reads = "input"
+        self.sequence_first = False
         self.batch: Batch | None = None
         self.tracing = 0
         self.routing: Routing | None = None
+        self.shape: torch.Size | None = None
+        self.warned = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         # PEFT's target_parameters puts a module that is no bank in the place of one.
@@ -106,6 +112,7 @@ class MoELayer(nn.Module):
         router, batch = self.router, self.batch  # a look-up of a module costs at every call
         if batch is not None:
             batch.check()
+            batch = batch.seen_by(self.reads, self.sequence_first)
         if router is None:
             if self.modality is None:
                 return None
@@ -121,7 +128,7 @@ class MoELayer(nn.Module):
         if self.modality is not None:
             routing = routing.only(self._of_modality(x))
         if self.tracing and router is not None:
-            self.routing = routing
+            self.routing, self.shape = routing, x.shape[:-1]
         return routing
 
     def mix(self, x: Tensor, routing: Routing | None, *args, **kwargs) -> Tensor | tuple:
@@ -208,7 +215,7 @@ class MoELayer(nn.Module):
 
     def mix_slots(self, x: Tensor) -> Tensor:
         """Soft MoE's dispatch and combine over the tokens of each sequence that may be mixed."""
-        x_BSI = self.batch.sequences(x)
+        x_BSI = self.batch.seen_by(self.reads, self.sequence_first).sequences(x)
         routing = self.route(x_BSI)
         mixed_BS = self._mask("prefix_mask" if self.causal else "attention_mask", x_BSI)
         if self.modality is not None and not (self.causal and mixed_BS is None):

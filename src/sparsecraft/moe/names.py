@@ -45,6 +45,14 @@ def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def other_names(model: nn.Module) -> dict[str, str]:
+    """Each further name of a parameter that several modules share -> its first one."""
+    first: dict[nn.Parameter, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    found = {name: first.setdefault(parameter, name) for name, parameter in named}
+    return {name: known for name, known in found.items() if name != known}
+
+
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Name -> parameter or persistent buffer, tied ones once."""
     # Not by the keys of state_dict(): bitsandbytes repacks a 4-bit weight to write it, which on

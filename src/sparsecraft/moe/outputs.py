@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsecraft.dense.tokens import is_encoder_decoder
+from sparsecraft.dense.twins import HERE
 from sparsecraft.errors import DataError
 from sparsecraft.moe.context import sentence_width
 from sparsecraft.moe.layer import MoELayer
@@ -36,7 +38,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     dense = [m for m in model.modules() if not isinstance(m, MoELayer)]
     noted = [(m, {**vars(m)}, {**m._buffers}) for m in dense]
     cuda = {p.device for p in model.parameters() if p.is_cuda}
-    with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=list(cuda)):
+    compiled = any(m._compiled_call_impl for m in dense)  # what is exchanged meanwhile, it misses
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    random = torch.random.fork_rng(devices=list(cuda))
+    with evaluation_mode(model), torch.no_grad(), random, eager:
         torch.manual_seed(0)
         try:
             yield
@@ -70,7 +75,7 @@ def inputs_of(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     device = torch.device("cpu") if device.type == "meta" else device  # weights come at the call
     floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     inputs = {key: _to(value, device, floating) for key, value in batch.items() if key != "labels"}
-    if getattr(model.config, "is_encoder_decoder", False) and "input_ids" in inputs:
+    if is_encoder_decoder(model) and "input_ids" in inputs:
         inputs.setdefault("decoder_input_ids", inputs["input_ids"])
     if width := sentence_width(model):
         rows = len(next(iter(inputs.values())))
@@ -78,6 +83,16 @@ def inputs_of(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     if "use_cache" in inspect.signature(model.forward).parameters or _has_cache(model):
         inputs.setdefault("use_cache", False)
     return inputs
+
+
+def decoder_ids(model: nn.Module, labels: Tensor) -> Tensor:
+    """(B, S) of what a decoder beside an encoder reads, to predict labels (B, S)."""
+    if prepare := getattr(model, "prepare_decoder_input_ids_from_labels", None):
+        return prepare(labels=labels)
+    # M2M100, NLLB-MoE, Blenderbot, SeamlessM4T: in their forward, in the same way.
+    shifted = labels.roll(1, -1)
+    shifted[:, 0] = model.config.decoder_start_token_id
+    return shifted.masked_fill(shifted == -100, model.config.pad_token_id)
 
 
 def _has_cache(model: nn.Module) -> bool:
@@ -89,7 +104,7 @@ def _has_cache(model: nn.Module) -> bool:
 
 
 def _random_sentences(rows: int, width: int) -> Tensor:
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(0), **HERE)
 
 
 def _to(value: Any, device: torch.device, floating: torch.dtype | None) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.moe.context import layer_masks, tensors_in
-from sparsecraft.moe.items import count_items, shifts_labels, weighed
+from sparsecraft.moe.items import count_items, shifts, shifts_labels, weighed
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.losses import auxiliary_loss as sum_of_losses
 from sparsecraft.moe.routing import Routing
@@ -27,6 +27,18 @@ from sparsecraft.moe.tracing import Trace, trace
 from sparsecraft.recipe.stages import Stage
 
 log = logging.getLogger("sparsecraft")
+
+NOT_IN_THE_LOSS = (
+    "The recipe has auxiliary losses (such as load balance), and the loss that is trained on does "
+    "not hold them: it is not the one that the model gave (SFTTrainer's, DPO's and GRPO's are "
+    "computed from its outputs). Add sc.losses.latest(model) to it, train with sc.train, or set "
+    "model.sparsecraft.own_loss.losses = {} to go without."
+)
+IN_EVALUATION = (
+    "The model was trained on in evaluation mode, as it is loaded and converted: without the "
+    "recipe's auxiliary losses (such as load balance) and without dropout. Call model.train() "
+    "first, or set model.sparsecraft.own_loss.losses = {} to go without."
+)
 
 
 @dataclass(slots=True)
@@ -36,7 +48,7 @@ class _Call:
     module: nn.Module
     inputs: dict[str, Any]
     losses: Mapping[str, float]
-    items: Tensor | None
+    labels: Tensor | None
     num_items: Any
     traced: AbstractContextManager[Trace]
     trace: Trace
@@ -55,6 +67,7 @@ class OwnLoss:
             stage at their full value, {} for none.
         latest: the weighted sum of the latest forward pass in training; None if nothing is added.
         items: of that pass, over which its loss is a mean; None without labels.
+        shifts: whether the model's loss shifts its labels; None until a pass has shown it.
         warned: whether it was said that a backward pass went without them.
     """
 
@@ -63,6 +76,7 @@ class OwnLoss:
         self.losses: dict[str, float] | None = None
         self.latest: Tensor | None = None
         self.items: Tensor | None = None
+        self.shifts: bool | None = None
         self.warned = False
         self.handles: list[Any] = []
         self._call: _Call | None = None
@@ -98,21 +112,33 @@ class OwnLoss:
         inputs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False))
         inputs |= kwargs
         labels = inputs.get("shift_labels", inputs.get("labels"))
-        items, num_items = None, None
-        if isinstance(labels, Tensor):
-            shifts = shifts_labels(module) and "shift_labels" not in inputs
-            items, num_items = count_items(labels, shifts), kwargs.pop("num_items_in_batch", None)
+        labels = labels if isinstance(labels, Tensor) else None
+        num_items = None if labels is None else kwargs.pop("num_items_in_batch", None)
         losses = self.in_force(module)
-        self._call, self.latest, self.items = None, None, items
+        self._call, self.latest, self.items = None, None, None
         if losses or num_items is not None:
             traced = trace(module)
-            self._call = _Call(module, inputs, losses, items, num_items, traced, traced.__enter__())
+            opened = traced.__enter__()
+            self._call = _Call(module, inputs, losses, labels, num_items, traced, opened)
         return args, kwargs
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        if not (module.training and torch.is_grad_enabled()):
-            return None
-        return self._end(module, output)
+        if module.training:
+            return self._end(module, output) if torch.is_grad_enabled() else None
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._watch_evaluation(module, output)
+        return None
+
+    def _watch_evaluation(self, module: nn.Module, output: Any) -> None:
+        """Say so if parameters are trained in a pass to which nothing was added."""
+        if self.warned or self._call is not None:
+            return
+
+        def unmet() -> str | None:
+            trains = any(p.grad is not None for p in module.parameters())
+            return IN_EVALUATION if trains and self.in_force(module) else None
+
+        _Watch(self, unmet).listen(output)
 
     @torch.compiler.disable
     def _end(self, module: nn.Module, output: Any) -> Any:
@@ -126,27 +152,42 @@ class OwnLoss:
             return None
         masks = layer_masks(module, call.inputs, None)
         self.latest, _ = balance_of(module, routings, call.losses, masks)
-        watched = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
-        loss = _loss_of(output, call.inputs)
-        if loss is not None:
-            output = _with_loss(output, self._own(loss, call))
         if self.latest is not None and not self.warned:
-            watch = _Watch(self)
-            self.latest.register_hook(watch.reaches)
-            for tensor in watched:
-                tensor.register_hook(watch.passes)
+            _Watch(self, _reached(self.latest)).listen(output)
+        loss = _loss_of(output, call.inputs)
+        is_mean = self._count(call, output, loss)
+        if loss is not None:
+            output = _with_loss(output, self._own(loss, call, is_mean))
         return output
 
-    def _own(self, loss: Tensor, call: _Call) -> Tensor:
-        if self.latest is not None:
-            loss = loss + self.latest.to(loss.device)
-        return loss if call.num_items is None else weighed(loss, call.items, call.num_items)
+    def _count(self, call: _Call, output: Any, loss: Tensor | None) -> bool:
+        """Note the items of a pass; whether its loss is a mean over them, as CTC's is not."""
+        labels, logits = call.labels, getattr(output, "logits", None)
+        if labels is None:
+            return False
+        shifted, of_tokens = False, not labels.is_floating_point() and labels.ndim == 2
+        fits = logits is None or logits.shape[:-1] == labels.shape
+        if of_tokens and "shift_labels" not in call.inputs:
+            if self.shifts is None and None not in (logits, loss) and fits:
+                with torch.no_grad():
+                    self.shifts = shifts(labels, logits, loss)
+            shifted = shifts_labels(call.module) if self.shifts is None else self.shifts
+        self.items = count_items(labels, shifted)
+        return fits or not of_tokens
+
+    def _own(self, loss: Tensor, call: _Call, is_mean: bool) -> Tensor:
+        extra = 0.0 if self.latest is None else self.latest.to(loss.device)
+        if call.num_items is None:
+            return loss + extra
+        if is_mean:
+            return weighed(loss + extra, self.items, call.num_items)
+        return loss if self.latest is None else loss + weighed(extra, self.items, call.num_items)
 
     def read(self, model: nn.Module, num_items: Tensor | int | None) -> Tensor:
         """What `sc.losses.latest` gives."""
         if self.latest is None:
             if not self.in_force(model):
-                return torch.zeros((), device=next(model.parameters()).device)
+                return torch.zeros((), dtype=torch.float32, device=next(model.parameters()).device)
             raise SparsecraftError(
                 "There is no auxiliary loss: no forward pass in training, with gradients, came "
                 "before. Call model.train() and the model first."
@@ -199,31 +240,37 @@ class OwnLoss:
 
 
 class _Watch:
-    """Whether a backward pass through a model's outputs reaches its auxiliary loss."""
+    """Says once what is wrong with a backward pass through a model's outputs.
 
-    def __init__(self, own: OwnLoss):
-        self.own, self.reached, self.asked = own, False, False
+    Args:
+        unmet: asked at the end of the pass; None if nothing is.
+    """
 
-    def reaches(self, grad: Tensor) -> None:
-        self.reached = True
+    def __init__(self, own: OwnLoss, unmet: Callable[[], str | None]):
+        self.own, self.unmet, self.asked = own, unmet, False
 
-    def passes(self, grad: Tensor) -> None:
+    def listen(self, output: Any) -> None:
+        for tensor in tensors_in(output):
+            if tensor.requires_grad:
+                tensor.register_hook(self._passes)
+
+    def _passes(self, grad: Tensor) -> None:
         if not self.asked:
             self.asked = True
-            torch.autograd.Variable._execution_engine.queue_callback(self.tell)
+            torch.autograd.Variable._execution_engine.queue_callback(self._tell)
 
-    def tell(self) -> None:
-        """At the end of the backward pass."""
+    def _tell(self) -> None:
         self.asked = False
-        if self.reached or self.own.warned:
-            return
-        self.own.warned = True
-        log.warning(
-            "The recipe has auxiliary losses (such as load balance), and the loss that is trained "
-            "on does not hold them: it is not the one that the model gave (SFTTrainer's, DPO's and "
-            "GRPO's are computed from its outputs). Add sc.losses.latest(model) to it, train with "
-            "sc.train, or set model.sparsecraft.own_loss.losses = {} to go without."
-        )
+        if not self.own.warned and (words := self.unmet()):
+            self.own.warned = True
+            log.warning(words)
+
+
+def _reached(loss: Tensor) -> Callable[[], str | None]:
+    """Whether a backward pass comes to an auxiliary loss."""
+    came = []
+    loss.register_hook(lambda grad: came.append(True))
+    return lambda: None if came else NOT_IN_THE_LOSS
 
 
 def needs_train(model: nn.Module, stage: Stage | None) -> str | None:

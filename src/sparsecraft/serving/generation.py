@@ -13,21 +13,23 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from sparsecraft.checkpoint.load import load_any
 from sparsecraft.data.encoding import prompt_ids
 from sparsecraft.data.sentences import for_routers, prompt_text
-from sparsecraft.dense.tokens import positions_of
+from sparsecraft.dense.loading import objective_of
+from sparsecraft.dense.tokens import is_encoder_decoder, positions_of
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.moe.context import context, sentences_of
 
 
-def load_generator(name: str) -> tuple[nn.Module, Any]:
+def load_generator(name: str, base: str | None = None) -> tuple[nn.Module, Any]:
     """As `load_any`; refuses models that do not generate text, or have no tokenizer to do so.
 
     Raises:
         SparsecraftError: an encoder or classifier, or no usable tokenizer.
     """
-    model, tokenizer = load_any(name)
+    model, tokenizer = load_any(name, base)
     if not model.can_generate():
         raise SparsecraftError(
-            f"{name} is a {type(model).__name__}, which does not generate text; eval takes it."
+            f"{name} is a {type(model).__name__}, which does not generate text"
+            + ("; eval takes it." if objective_of(model) else ".")
         )
     # transformers makes an empty tokenizer where the vocabulary file is missing.
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.tokenize("a"):
@@ -84,7 +86,7 @@ def answer(
             else tokenizer.pad_token_id,
             **options,
         )
-    new = output[0] if model.config.is_encoder_decoder else output[0, ids.shape[1] :]
+    new = output[0] if is_encoder_decoder(model) else output[0, ids.shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
@@ -93,7 +95,7 @@ def _room(model: nn.Module, prompt: int) -> float:
     positions = positions_of(model)
     if positions is None:
         return math.inf
-    decoder = model.config.is_encoder_decoder
+    decoder = is_encoder_decoder(model)
     # A decoder of its own begins with one start token.
     room = positions - 1 if decoder else positions - prompt
     if room < 1 or prompt > positions:

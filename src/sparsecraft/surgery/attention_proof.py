@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsecraft.dense.attentions import eager_twin, some_tokens, ways
 from sparsecraft.dense.donors import Attention
-from sparsecraft.dense.twins import problem
+from sparsecraft.dense.twins import HERE, problem
 from sparsecraft.errors import DonorError
 from sparsecraft.moe.experts.attention import AttentionExperts
 from sparsecraft.moe.routing import Routing
@@ -50,7 +50,7 @@ def _error(donor: Attention, spec: AttentionSpec) -> tuple[float, str]:
             modules[1].set_submodule(name, modules[0].get_submodule(name))
     donors = [replace(donor, module=module) for module in modules]
     x = some_tokens(modules[0], donor.in_features)
-    weights = torch.rand(x.shape[1], 2, generator=torch.Generator().manual_seed(3)) + 0.1
+    weights = torch.rand(x.shape[1], 2, generator=torch.Generator().manual_seed(3), **HERE) + 0.1
     reason = "it does not run on its own"
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for arguments in ways(modules[0], x):
@@ -76,12 +76,12 @@ def _compared(
     """Without a mask and with a causal one, where the attention takes one."""
     bank = AttentionExperts(replace(spec, num_experts=2), donors[0])
     bank.put(1, donors[1])
-    indices = torch.arange(2).expand(x.shape[1], 2)
+    indices = torch.arange(2, device=x.device).expand(x.shape[1], 2)
     routing = Routing(weights, indices, weights.log())
     passes = [arguments]
     if "attention_mask" in arguments:
         S = x.shape[1]
-        hidden = torch.full((S, S), torch.finfo(x.dtype).min).triu(1)
+        hidden = x.new_full((S, S), torch.finfo(x.dtype).min).triu(1)
         passes.append(arguments | {"attention_mask": hidden[None, None]})
     error = 0.0
     for called_with in passes:

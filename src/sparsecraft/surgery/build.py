@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparsecraft.dense.tokens import is_causal, reads
+from sparsecraft.dense.tokens import is_causal, is_sequence_first, reads
 from sparsecraft.errors import SurgeryError
 from sparsecraft.moe.experts.base import Experts
 from sparsecraft.moe.experts.build import build_experts
@@ -33,6 +33,7 @@ def build_layer(
     layer = MoELayer(edit.place, experts, router, rows=site.rows, modality=edit.modality)
     layer.causal = is_causal(model, site.path)
     layer.reads = reads(model, site.path)
+    layer.sequence_first = is_sequence_first(model, site.path)
     return layer
 
 

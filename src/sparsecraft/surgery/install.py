@@ -12,7 +12,7 @@ from sparsecraft.dense.sites import FFNSpan, silence
 from sparsecraft.errors import RecipeError
 from sparsecraft.moe.context import Batch, asks_for_batch, attach
 from sparsecraft.moe.layer import MoELayer
-from sparsecraft.moe.names import unique_tensors
+from sparsecraft.moe.names import other_names, unique_tensors
 from sparsecraft.recipe.recipe import Quantize, Recipe
 from sparsecraft.surgery.budget import run, split_layers
 from sparsecraft.surgery.build import build_layer
@@ -39,6 +39,7 @@ def apply(
         edits,
         trainable=trainable,
         named=base_in(model.name_or_path),  # of a configuration that a converted one has
+        aliases=other_names(model),
         shapes={name: tensor.shape for name, tensor in unique_tensors(model).items()},
         vocabulary=_vocabulary(model),
         left_out=left_out(model, recipe, edits),

@@ -12,6 +12,7 @@ from sparsecraft.dense.forms import join
 from sparsecraft.dense.linears import EXPERTS, Placed
 from sparsecraft.dense.mixtures import inside, mixtures
 from sparsecraft.dense.sites import Site, placed_linears
+from sparsecraft.moe.names import other_names
 from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.plan import PlannedEdit
@@ -22,6 +23,8 @@ NO_FORM = {
     "attention": "attentions of no known form",
 }
 OTHER = "parts of a block that are neither attention nor feed-forward network"
+
+UNTIED = "the sharing of weights between modules, whose experts have copies of their own"
 
 # Site -> what every module of it is a part of.
 NATURES = {
@@ -57,7 +60,17 @@ def left_out(
         for reason, path in _missed(edit, reached, linears, experts):
             if fnmatch.fnmatch(path, edit.paths):
                 found.setdefault(reason, {})[path] = None
+    if untied := _untied(model, edits):
+        found[UNTIED] = dict.fromkeys(untied)
     return {reason: grouped(list(paths)) for reason, paths in found.items()}
+
+
+def _untied(model: nn.Module, edits: Sequence[PlannedEdit]) -> list[str]:
+    """Paths of the modules that experts replace and that share a parameter with another one."""
+    aliases = other_names(model)
+    shared = {*aliases, *aliases.values()}
+    sites = [item.site for item in edits if item.edit.replaces]
+    return [s.path for s in sites if any(inside(name, s.members) for name in shared)]
 
 
 def _reached(site: Site) -> list[str]:

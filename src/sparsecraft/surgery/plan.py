@@ -11,8 +11,9 @@ from sparsecraft.dense.donors import Attention, Donor, view
 from sparsecraft.dense.mixtures import inside, mixtures
 from sparsecraft.dense.once import looked_at_once
 from sparsecraft.dense.sites import Site, find_sites
-from sparsecraft.dense.tokens import is_causal, reads
+from sparsecraft.dense.tokens import is_causal, is_sequence_first, reads
 from sparsecraft.errors import SparsecraftError, SurgeryError
+from sparsecraft.moe.context import asks_for_batch
 from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.attention_proof import prove
@@ -113,8 +114,9 @@ def _check_nesting(outer: PlannedEdit, inner: PlannedEdit) -> None:
 
 
 def _check_tokens(model: nn.Module, item: PlannedEdit) -> None:
-    """Refuse a router that would show a token of a decoder what comes after it, and to choose
-    between text and images where a tower reads images, or sound, alone."""
+    """Refuse a router that would show a token of a decoder what comes after it, to choose between
+    text and images where a tower reads images, or sound, alone, and to look for sequences where
+    tokens come in another order."""
     router = item.edit.router
     if router and router.by_sequence and not router.sentences and is_causal(model, item.site.path):
         raise SurgeryError(
@@ -128,4 +130,10 @@ def _check_tokens(model: nn.Module, item: PlannedEdit) -> None:
             f"{type(model).__name__}, which reads images or sound alone, and mm_token_type_ids "
             "covers the text model's tokens; give paths without it, such as "
             "'*language_model*', or leave out the modality there."
+        )
+    if asks_for_batch(item.edit) and is_sequence_first(model, item.site.path):
+        raise SurgeryError(
+            f"The edit looks at sequences or modalities, and at {item.site.path!r} of "
+            f"{type(model).__name__} tokens come as (positions, batch, width); use a router by "
+            "token, for all modalities."
         )

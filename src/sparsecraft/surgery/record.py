@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsecraft.dense.loading import load_tokenizer
 from sparsecraft.dense.origin import Origin
@@ -30,6 +30,7 @@ class Conversion:
         layers: the layers that were installed, one for each planned edit.
         devices: where each layer's donor was.
         dense: module path -> the module that stood there, for `revert`.
+        aliases: each further name of a shared dense parameter -> its first, which these go by:
         digests: dense tensor name -> its dtype and digest before the conversion.
         shapes: dense tensor name -> its shape then.
         vocabulary: rows of the embedding of tokens then; None without one.
@@ -41,6 +42,7 @@ class Conversion:
         folder: the checkpoint that the model was loaded from, if it was.
         written: the recipe's JSON in that folder, of whatever format.
         report: what `convert` and `train` measured, as written to report.json.
+        seen: what the parameters were when our verbs had last changed them; see `elsewhere`.
         hooks: handles of the hooks that give the layers each batch's masks.
         running: what of its split networks the model runs.
         left_out: reason -> what the recipe does not reach; see `sparsecraft.surgery.left_out`.
@@ -52,6 +54,7 @@ class Conversion:
     layers: list[MoELayer] = field(default_factory=list)
     devices: list[torch.device] = field(default_factory=list)
     dense: dict[str, nn.Module] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
     digests: dict[str, tuple[torch.dtype, str]] = field(default_factory=dict)
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     vocabulary: int | None = None
@@ -63,6 +66,7 @@ class Conversion:
     written: dict[str, Any] | None = None
     base_card: tuple[str | None, ...] | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    seen: Any = None
     hooks: list[Any] = field(default_factory=list)
     running: Running = field(default_factory=Running)
     left_out: dict[str, list[str]] = field(default_factory=dict)
@@ -81,6 +85,16 @@ class Conversion:
     def types_of_masters(self) -> dict[str, torch.dtype]:
         """Dense name -> type before the conversion, of what training holds in float32."""
         return {name: self.digests[name][0] for name in self.masters if name in self.digests}
+
+    def by_first_name(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Dense tensors by the names that `digests` has; those that were shared and are not any
+        more keep their own."""
+        found = {name: t for name, t in tensors.items() if name not in self.aliases}
+        for name in tensors.keys() - found.keys():
+            first = self.aliases[name]
+            shared = found.setdefault(first, tensors[name]) is tensors[name]
+            found |= {} if shared else {name: tensors[name]}
+        return found
 
     @property
     def base(self) -> Origin | None:

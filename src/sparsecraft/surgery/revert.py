@@ -33,7 +33,7 @@ def revert(model: nn.Module) -> nn.Module:
     """
     record = conversion_of(model)
     check_stands(model)
-    tensors = dense_tensors(model) | replaced_tensors(record)
+    tensors = record.by_first_name(dense_tensors(model) | replaced_tensors(record))
     types = _types_now(model, record)
     values = _Originals(model, record, tensors, types).values()
     take_out(model)

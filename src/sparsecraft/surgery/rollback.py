@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 
+from sparsecraft.dense.memory import outside_of_inference_mode
 from sparsecraft.surgery.record import Conversion, conversion_of, is_converted
 
 Undo = Callable[[], None]
@@ -60,7 +61,7 @@ def atomic(verb: Callable[..., Any]) -> Callable[..., Any]:
     def run(model: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(model, nn.Module):  # a folder, which the verb reads itself; or nonsense
             return verb(model, *args, **kwargs)
-        with all_or_nothing(model):
+        with outside_of_inference_mode(), all_or_nothing(model):
             return verb(model, *args, **kwargs)
 
     return run

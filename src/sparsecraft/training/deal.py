@@ -154,7 +154,7 @@ def row_losses(
         tokens: of one forward pass, padding included.
     """
     count = count_experts(model)
-    losses_NE = torch.empty(len(rows), count)
+    losses_NE = torch.empty(len(rows), count, dtype=torch.float32)
     with directed(model), evaluation_mode(model):
         for part in _parts(list(map(len, rows["input_ids"])), tokens):
             batch = collate(list(rows.select(part)), pad_id)

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from sparsecraft.checkpoint.space import require
-from sparsecraft.data.prepare import TASK_OF_MODEL
-from sparsecraft.dense.loading import task_of
+from sparsecraft.dense import loading
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import SparsecraftError, did_you_mean
 from sparsecraft.moe import cost
@@ -99,26 +98,12 @@ def fill(model: nn.Module, stage: Stage | Fit, asked: TrainOptions) -> TrainOpti
 
 def objective_of(model: nn.Module) -> str:
     """What a model is trained for: causal, seq2seq or classification."""
-    task = task_of(model)
-    if task == "classification" and not _has_classes(model):
-        raise SparsecraftError(
-            f"This {type(model).__name__} has num_labels={model.config.num_labels} and "
-            f"problem_type={model.config.problem_type!r}; sc.train trains classifiers that give "
-            "each row one of several classes. Train others in a loop or trainer of your own, "
-            "where the model's own loss holds the recipe's auxiliary losses."
-        )
-    if task in TASK_OF_MODEL:
-        return task
+    if (found := loading.objective_of(model)) is not None:
+        return found
     raise SparsecraftError(
-        f"{type(model).__name__} is an {task} model without a training objective here; use a "
-        "...ForCausalLM, ...ForConditionalGeneration or ...ForSequenceClassification model."
+        f"{loading.without_objective(model, 'sc.train')} Train others in a loop or trainer of your "
+        "own, where the model's own loss holds the recipe's auxiliary losses."
     )
-
-
-def _has_classes(model: nn.Module) -> bool:
-    """Whether a classifier's loss is a cross-entropy, and no regression or several yes and no."""
-    kind = getattr(model.config, "problem_type", None)
-    return model.config.num_labels > 1 and kind in (None, "single_label_classification")
 
 
 def stages_of(recipe: Recipe, asked: tuple[str, ...]) -> list[tuple[int, Stage | Fit]]:

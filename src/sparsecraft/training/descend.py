@@ -19,6 +19,7 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     Seq2SeqTrainingArguments,
+    Trainer,
     TrainingArguments,
 )
 from trl import SFTConfig
@@ -34,12 +35,14 @@ from sparsecraft.surgery.trainable import set_trainable
 from sparsecraft.training.arguments import processes, training_arguments
 from sparsecraft.training.deal import deal, directed, sampled
 from sparsecraft.training.defaults import needs, objective_of
+from sparsecraft.training.heads import head_is_plain
 from sparsecraft.training.moved import Before, watched_routers
 from sparsecraft.training.options import TrainOptions
 from sparsecraft.training.progress import ProgressBar
 from sparsecraft.training.report import TrainReport, note
 from sparsecraft.training.resume import check_alike, check_same_run, describe, last_state, read_as
 from sparsecraft.training.trainers import (
+    RoutedCausalTrainer,
     RoutedSeq2SeqTrainer,
     RoutedSFTTrainer,
     RoutedTrainer,
@@ -193,14 +196,22 @@ def _float32_masters(model: nn.Module) -> None:
             masters |= {dense} if (dense := dense_name(model, name)) else set()
 
 
+def _classes(model: nn.Module) -> tuple[type[Trainer], type[TrainingArguments]]:
+    """The trainer of a model's task, and its arguments."""
+    objective = objective_of(model)
+    if objective == "causal" and head_is_plain(model):
+        return RoutedSFTTrainer, SFTConfig
+    return {
+        "causal": (RoutedCausalTrainer, TrainingArguments),
+        "seq2seq": (RoutedSeq2SeqTrainer, Seq2SeqTrainingArguments),
+        "classification": (RoutedTrainer, TrainingArguments),
+    }[objective]
+
+
 def make_trainer(run: Run, stage: Stage, settings: TrainOptions, dataset: Any, folder: Path) -> Any:
     """The trainer of the model's task, for one stage."""
     model, tokenizer = run.model, run.tokenizer
-    trainer_class, arguments_class = {
-        "causal": (RoutedSFTTrainer, SFTConfig),
-        "seq2seq": (RoutedSeq2SeqTrainer, Seq2SeqTrainingArguments),
-        "classification": (RoutedTrainer, TrainingArguments),
-    }[objective_of(model)]
+    trainer_class, arguments_class = _classes(model)
     arguments = training_arguments(stage, settings, len(dataset), folder)
     # transformers 5.2x renames gradient_checkpointing; TRL turns it on by default.
     known = {field.name for field in dataclasses.fields(arguments_class)}
@@ -211,6 +222,9 @@ def make_trainer(run: Run, stage: Stage, settings: TrainOptions, dataset: Any, f
     if arguments_class is SFTConfig:
         arguments["max_length"] = settings.max_length
         arguments["dataset_kwargs"] = {"skip_prepare_dataset": True}
+        # SFTTrainer turns a mixture's own balance loss on, whatever its configuration says.
+        if not getattr(model.config.get_text_config(), "output_router_logits", False):
+            arguments["router_aux_loss_coef"] = 0.0
     progress = ProgressBar(settings.progress)
     trainer = trainer_class(
         model=model,

@@ -120,7 +120,7 @@ def _hidden(model: nn.Module, batch: dict[str, Tensor], packed: bool) -> Tensor:
     del batch["token_mask"], batch["labels"]
     if width := sentence_width(model):
         count = 1 if packed else len(batch["input_ids"])
-        batch["sentence_embeddings"] = torch.ones(count, width) / width**0.5
+        batch["sentence_embeddings"] = torch.full((count, width), width**-0.5, dtype=torch.float32)
         if packed:
             batch["sentence_ids"] = torch.zeros_like(batch["input_ids"])
     found: list[Tensor] = []

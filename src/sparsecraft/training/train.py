@@ -21,11 +21,13 @@ from sparsecraft.data.batches import collate
 from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
 from sparsecraft.data.sentences import Prompts
+from sparsecraft.dense.memory import outside_of_inference_mode
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.split_report import summary
 from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.init.graph import check_metis
 from sparsecraft.recipe.stages import Fit, Stage
+from sparsecraft.surgery.elsewhere import note as note_elsewhere
 from sparsecraft.surgery.record import conversion_of, tokenizer_of
 from sparsecraft.training.arguments import processes
 from sparsecraft.training.deal import check_deal
@@ -46,6 +48,7 @@ from sparsecraft.training.trainers import (
 log = logging.getLogger("sparsecraft")
 
 
+@outside_of_inference_mode()
 def train(
     model: nn.Module | str | Path,
     data: str | Path | Sequence[str | Path],
@@ -83,6 +86,7 @@ def train(
     record = conversion_of(model)
     check_free(out, overwrite)
     check_loadable(model)
+    note_elsewhere(model)
     check_settings(model, tokenizer)
     _check_devices(model)
     states = out.with_name(f"{out.name}.training")

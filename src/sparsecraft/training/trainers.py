@@ -251,3 +251,9 @@ class RoutedSeq2SeqTrainer(WatchedTrainerMixin, RoutedTrainerMixin, Seq2SeqTrain
 
 class RoutedTrainer(WatchedTrainerMixin, RoutedTrainerMixin, Trainer):
     """Classifiers."""
+
+
+class RoutedCausalTrainer(RoutedTrainer):
+    """Causal language models whose head is more than a product with their output embeddings."""
+
+    shifts_labels = True

@@ -298,6 +298,9 @@ def test_what_does_not_fit_is_refused_and_the_model_stays_dense(tmp_path, encode
     refused("start='hidden' .* give domains=", (), hidden)
     refused("start='hidden' .* give domains=", torch.randn(3, 384), hidden)
     refused("start='kmeans' .* data=", (), kmeans)
+    for recipe, domains in ((sc.recipes.upcycling(), ()), (kmeans, TEXTS)):
+        unread = {"data": "nowhere.jsonl", "certify": False, "tokenizer": tiny.tokenizer()}
+        refused("certify=False .* compares nothing", domains, recipe, **unread)
     refused(
         r"are \(3, 8\) and the router takes \(3, 16\)", torch.randn(3, 8), None, SparsecraftError
     )
@@ -334,6 +337,8 @@ def test_the_command_takes_sources_and_domains(tmp_path, capsys, encoder):
     model = sc.load(tmp_path / "out")
     wanted_EM = torch.stack([embed(texts, encoder).mean(0) for texts in TEXTS[:2]])
     torch.testing.assert_close(layers(model)[0].router.scorer.domains, wanted_EM)
+    assert main([*argv, "--overwrite", "--no-certify", "--data", paths[0]]) == 1
+    assert "and --no-certify compares nothing" in capsys.readouterr().err
     argv[argv.index("--domains") + 1 : argv.index("--out")] = paths
     assert main([*argv, "--overwrite"]) == 1
     assert "3 domains are given for 2 experts" in capsys.readouterr().err

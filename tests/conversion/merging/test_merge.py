@@ -30,6 +30,7 @@ from sparsecraft.recipe.selections import TopK
 from sparsecraft.surgery.budget import rectify, set_budget
 from tests import tiny
 from tests.cases import FAMILIES, RECIPES, SPLITS, D, E, F, R, batch, dense, logits, randomize_new
+from tests.cases.members import member_model
 
 WEIGHTS = [0.1, 0.2, 0.3, 0.4]
 
@@ -647,6 +648,51 @@ def cases_bert() -> dict[str, int]:
     sizes = FAMILIES["bert"].config().to_dict()
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     return {name: sizes[name] for name in (*names, "vocab_size", "max_position_embeddings")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "classes"),
+    [
+        ("BertForTokenClassification", True),
+        ("BertForSequenceClassification", True),
+        ("BertForMaskedLM", True),
+        ("BertForQuestionAnswering", False),
+        ("BertForMultipleChoice", False),
+        ("BertModel", False),
+        ("LlamaModel", False),
+        ("LlamaForTokenClassification", True),
+        ("ViTForImageClassification", True),
+        ("ViTModel", False),
+        ("CLIPModel", False),
+        ("Wav2Vec2ForCTC", False),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["lora", "ia3"])
+def test_models_of_any_head_merge(kind, classes, recipe, tmp_path):
+    """What a recipe at Linears is trained on does not matter; the KL is of classes alone."""
+    family = {"Bert": "bert", "Llam": "llama", "ViTF": "vit", "ViTM": "vit"}.get(kind[:4])
+    known = {"CLIPModel": "clip", "Wav2Vec2ForCTC": "wav2vec2"}
+    config = (dense(family) if family else member_model(known[kind])).config
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(config).eval()
+    sc.convert(model, RECIPES[recipe].make(), certify=False)
+    randomize_new(model)
+    report = sc.merge(model)
+    assert report.result == "dense" and report.certificate.exact
+    assert (report.change.mean_kl is not None) == classes
+
+
+def test_a_number_has_no_kl():
+    """Of one output or of several labels a softmax says nothing."""
+    for kind in ({"num_labels": 1}, {"problem_type": "multi_label_classification"}):
+        config = FAMILIES["bert"].config()
+        config.update({"num_labels": 3} | kind)
+        model = transformers.BertForSequenceClassification(config).eval()
+        sc.convert(model, RECIPES["lora"].make(), certify=False)
+        randomize_new(model)
+        data = [{**batch("bert"), "labels": torch.zeros(3)}]
+        change = sc.merge(model, data=data).change
+        assert change.mean_kl is None and change.loss == {}
 
 
 def test_relu_in_some_networks_is_what_no_configuration_says():

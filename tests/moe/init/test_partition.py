@@ -1,6 +1,6 @@
 """Partitions of neurons: against slow references, other packages and planted answers.
 
-Shapes: F neurons, D features, E experts, M neurons per expert, T tokens, K domains, N neurons of
+Shapes: F neurons, D features, E experts, M neurons per expert, T tokens, N neurons of
 the routed experts.
 """
 
@@ -17,8 +17,6 @@ from sparsecraft.errors import DataError, RecipeError, ResourceError
 from sparsecraft.moe.init.activation import (
     activation_clusters,
     activation_markers,
-    domain_masks,
-    domain_neurons,
 )
 from sparsecraft.moe.init.auction import ROUNDS_BETWEEN_LOOKS, balanced_assignment
 from sparsecraft.moe.init.balanced import balanced_kmeans, inertia
@@ -80,8 +78,6 @@ def test_labels_and_neurons_convert_both_ways():
         (lambda: balanced_assignment(torch.zeros(6, 3), 3), "9 places. Use size=2"),
         (lambda: activation_clusters([torch.ones(5, 8)], 4, 4, active=2), "use 0 to 3"),
         (lambda: activation_clusters([torch.ones(5, 8)], 4, 1, active=9), "Use 1 to 8"),
-        (lambda: domain_neurons(torch.rand(2, 8), 9), "use 1 to 8"),
-        (lambda: domain_neurons(torch.rand(2, 8), 4, shared=5), "use 0 to 4"),
     ],
 )
 def test_errors_say_what_to_do(make, says):
@@ -98,7 +94,6 @@ def test_errors_say_what_to_do(make, says):
         (lambda: co_activation_weights([]), "at least one chunk"),
         (lambda: co_activation_weights([torch.ones(7, 3)], released=True), "8 tokens"),
         (lambda: activation_clusters([], 4, 1), "at least one chunk"),
-        (lambda: domain_masks(torch.rand(8), 4), r"shape \(8,\)"),
     ],
 )
 def test_errors_of_the_data_say_what_to_do(make, says):
@@ -377,54 +372,3 @@ def test_cmoe_recovers_planted_clusters_and_the_busiest_expert():
     neurons_EM, representatives_R = activation_clusters([hidden_TF], E, 1, active=2 * M)
     assert same_clusters(neurons_EM, labels_F) and (labels_F[neurons_EM[0]] == 3).all()
     assert all(r in row for r, row in zip(representatives_R, neurons_EM[1:], strict=True))
-
-
-# ------------------------------------------------------------------ Read-ME
-def test_domain_masks_are_the_released_loop():
-    scores_KF = torch.rand(3, 20)
-    scores_KF[0, :8] = scores_KF[0, 3]  # ties at a threshold are left out
-    size, kept = 10, []
-    for scores in scores_KF.tolist():
-        threshold = sorted(scores, reverse=True)[size - 1]
-        kept.append({n for n in range(20) if scores[n] > threshold})
-    common = set.intersection(*kept)
-    routed_KF, shared_F = domain_masks(scores_KF, size)
-    assert set(shared_F.nonzero()[:, 0].tolist()) == common
-    assert [set(r.nonzero()[:, 0].tolist()) for r in routed_KF] == [k - common for k in kept]
-    assert (routed_KF[1] | shared_F).sum() == size - 1
-
-
-def test_domain_neurons_keep_the_best_and_share_what_all_keep():
-    scores_KF = torch.rand(3, 40) + 2 * torch.rand(40)
-    scores_KF[2, 5:12] = 1.0
-    neurons_KM, shared_S = domain_neurons(scores_KF, 20)
-    kept = []
-    for scores in scores_KF.tolist():
-        kept.append(set(sorted(range(40), key=lambda n: (-scores[n], n))[:20]))
-    common = set.intersection(*kept)
-    assert 0 < len(common) < 20 and shared_S.tolist() == sorted(common)
-    assert [row.tolist() for row in neurons_KM] == [sorted(k - common) for k in kept]
-
-
-@pytest.mark.parametrize("shared", [0, 3, 15, 20])
-def test_domain_neurons_with_a_fixed_number_of_shared_ones(shared):
-    scores_KF = torch.rand(4, 40)
-    neurons_KM, shared_S = domain_neurons(scores_KF, 20, shared=shared)
-    ranks = [sorted(range(40), key=lambda n: -scores[n]) for scores in scores_KF.tolist()]
-    worst = [max(rank.index(n) for rank in ranks) for n in range(40)]
-    common = sorted(range(40), key=lambda n: (worst[n], n))[:shared]
-    assert shared_S.tolist() == sorted(common)
-    assert neurons_KM.shape == (4, 20 - shared)
-    for row, rank in zip(neurons_KM.tolist(), ranks, strict=True):
-        assert row == sorted([n for n in rank if n not in common][: 20 - shared])
-
-
-def test_domain_neurons_recover_planted_domains():
-    scores_KF = 0.1 * torch.rand(3, 40)
-    scores_KF[:, 7:12] += 3
-    for k in range(3):
-        scores_KF[k, 15 + 5 * k : 20 + 5 * k] += 1
-    for shared in (None, 5):
-        neurons_KM, shared_S = domain_neurons(scores_KF, 10, shared)
-        assert shared_S.tolist() == list(range(7, 12))
-        assert neurons_KM.tolist() == [list(range(15 + 5 * k, 20 + 5 * k)) for k in range(3)]

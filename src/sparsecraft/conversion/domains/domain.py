@@ -18,6 +18,7 @@ from sparsecraft.data.batches import as_batches, collate
 from sparsecraft.data.encoding import row_ids
 from sparsecraft.data.limits import Limits, pad_id
 from sparsecraft.data.rows import load_rows
+from sparsecraft.dense.tokens import is_encoder_decoder
 from sparsecraft.errors import DataError
 from sparsecraft.surgery.record import tokenizer_of
 
@@ -101,9 +102,15 @@ def domain_batches(
     model: nn.Module, domain: Domain, tokenizer: Any, tokens: int | None = None
 ) -> Iterator[dict[str, Any]]:
     """The domain as model inputs, chats as the tokenizer's template has them, long rows cut; up to
-    about `tokens`. None is `TOKENS` of text, and all batches."""
-    batches, count = domain.batches, 0
-    if batches is None:
+    about `tokens`. None is `TOKENS` of text, and all batches.
+
+    Raises:
+        DataError: a token that the model has no row for, or a row without any.
+    """
+    count = 0
+    if domain.batches is not None:
+        batches = as_batches(domain.batches, model=model)
+    else:
         batches, tokens = _collated(model, domain, tokenizer), TOKENS if tokens is None else tokens
     for batch in batches:
         yield batch
@@ -118,7 +125,7 @@ def _collated(model: nn.Module, domain: Domain, tokenizer: Any) -> Iterator[dict
         raise DataError(f"The domain {domain.name} is text; pass the model's tokenizer.")
     length, pad = length_of(model), pad_id(tokenizer, model)
     limits = Limits.of(model)
-    decodes = model.can_generate() and not model.config.is_encoder_decoder
+    decodes = model.can_generate() and not is_encoder_decoder(model)
     for start in range(0, len(domain.rows), BATCH):
         features = []
         for row in domain.rows[start : start + BATCH]:

@@ -58,7 +58,6 @@ class Starts:
 @torch.no_grad()
 def find_starts(
     model: nn.Module,
-    recipe: Recipe,
     plan: Sequence[PlannedEdit],
     domains: Sequence | Tensor = (),
     data: Any = None,
@@ -66,7 +65,8 @@ def find_starts(
     tokenizer: Any = None,
     seed: int = 0,
 ) -> Starts:
-    """Embed the domains of a recipe's experts, or read them with the dense model.
+    """Embed the domains of a recipe's experts, which `check_given` has let pass, or read them with
+    the dense model.
 
     Args:
         model: still dense.
@@ -76,10 +76,8 @@ def find_starts(
         seed: of the first centers of `kmeans`.
 
     Raises:
-        RecipeError: a router needs domains that were not given, or the reverse; a wrong number.
         DataError: a domain without data, or two that are the same.
     """
-    check_given(recipe, domains, data)
     by_domain = [item.edit.router is not None and item.edit.router.of_domains for item in plan]
     if not len(domains) and any(by_domain):
         log.warning(
@@ -99,8 +97,10 @@ def find_starts(
     return Starts(tuple(domain.name for domain in given), tensors)
 
 
-def check_given(recipe: Recipe, domains: Sequence | Tensor, data: Any) -> None:
-    """Refuse domains that no router reads, too many or too few, and routers that lack theirs.
+def check_given(
+    recipe: Recipe, domains: Sequence | Tensor, data: Any, certify: bool = True
+) -> None:
+    """Refuse domains and data that nothing reads, too many or too few, and routers without theirs.
 
     Raises:
         RecipeError: so it is.
@@ -132,6 +132,11 @@ def check_given(recipe: Recipe, domains: Sequence | Tensor, data: Any) -> None:
         raise RecipeError(
             "router.start='kmeans' takes centers of what the router reads of all data; give "
             "domains=[...] or data=... (--domains, --data)."
+        )
+    if data is not None and not certify and not (kmeans and not count):
+        raise RecipeError(
+            "The data would be compared on, and certify=False (--no-certify) compares nothing; "
+            "leave one of them out."
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsecraft.data.batches import as_batches, collate
 from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
-from sparsecraft.dense.loading import task_of
+from sparsecraft.dense.loading import gives_one_class, objective_of
 from sparsecraft.dense.probes import PROBE_SHAPE
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import DataError
@@ -24,6 +24,8 @@ from sparsecraft.evaluation.held_out import DEFAULT_MAX_LENGTH, evaluate
 from sparsecraft.surgery.record import tokenizer_of
 
 BATCH_ROWS = 8
+# What transformers calls the losses of heads that give a token or an image one of several labels.
+LABELLED = ("ForTokenClassification", "ForImageClassification")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class HeldOut:
         positions = positions_of(model) or DEFAULT_MAX_LENGTH
         options = {
             "max_length": min(DEFAULT_MAX_LENGTH, positions),
-            "task": TASK_OF_MODEL.get(task_of(model), "causal"),
+            "task": TASK_OF_MODEL.get(objective_of(model), "causal"),
             "model": model,
         }
         return cls({str(p): _batches(p, tokenizer, options) for p in listed}, from_files=True)
@@ -99,7 +101,7 @@ class HeldOut:
 
     def losses(self, model: nn.Module) -> dict[str, float]:
         """File -> loss; nothing without data, or for a task that has no such loss."""
-        if not self.sources or task_of(model) not in TASK_OF_MODEL:
+        if not self.sources or objective_of(model) is None:
             return {}
         return {
             name: evaluate(model, batches)["loss"]["data"]["loss"]
@@ -134,5 +136,7 @@ def mean_kl(
 
 
 def predicts_classes(model: nn.Module) -> bool:
-    """Whether the model's outputs are logits, of tokens or of labels."""
-    return task_of(model) != "encoder" or model.get_output_embeddings() is not None
+    """Whether the model's outputs are logits, of tokens or of one of several labels."""
+    if objective_of(model) or model.get_output_embeddings() is not None:
+        return True
+    return model.loss_type in LABELLED and gives_one_class(model)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sparsecraft.errors import MergeError, did_you_mean
 from sparsecraft.moe.context import sentence_width
 from sparsecraft.moe.layer import MoELayer
-from sparsecraft.moe.outputs import outputs
+from sparsecraft.moe.masks import of_frames, of_rows
+from sparsecraft.moe.outputs import decoder_ids, outputs
 from sparsecraft.moe.routers.router import Router
 from sparsecraft.moe.routing import Routing, spread
 from sparsecraft.moe.tracing import trace
@@ -83,8 +84,7 @@ def measured_weights(model: nn.Module, batches: Iterable[dict[str, Any]]) -> dic
             layer = model.get_submodule(name)
             mask = masks.get(layer.reads)
             if mask is not None:
-                by_head = layer.router.spec.by_head
-                weights_TE = weights_TE[_rows(name, mask, len(weights_TE), by_head)]
+                weights_TE = weights_TE[spread(_real(name, layer, mask), len(weights_TE))]
             sums[name] = sums.get(name, 0) + torch.cat(
                 [weights_TE.sum(0), torch.tensor([len(weights_TE)], dtype=torch.float64)]
             )
@@ -97,12 +97,13 @@ def _with_decoder(
     model: nn.Module, batch: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor | None]]:
     """The batch with its decoder's tokens; for what layers read, which tokens are real."""
-    masks = {"input": batch.get("attention_mask")}
+    mask = batch.get("attention_mask")
+    masks = {"input": None if mask is None else of_frames(model, mask)}
     if not getattr(model.config, "is_encoder_decoder", False):
         return batch, masks
     labels, mask = batch.get("labels"), batch.get("decoder_attention_mask")
     if labels is not None:
-        ids = model.prepare_decoder_input_ids_from_labels(labels=labels.to(model.device))
+        ids = decoder_ids(model, labels.to(model.device))
         batch = {"decoder_input_ids": ids, **batch}
         mask = labels != -100 if mask is None else mask
     elif mask is None and "decoder_input_ids" not in batch:
@@ -110,16 +111,16 @@ def _with_decoder(
     return batch, masks | {"decoder": mask}
 
 
-def _rows(name: str, mask: Tensor, rows: int, by_head: bool) -> Tensor:
-    """Which rows of a routing are real tokens; a router by head has several for each token."""
-    tokens = mask.numel()
-    if mask.ndim != 2 or not (rows == tokens or (by_head and tokens and rows % tokens == 0)):
+def _real(name: str, layer: MoELayer, mask: Tensor) -> Tensor:
+    """Which of the tokens that a layer routed are real, (T,)."""
+    real_T = of_rows(mask, layer.shape, layer.sequence_first)
+    if real_T is None:
         raise MergeError(
             f"The mask of the tokens that {name!r} reads has shape {tuple(mask.shape)}, and it "
-            f"routed {rows} rows; give attention_mask (or a decoder's labels) one value for each "
-            "token (batch, positions)."
+            f"routed {layer.shape.numel()} rows; give attention_mask (or a decoder's labels) one "
+            "value for each token (batch, positions)."
         )
-    return spread(mask.bool().cpu(), rows)
+    return real_T.bool().cpu()
 
 
 def given_weights(layers: Mapping[str, MoELayer], weights: Any) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import dense_tensors
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.recipe.stages import Stage
+from sparsecraft.surgery.elsewhere import remember
 from sparsecraft.surgery.fold import Ledger, fold, scales_the_next
 from sparsecraft.surgery.install import apply
 from sparsecraft.surgery.plan import plan
@@ -177,6 +178,7 @@ def _noted(model: nn.Module, report: MergeReport) -> MergeReport:
     """The report, remembered on what is still converted."""
     if is_converted(model):
         conversion_of(model).report["merge"] = report.to_dict()
+        remember(model, "the merge")
     return report
 
 

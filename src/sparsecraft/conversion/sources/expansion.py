@@ -191,7 +191,7 @@ class _Pool:
 def dare(change: Tensor, drop: float, seed: int) -> Tensor:
     """Each entry zero with probability `drop`, the others divided by 1 - drop (Yu et al. 2024)."""
     generator = torch.Generator().manual_seed(seed)
-    kept = torch.rand(change.shape, generator=generator) >= drop
+    kept = torch.rand(change.shape, generator=generator, dtype=torch.float32) >= drop
     return change * kept / (1 - drop)
 
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.dense.loading import task_of
-from sparsecraft.dense.tokens import positions_of
+from sparsecraft.dense.loading import objective_of
+from sparsecraft.dense.tokens import is_encoder_decoder, positions_of
 from sparsecraft.errors import DataError
 from sparsecraft.evaluation.budget.loads import NOT_READ, Batch
 from sparsecraft.moe.context import CACHES
-from sparsecraft.moe.outputs import evaluation_mode
+from sparsecraft.moe.outputs import decoder_ids, evaluation_mode
 
 CONTEXT, ROUNDS = 128, 20
 
@@ -57,7 +57,7 @@ def latencies(
         rounds: times that each setting is timed. Every round begins with another setting, so that
             a machine that slows down or warms up does so for all.
     """
-    causal = task_of(model) == "causal"
+    causal = objective_of(model) == "causal"
     times: list[list[float]] = [[] for _ in settings]
     with evaluation_mode(model), torch.no_grad():
         steps = []
@@ -134,7 +134,7 @@ def _whole(model: nn.Module, batches: Sequence[Batch], size: int) -> Step:
     inputs = {key: value for key, value in batch.items() if key not in NOT_READ}
     rows = torch.arange(size) % len(next(iter(inputs.values())))
     inputs = {key: value[rows.to(value.device)].to(model.device) for key, value in inputs.items()}
-    if getattr(model.config, "is_encoder_decoder", False) and "labels" in batch:
+    if is_encoder_decoder(model) and "labels" in batch:
         labels = batch["labels"][rows].to(model.device)
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        inputs["decoder_input_ids"] = decoder_ids(model, labels)
     return lambda: lambda: model(**inputs)

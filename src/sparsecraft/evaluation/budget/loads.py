@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparsecraft.data.batches import as_batches, collate
 from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
-from sparsecraft.dense.loading import task_of
+from sparsecraft.dense.loading import objective_of
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import DataError
 from sparsecraft.evaluation.held_out import DEFAULT_MAX_LENGTH, evaluate
@@ -27,7 +27,6 @@ from sparsecraft.moe import cost
 from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.outputs import evaluation_mode
-from sparsecraft.moe.routing import Routing
 from sparsecraft.moe.tracing import trace
 from sparsecraft.surgery.budget import split_layers
 
@@ -93,11 +92,15 @@ def observe(
     generator = torch.Generator().manual_seed(0)
 
     def real(name: str, rows: Tensor) -> Tensor:
-        mask_T = current[0](name)
-        return rows if mask_T is None else rows[mask_T.reshape(-1).to(rows.device)]
+        """Of rows (..., N) of a layer's tokens the real ones', (T, N)."""
+        mask_T = current[0](name, rows.shape[:-1])
+        rows = rows.reshape(-1, rows.shape[-1])
+        return rows if mask_T is None else rows[mask_T.to(rows.device)]
 
-    def count(name: str, routing: Routing) -> None:
-        chosen_TE = real(name, routing.indices_TK < routing.num_experts)
+    def count(name: str, layer: MoELayer) -> None:
+        routing = layer.routing
+        chosen_TE = (routing.indices_TK < routing.num_experts).reshape(*layer.shape, -1)
+        chosen_TE = real(name, chosen_TE)
         counts[name] = counts.get(name, 0) + chosen_TE.sum(0)
         tokens[name] += len(chosen_TE)
         order_T = torch.randperm(len(chosen_TE), generator=generator).to(chosen_TE.device)
@@ -123,7 +126,7 @@ def observe(
 @contextmanager
 def _hooked(
     layers: dict[str, MoELayer],
-    count: Callable[[str, Routing], None],
+    count: Callable[[str, MoELayer], None],
     visit: Visit | None,
     real: Callable[[str, Tensor], Tensor],
 ) -> Iterator[None]:
@@ -131,16 +134,12 @@ def _hooked(
     for name, layer in layers.items():
         handles.append(
             # Of the layer: one that is not traced need not call its router as a module.
-            layer.register_forward_hook(
-                lambda layer, args, y, name=name: count(name, layer.routing)
-            )
+            layer.register_forward_hook(lambda layer, args, y, name=name: count(name, layer))
         )
         if visit is not None:
             handles.append(
                 layer.register_forward_pre_hook(
-                    lambda layer, args, name=name: visit(
-                        layer, real(name, args[0].reshape(-1, args[0].shape[-1]))
-                    )
+                    lambda layer, args, name=name: visit(layer, real(name, args[0]))
                 )
             )
     try:
@@ -154,9 +153,8 @@ def _run(
     model: nn.Module, seen: Iterable[Batch], batches: Sequence[Batch]
 ) -> tuple[float | None, float | None]:
     """Loss and accuracy where there are such, by `evaluate`; else the forward passes alone."""
-    task = task_of(model)
-    labelled = task == "causal" or all("labels" in batch for batch in batches)
-    if task in TASK_OF_MODEL and labelled:
+    task = objective_of(model)
+    if task == "causal" or (task and all("labels" in batch for batch in batches)):
         found = evaluate(model, seen)["loss"]["data"]
         return found["loss"], found.get("accuracy")
     for batch in seen:
@@ -187,17 +185,17 @@ class Source:
         self.pad_id = None
         if not (files and all(isinstance(item, (str, Path)) for item in listed)):
             self.items = list(as_batches(given, model=model))
-            if task_of(model) == "seq2seq" and any("labels" not in b for b in self.items):
+            if objective_of(model) == "seq2seq" and any("labels" not in b for b in self.items):
                 raise DataError(
                     "A batch has no labels, which mark the real tokens of a decoder beside an "
                     "encoder; give every batch its labels."
                 )
             return
-        task = TASK_OF_MODEL.get(task_of(model))
+        task = TASK_OF_MODEL.get(objective_of(model))
         if task is None:
             raise DataError(
-                f"{type(model).__name__} is an {task_of(model)} model, for which rows of files "
-                "have no form here; pass an iterable of dicts of model inputs."
+                f"Rows of files have no form that {type(model).__name__} learns from; pass an "
+                "iterable of dicts of model inputs."
             )
         if tokenizer is None:
             raise DataError("The model came without a tokenizer; pass tokenizer=...")

@@ -46,7 +46,8 @@ class PeftTarget:
         if origin := self._origin(model):
             held = new_or_changed(model, origin, whole_tensors(model))
             return [name for name in held if dense_name(model, name) is not None]
-        known, now = conversion_of(model).digests, dense_tensors(model)
+        known = conversion_of(model).digests
+        now = conversion_of(model).by_first_name(dense_tensors(model))
         return [name for name, tensor in now.items() if digest(tensor) != known[name][1]]
 
     def _origin(self, model: nn.Module) -> Origin | None:

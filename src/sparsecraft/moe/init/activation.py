@@ -1,7 +1,7 @@
-"""Experts by what activates neurons: CMoE's shared and routed experts, Read-ME's domains.
+"""Experts by what activates neurons: CMoE's shared and routed experts.
 
 Shapes: T tokens, F neurons, E experts, m neurons per expert (F = E * m), R routed experts,
-N neurons of the routed experts (N = R * m), K domains, S shared neurons.
+N neurons of the routed experts (N = R * m).
 """
 
 from __future__ import annotations
@@ -107,58 +107,3 @@ def _distances(markers_TN: Tensor, means_TR: Tensor, l1: bool) -> Tensor:
     own_R = means_TR.sum(0) if l1 else means_TR.square().sum(0)
     distance_NR = markers_TN.sum(0)[:, None] + own_R - 2 * product_NR
     return distance_NR if l1 else distance_NR.clamp_(min=0).sqrt_()
-
-
-def domain_masks(scores_KF: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """(routed_KF, shared_F), bool: Read-ME's experts exactly as its released code makes them.
-
-    scores_KF is the mean |h| of each neuron on the tokens of each domain. A domain keeps the
-    neurons whose score is strictly above its size-th highest: size - 1 of them, fewer where
-    scores tie. What all domains keep is shared, and is no part of any domain's expert.
-    """
-    _check_scores(scores_KF, size)
-    least_K1 = scores_KF.sort(dim=1, descending=True).values[:, size - 1 : size]
-    kept_KF = scores_KF > least_K1
-    shared_F = kept_KF.all(0)
-    return kept_KF & ~shared_F, shared_F
-
-
-def domain_neurons(
-    scores_KF: Tensor, size: int, shared: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """(neurons_KM, shared_S), ascending: Read-ME's experts with exactly `size` neurons at work.
-
-    Each domain keeps its `size` neurons of the highest score, as in the paper (the released
-    code keeps one fewer: `domain_masks`), and ties go to the lower index. Experts of different
-    domains may share neurons; the shared ones stand in no expert, so m = size - S.
-
-    shared: None shares what all domains keep, so that S differs from layer to layer. A number S
-        shares the S neurons whose lowest rank over the domains is the highest, and each domain
-        fills up with its best others, so that layers stack; our own variant.
-    """
-    _check_scores(scores_KF, size)
-    F = scores_KF.shape[1]
-    order_KF = scores_KF.argsort(dim=1, descending=True, stable=True)
-    worst_F = order_KF.argsort(dim=1).amax(0)  # a neuron's rank where it ranks lowest
-    count = int((worst_F < size).sum()) if shared is None else shared
-    if not 0 <= count <= size:
-        raise RecipeError(f"{shared} of {size} neurons are to be shared; use 0 to {size}.")
-    shared_S = worst_F.argsort(stable=True)[:count].sort().values
-    is_shared_F = torch.zeros(F, dtype=torch.bool, device=scores_KF.device)
-    is_shared_F[shared_S] = True
-    # Stable: a domain's own order among those that are not shared, then the shared ones.
-    behind_KF = is_shared_F[order_KF].to(torch.uint8).argsort(dim=1, stable=True)
-    neurons_KM = order_KF.gather(1, behind_KF)[:, : size - count]
-    return neurons_KM.sort(dim=1).values, shared_S
-
-
-def _check_scores(scores_KF: Tensor, size: int) -> None:
-    if scores_KF.ndim != 2 or not torch.isfinite(scores_KF).all():
-        raise DataError(
-            f"Scores of the shape {tuple(scores_KF.shape)} came; give finite numbers, one row "
-            "for each domain and one column for each neuron."
-        )
-    if not 1 <= size <= scores_KF.shape[1]:
-        raise RecipeError(
-            f"{size} neurons per domain were asked for; use 1 to {scores_KF.shape[1]}."
-        )

@@ -44,9 +44,10 @@ class Gate(nn.Module):
         self.k = spec.k
         self.share = None if self.k is None else (spec.shared + self.k) / bank.num_experts
         # Not a buffer: a model that is cast to bf16 must keep it.
-        self._threshold = torch.tensor(-1.0 if spec.threshold is None else spec.threshold)
+        value = -1.0 if spec.threshold is None else spec.threshold
+        self._threshold = torch.tensor(value, dtype=torch.float32)
         self.scorer = named(PART_SCORERS, spec.scorer, "scorer", DOOR)(spec.scorer, bank, spec)
-        gain = torch.zeros(bank.num_experts - spec.shared, device=bank.down.device)
+        gain = bank.down.new_zeros(bank.num_experts - spec.shared, dtype=torch.float32)
         self.gain = nn.Parameter(gain) if spec.weighting == "gain" else None
 
     @property
@@ -56,7 +57,7 @@ class Gate(nn.Module):
     @threshold.setter
     def threshold(self, value: float) -> None:
         if self._threshold.is_inference():
-            self._threshold = torch.tensor(value, device=self._threshold.device)
+            self._threshold = torch.full_like(self._threshold, value)
         self._threshold.fill_(value)  # in place: a captured CUDA graph reads it
 
     def forward(self, x: Tensor, batch: Batch | None = None) -> Routing:
@@ -89,7 +90,7 @@ class Gate(nn.Module):
             return scores_TR, torch.ones_like(scores_TR), None
         if self._threshold.device != logits_TR.device:
             with torch.inference_mode(False):
-                self._threshold = torch.tensor(self.threshold, device=logits_TR.device)
+                self._threshold = self._threshold.to(logits_TR.device, copy=True)
         k = 1 if self.k is None else self.k
         kept_TR, used = select(scores_TR.detach(), self.spec.select.kind, k, self._threshold)
         match self.spec.weighting:

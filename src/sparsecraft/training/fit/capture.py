@@ -19,7 +19,7 @@ from sparsecraft.surgery.budget import run, split_layers
 
 log = logging.getLogger("sparsecraft")
 
-Masks = Callable[[str], Tensor | None]
+Masks = Callable[[str, torch.Size], Tensor | None]
 
 
 def capture(
@@ -41,9 +41,9 @@ def capture(
     mask: list[Masks] = []
 
     def keep(name: str, x: Tensor) -> None:
-        x_TD, real_T = x.reshape(-1, x.shape[-1]), mask[0](name)
+        x_TD, real_T = x.reshape(-1, x.shape[-1]), mask[0](name, x.shape[:-1])
         if real_T is not None:
-            x_TD = x_TD[real_T.reshape(-1).to(x_TD.device, torch.bool)]
+            x_TD = x_TD[real_T.to(x_TD.device, torch.bool)]
         if name not in stores:
             count = len(layers)
             stores[name] = _store((tokens, x_TD.shape[-1]), x_TD, count, folder / f"{len(stores)}")
