@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import sparsecraft as sc
@@ -141,10 +142,79 @@ def test_a_little_memory_compares_names_and_shapes(tmp_path, monkeypatch, caplog
         assert words in caplog.text
 
 
-def test_a_model_that_only_its_own_inputs_run_is_compared_by_tensors(tmp_path, monkeypatch):
+def test_a_model_that_only_its_own_inputs_run_is_compared_by_tensors(tmp_path, monkeypatch, caplog):
     def refuse(*args, **kwargs):
         raise ValueError("these are no inputs of mine")
 
-    monkeypatch.setattr(rebuild, "outputs", refuse)
-    sc.save(model_on(), tmp_path / "out")
+    monkeypatch.setattr(rebuild, "wide_outputs", refuse)
+    with caplog.at_level("INFO", "sparsecraft"):
+        sc.save(model_on(), tmp_path / "out")
     assert (tmp_path / "out" / "recipe.json").is_file()
+    assert "tensors and buffers are equal; its outputs were not compared" in caplog.text
+    assert "all is equal" not in caplog.text
+    refused(far_off(neo()), tmp_path / "other", "attention.bias", "is in no file")
+
+
+# ----------------------------------------------------------------------- what a short probe misses
+
+
+def neo():
+    torch.manual_seed(0)
+    config = transformers.GPTNeoConfig(
+        vocab_size=96, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48,
+        max_position_embeddings=64, window_size=48, attention_types=[[["local"], 2]],
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.GPTNeoForCausalLM(config).eval()
+    sc.convert(model, sc.recipes.upcycling(num_experts=2))
+    return model
+
+
+def far_off(model):
+    """A window of 20 in a buffer that is in no file, and of 48 in the configuration."""
+    for block in model.transformer.h:
+        attention = block.attn.attention
+        attention.bias = torch.bitwise_xor(attention.bias, torch.tril(attention.bias, -20))
+    return model
+
+
+def test_a_buffer_that_is_in_no_file_is_seen(tmp_path):
+    sc.save(neo(), tmp_path / "good")
+    refused(far_off(neo()), tmp_path / "out", "attn.attention.bias", "in no file")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "behind"), [("llama", 40), ("neo", 30)])
+def test_what_differs_in_later_tokens_is_seen(name, behind, dtype, tmp_path):
+    model = (neo() if name == "neo" else model_on()).to(dtype)
+    block = model.transformer.h[1] if name == "neo" else model.model.layers[1]
+    forward = block.forward
+
+    def late(hidden, *args, **kwargs):
+        hidden = hidden.clone()
+        hidden[:, behind:] *= 1.01
+        return forward(hidden, *args, **kwargs)
+
+    block.forward = late
+    refused(model, tmp_path / "out", "its tensors are equal and its outputs differ")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_hides_no_setting(dtype, tmp_path):
+    model = model_on().to(dtype)
+    model.model.layers[0].self_attn.scaling *= 1.02
+    refused(model, tmp_path / "out", "its outputs differ")
+
+
+def test_frequencies_that_have_grown_are_no_difference(tmp_path):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, **heads, rope_parameters=rope)
+    ).eval()
+    sc.convert(model, sc.recipes.upcycling(num_experts=2))
+    before = model.model.rotary_emb.inv_freq.clone()
+    model(torch.zeros(1, 100, dtype=torch.long))
+    assert not torch.equal(model.model.rotary_emb.inv_freq, before)
+    sc.save(model, tmp_path / "out")

@@ -165,3 +165,60 @@ def test_a_window_beyond_the_memory_is_named():
     model.config.max_position_embeddings = 200_000
     assert unprobed(model) == [100_000]
     assert long_probe(model)["input_ids"].shape == (1, 96)
+
+
+REAL = {
+    "mistral": t.MistralConfig,
+    "gemma2": t.Gemma2Config,
+    "gemma3": t.Gemma3TextConfig,
+    "llama": lambda: t.LlamaConfig(
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
+    "qwen2": lambda: t.Qwen2Config(
+        vocab_size=151936,
+        use_sliding_window=True,
+        sliding_window=32768,
+        max_position_embeddings=131072,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", REAL)
+def test_the_windows_of_real_models_are_no_question_of_memory(family):
+    """The last tokens' logits are enough, and only eager attention holds scores."""
+    config = REAL[family]()
+    config.num_hidden_layers = 2
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:2]
+    with torch.device("meta"):
+        model = t.AutoModelForCausalLM.from_config(config)
+    assert windows_of(model)[-1] >= 4096 and unprobed(model) == []
+    model.config._attn_implementation = "eager"
+    assert bool(unprobed(model)) == (config.num_attention_heads == 32)
+
+
+def test_what_would_take_a_cpu_too_long_is_named(monkeypatch):
+    model = llama(sliding_window=80)
+    monkeypatch.setattr("sparsecraft.dense.windows.MOST_WORK", 1e6)
+    assert unprobed(model) == [80] and long_probe(model) is None
+    model.to("meta")
+    assert unprobed(model) == []
+
+
+def test_a_long_probe_asks_for_the_last_logits_alone():
+    model = llama(sliding_window=200)
+    probe = long_probe(model)
+    assert probe["input_ids"].shape == (1, 225)
+    assert model(**probe).logits.shape[1] == 16
+    with torch.no_grad():
+        whole = model(probe["input_ids"]).logits
+        assert torch.allclose(model(**probe).logits, whole[:, -16:], atol=1e-6)

@@ -14,10 +14,11 @@ import sparsecraft as sc
 from sparsecraft.errors import CertificateError
 from sparsecraft.evaluation.certificate import compare
 from sparsecraft.evaluation.distance import distance, power
+from sparsecraft.evaluation.history import history_lines
 from sparsecraft.evaluation.layerwise import Comparison, certify
-from sparsecraft.evaluation.lending import Lender
 from sparsecraft.moe.experts.ffn import FFNExperts
 from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.lending import Lender
 from sparsecraft.moe.outputs import outputs
 from sparsecraft.surgery.record import conversion_of
 from tests.cases.families import dense, logits
@@ -338,13 +339,67 @@ def test_a_dense_model_that_runs_on_no_probe_is_compared_alone(monkeypatch, capl
     assert "does not run on random inputs (no tea)" in caplog.text
 
 
+def skipping(monkeypatch):
+    """A model that leaves its second block out."""
+    model = dense("llama")
+    monkeypatch.setattr(model.model.layers[1], "forward", lambda hidden, *args, **kwargs: hidden)
+    return model
+
+
+def test_an_error_of_a_converted_layer_is_no_layer_that_was_not_reached(monkeypatch):
+    forward, called = FFNExperts.forward, []
+
+    def wrong(self, *args):
+        called.append(self)
+        if self is not called[0]:
+            raise ValueError("a fault of ours")
+        return forward(self, *args)
+
+    monkeypatch.setattr(FFNExperts, "forward", wrong)
+    model = skipping(monkeypatch)
+    with pytest.raises(ValueError, match="a fault of ours"):
+        sc.convert(model, sc.recipes.upcycling(num_experts=2))
+    assert not isinstance(model.model.layers[1].mlp, MoELayer)
+
+
+def test_a_layer_that_refuses_hidden_states_alone_is_counted_as_not_reached(monkeypatch):
+    def refuse(self, *args):
+        raise sc.errors.SparsecraftError("give sentence_embeddings")
+
+    model = skipping(monkeypatch)
+    sc.convert(model, sc.recipes.upcycling(num_experts=2), certify=False)
+    monkeypatch.setattr(model.model.layers[1].mlp.experts, "forward", refuse)
+    comparison = Comparison(model, Lender(), claims=True)
+    comparison.run([{"input_ids": torch.arange(40).view(2, 20)}])
+    comparison.run_alone()
+    found = comparison.certificate(1)
+    assert (found.ran, found.alone, found.unreached) == (1, 0, ("model.layers.1.mlp",))
+
+
 # ------------------------------------------------------------------------------------ what it says
 
 
 def test_a_recipe_that_does_not_claim_reports_its_distance():
     found = sc.convert(dense("llama"), sc.recipes.drop_upcycling(2)).certificate
     assert not found.exact and found.max_difference > 1e-3 and found.logit_difference > 0
-    assert "different in 2 layers" in str(found)
+    assert "different in 2 layers" in str(found) and "no equality was claimed" in str(found)
+
+
+@pytest.mark.parametrize("sources", [0, 2])
+def test_the_report_says_whether_equality_was_claimed(sources, tmp_path):
+    """A claim is about copies of one model, and not about sources."""
+    model, others = dense("llama"), [dense("llama") for _ in range(sources)]
+    for other in others:
+        with torch.no_grad():
+            other.model.layers[0].mlp.down_proj.weight.mul_(1.1)
+    recipe = sc.recipes.upcycling(num_experts=2)
+    found = sc.convert(model, recipe, sources=others).certificate
+    assert recipe.exact_at_start and found.claimed is found.exact is (not sources)
+    sc.save(model, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["conversion"]["certificate"]["claimed"] is (not sources)
+    said = "At the start: claimed not exact" if sources else "At the start: claimed exact"
+    assert said in "\n".join(history_lines(recipe, report))
 
 
 def test_an_attention_is_compared_with_its_masks_and_positions():

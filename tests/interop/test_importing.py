@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -10,9 +11,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import sparsecraft as sc
-from sparsecraft.errors import CheckpointError, RecipeError, SurgeryError
+from sparsecraft.cli.main import main
+from sparsecraft.errors import CertificateError, CheckpointError, RecipeError, SurgeryError
+from sparsecraft.evaluation.whole import certify
+from sparsecraft.interop import importing
 from sparsecraft.interop.exporting import STANDARD, plan
+from sparsecraft.interop.twins import random_model, small
 from tests import cases, tiny
+from tests.evaluation.test_certificate import FAULTS
 
 LIKE = {k: v for k, v in cases.LLAMA_LIKE.items() if k != "intermediate_size"}
 SHARED = {"shared_expert_intermediate_size": 48, "moe_intermediate_size": 24, "num_experts": 4}
@@ -124,6 +130,69 @@ def test_a_mixture_comes_in_and_goes_back_to_the_same_bits(name, tmp_path):
     changed = {k for k in new.keys() - free if k in old and old[k] != new[k]}
     # Qwen's width of dense layers, of which there are none.
     assert changed <= {"intermediate_size"} | ({"max_window_layers"} if "qwen" in name else set())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fault", ["none", *sorted(FAULTS.keys() - {"bias"})])
+def test_a_wrong_layer_is_seen_in_any_type(fault, dtype, tmp_path, monkeypatch):
+    made("mixtral", tmp_path / "float32").to(dtype).save_pretrained(tmp_path / "in")
+    build = importing._build
+
+    def wrong(*args):
+        model = build(*args)
+        layer = model.model.layers[1].mlp
+        layer.experts = copy.deepcopy(layer.experts)  # it has its memory from the mixture
+        FAULTS.get(fault, lambda bank: None)(layer.experts)
+        return model
+
+    monkeypatch.setattr(importing, "_build", wrong)
+    if fault == "none":
+        report = sc.import_moe(tmp_path / "in").sparsecraft.report["import"]
+        found = report["certificate"]
+        assert found["dtype"] == "float32"
+        assert found["max_difference"] < 1e-5 < found["power"] < 1e-3
+        assert "would be seen" in report["measured"]
+    else:
+        with pytest.raises(CertificateError, match="in float32: different"):
+            sc.import_moe(tmp_path / "in")
+
+
+# Operations on a CPU -> what is said of a window of 1024: of the model, of its twin, of none.
+PROBED = {
+    1e10: "in 1152 tokens would be seen",
+    1e8: "a small twin with the same windows was compared in 1152 tokens",
+    1e4: "NOT compared beyond windows of 1024",
+}
+
+
+@pytest.mark.parametrize("work", PROBED)
+def test_a_window_that_is_lost_is_seen_beyond_it(work, tmp_path, monkeypatch, capsys):
+    config = MADE["mixtral"][0]()
+    config.sliding_window, config.max_position_embeddings = 1024, 4096
+    torch.manual_seed(4)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "in")
+    monkeypatch.setattr("sparsecraft.dense.windows.MOST_WORK", work)
+    assert main(["import", str(tmp_path / "in"), "--out", str(tmp_path / "ours")]) == 0
+    assert PROBED[work] in capsys.readouterr().out
+    mixtral = type(STANDARD["mixtral"])
+    dense_config = mixtral.dense_config
+
+    def without(self, config, form):
+        found = dense_config(self, config, form)
+        found.sliding_window = None
+        return found
+
+    monkeypatch.setattr(mixtral, "dense_config", without)
+    if work > 1e5:
+        with pytest.raises(CertificateError, match="differs"):
+            sc.import_moe(tmp_path / "in")
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_every_mixture_has_a_twin(name):
+    twin = random_model(small(MADE[name][0]()))
+    kind = importing.KINDS[twin.config.model_type]
+    assert certify(twin, importing._as_ours(twin, kind)).exact
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "granite"])

@@ -20,13 +20,15 @@ from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.manifest import base_config, read_manifest, read_recipe
 from sparsecraft.checkpoint.space import main_memory
 from sparsecraft.checkpoint.tensors import WEIGHTS, read_tensors
+from sparsecraft.checkpoint.wide import wide_outputs, wide_type
 from sparsecraft.dense.loading import model_class
 from sparsecraft.dense.origin import Origin
-from sparsecraft.dense.probes import random_probe
+from sparsecraft.dense.probes import Inputs, candidates, random_probe
+from sparsecraft.dense.windows import long_probe
 from sparsecraft.errors import CheckpointError
 from sparsecraft.moe import cost
+from sparsecraft.moe.buffers import alike
 from sparsecraft.moe.names import unique_tensors
-from sparsecraft.moe.outputs import outputs
 from sparsecraft.surgery.budget import restore
 from sparsecraft.surgery.install import apply
 from sparsecraft.surgery.plan import plan
@@ -36,11 +38,12 @@ log = logging.getLogger("sparsecraft")
 # Beyond this, names, shapes and types are compared and not the values: to build it twice would take
 # as long as to load it.
 MOST_BYTES = 4 * 2**30
-PROBE = (1, 16)
-# Largest difference of the outputs, relative to the largest of them: values that are saved are
-# equal; those that are computed anew, such as rotary frequencies, may be less rounded.
+# Of the probes: short, and long where no window of the configuration is longer.
+SHORT, LONG = (1, 16), (1, 128)
+# Largest difference of the outputs, relative to the largest of them.
 OUTPUTS_EQUAL = {torch.float64: 1e-6, torch.float32: 1e-4}
-HALF_OUTPUTS_EQUAL = 1e-1
+HALF_OUTPUTS_EQUAL = 1e-1  # where memory lacks a copy in float32
+NOT_RUN = "tensors and buffers are equal; its outputs were not compared"
 
 
 def check_rebuilt(
@@ -67,9 +70,16 @@ def check_rebuilt(
     for name, tensor in tensors.items():
         if not _same(tensor, theirs[name], values=whole):
             raise _other(f"the tensor {name!r} is another one")
-    if whole and again.device == model.device and _runs_on(model, tensors):
-        _compare_outputs(model, again)
-    log.info("Rebuilt from the folder: %s.", "all is equal" if whole else "names and shapes agree")
+    if not whole:
+        log.info("Rebuilt from the folder: names and shapes agree.")
+        return
+    rounded, differ = alike(model, again)
+    if differ:
+        raise _other(f"the buffer {differ[0]!r}, which is in no file, is another one")
+    runs = again.device == model.device and _runs_on(model, tensors)
+    ran = _compare_outputs(model, again, rounded) if runs else 0
+    said = f"all is equal, outputs on {ran} probe(s) too" if ran else NOT_RUN
+    log.info("Rebuilt from the folder: %s.", said)
 
 
 def _place(device: torch.device, size: int) -> torch.device:
@@ -126,20 +136,39 @@ def _runs_on(model: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _compare_outputs(model: nn.Module, again: nn.Module) -> None:
-    probe = random_probe(again, shape=PROBE)
-    try:
-        wanted = outputs(model, [probe])[0]
-    except (RuntimeError, ValueError, TypeError, NotImplementedError):
-        return  # a model that only its own inputs run
-    found = outputs(again, [probe])[0]
-    scale = max(1.0, wanted.abs().max().nan_to_num().item())
-    tolerance = OUTPUTS_EQUAL.get(wanted.dtype, HALF_OUTPUTS_EQUAL) * scale
-    if not torch.allclose(found, wanted.to(found.dtype), rtol=0, atol=tolerance, equal_nan=True):
-        difference = (found - wanted).abs().max().item()
+def _compare_outputs(model: nn.Module, again: nn.Module, rounded: dict[Tensor, Tensor]) -> int:
+    """Compare what both give; the number of probes that the model ran on.
+
+    Args:
+        rounded: buffer of `again` -> what the model has in its place.
+    """
+    dtype, _ = wide_type(model, again)
+    found = _probes(again)
+    for probes in (found, found[:1]):
+        try:
+            wanted = wide_outputs(model, probes, dtype)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError):
+            continue  # a model that only its own inputs run
+        for ours, theirs in zip(wanted, wide_outputs(again, probes, dtype, rounded), strict=True):
+            _check_same(ours, theirs)
+        return len(probes)
+    return 0
+
+
+def _check_same(ours: Tensor, theirs: Tensor) -> None:
+    scale = max(1.0, ours.abs().max().nan_to_num().item())
+    near = {"rtol": 0, "atol": OUTPUTS_EQUAL.get(ours.dtype, HALF_OUTPUTS_EQUAL) * scale}
+    if not torch.allclose(theirs, ours.to(theirs.dtype), **near, equal_nan=True):
+        difference = (theirs - ours).abs().max().item()
         raise _other(
             f"its tensors are equal and its outputs differ by {difference:.1e} at scale {scale:.1f}"
         )
+
+
+def _probes(model: nn.Module) -> list[Inputs]:
+    """A short one first, after which frequencies that have grown are as they were."""
+    long = long_probe(model) or candidates(model, shape=LONG)[-1]
+    return [random_probe(model, shape=SHORT), *([long] if "input_ids" in long else [])]
 
 
 def _other(what: str) -> CheckpointError:

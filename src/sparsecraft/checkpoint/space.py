@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import psutil
+import torch
 
 from sparsecraft.errors import ResourceError
 
@@ -41,6 +42,11 @@ def require(folder: Path, disk: int, memory: int, task: str, free_memory: int | 
 def main_memory() -> int:
     """Bytes of the main memory that are free."""
     return psutil.virtual_memory().available
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free where tensors of this device lie."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else main_memory()
 
 
 def gigabytes(size: int) -> str:

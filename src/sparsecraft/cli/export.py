@@ -46,8 +46,7 @@ def run(command: ExportCommand, say: Say) -> None:
     record = export(model, command.to, command.out, overwrite=command.overwrite)
     say(
         f"{command.out}: {record['parameters']:,} parameters as {command.to}; "
-        f"{record['tensors']} tensors written and read back, "
-        f"max |logit difference| {record['difference']:.1e} at scale {record['scale']:.1f}."
+        f"{record['tensors']} tensors written and read back; {record['measured']}."
     )
     for warning in record.get("lint", ()):
         say(f"  {warning}")

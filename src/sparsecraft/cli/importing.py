@@ -40,5 +40,7 @@ def run(command: ImportCommand, say: Say) -> None:
     recipe = conversion_of(model).recipe
     found = conversion_of(model).report["import"]
     say(f"{found['used']} of {found['tensors']} tensors of the mixture have their place.")
+    if measured := found.get("measured"):
+        say(f"Beside the mixture: {measured}.")
     say("\n".join([f"{recipe.paper}.", *edit_lines(recipe), *cost_lines(cost.count(model))]))
     say(f"Saved and read back: {command.out}")

@@ -50,5 +50,7 @@ def run(command: MergeCommand, say: Say) -> None:
         tokenizer=tokenizer,
         partial=command.partial,
     )
-    write_merged(model, command.out, report, source=command.folder, overwrite=command.overwrite)
-    say(f"{report}\nSaved and read back: {command.out}")
+    found = write_merged(
+        model, command.out, report, source=command.folder, overwrite=command.overwrite
+    )
+    say(f"{report}\nSaved and read back: {command.out}" + (f"; {found}." if found else ""))

@@ -6,8 +6,11 @@ in these agree on every shorter probe.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import torch
+from psutil import virtual_memory
 from torch import nn
 
 from sparsecraft.dense.probes import Inputs, candidates
@@ -22,8 +25,8 @@ WINDOWS = (
     "original_max_position_embeddings",
 )
 BEYOND = 16
-# Bytes of the logits of the longest probe, and of one attention's scores.
-MOST_LOGITS, MOST_SCORES = 2**30, 2**31
+# Bytes of a probe's logits, of one attention's scores and of a mask, and on a CPU its operations.
+MOST_LOGITS, MOST_SCORES, MOST_MASK, MOST_WORK = 2**30, 2**31, 2**33, 2e13
 
 
 def windows_of(model: nn.Module) -> list[int]:
@@ -38,22 +41,50 @@ def windows_of(model: nn.Module) -> list[int]:
 
 
 def long_probe(model: nn.Module, seed: int = 0) -> Inputs | None:
-    """One sequence of random tokens beyond every window that memory allows; None if there is no
-    such window."""
+    """One sequence of random tokens beyond every window that can be probed; None if there is no
+    such window. Of a model that gives them alone, it asks for the last tokens' logits."""
     reached = set(windows_of(model)) - set(unprobed(model))
-    return candidates(model, seed, (1, max(reached) + BEYOND))[-1] if reached else None
+    if not reached:
+        return None
+    probe = candidates(model, seed, (1, _beyond(max(reached))))[-1]
+    if _gives_the_last(model) and "input_ids" in probe:
+        length = probe["input_ids"].shape[1]
+        probe["logits_to_keep"] = torch.arange(length - BEYOND, length)
+    return probe
+
+
+def _beyond(window: int) -> int:
+    """A length at which it shows whether the last tokens see the first."""
+    return window + max(BEYOND, window // 8)
+
+
+def _gives_the_last(model: nn.Module) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def unprobed(model: nn.Module) -> list[int]:
-    """The windows that `long_probe` does not reach, because they are too large."""
+    """The windows that `long_probe` does not reach, because that takes too much memory or time."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 1
-    vocabulary = getattr(config, "vocab_size", None) or 1
+    size = sum(parameter.numel() for parameter in model.parameters())
+    heads, width, layers, vocabulary = (
+        getattr(config, name, None) or 1
+        for name in ("num_attention_heads", "hidden_size", "num_hidden_layers", "vocab_size")
+    )
+    eager = config._attn_implementation == "eager"
+    bounded = next(model.parameters()).device.type == "cpu"
 
-    def fits(length: int) -> bool:
-        return 4 * length * vocabulary <= MOST_LOGITS and 4 * heads * length**2 <= MOST_SCORES
+    def fits(window: int) -> bool:
+        length = _beyond(window)
+        logits = BEYOND if _gives_the_last(model) else length
+        work = 2 * size * length + 4 * layers * width * length**2
+        mask = 4 * length**2
+        return (
+            4 * logits * vocabulary <= MOST_LOGITS
+            and (mask * heads <= MOST_SCORES if eager else mask <= MOST_MASK)
+            and not (bounded and (work > MOST_WORK or 2 * mask > virtual_memory().available))
+        )
 
-    return [size for size in windows_of(model) if not fits(size + BEYOND)]
+    return [window for window in windows_of(model) if not fits(window)]
 
 
 def _field(part: Any, name: str) -> Any:

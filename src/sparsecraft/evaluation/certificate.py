@@ -46,12 +46,21 @@ class Certificate:
         forced: how many of the others were run all the same, as if all tokens had chosen them.
         power: the smallest relative change of a layer's whole output that would have been seen, of
             the layer where it is largest: measured, by scaling the outputs that were compared until
-            they count as different. None if all outputs were zero.
+            they count as different. Of a model's outputs, the smallest change relative to the
+            largest of them. None if all outputs were zero.
         worst: path of the layer that the numbers are of.
         lifted: how many layers were computed in a wider type than the model's; a quantized one
             cannot be.
         logit_difference, logit_scale: of the whole model's outputs, in its own dtype, before and
             after; None where it does not fit into memory. In half precision they prove little.
+        claimed: whether the two should be equal: the recipe says so, and its experts are copies of
+            the model and not of sources.
+        rounding: of outputs, the largest difference once the weights that were made are rounded to
+            the type that holds them; None if they are not.
+        tokens: of the longest probe, where a model was compared with one that was written or read.
+        twin: of the longest probe of a small twin with the same windows, where those are too long
+            for a probe of the model.
+        unprobed: windows beyond which neither was compared.
         differs: what else is not as in the dense model.
     """
 
@@ -72,6 +81,11 @@ class Certificate:
     lifted: int = 0
     logit_difference: float | None = None
     logit_scale: float | None = None
+    claimed: bool = True
+    rounding: float | None = None
+    tokens: int = 0
+    twin: int = 0
+    unprobed: tuple[int, ...] = ()
     differs: tuple[str, ...] = ()
 
     @property
@@ -80,18 +94,26 @@ class Certificate:
         nothing = self.layers > 0 and self.ran + self.alone == 0
         return self.max_difference <= self.tolerance and not self.differs and not nothing
 
-    def within(self, relative: float) -> bool:
-        """Whether the difference is at most this share of the scale, beyond what is equal."""
-        return self.max_difference <= relative * self.scale + self.tolerance
-
     def __str__(self) -> str:
-        if not self.layers:
-            return (
-                f"max |logit difference| {self.max_difference:.1e} on {self.probes} probe "
-                f"batch(es), logit scale {self.scale:.1f}, tolerance {self.tolerance:.1e} "
-                f"in {self.dtype}: {'equal' if self.exact else 'different'}"
-            )
-        return "; ".join([self._verdict(), *self._details()])
+        lines = [self._verdict(), *self._details()] if self.layers else self._of_outputs()
+        return "; ".join([*lines, *self.differs[:NAMED]])
+
+    def _of_outputs(self) -> list[str]:
+        lines = [
+            f"max |logit difference| {self.max_difference:.1e} on {self.probes} probe "
+            f"batch(es), logit scale {self.scale:.1f}, tolerance {self.tolerance:.1e} "
+            f"in {self.dtype}: {'equal' if self.exact else 'different'}"
+        ]
+        if self.rounding is not None:
+            lines.append(f"{self.rounding:.1e} with rounded weights")
+        if self.power is not None:
+            length = f" in {self.tokens} tokens" if self.tokens else ""
+            lines.append(f"an error of {self.power:.0e} of that scale{length} would be seen")
+        if self.twin:
+            lines.append(f"a small twin with the same windows was compared in {self.twin} tokens")
+        if self.unprobed:
+            lines.append(f"NOT compared beyond windows of {', '.join(map(str, self.unprobed))}")
+        return lines
 
     def _verdict(self) -> str:
         word = "exact" if self.exact else "different"
@@ -106,7 +128,7 @@ class Certificate:
         )
 
     def _details(self) -> list[str]:
-        lines = []
+        lines = [] if self.claimed or self.exact else ["no equality was claimed"]
         if self.power is not None:
             lines.append(f"an error of {self.power:.0e} in any of them would be seen")
         if self.unreached:
@@ -120,7 +142,7 @@ class Certificate:
         if self.logit_difference is not None:
             logits = f"{self.logit_difference:.1e} at scale {self.logit_scale:.1f}"
             lines.append(f"max |logit difference| {logits}")
-        return [*lines, *self.differs[:NAMED]]
+        return lines
 
 
 def _some(names: tuple[str, ...]) -> str:
@@ -137,18 +159,24 @@ def probes(model: nn.Module, data: Any, tokenizer: Any, seed: int) -> list[dict[
     return found
 
 
-def compare(dense: list[Tensor], converted: list[Tensor]) -> Certificate:
-    """The largest difference between two lists of outputs."""
+def compare(dense: list[Tensor], converted: list[Tensor], least: float = 0.0) -> Certificate:
+    """The largest difference between two lists of outputs.
+
+    Args:
+        least: relative to the largest output, what counts as equal in any type.
+    """
     dtype = dense[0].dtype
     pairs = zip(dense, converted, strict=True)
     # The maximum of a tensor, not of Python: it lets a NaN through.
     differences = torch.stack([(c - d).abs().max() for d, c in pairs])
     difference = differences.max().item()
     scale = max(d.abs().max().item() for d in dense)
+    tolerance = max(TOLERANCE[dtype], least) * max(1.0, scale)
     return Certificate(
         max_difference=difference,
         scale=scale,
-        tolerance=TOLERANCE[dtype] * max(1.0, scale),
+        tolerance=tolerance,
+        power=tolerance / scale if scale else None,
         dtype=str(dtype).removeprefix("torch."),
         probes=len(dense),
     )

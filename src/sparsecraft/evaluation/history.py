@@ -15,7 +15,8 @@ from sparsecraft.recipe.recipe import Recipe
 SAID = {
     "conversion": "recipe variant exact_at_start certificate layers cost domains sources children "
     "arrived",
-    "certificate": "max_difference scale exact tolerance dtype probes layers ran unreached power",
+    "certificate": "max_difference scale exact tolerance dtype probes layers ran unreached power "
+    "claimed",
     "training": "stage steps loss settings counts log fit moved",
     "merge": "how recipe result folded joined kept certificate change cost activation arrived",
 }
@@ -49,8 +50,9 @@ def history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
 
 def start_line(recipe: Recipe, report: dict[str, Any]) -> str:
     """What the recipe claims of a model's start, in how many layers it was measured, and how."""
-    claim = "exact" if recipe.exact_at_start else "not exact"
     certificate = report.get("conversion", {}).get("certificate")
+    claimed = (certificate or {}).get("claimed", recipe.exact_at_start)
+    claim = "exact" if claimed else "not exact"
     return f"At the start: claimed {claim}, {_measured(certificate)}."
 
 

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.dense.twins import HERE
+from sparsecraft.errors import SparsecraftError
 from sparsecraft.evaluation.certificate import TOLERANCE, Certificate, compare
 from sparsecraft.evaluation.distance import Distance, distance, first_tensor, mean_distance, power
-from sparsecraft.evaluation.lending import Lender, widened
 from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.lending import Lender, widened
 from sparsecraft.moe.outputs import evaluation_mode, inputs_of, output_of, undisturbed
 from sparsecraft.moe.routing import Routing
 from sparsecraft.surgery.record import conversion_of
@@ -281,10 +282,19 @@ class Comparison:
                 donor = item.donor.reference
                 x = torch.randn(*ALONE, item.donor.in_features, generator=generator, **HERE)
                 x = x.to("cpu" if donor.is_meta else donor.device, self.model.dtype)
-                # A module that reads more than its hidden states fails in its own way.
-                with suppress(Exception):
+                if not self._runs_alone(layer, x):
+                    continue
+                with suppress(SparsecraftError):  # a layer that reads masks or sentences refuses
                     self._compare(layer, layer.forward, (x,), {})
-                    self.found[layer].alone = True
+                self.found[layer].alone = self.found[layer].worst is not None
+
+    def _runs_alone(self, layer: MoELayer, x: Tensor) -> bool:
+        """Whether the dense module needs hidden states and nothing else."""
+        base = self._dense(layer)
+        with suppress(Exception):  # families fail in their own ways
+            self._call("dense", base, base, self.lender.wide_type(base, layer), (x,), {})
+            return True
+        return False
 
     # ------------------------------------------------------------------------------------- results
 
@@ -312,6 +322,7 @@ class Comparison:
             power=max((m.power for m in measured if m.power is not None), default=None),
             worst=worst and worst.path,
             lifted=sum(m.lifted for m in ran),
+            claimed=self.claims,
             differs=tuple(self._differences(ran, alone)),
         )
 

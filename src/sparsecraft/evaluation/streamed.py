@@ -15,7 +15,7 @@ from sparsecraft.dense.probes import candidates
 from sparsecraft.errors import SparsecraftError, first_line
 from sparsecraft.evaluation.certificate import Certificate
 from sparsecraft.evaluation.layerwise import Comparison
-from sparsecraft.evaluation.lending import Lender
+from sparsecraft.moe.lending import Lender
 from sparsecraft.moe.names import dense_name, unique_tensors
 from sparsecraft.surgery.record import conversion_of
 from sparsecraft.surgery.revert import replaced_tensors
@@ -46,9 +46,10 @@ def certify_files(
     """
     sources = {}
     for name, tensor in unique_tensors(model).items():
-        sources[id(tensor)] = written.get(name) or partial(dense, dense_name(model, name))
+        read = written.get(name) or partial(dense, dense_name(model, name))
+        sources[id(tensor)] = partial(_read, read, tensor.dtype)
     for name, tensor in replaced_tensors(conversion_of(model)).items():
-        sources[id(tensor)] = partial(dense, name)
+        sources[id(tensor)] = partial(_read, partial(dense, name), tensor.dtype)
     probes = candidates(model, seed)
     _fill_buffers(model)
     why = ""
@@ -62,6 +63,11 @@ def certify_files(
         comparison.run_alone()
         return comparison.certificate(1)
     raise CannotCompareError(f"{type(model).__name__} failed on it: {why}")
+
+
+def _read(read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+    """A tensor from a file in the type that it has in the model."""
+    return read().to(dtype)
 
 
 def _fill_buffers(model: nn.Module) -> None:

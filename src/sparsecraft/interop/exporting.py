@@ -17,21 +17,17 @@ from sparsecraft.checkpoint.companions import write_companions
 from sparsecraft.checkpoint.folder import EXPORT_RECORD, MANIFEST, replacing
 from sparsecraft.checkpoint.jsonfile import write_json
 from sparsecraft.checkpoint.space import require
-from sparsecraft.dense.probes import random_probe
 from sparsecraft.dense.sound import check_weights
-from sparsecraft.dense.windows import long_probe, unprobed
 from sparsecraft.errors import ExportError, did_you_mean
-from sparsecraft.evaluation.certificate import Certificate, compare
+from sparsecraft.evaluation.certificate import Certificate
+from sparsecraft.evaluation.whole import certify
 from sparsecraft.interop.targets.architectures import Granite, Mixtral, Qwen2Moe, Qwen3Moe
 from sparsecraft.interop.targets.form import form_of
 from sparsecraft.interop.targets.peft import PeftTarget
 from sparsecraft.interop.targets.standard import Standard, write_older_tokenizer
+from sparsecraft.interop.twins import certify_twin, with_twin
 from sparsecraft.moe import cost
-from sparsecraft.moe.outputs import outputs
 from sparsecraft.surgery.record import conversion_of
-
-# Largest relative logit difference between ours and the exported model, read back.
-EXPORT_TOLERANCE = 1e-4
 
 STANDARD: dict[str, Standard] = {t.name: t for t in (Mixtral(), Granite(), Qwen2Moe(), Qwen3Moe())}
 TARGETS = STANDARD | {"peft": PeftTarget()}
@@ -102,9 +98,12 @@ def export(
         out: the folder to write; it appears once the exported model has given our logits.
 
     Returns:
-        `difference`: largest |logit difference| of the model read back to ours; `scale`;
-        `probed_tokens`: of the longest sequence that this was measured on, which is beyond every
-        sliding window and scaling length but those of `windows_not_probed`, that are too large;
+        `difference`: largest |logit difference| of the model read back to ours; `scale`; `dtype` of
+        that computation, float32 where memory holds a copy in it; `power`, the smallest error,
+        relative to `scale`, that it would have shown; `rounding`, the difference with weights
+        rounded to the type of the dense ones, where some are; `probed_tokens`, of the longest
+        sequence that this was measured on, which is beyond every sliding window and scaling length
+        but those of `windows_not_probed`, that are too large; `measured`, all that in words;
         `parameters`; `tensors`, how many were written; `lint`: of a standard architecture, what
         engines do otherwise.
 
@@ -117,21 +116,20 @@ def export(
     tensors = chosen.to_target(model)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     require(out, disk=size, memory=2 * size, task="Exporting")
-    probes = [random_probe(model), *filter(None, [long_probe(model)])]
-    ours = outputs(model, probes)
     with replacing(out, overwrite) as folder:
         chosen.write(model, tensors, folder)
         write_companions(model, folder, tokenizer)
         if target in STANDARD:
             write_older_tokenizer(folder)
         again = chosen.read(model, folder)
-        certificate = compare(ours, outputs(again, probes))
-        if not certificate.within(EXPORT_TOLERANCE):
+        certificate = certify(model, again, tensors)
+        if certificate.unprobed and target in STANDARD:
+            certificate = with_twin(certificate, certify_twin(model, STANDARD[target]))
+        if not certificate.exact:
             raise ExportError(
                 f"The exported {target} model differs from ours: {certificate}. Nothing was kept."
             )
-        tokens = max(next(iter(probe.values())).shape[1] for probe in probes)
-        record = _record(model, target, again, certificate, tokens) | {"tensors": len(tensors)}
+        record = _record(model, target, again, certificate) | {"tensors": len(tensors)}
         write_json(folder / EXPORT_RECORD, record)
     return record
 
@@ -148,20 +146,21 @@ def _check(model: nn.Module, target: str, out: Path) -> None:
 
 
 def _record(
-    model: nn.Module, target: str, again: nn.Module, certificate: Certificate, tokens: int
+    model: nn.Module, target: str, again: nn.Module, certificate: Certificate
 ) -> dict[str, Any]:
-    """What export.json says of the model `again` that was read back.
-
-    Args:
-        tokens: of the longest sequence that both were compared on.
-    """
+    """What export.json says of the model `again` that was read back."""
     return {
         "target": target,
         "recipe": conversion_of(model).recipe.name,
         "difference": certificate.max_difference,
         "scale": certificate.scale,
-        "probed_tokens": tokens,
-        "windows_not_probed": unprobed(model),
+        "dtype": certificate.dtype,
+        "power": certificate.power,
+        "rounding": certificate.rounding,
+        "probed_tokens": certificate.tokens,
+        "twin_tokens": certificate.twin,
+        "windows_not_probed": list(certificate.unprobed),
+        "measured": str(certificate),
         "parameters": cost.count(again).total,
         **TARGETS[target].record(model),
     }

@@ -7,6 +7,7 @@ The inverse of `targets`: a dense model is built with the attention of the mixtu
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,15 @@ from torch import nn
 from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.dense import hub
-from sparsecraft.dense.probes import random_probe
 from sparsecraft.dense.sound import check_weights
-from sparsecraft.dense.windows import long_probe
 from sparsecraft.errors import CertificateError, CheckpointError
-from sparsecraft.evaluation.certificate import compare
-from sparsecraft.interop.exporting import EXPORT_TOLERANCE, STANDARD
+from sparsecraft.evaluation.whole import certify
+from sparsecraft.interop.exporting import STANDARD
 from sparsecraft.interop.layouts import read_mixturekit, read_pesc
-from sparsecraft.interop.targets.form import Form, attention_of
-from sparsecraft.interop.targets.standard import Part, aligned, by_layer
-from sparsecraft.moe.outputs import outputs
-from sparsecraft.recipe.edits import Edit
-from sparsecraft.recipe.experts import FFNSpec
+from sparsecraft.interop.targets.form import attention_of, imported
+from sparsecraft.interop.targets.standard import Part, Standard, aligned, by_layer
+from sparsecraft.interop.twins import random_model, small, with_twin
 from sparsecraft.recipe.recipe import Recipe
-from sparsecraft.recipe.routers import RouterSpec
-from sparsecraft.recipe.scorers import Linear, Normal
-from sparsecraft.recipe.selections import TopK
-from sparsecraft.recipe.stages import Stage
 from sparsecraft.recipes.camelidae import camelidae
 from sparsecraft.surgery.install import apply
 from sparsecraft.surgery.plan import plan
@@ -90,17 +83,28 @@ def _import_standard(folder: Path, kind: str) -> nn.Module:
     check_weights(theirs, CheckpointError)
     if not aligned(theirs):
         theirs.set_experts_implementation("eager")
+    model = _as_ours(theirs, target)
+    model.generation_config = theirs.generation_config
+    certificate = certify(theirs, model)
+    if certificate.unprobed:
+        twin = random_model(small(theirs.config))
+        certificate = with_twin(certificate, certify(twin, _as_ours(twin, target)))
+    if not certificate.exact:
+        raise CertificateError(f"The imported model differs from {str(folder)!r}: {certificate}.")
+    conversion_of(model).report["import"] |= {
+        "certificate": dataclasses.asdict(certificate),
+        "measured": str(certificate),
+    }
+    return model
+
+
+def _as_ours(theirs: nn.Module, target: Standard) -> nn.Module:
+    """The converted model that has the tensors of a mixture."""
     tensors = {name: tensor.detach() for name, tensor in theirs.state_dict().items()}
     form = target.read_form(theirs.config, list(by_layer(tensors)[1].values()))
     config = target.dense_config(theirs.config, form)
     tensors = target.from_target(tensors, form, attention_of(config))
-    model = _build(config, imported(form, target.title), tensors, theirs.dtype)
-    model.generation_config = theirs.generation_config
-    probes = [random_probe(model), *filter(None, [long_probe(model)])]
-    certificate = compare(outputs(theirs, probes), outputs(model, probes))
-    if not certificate.within(EXPORT_TOLERANCE):
-        raise CertificateError(f"The imported model differs from {str(folder)!r}: {certificate}.")
-    return model
+    return _build(config, imported(form, target.title), tensors, theirs.dtype)
 
 
 def _build(config: Any, recipe: Recipe, tensors: Part, dtype: torch.dtype) -> nn.Module:
@@ -125,35 +129,3 @@ def _own(tensors: Part) -> Part:
         name: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t
         for name, t in tensors.items()
     }
-
-
-def imported(form: Form, title: str) -> Recipe:
-    """The recipe of a mixture that was made elsewhere.
-
-    Args:
-        title: what it was called there.
-    """
-    other_width = form.shared and form.shared != form.width
-    return Recipe(
-        name="imported",
-        title="A mixture that was made elsewhere",
-        paper=f"Imported from {title}",
-        variant="paper",
-        exact_at_start=False,
-        edits=(
-            Edit(
-                site="ffn",
-                place="beside" if form.shared else "replace",
-                experts=FFNSpec(
-                    num_experts=form.num_experts, width=form.width if other_width else None
-                ),
-                router=RouterSpec(
-                    scorer=Linear(start=Normal()),
-                    select=TopK(form.top_k, renormalize=form.normalized),
-                    gates_base=form.gated,
-                ),
-            ),
-        ),
-        # Of upcycling: a checkpoint does not record how its mixture was trained elsewhere.
-        stages=(Stage(trains=("all",), losses={"switch": 0.01}, learning_rate=1e-4),),
-    )

@@ -44,11 +44,15 @@ class Ledger:
         old: parameter, or an activation's buffer -> its value before the first write.
         asked: parameters of which something was to change, before it was rounded.
         shared: parameters that several modules of the model have in common.
+        wide: a type in which `exact` is remembered; None for not at all.
+        exact: what was written -> its value before it was rounded.
     """
 
     old: dict[Tensor, Tensor] = field(default_factory=dict)
     asked: set[Tensor] = field(default_factory=set)
     shared: dict[nn.Parameter, list[str]] = field(default_factory=dict)
+    wide: torch.dtype | None = None
+    exact: dict[Tensor, Tensor] = field(default_factory=dict)
 
     def guard(self, model: nn.Module) -> None:
         """Refuse to write what more than one module of the dense `model` reads."""
@@ -64,11 +68,17 @@ class Ledger:
                 "all of them; untie them first."
             )
         self.old.setdefault(parameter, parameter.data)
+        if self.wide not in (None, parameter.dtype):
+            self.exact[parameter] = value.to(self.wide)
         if not torch.equal(value.to(torch.float64), parameter.data.to(torch.float64)):
             self.asked.add(parameter)
         # Memory of its own: a part of a bank would keep the whole bank, and share it.
         data = torch.empty_like(value, dtype=parameter.dtype, memory_format=torch.contiguous_format)
         parameter.data = data.copy_(value)
+
+    def value(self, parameter: Tensor) -> Tensor:
+        """What stands in a parameter, or would if its type did not round it."""
+        return self.exact.get(parameter, parameter.detach())
 
     def arrived(self, model: nn.Module) -> dict[str, Any]:
         """Of the changes that were asked for, how many are in the weights, and which are not: of
@@ -174,7 +184,7 @@ def _change(ledger: Ledger, model: nn.Module, path: str, rows: Rows, change) -> 
     """Apply `change` to a Linear's weight, (O, I) in float64, or to some of its rows."""
     module = model.get_submodule(path)
     transposed = isinstance(module, Conv1D)
-    weight = module.weight.detach()
+    weight = ledger.value(module.weight)
     w_OI = (weight.t() if transposed else weight).to(torch.float64, copy=True)
     start, length = rows or (0, len(w_OI))
     part = slice(start, start + length)
@@ -186,7 +196,7 @@ def _change_bias(ledger: Ledger, model: nn.Module, path: str, rows: Rows, l_O: T
     bias = model.get_submodule(path).bias
     if bias is None:
         return
-    b_O = bias.detach().to(torch.float64, copy=True)
+    b_O = ledger.value(bias).to(torch.float64, copy=True)
     start, length = rows or (0, len(b_O))
     b_O[start : start + length] *= l_O
     ledger.write(bias, b_O)

@@ -5,6 +5,7 @@ Shapes: E experts.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -17,8 +18,10 @@ import transformers
 
 import sparsecraft as sc
 from sparsecraft.cli.main import main
-from sparsecraft.conversion.merging.merge import MERGE_TOLERANCE, read_weights
+from sparsecraft.conversion.merging.merge import read_weights
 from sparsecraft.errors import CertificateError, MergeError, SurgeryError
+from sparsecraft.evaluation.certificate import TOLERANCE
+from sparsecraft.evaluation.whole import EQUAL
 from sparsecraft.moe.experts.base import set_dispatch
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.recipe.experts import AdapterSpec, FFNLoRASpec, LoRASpec, VectorSpec
@@ -165,8 +168,59 @@ def test_loras_inside_a_network_with_a_scaled_part(family):
 def test_bfloat16_merges_within_its_tolerance(family):
     model = converted(family, sc.recipes.lora(R), std=0.02).to(torch.bfloat16)
     report = sc.merge(model)
-    assert report.certificate.dtype == "bfloat16" and report.certificate.exact
+    found = report.certificate
+    assert found.dtype == "float32" and found.exact and found.max_difference < 1e-5 < found.rounding
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [0.9, 0.99])
+def test_a_wrong_update_is_seen_in_any_type(factor, dtype, monkeypatch):
+    """It is a small part of the weights, and smaller than what rounding them does."""
+    module = sys.modules["sparsecraft.conversion.merging.merge"]
+    fold = module.fold
+
+    def wrong(model, item, bank, weights_E, ledger):
+        fold(model, item, bank, weights_E * factor, ledger)
+
+    monkeypatch.setattr(module, "fold", wrong)
+    model = converted("llama", sc.recipes.lora(R)).to(dtype)
+    with pytest.raises(CertificateError, match=r"in float32: different.*given back"):
+        sc.merge(model)
+
+
+def test_what_bfloat16_cannot_hold_is_told_from_a_wrong_update(monkeypatch):
+    model = converted("llama", sc.recipes.lora(R), std=0.02).to(torch.bfloat16)
+    monkeypatch.setitem(TOLERANCE, torch.bfloat16, 0.0)
+    with pytest.raises(CertificateError, match=r"rounded to bfloat16, .*load it in float32"):
+        sc.merge(model)
+
+
+def test_a_weight_that_several_layers_change_is_rounded_once():
+    """Phi-3: LoRA beside the whole of gate_up_proj, and around it vectors on its second half."""
+    recipe = custom(lora("linear"), scaled("intermediate", "after"))
+    found = sc.merge(converted("phi3", recipe).to(torch.bfloat16)).certificate
+    assert found.exact and found.max_difference < 1e-5 < found.rounding
+
+
+def test_a_folder_of_half_precision_is_compared_in_float32(folders, tmp_path, monkeypatch):
+    module = sys.modules["sparsecraft.conversion.merging.merge"]
+    write_dense = module.write_dense
+    model = sc.load(folders["lora"], dtype="bfloat16")
+    report = sc.merge(model)
+
+    def wrong(model, folder, source):
+        other = copy.deepcopy(model)
+        other.model.layers[1].mlp.down_proj.weight.data *= 0.99
+        write_dense(other, folder, source)
+
+    good = module.write_merged(model, tmp_path / "good", report, folders["lora"], False)
+    assert good.exact and good.dtype == "float32" and good.max_difference < 1e-6
+    record = json.loads((tmp_path / "good" / "sparsecraft_export.json").read_text())
+    assert record["read_back"]["power"] == good.power < 1e-3
+    monkeypatch.setattr(module, "write_dense", wrong)
+    with pytest.raises(CertificateError, match="gives other logits"):
+        module.write_merged(model, tmp_path / "bad", report, folders["lora"], False)
 
 
 def test_merging_attention_lora_keeps_experts_intact():
@@ -495,7 +549,7 @@ def test_a_merge_that_fails_gives_the_model_back(monkeypatch):
         state, wanted = snapshot(model), logits(model, batch("llama"))
         trains = {n for n, p in model.named_parameters() if p.requires_grad}
         with monkeypatch.context() as patch:
-            patch.setattr("sparsecraft.conversion.merging.merge.MERGE_TOLERANCE", -1.0)
+            patch.setattr("sparsecraft.evaluation.whole.EQUAL", -1.0)
             patch.setattr("sparsecraft.evaluation.certificate.TOLERANCE", {torch.float32: -1.0})
             with pytest.raises(CertificateError, match="given back"):
                 sc.merge(model, **arguments)
@@ -506,7 +560,7 @@ def test_a_merge_that_fails_gives_the_model_back(monkeypatch):
         assert {n for n, p in model.named_parameters() if p.requires_grad} == trains
         sc.revert(model)
         assert difference(dense("llama"), "llama", logits(model, batch("llama"))) == 0
-    assert MERGE_TOLERANCE == 1e-4
+    assert EQUAL == 1e-4
 
 
 def test_shared_weights_are_not_changed_under_another_module():
@@ -709,7 +763,7 @@ def test_a_merge_of_parts_that_fails_gives_them_back(monkeypatch, family):
     state, wanted = snapshot(model), logits(model, batch(family))
     layers, running = list(model.sparsecraft.layers), model.sparsecraft.running
     with monkeypatch.context() as patch:
-        patch.setattr("sparsecraft.conversion.merging.merge.MERGE_TOLERANCE", -1.0)
+        patch.setattr("sparsecraft.evaluation.whole.EQUAL", -1.0)
         patch.setattr("sparsecraft.evaluation.certificate.TOLERANCE", {torch.float32: -1.0})
         with pytest.raises(CertificateError, match="given back"):
             sc.merge(model)
@@ -729,7 +783,7 @@ def test_bfloat16_parts_merge():
     sc.convert(model, sc.recipes.moefication(E, partition="random"))
     for layer in model.sparsecraft.layers:  # as training leaves them
         layer.experts.float()
-    assert sc.merge(model).certificate.dtype == "bfloat16"
+    assert sc.merge(model).certificate.dtype == "float32"
     assert all(torch.equal(t, wanted[n]) for n, t in model.state_dict().items())
 
 
@@ -806,6 +860,35 @@ def test_the_command_freezes_and_averages_with_measured_losses(capsys, folders, 
     )
     options = ("--how", "fixed", "--weights", "0.25,0.25,0.25,0.25")
     assert run(capsys, "merge", folders["mov"], "--out", tmp_path / "c", *options)[0] == 0
+
+
+@pytest.mark.parametrize("work", [1e10, 1e4])
+def test_a_window_that_the_folder_loses_is_seen_beyond_it(work, capsys, tmp_path, monkeypatch):
+    config = transformers.MistralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=1024,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM(config).eval()
+    sc.convert(model, sc.recipes.lora(R))
+    randomize_new(model)
+    sc.save(model, tmp_path / "lora")
+    monkeypatch.setattr("sparsecraft.dense.windows.MOST_WORK", work)
+    status, text = run(capsys, "merge", tmp_path / "lora", "--out", tmp_path / "good")
+    words = "in 1152 tokens would be seen" if work > 1e5 else "NOT compared beyond windows of 1024"
+    assert status == 0 and words in text.splitlines()[-1]
+    module = sys.modules["sparsecraft.conversion.merging.merge"]
+    write_dense = module.write_dense
+
+    def without(model, folder, source):
+        write_dense(model, folder, source)
+        written = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(written | {"sliding_window": None}))
+
+    monkeypatch.setattr(module, "write_dense", without)
+    if work > 1e5:
+        status, text = run(capsys, "merge", tmp_path / "lora", "--out", tmp_path / "bad")
+        assert status == 1 and "gives other logits" in text and not (tmp_path / "bad").exists()
 
 
 def test_bad_merges_are_one_sentence_and_write_nothing(capsys, folders, tmp_path):

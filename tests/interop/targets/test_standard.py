@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -13,10 +14,14 @@ import transformers
 from safetensors import safe_open
 
 import sparsecraft as sc
+from sparsecraft.cli.main import main
 from sparsecraft.errors import CheckpointError, ExportError
+from sparsecraft.evaluation.certificate import TOLERANCE
 from sparsecraft.interop.exporting import STANDARD, TARGETS, plan
+from sparsecraft.interop.twins import certify_twin
 from sparsecraft.moe.routers.scorer import Scorer
 from tests import cases, tiny
+from tests.evaluation.test_certificate import FAULTS
 
 
 def upcycled(dense, **changes):
@@ -475,22 +480,133 @@ def test_a_field_of_another_family_is_not_believed(name, tmp_path):
     assert record["probed_tokens"] == (96 if fields["sliding_window"] else 64)
 
 
-def test_a_difference_beyond_the_window_is_seen(tmp_path, monkeypatch):
-    """A target that loses the window agrees on every shorter probe."""
+def windowed(size: int = 1024):
     config = transformers.MistralConfig(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, sliding_window=100,
-        max_position_embeddings=256,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=size,
+        max_position_embeddings=4096,
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.MistralForCausalLM(config).eval()
     sc.convert(model, sc.recipes.upcycling(num_experts=2))
-    target = STANDARD["mixtral"]
-    settings = type(target).settings
+    return model
+
+
+def lose_the_window(monkeypatch, **fields):
+    """A target that loses the window agrees on every shorter probe."""
+    mixtral = type(STANDARD["mixtral"])
+    settings = mixtral.settings
 
     def without(self, form, attention):
-        return settings(self, form, attention) | {"sliding_window": None}
+        return settings(self, form, attention) | {"sliding_window": None, **fields}
 
-    monkeypatch.setattr(type(target), "settings", without)
-    with pytest.raises(ExportError, match="differs from ours"):
+    monkeypatch.setattr(mixtral, "settings", without)
+
+
+# Operations that are enough for a window of 1024 on its twin, and not on the model.
+TWIN = 1e8
+
+
+def test_a_difference_beyond_the_window_is_seen(tmp_path, monkeypatch):
+    lose_the_window(monkeypatch)
+    with pytest.raises(ExportError, match="in 1152 tokens"):
+        sc.export(windowed(), "mixtral", tmp_path / "out")
+
+
+@pytest.mark.parametrize("fields", [{}, {"sliding_window": 1000}])
+def test_a_window_too_long_for_a_probe_is_probed_on_a_twin(fields, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsecraft.dense.windows.MOST_WORK", TWIN)
+    record = sc.export(windowed(), "mixtral", tmp_path / "good")
+    assert (record["probed_tokens"], record["twin_tokens"]) == (64, 1152)
+    assert record["windows_not_probed"] == []
+    assert "twin with the same windows was compared in 1152 tokens" in record["measured"]
+    lose_the_window(monkeypatch, **fields)
+    with pytest.raises(ExportError, match="a small twin with the same windows differs"):
+        sc.export(windowed(), "mixtral", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_window_that_nothing_probes_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sparsecraft.dense.windows.MOST_WORK", 1e5)
+    sc.save(windowed(), tmp_path / "ours")
+    arguments = ["export", tmp_path / "ours", "--to", "mixtral", "--out", tmp_path / "out"]
+    assert main([*map(str, arguments)]) == 0
+    record = json.loads((tmp_path / "out" / "sparsecraft_export.json").read_text())
+    assert record["windows_not_probed"] == [1024]
+    assert "NOT compared beyond windows of 1024" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_every_standard_form_has_a_twin(name, recipe):
+    model = mixture(name, recipe)
+    for target in TABLE[recipe](*ATTENTION[name]):
+        found = certify_twin(model, STANDARD[target])
+        assert found.exact and found.tokens >= 9 and found.scale > 1
+
+
+# ------------------------------------------------------------------------------- in half precision
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("fault", FAULTS.keys() - {"bias"})
+def test_a_wrong_layer_is_seen_in_any_type(fault, dtype, tmp_path, monkeypatch):
+    """Logits in half precision let ten percent of a layer pass."""
+    model = upcycled(cases.dense("mistral").to(dtype))
+    target = STANDARD["mixtral"]
+    to_target = type(target).to_target
+
+    def wrong(self, given):
+        given = copy.deepcopy(given)
+        FAULTS[fault](given.model.layers[1].mlp.experts)
+        return to_target(self, given)
+
+    monkeypatch.setattr(type(target), "to_target", wrong)
+    with pytest.raises(ExportError, match="in float32: different"):
         sc.export(model, "mixtral", tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_was_measured_in_half_precision_is_said(dtype, tmp_path):
+    """The cast has rounded the rotary frequencies too, which are in no file."""
+    record = sc.export(upcycled(llama().to(dtype)), "mixtral", tmp_path / "out")
+    assert record["difference"] < 1e-5 and record["rounding"] is None
+    assert record["dtype"] == "float32" and 1e-4 <= record["power"] < 1e-3
+    assert "would be seen" in record["measured"]
+    assert json.loads((tmp_path / "out" / "sparsecraft_export.json").read_text()) == record
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_is_rounded_when_it_is_written_is_right_before(dtype, tmp_path, monkeypatch):
+    """Experts that training left in float32, and a router's temperature."""
+    dense = cases.dense("qwen2").to(dtype)
+    recipe = sc.override(sc.recipes.upcycling(num_experts=4), {"router.temperature": 0.7})
+    sc.convert(dense, recipe)
+    for layer in dense.sparsecraft.layers:
+        layer.experts.float()
+    cases.randomize_new(dense, std=0.05)
+    record = sc.export(dense, "qwen2_moe", tmp_path / "out")
+    assert record["difference"] < 1e-5 < record["rounding"] < 0.1
+    assert f"{record['rounding']:.1e} with rounded weights" in record["measured"]
+    monkeypatch.setitem(TOLERANCE, dtype, 0.0)
+    monkeypatch.setattr("sparsecraft.evaluation.whole.EQUAL", 1e-6)
+    with pytest.raises(ExportError, match="the weights make it another model"):
+        sc.export(dense, "qwen2_moe", tmp_path / "other")
+
+
+def test_without_memory_for_float32_the_command_says_what_it_does_not_see(
+    tmp_path, monkeypatch, caplog, capsys
+):
+    model = llama().to(torch.bfloat16)
+    sc.convert(model, sc.recipes.upcycling(num_experts=4))
+    sc.save(model, tmp_path / "ours")
+    monkeypatch.setattr("sparsecraft.checkpoint.wide.free_memory", lambda device: 1000)
+    arguments = ["export", tmp_path / "ours", "--to", "mixtral", "--out", tmp_path / "out"]
+    assert main([*map(str, arguments)]) == 0
+    record = json.loads((tmp_path / "out" / "sparsecraft_export.json").read_text())
+    assert record["dtype"] == "bfloat16" and record["power"] >= 0.05
+    said = capsys.readouterr()
+    assert record["measured"] in said.out and "in bfloat16: equal; an error of" in said.out
+    assert "Compared in bfloat16, because a copy in float32 takes" in caplog.text + said.err

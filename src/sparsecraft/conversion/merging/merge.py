@@ -26,6 +26,7 @@ from sparsecraft.checkpoint.jsonfile import write_json
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.checkpoint.save import save
 from sparsecraft.checkpoint.space import require
+from sparsecraft.checkpoint.wide import wide_outputs
 from sparsecraft.conversion.merging.change import Change, HeldOut, mean_kl, predicts_classes
 from sparsecraft.conversion.merging.frozen import frozen_routing
 from sparsecraft.conversion.merging.mergeable import (
@@ -40,15 +41,14 @@ from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.probes import random_probe
 from sparsecraft.dense.sound import check_weights
-from sparsecraft.dense.windows import long_probe
 from sparsecraft.errors import CertificateError, MergeError, did_you_mean
 from sparsecraft.evaluation.certificate import MAX_DATA_PROBES, Certificate, compare
 from sparsecraft.evaluation.history import arrived_lines
+from sparsecraft.evaluation.whole import arithmetic, certify, compared
 from sparsecraft.moe import cost
 from sparsecraft.moe.cost import Cost
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import dense_tensors
-from sparsecraft.moe.outputs import outputs
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.elsewhere import remember
@@ -62,10 +62,6 @@ from sparsecraft.surgery.rollback import atomic
 from sparsecraft.surgery.trainable import set_trainable
 
 HOWS = ("exact", "fixed", "average")
-
-# Largest relative logit difference that another order of summation makes: every Linear adds its
-# update before the product with the token and not after. Lower precision has its own tolerance.
-MERGE_TOLERANCE = 1e-4
 
 # What the record of a conversion says of the dense model and of the past.
 REMEMBERED = "digests shapes vocabulary masters came_from folder base_card report running".split()
@@ -157,17 +153,17 @@ def merge(
     steps = plan_steps(model, how, weights, heldout.batches)
     check_steps(model, steps, how, partial)
     probes = [random_probe(model), *heldout.probes(MAX_DATA_PROBES)]
-    before, losses = outputs(model, probes), heldout.losses(model)
+    ledger = Ledger(wide=arithmetic(model))
+    before, losses = wide_outputs(model, probes, ledger.wide), heldout.losses(model)
     wanted = before
     if frozen := held(steps):
         with frozen_routing(frozen):
-            wanted = outputs(model, probes)
-    ledger = Ledger()
+            wanted = wide_outputs(model, probes, ledger.wide)
     setting = _rebuild(model, record, steps, how, ledger)
     check_weights(model, MergeError)
     arrived = ledger.arrived(model)
-    after = outputs(model, probes)
-    certificate = None if how == "average" else _certify(wanted, after)
+    after = wide_outputs(model, probes, ledger.wide)
+    certificate = None if how == "average" else _certify(model, probes, wanted, after, ledger)
     now = heldout.losses(model)
     change = Change(
         max_difference=compare(before, after).max_difference,
@@ -186,12 +182,25 @@ def _noted(model: nn.Module, report: MergeReport) -> MergeReport:
     return report
 
 
-def _certify(wanted: list[Tensor], after: list[Tensor]) -> Certificate:
-    found = compare(wanted, after)
-    tolerance = max(found.tolerance, MERGE_TOLERANCE * max(1.0, found.scale))
-    found = replace(found, tolerance=tolerance)
+def _certify(
+    model: nn.Module,
+    probes: list[dict[str, Any]],
+    wanted: list[Tensor],
+    after: list[Tensor],
+    ledger: Ledger,
+) -> Certificate:
+    """Compare the merged model with what it should give: with its weights as they were before they
+    were rounded to their type, and as they are.
+
+    Args:
+        after: what it gives.
+    """
+    exact = None
+    if ledger.exact:
+        exact = wide_outputs(model, probes, ledger.wide, ledger.exact)
+    found = compared(wanted, after, exact, model.dtype)
     if not found.exact:
-        low = found.dtype in ("bfloat16", "float16")
+        low = model.dtype in (torch.bfloat16, torch.float16)
         raise CertificateError(
             f"The merged model should compute the same function and does not: {found}. "
             f"The model was given back{'; load it in float32 to merge it' if low else ''}."
@@ -354,11 +363,14 @@ def _install(
 
 def write_merged(
     model: nn.Module, out: str | Path, report: MergeReport, source: str | Path, overwrite: bool
-) -> None:
+) -> Certificate | None:
     """Write a merged model: a plain transformers folder if it is dense, else a checkpoint.
 
     Args:
         source: the folder whose tokenizer, license and settings travel.
+
+    Returns:
+        How a plain folder, read back, compares; `save` rebuilds a checkpoint itself.
 
     Raises:
         CheckpointError: the folder exists, or the disk refuses.
@@ -367,21 +379,22 @@ def write_merged(
     out = Path(out)
     if is_converted(model):
         save(model, out, overwrite=overwrite)
-        return
+        return None
     check_free(out, overwrite)
     size = cost.bytes_of(model)
     require(out, disk=size, memory=size, task="Saving")
-    probes = [random_probe(model), *filter(None, [long_probe(model)])]
     with replacing(out, overwrite) as folder:
         write_dense(model, folder, Path(source))
         again = type(model).from_pretrained(folder, dtype="auto").to(model.device)
-        certificate = compare(outputs(model, probes), outputs(again, probes))
+        certificate = certify(model, again)
         if not certificate.exact:
             raise CertificateError(
                 f"The folder, read back, gives other logits: {certificate}. Nothing was kept."
             )
-        write_json(folder / EXPORT_RECORD, {"target": "dense", **report.to_dict()})
+        read_back = {"read_back": dataclasses.asdict(certificate)}
+        write_json(folder / EXPORT_RECORD, {"target": "dense", **report.to_dict(), **read_back})
         license = hub.license_of(Path(source)) or "other"
         (folder / "README.md").write_text(
             f"---\nlicense: {license}\n---\n# {report.recipe}, merged by sparsecraft\n\n{report}\n"
         )
+    return certificate

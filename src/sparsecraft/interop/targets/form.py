@@ -11,8 +11,12 @@ from torch import nn
 
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.recipe.edits import Edit
+from sparsecraft.recipe.experts import FFNSpec
 from sparsecraft.recipe.recipe import Recipe
+from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.scorers import Linear, Normal
 from sparsecraft.recipe.selections import Sample, Soft, Token, TopK
+from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.record import conversion_of
 
 # The standard form that a model with split networks has.
@@ -183,3 +187,35 @@ def _why_not_standard(edit: Edit) -> str | None:
 def splits(recipe: Recipe) -> bool:
     """Whether the experts of a recipe are parts of dense networks."""
     return any(edit.experts.parts for edit in recipe.edits)
+
+
+def imported(form: Form, title: str) -> Recipe:
+    """The recipe of a mixture that was made elsewhere.
+
+    Args:
+        title: what it was called there.
+    """
+    other_width = form.shared and form.shared != form.width
+    return Recipe(
+        name="imported",
+        title="A mixture that was made elsewhere",
+        paper=f"Imported from {title}",
+        variant="paper",
+        exact_at_start=False,
+        edits=(
+            Edit(
+                site="ffn",
+                place="beside" if form.shared else "replace",
+                experts=FFNSpec(
+                    num_experts=form.num_experts, width=form.width if other_width else None
+                ),
+                router=RouterSpec(
+                    scorer=Linear(start=Normal()),
+                    select=TopK(form.top_k, renormalize=form.normalized),
+                    gates_base=form.gated,
+                ),
+            ),
+        ),
+        # Of upcycling: a checkpoint does not record how its mixture was trained elsewhere.
+        stages=(Stage(trains=("all",), losses={"switch": 0.01}, learning_rate=1e-4),),
+    )

@@ -134,17 +134,17 @@ class Standard(ABC):
         """Our tensors under this architecture's names; a router's temperature, or what else makes
         its rows, is folded into them."""
         form, attention = self.form(model)
-        record, dtype = conversion_of(model), dtype_of(model)
+        record = conversion_of(model)
         tensors = {n: t for n, t in model.state_dict().items() if ".mlp.router." not in n}
         for item, layer in zip(record.plan, record.layers, strict=True):
             router, path = layer.router, f"{item.site.path}.router"
             rows_ED = router.scorer.weight_rows().detach()
-            tensors[f"{path}.scorer.weight"] = rows_ED / form.temperature
+            if form.temperature != 1:
+                rows_ED = rows_ED.float() / form.temperature  # `write` rounds, and says so
+            tensors[f"{path}.scorer.weight"] = rows_ED
             if form.gated:
                 tensors[f"{path}.base_gate.weight"] = router.base_gate.weight.detach()
-        packed = _layerwise(tensors, lambda part: self._pack(part, form, attention))
-        # The writer takes rows in their order only.
-        return {name: tensor.to(dtype).contiguous() for name, tensor in packed.items()}
+        return _layerwise(tensors, lambda part: self._pack(part, form, attention))
 
     def from_target(self, tensors: Part, form: Form, attention: Attention) -> Part:
         """The inverse of `to_target` for a linear router of temperature 1."""
@@ -164,10 +164,14 @@ class Standard(ABC):
         return part
 
     def write(self, model: nn.Module, tensors: Part, folder: Path) -> None:
-        """Let transformers write `tensors` in its own format, under the names on its disk."""
+        """Let transformers write `tensors`, rounded to the type of the dense ones, in its own
+        format and under the names on its disk."""
         with torch.device("meta"):
             exported = getattr(transformers, self.model)(self.config(model))
-        exported.load_state_dict(tensors, strict=False, assign=True)
+        # The writer takes rows in their order only.
+        dtype = dtype_of(model)
+        written = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+        exported.load_state_dict(written, strict=False, assign=True)
         exported.tie_weights()
         _check_complete(exported, tensors)
         # None makes transformers write its per-expert names, which vLLM and llama.cpp read.

@@ -21,7 +21,7 @@ class Lender:
     """Lends modules their tensors.
 
     Attributes:
-        sources: id of a tensor without memory -> what reads its values.
+        sources: id of a tensor, as of one without memory -> what gives the values to compute with.
     """
 
     def __init__(self, sources: dict[int, Callable[[], Tensor]] | None = None):
@@ -32,23 +32,25 @@ class Lender:
         self, module: nn.Module, dtype: torch.dtype | None = None, *, below: bool = True
     ) -> Iterator[None]:
         """Let a module, or all below it, have its values, and floats in `dtype`."""
-        changed = []
+        changed, made = [], {}
         try:
             for store, name, tensor in _tensors(module, below):
-                value = self._value(tensor, dtype)
-                if value is not tensor:
+                if id(tensor) not in made:  # tied ones stay so
+                    made[id(tensor)] = self._value(tensor, dtype)
+                if made[id(tensor)] is not tensor:
                     changed.append((store, name, tensor))
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    store[name] = nn.Parameter(value, False) if is_parameter else value
+                    store[name] = made[id(tensor)]
             yield
         finally:
             for store, name, tensor in changed:
                 store[name] = tensor
 
     def _value(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-        if id(tensor) in self.sources:
-            tensor = self.sources[id(tensor)]().to(tensor.dtype)
-        return tensor.to(dtype) if dtype and tensor.dtype in FLOATS else tensor
+        value = self.sources[id(tensor)]() if id(tensor) in self.sources else tensor
+        value = value.to(dtype) if dtype and value.dtype in FLOATS else value
+        if value is not tensor and isinstance(tensor, nn.Parameter):
+            return nn.Parameter(value, False)
+        return value
 
     def wide_type(self, *modules: nn.Module) -> torch.dtype | None:
         """The type of at least 32 bits that modules can compute in; None if a weight of them is
