@@ -304,6 +304,8 @@ def test_load_choices(tmp_path):
     assert load_choices(write(tmp_path / "a.jsonl.gz", row)) == [row]
     for change in (
         {"prompt": ""},
+        {"prompt": "  "},
+        {"prompt": 4},
         {"prompt": "\ud800"},
         {"choices": ["4"]},
         {"choices": ["", "4"]},
