@@ -81,6 +81,7 @@ class _Shape:
             str(key).lower() if counts[str(key).lower()] == 1 else str(key): key for key in row
         }
         self.left = {n: row[key] for n, key in self.names.items() if row[key] is not None}
+        self.asked: list[str] = []  # the parts of a pair's question, which `text` prints apart
 
     def read(self) -> dict[str, Any]:
         """The canonical row of the first shape that the row has."""
@@ -161,8 +162,8 @@ class _Shape:
         for key in CONTEXT if question in ("instruction", "question", "query") else ():
             if not is_empty(self.left.get(key)):
                 parts.append(text(self.left.pop(key), repr(key), empty=True))
-        asked = "\n\n".join(part for part in parts if part.strip())
-        return self._history() + pair(asked, answered)
+        self.asked = [part for part in parts if part.strip()]
+        return self._history() + pair("\n\n".join(self.asked), answered)
 
     def _history(self) -> list[dict[str, Any]]:
         """The turns before an Alpaca row's own: [[question, answer], ...]."""
@@ -226,14 +227,17 @@ class _Shape:
     def _check_text(self, messages: list[dict[str, Any]]) -> None:
         """A `text` beside a chat is the same again, as a template printed it, or ambiguous."""
         other, at = self.left.get("text"), 0
-        for message in messages if isinstance(other, str) and other.strip() else ():
-            at = other.find(message["content"].strip(), at)
-            if at < 0:
+        spoken = [[message["content"].strip()] for message in messages]
+        if self.asked:
+            spoken[-2] = [part.strip() for part in self.asked]
+        for parts in spoken if isinstance(other, str) and other.strip() else ():
+            starts = [other.find(part, at) for part in parts]
+            if min(starts) < 0:
                 raise DataError(
                     "the row has text and a chat, and which of them is to be trained is not "
                     "clear; keep one"
                 )
-            at += len(message["content"].strip())
+            at = max(start + len(part) for start, part in zip(starts, parts, strict=True))
 
 
 _PREFERENCE = (
