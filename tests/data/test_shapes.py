@@ -54,14 +54,26 @@ def read(tmp_path, row):
         ({"prompt": "q", "chosen": [Q, A]}, [Q, A]),
         ({"prompt": "q", "completion": [A]}, [Q, A]),
         ({"prompt": "q", "chosen": [Q, A], "rejected": [Q, Q], "messages": [Q, A]}, [Q, A]),
+        ({"messages": [Q, A], "rejected_response": "b"}, [Q, A]),
+        ({"prompt": "q", "completion": "a", "rejected": False}, [Q, A]),
         ({"messages": [S, Q, A], "system": "s"}, [S, Q, A]),
         ({"messages": [Q, A], "conversations": [Q, A]}, [Q, A]),
         ({"messages": [Q, A], "text": "user: q assistant: a"}, [Q, A]),
         ({"messages": [Q, A], "text": "q a"}, [Q, A]),
-        ({"instruction": "i", "input": "in", "output": "a", "text": "# i\n# in\n# a"},
-         [Q | {"content": "i\n\nin"}, A]),
-        ({"question": "q", "context": " c\n", "answer": "a", "history": [["q", "a"]],
-          "text": "q a c, q: a"}, [Q, A, Q | {"content": "q\n\n c\n"}, A]),
+        (
+            {"instruction": "i", "input": "in", "output": "a", "text": "# i\n# in\n# a"},
+            [Q | {"content": "i\n\nin"}, A],
+        ),
+        (
+            {
+                "question": "q",
+                "context": " c\n",
+                "answer": "a",
+                "history": [["q", "a"]],
+                "text": "q a c, q: a",
+            },
+            [Q, A, Q | {"content": "q\n\n c\n"}, A],
+        ),
         ({"messages": [Q, A], "text": " "}, [Q, A]),
         ({"messages": [Q, A], "text": 3}, [Q, A]),
         ({"messages": [Q, A], "text": "q a", "label": 1}, [Q, A]),
@@ -186,7 +198,10 @@ def test_tools_have_one_form(tmp_path):
         ({"messages": [S, Q, A], "system": "other"}, "system beside another system prompt"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "not preferred"),
         ({"chosen": [Q, A], "rejected": [Q, A]}, "not preferred"),
-        ({"prompt": "q", "completion": "a", "label": False}, "not preferred"),
+        ({"chosen": "q a", "rejected": "q b"}, "not preferred"),
+        ({"system": "s", "question": "q", "chosen": "a", "rejected": "b"}, "not preferred"),
+        ({"query": "q", "response": "a", "rejected_response": "b"}, "not preferred"),
+        ({"conversations": [Q], "chosen": A, "rejected": A}, "not preferred"),
         ({"question": "q", "answers": ["a", "b"]}, r"'answers' is \['a', 'b'\]"),
         ({"question": "q", "choices": ["a", "b"], "answer": 1}, "content 1"),
         ({"text": "a", "role": "prompter", "parent_id": "x", "message_id": "y"}, "tree"),
@@ -219,6 +234,18 @@ def test_what_is_not_one_thing_is_named(tmp_path, row, found):
     path = write(tmp_path / "a.jsonl", {"text": "good"}, row)
     with pytest.raises(DataError, match=rf"a\.jsonl, line 2: .*{found}"):
         load_rows(path)
+
+
+@pytest.mark.parametrize("name", ["label", "kto_tag"])
+@pytest.mark.parametrize(
+    "row", [{"prompt": "q", "completion": "a"}, {"messages": [Q, A]}, {"chosen": [Q, A]}]
+)
+def test_answers_that_are_labeled_bad_are_refused(tmp_path, row, name):
+    for bad in (False, 0, 0.0, "False", "false", "0"):
+        with pytest.raises(DataError, match="not preferred"):
+            canonical(row | {name: bad}, [])
+    for good in (True, 1, "True", None, "", []):
+        assert read(tmp_path, row | {name: good}) == {"messages": [Q, A]}
 
 
 @pytest.mark.parametrize("row", [{"prompt": "q", "completion": "a"}, {"input": "q", "output": "a"}])

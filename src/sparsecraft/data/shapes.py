@@ -51,6 +51,7 @@ PAIRS = (
     ("input", "output"),
     ("prompt", "chosen"),
 )
+REJECTED, LABELS = ("rejected", "rejected_response"), ("label", "kto_tag")
 SYSTEM, CONTEXT = ("system", "system_prompt", "system_message"), ("input", "context")
 
 
@@ -81,6 +82,7 @@ class _Shape:
             str(key).lower() if counts[str(key).lower()] == 1 else str(key): key for key in row
         }
         self.left = {n: row[key] for n, key in self.names.items() if row[key] is not None}
+        self.rejects = any(self.left.get(key) for key in REJECTED)
         self.asked: list[str] = []  # the parts of a pair's question, which `text` prints apart
 
     def read(self) -> dict[str, Any]:
@@ -93,10 +95,12 @@ class _Shape:
             return self._chat(self._turns(chats))
         if left.get("corpus"):  # PESC's plain document
             return {"text": text(left.pop("corpus"), "'corpus'")}
+        if self.rejects:
+            raise DataError(_PREFERENCE)
         if pairs:
             return self._chat(self._pair(*pairs[0]))
         if isinstance(left.get("chosen"), list):
-            return self._chat(self._preferred())
+            return self._chat(messages_of(left.pop("chosen"), "chosen", self.unused))
         if "text" in left:
             return self._text()
         for key in set(SURE) & left.keys():  # an empty one
@@ -139,6 +143,8 @@ class _Shape:
     def _turns(self, columns: list[str]) -> list[dict[str, Any]]:
         first, *others = columns
         messages = messages_of(parsed(self.left.pop(first)), first, self.unused)
+        if self.rejects and messages[-1]["role"] != "assistant":  # the answers stand beside it
+            raise DataError(_PREFERENCE)
         for other in set(others) & set(SURE):
             if messages_of(parsed(self.left.pop(other)), other, []) != messages:
                 raise DataError(f"the row has {first} and {other}, which differ; keep one of them")
@@ -148,8 +154,6 @@ class _Shape:
 
     def _pair(self, question: str, answer: str) -> list[dict[str, Any]]:
         asked, answered = self.left.pop(question), self.left.pop(answer)
-        if not is_empty(self.left.get("rejected")) or self.left.get("label") is False:
-            raise DataError(_PREFERENCE)
         if answer == "answers":
             answered = _only_answer(answered)
         if isinstance(asked, list) or isinstance(answered, list):
@@ -174,13 +178,10 @@ class _Shape:
             raise DataError(f"'history' is {turns!r:.40}, not a list of [question, answer]")
         return [message for turn in turns for message in pair(*turn)]
 
-    def _preferred(self) -> list[dict[str, Any]]:
-        if not is_empty(self.left.get("rejected")):
-            raise DataError(_PREFERENCE)
-        return messages_of(self.left.pop("chosen"), "chosen", self.unused)
-
     # -------------------------------------------------------------- what stands beside a chat
     def _chat(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        if any(_is_false(self.left.get(key)) for key in LABELS):
+            raise DataError(_PREFERENCE)
         self._flag_turns(messages)
         found: dict[str, Any] = {"messages": self._with_system(messages)}
         for key in ("tools", "functions"):
@@ -241,9 +242,14 @@ class _Shape:
 
 
 _PREFERENCE = (
-    "the row holds answers that are not preferred (rejected, or label false), and training here "
-    "is on answers to give; keep the chosen one as {prompt, completion}"
+    "the row holds answers that are not preferred (rejected, or label false or 0), and training "
+    "here is on answers to give; keep the chosen one as {prompt, completion}"
 )
+
+
+def _is_false(label: Any) -> bool:
+    """Whether a label says no, also as tables and classes write it."""
+    return str(label).lower() in ("false", "0", "0.0")
 
 
 def _are_objects(value: Any) -> bool:
