@@ -104,6 +104,9 @@ def test_a_shape_that_means_one_thing_is_read(tmp_path, row, messages):
     ("row", "found"),
     [
         ({"corpus": "t"}, {"text": "t"}),
+        ({"text": "t", "answer": "", "label": 1}, {"text": "t", "label": 1}),
+        ({"text": "t", "response": "a", "label": 1}, {"text": "t", "label": 1}),
+        ({"text": "t", "completion": "", "answers": []}, {"text": "t"}),
         ({"text": "t", "Text": "u"}, {"text": "t"}),
         ({"text": "t", "dialog": "u"}, {"text": "t"}),
         ({"text": "t", "label": 0, "data": ["q", "a"]}, {"text": "t", "label": 0}),
@@ -159,6 +162,31 @@ def test_tool_calls_and_thoughts_have_one_form(tmp_path, turns, expected):
     assert read(tmp_path, {"conversations": [Q, *turns]}) == {"messages": [Q, *expected]}
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_beside_an_answer_are_its_own(tmp_path, name):
+    thought = [Q, A | {"reasoning_content": "r"}]
+    for row in (
+        {"prompt": "q", "response": "a", name: "r"},
+        {"input": [Q], "output": "a", name: "r"},
+        {"question": "q", "answer": "", name: "r"},
+        {"conversation": [{"input": "q", "output": "a", name: "r"}]},
+    ):
+        answer = {"content": row.get("answer", "a")}
+        assert read(tmp_path, row) == {"messages": [Q, thought[1] | answer]}
+    for setting in ("on", "off", True, 0, 2.5):
+        unused: list[str] = []
+        assert canonical({"input": [Q], "output": "a", name: setting}, unused) == {
+            "messages": [Q, A]
+        }
+        assert unused == [name]
+    with pytest.raises(
+        DataError, match=r"the reasoning of message 2 \(assistant\) is \['r'\], not"
+    ):
+        canonical({"prompt": "q", "response": "a", name: ["r"]}, [])
+    with pytest.raises(DataError, match="and they differ"):
+        canonical({"prompt": "q", "response": "a", "thinking": "r", "reasoning": "s"}, [])
+
+
 def test_tools_have_one_form(tmp_path):
     tool = {"name": "f", "parameters": {"type": "object", "properties": {"x": {}}}}
     wrapped = [{"type": "function", "function": tool}]
@@ -183,6 +211,9 @@ def test_tools_have_one_form(tmp_path):
         ({"messages": [A | {"role": "user"}, A], "text": "user: a"}, "text and a chat"),
         ({"instruction": "i", "input": "in", "output": "a", "text": "# i\n# a"}, "text and a chat"),
         ({"instruction": "i", "input": "x", "output": "a", "text": "a, i: x"}, "text and a chat"),
+        ({"text": "q", "completion": "a"}, "text and completion, and whether"),
+        ({"text": "q", "answer": 7}, "text and answer, and whether"),
+        ({"text": "q", "output": "a", "response": "a"}, "text and output, and whether"),
         ({"question": "q", "answers": []}, r"'answers' is \[\]"),
         ({"prompt": "q", "completion": ""}, r"message 2 \(assistant\) has the content ''"),
         ({"system": "s", "system_prompt": "t", "prompt": "q", "completion": "a"}, "keep one"),

@@ -20,6 +20,7 @@ from sparsecraft.data.turns import (
     pair,
     parsed,
     text,
+    thoughts_of,
     tools_of,
 )
 from sparsecraft.errors import DataError
@@ -135,6 +136,12 @@ class _Shape:
         # type, not isinstance: True is an int. Labels are stored in 64 bits.
         if label is not None and (type(label) is not int or not 0 <= label < 2**63):
             raise DataError(f"the label is {label!r:.40}; labels are whole numbers from 0")
+        answers = {key for _, key in PAIRS if not is_empty(self.left.get(key))}
+        if label is None and answers:
+            raise DataError(
+                f"the row has text and {min(answers)}, and whether they are a question and its "
+                f"answer is not clear; call the text prompt, or drop {min(answers)}"
+            )
         # An empty text is legal (text corpora hold blank lines): it counts as untrainable later.
         found = {"text": text(self.left.pop("text"), "'text'", empty=True)}
         return found if label is None else found | {"label": label}
@@ -158,7 +165,7 @@ class _Shape:
             answered = _only_answer(answered)
         if isinstance(asked, list) or isinstance(answered, list):
             head = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
-            tail = answered if isinstance(answered, list) else [_reply(answered)]
+            tail = answered if isinstance(answered, list) else [_reply(answered, self.left)]
             # A chosen conversation holds its prompt as well.
             turns = tail if tail[: len(head)] == head else [*head, *tail]
             return messages_of(turns, question, self.unused)
@@ -167,7 +174,7 @@ class _Shape:
             if not is_empty(self.left.get(key)):
                 parts.append(text(self.left.pop(key), repr(key), empty=True))
         self.asked = [part for part in parts if part.strip()]
-        return self._history() + pair("\n\n".join(self.asked), answered)
+        return self._history() + pair("\n\n".join(self.asked), answered, **thoughts_of(self.left))
 
     def _history(self) -> list[dict[str, Any]]:
         """The turns before an Alpaca row's own: [[question, answer], ...]."""
@@ -263,8 +270,8 @@ def _are_turns(value: Any) -> bool:
     )
 
 
-def _reply(content: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content}
+def _reply(answer: Any, left: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", "content": answer, **thoughts_of(left)}
 
 
 def _only_answer(answers: Any) -> str:
