@@ -335,6 +335,17 @@ def test_words_that_deny_training(tmp_path, name):
         assert read(tmp_path, {"messages": [Q, A | {name: value}]}) == {"messages": [Q, A]}
 
 
+@pytest.mark.parametrize("name", [*FLAGS, "masked", "ignore_loss", "mask", "train_detail"])
+def test_flags_of_parts_of_an_answer_are_refused(name):
+    part = {"type": "text", "text": "a"}
+    for value in (0, 1, False, True, 0.5):
+        with pytest.raises(DataError, match=rf"a part of message 2 .* has {name} .*: which part"):
+            canonical({"messages": [Q, A | {"content": [part | {name: value}]}]}, [])
+    assert canonical({"messages": [Q, A | {"content": [part | {name: None}]}]}, []) == {
+        "messages": [Q, A]
+    }
+
+
 @pytest.mark.parametrize("name", ["mask", "train_detail", "token_loss_mask"])
 def test_masks_within_a_turn_are_refused(tmp_path, name):
     for value in (0, 0.0, False, 1, 0.5, True, "user", [0, 1]):
