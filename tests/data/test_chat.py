@@ -225,6 +225,7 @@ def test_tools_calls_and_thoughts_go_through_the_template():
         ({"messages": [user("Q"), says("A", tool_calls=[CALL])]}, "tool_calls"),
         ({"messages": [user("Q"), says("A", function_call=CALL["function"])]}, "tool_calls"),
         ({"messages": [user("Q"), says("A", reasoning="r")]}, "reasoning_content"),
+        ({"prompt": "Q", "completion": "A", "reasoning": "r"}, "reasoning_content"),
         ({"messages": [user("Q"), says("A")], "functions": [TOOL]}, "tools"),
         (
             {"messages": [user("Q"), says("A")], "documents": [{"title": "t", "text": "d"}]},

@@ -54,10 +54,26 @@ def read(tmp_path, row):
         ({"prompt": "q", "chosen": [Q, A]}, [Q, A]),
         ({"prompt": "q", "completion": [A]}, [Q, A]),
         ({"prompt": "q", "chosen": [Q, A], "rejected": [Q, Q], "messages": [Q, A]}, [Q, A]),
+        ({"messages": [Q, A], "rejected_response": "b"}, [Q, A]),
+        ({"prompt": "q", "completion": "a", "rejected": False}, [Q, A]),
         ({"messages": [S, Q, A], "system": "s"}, [S, Q, A]),
         ({"messages": [Q, A], "conversations": [Q, A]}, [Q, A]),
         ({"messages": [Q, A], "text": "user: q assistant: a"}, [Q, A]),
         ({"messages": [Q, A], "text": "q a"}, [Q, A]),
+        (
+            {"instruction": "i", "input": "in", "output": "a", "text": "# i\n# in\n# a"},
+            [Q | {"content": "i\n\nin"}, A],
+        ),
+        (
+            {
+                "question": "q",
+                "context": " c\n",
+                "answer": "a",
+                "history": [["q", "a"]],
+                "text": "q a c, q: a",
+            },
+            [Q, A, Q | {"content": "q\n\n c\n"}, A],
+        ),
         ({"messages": [Q, A], "text": " "}, [Q, A]),
         ({"messages": [Q, A], "text": 3}, [Q, A]),
         ({"messages": [Q, A], "text": "q a", "label": 1}, [Q, A]),
@@ -88,6 +104,9 @@ def test_a_shape_that_means_one_thing_is_read(tmp_path, row, messages):
     ("row", "found"),
     [
         ({"corpus": "t"}, {"text": "t"}),
+        ({"text": "t", "answer": "", "label": 1}, {"text": "t", "label": 1}),
+        ({"text": "t", "response": "a", "label": 1}, {"text": "t", "label": 1}),
+        ({"text": "t", "completion": "", "answers": []}, {"text": "t"}),
         ({"text": "t", "Text": "u"}, {"text": "t"}),
         ({"text": "t", "dialog": "u"}, {"text": "t"}),
         ({"text": "t", "label": 0, "data": ["q", "a"]}, {"text": "t", "label": 0}),
@@ -143,6 +162,31 @@ def test_tool_calls_and_thoughts_have_one_form(tmp_path, turns, expected):
     assert read(tmp_path, {"conversations": [Q, *turns]}) == {"messages": [Q, *expected]}
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_beside_an_answer_are_its_own(tmp_path, name):
+    thought = [Q, A | {"reasoning_content": "r"}]
+    for row in (
+        {"prompt": "q", "response": "a", name: "r"},
+        {"input": [Q], "output": "a", name: "r"},
+        {"question": "q", "answer": "", name: "r"},
+        {"conversation": [{"input": "q", "output": "a", name: "r"}]},
+    ):
+        answer = {"content": row.get("answer", "a")}
+        assert read(tmp_path, row) == {"messages": [Q, thought[1] | answer]}
+    for setting in ("on", "off", True, 0, 2.5):
+        unused: list[str] = []
+        assert canonical({"input": [Q], "output": "a", name: setting}, unused) == {
+            "messages": [Q, A]
+        }
+        assert unused == [name]
+    with pytest.raises(
+        DataError, match=r"the reasoning of message 2 \(assistant\) is \['r'\], not"
+    ):
+        canonical({"prompt": "q", "response": "a", name: ["r"]}, [])
+    with pytest.raises(DataError, match="and they differ"):
+        canonical({"prompt": "q", "response": "a", "thinking": "r", "reasoning": "s"}, [])
+
+
 def test_tools_have_one_form(tmp_path):
     tool = {"name": "f", "parameters": {"type": "object", "properties": {"x": {}}}}
     wrapped = [{"type": "function", "function": tool}]
@@ -165,6 +209,11 @@ def test_tools_have_one_form(tmp_path):
         ({"instruction": "q", "input": 5, "output": "a"}, "'input' is 5, not text"),
         ({"messages": [Q, A], "text": "something else"}, "text and a chat"),
         ({"messages": [A | {"role": "user"}, A], "text": "user: a"}, "text and a chat"),
+        ({"instruction": "i", "input": "in", "output": "a", "text": "# i\n# a"}, "text and a chat"),
+        ({"instruction": "i", "input": "x", "output": "a", "text": "a, i: x"}, "text and a chat"),
+        ({"text": "q", "completion": "a"}, "text and completion, and whether"),
+        ({"text": "q", "answer": 7}, "text and answer, and whether"),
+        ({"text": "q", "output": "a", "response": "a"}, "text and output, and whether"),
         ({"question": "q", "answers": []}, r"'answers' is \[\]"),
         ({"prompt": "q", "completion": ""}, r"message 2 \(assistant\) has the content ''"),
         ({"system": "s", "system_prompt": "t", "prompt": "q", "completion": "a"}, "keep one"),
@@ -180,7 +229,10 @@ def test_tools_have_one_form(tmp_path):
         ({"messages": [S, Q, A], "system": "other"}, "system beside another system prompt"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "not preferred"),
         ({"chosen": [Q, A], "rejected": [Q, A]}, "not preferred"),
-        ({"prompt": "q", "completion": "a", "label": False}, "not preferred"),
+        ({"chosen": "q a", "rejected": "q b"}, "not preferred"),
+        ({"system": "s", "question": "q", "chosen": "a", "rejected": "b"}, "not preferred"),
+        ({"query": "q", "response": "a", "rejected_response": "b"}, "not preferred"),
+        ({"conversations": [Q], "chosen": A, "rejected": A}, "not preferred"),
         ({"question": "q", "answers": ["a", "b"]}, r"'answers' is \['a', 'b'\]"),
         ({"question": "q", "choices": ["a", "b"], "answer": 1}, "content 1"),
         ({"text": "a", "role": "prompter", "parent_id": "x", "message_id": "y"}, "tree"),
@@ -213,6 +265,18 @@ def test_what_is_not_one_thing_is_named(tmp_path, row, found):
     path = write(tmp_path / "a.jsonl", {"text": "good"}, row)
     with pytest.raises(DataError, match=rf"a\.jsonl, line 2: .*{found}"):
         load_rows(path)
+
+
+@pytest.mark.parametrize("name", ["label", "kto_tag"])
+@pytest.mark.parametrize(
+    "row", [{"prompt": "q", "completion": "a"}, {"messages": [Q, A]}, {"chosen": [Q, A]}]
+)
+def test_answers_that_are_labeled_bad_are_refused(tmp_path, row, name):
+    for bad in (False, 0, 0.0, "False", "false", "0"):
+        with pytest.raises(DataError, match="not preferred"):
+            canonical(row | {name: bad}, [])
+    for good in (True, 1, "True", None, "", []):
+        assert read(tmp_path, row | {name: good}) == {"messages": [Q, A]}
 
 
 @pytest.mark.parametrize("row", [{"prompt": "q", "completion": "a"}, {"input": "q", "output": "a"}])
@@ -269,6 +333,17 @@ def test_words_that_deny_training(tmp_path, name):
         assert [m.get("train") for m in row["messages"]] == [None, False, None, None]
     for value in (0, False, None, ""):
         assert read(tmp_path, {"messages": [Q, A | {name: value}]}) == {"messages": [Q, A]}
+
+
+@pytest.mark.parametrize("name", [*FLAGS, "masked", "ignore_loss", "mask", "train_detail"])
+def test_flags_of_parts_of_an_answer_are_refused(name):
+    part = {"type": "text", "text": "a"}
+    for value in (0, 1, False, True, 0.5):
+        with pytest.raises(DataError, match=rf"a part of message 2 .* has {name} .*: which part"):
+            canonical({"messages": [Q, A | {"content": [part | {name: value}]}]}, [])
+    assert canonical({"messages": [Q, A | {"content": [part | {name: None}]}]}, []) == {
+        "messages": [Q, A]
+    }
 
 
 @pytest.mark.parametrize("name", ["mask", "train_detail", "token_loss_mask"])

@@ -20,6 +20,7 @@ from sparsecraft.data.turns import (
     pair,
     parsed,
     text,
+    thoughts_of,
     tools_of,
 )
 from sparsecraft.errors import DataError
@@ -51,6 +52,7 @@ PAIRS = (
     ("input", "output"),
     ("prompt", "chosen"),
 )
+REJECTED, LABELS = ("rejected", "rejected_response"), ("label", "kto_tag")
 SYSTEM, CONTEXT = ("system", "system_prompt", "system_message"), ("input", "context")
 
 
@@ -81,6 +83,8 @@ class _Shape:
             str(key).lower() if counts[str(key).lower()] == 1 else str(key): key for key in row
         }
         self.left = {n: row[key] for n, key in self.names.items() if row[key] is not None}
+        self.rejects = any(self.left.get(key) for key in REJECTED)
+        self.asked: list[str] = []  # the parts of a pair's question, which `text` prints apart
 
     def read(self) -> dict[str, Any]:
         """The canonical row of the first shape that the row has."""
@@ -92,10 +96,12 @@ class _Shape:
             return self._chat(self._turns(chats))
         if left.get("corpus"):  # PESC's plain document
             return {"text": text(left.pop("corpus"), "'corpus'")}
+        if self.rejects:
+            raise DataError(_PREFERENCE)
         if pairs:
             return self._chat(self._pair(*pairs[0]))
         if isinstance(left.get("chosen"), list):
-            return self._chat(self._preferred())
+            return self._chat(messages_of(left.pop("chosen"), "chosen", self.unused))
         if "text" in left:
             return self._text()
         for key in set(SURE) & left.keys():  # an empty one
@@ -130,6 +136,12 @@ class _Shape:
         # type, not isinstance: True is an int. Labels are stored in 64 bits.
         if label is not None and (type(label) is not int or not 0 <= label < 2**63):
             raise DataError(f"the label is {label!r:.40}; labels are whole numbers from 0")
+        answers = {key for _, key in PAIRS if not is_empty(self.left.get(key))}
+        if label is None and answers:
+            raise DataError(
+                f"the row has text and {min(answers)}, and whether they are a question and its "
+                f"answer is not clear; call the text prompt, or drop {min(answers)}"
+            )
         # An empty text is legal (text corpora hold blank lines): it counts as untrainable later.
         found = {"text": text(self.left.pop("text"), "'text'", empty=True)}
         return found if label is None else found | {"label": label}
@@ -138,6 +150,8 @@ class _Shape:
     def _turns(self, columns: list[str]) -> list[dict[str, Any]]:
         first, *others = columns
         messages = messages_of(parsed(self.left.pop(first)), first, self.unused)
+        if self.rejects and messages[-1]["role"] != "assistant":  # the answers stand beside it
+            raise DataError(_PREFERENCE)
         for other in set(others) & set(SURE):
             if messages_of(parsed(self.left.pop(other)), other, []) != messages:
                 raise DataError(f"the row has {first} and {other}, which differ; keep one of them")
@@ -147,13 +161,11 @@ class _Shape:
 
     def _pair(self, question: str, answer: str) -> list[dict[str, Any]]:
         asked, answered = self.left.pop(question), self.left.pop(answer)
-        if not is_empty(self.left.get("rejected")) or self.left.get("label") is False:
-            raise DataError(_PREFERENCE)
         if answer == "answers":
             answered = _only_answer(answered)
         if isinstance(asked, list) or isinstance(answered, list):
             head = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
-            tail = answered if isinstance(answered, list) else [_reply(answered)]
+            tail = answered if isinstance(answered, list) else [_reply(answered, self.left)]
             # A chosen conversation holds its prompt as well.
             turns = tail if tail[: len(head)] == head else [*head, *tail]
             return messages_of(turns, question, self.unused)
@@ -161,8 +173,8 @@ class _Shape:
         for key in CONTEXT if question in ("instruction", "question", "query") else ():
             if not is_empty(self.left.get(key)):
                 parts.append(text(self.left.pop(key), repr(key), empty=True))
-        asked = "\n\n".join(part for part in parts if part.strip())
-        return self._history() + pair(asked, answered)
+        self.asked = [part for part in parts if part.strip()]
+        return self._history() + pair("\n\n".join(self.asked), answered, **thoughts_of(self.left))
 
     def _history(self) -> list[dict[str, Any]]:
         """The turns before an Alpaca row's own: [[question, answer], ...]."""
@@ -173,13 +185,10 @@ class _Shape:
             raise DataError(f"'history' is {turns!r:.40}, not a list of [question, answer]")
         return [message for turn in turns for message in pair(*turn)]
 
-    def _preferred(self) -> list[dict[str, Any]]:
-        if not is_empty(self.left.get("rejected")):
-            raise DataError(_PREFERENCE)
-        return messages_of(self.left.pop("chosen"), "chosen", self.unused)
-
     # -------------------------------------------------------------- what stands beside a chat
     def _chat(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        if any(_is_false(self.left.get(key)) for key in LABELS):
+            raise DataError(_PREFERENCE)
         self._flag_turns(messages)
         found: dict[str, Any] = {"messages": self._with_system(messages)}
         for key in ("tools", "functions"):
@@ -226,20 +235,28 @@ class _Shape:
     def _check_text(self, messages: list[dict[str, Any]]) -> None:
         """A `text` beside a chat is the same again, as a template printed it, or ambiguous."""
         other, at = self.left.get("text"), 0
-        for message in messages if isinstance(other, str) and other.strip() else ():
-            at = other.find(message["content"].strip(), at)
-            if at < 0:
+        spoken = [[message["content"].strip()] for message in messages]
+        if self.asked:
+            spoken[-2] = [part.strip() for part in self.asked]
+        for parts in spoken if isinstance(other, str) and other.strip() else ():
+            starts = [other.find(part, at) for part in parts]
+            if min(starts) < 0:
                 raise DataError(
                     "the row has text and a chat, and which of them is to be trained is not "
                     "clear; keep one"
                 )
-            at += len(message["content"].strip())
+            at = max(start + len(part) for start, part in zip(starts, parts, strict=True))
 
 
 _PREFERENCE = (
-    "the row holds answers that are not preferred (rejected, or label false), and training here "
-    "is on answers to give; keep the chosen one as {prompt, completion}"
+    "the row holds answers that are not preferred (rejected, or label false or 0), and training "
+    "here is on answers to give; keep the chosen one as {prompt, completion}"
 )
+
+
+def _is_false(label: Any) -> bool:
+    """Whether a label says no, also as tables and classes write it."""
+    return str(label).lower() in ("false", "0", "0.0")
 
 
 def _are_objects(value: Any) -> bool:
@@ -253,8 +270,8 @@ def _are_turns(value: Any) -> bool:
     )
 
 
-def _reply(content: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content}
+def _reply(answer: Any, left: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", "content": answer, **thoughts_of(left)}
 
 
 def _only_answer(answers: Any) -> str:

@@ -70,12 +70,20 @@ def messages_of(turns: Any, column: str, unused: list[str]) -> list[dict[str, An
     return checked
 
 
-def pair(question: Any, answer: Any) -> list[dict[str, Any]]:
-    """The messages of a question and its answer."""
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+def pair(question: Any, answer: Any, **beside: Any) -> list[dict[str, Any]]:
+    """The messages of a question and its answer, with what stands `beside` the answer."""
+    reply = {"role": "assistant", "content": answer, **beside}
+    turns = [{"role": "user", "content": question}, reply]
     return [
         _Turn(turn, f"message {n}", "messages", []).message() for n, turn in enumerate(turns, 1)
     ]
+
+
+def thoughts_of(left: dict[str, Any]) -> dict[str, Any]:
+    """The reasoning beside an answer, taken from `left`; on, off and numbers are settings."""
+    settings = [key for key in REASONING_KEYS if left.get(key) in (None, "on", "off")]
+    settings += [key for key in REASONING_KEYS if isinstance(left.get(key), (bool, int, float))]
+    return {key: left.pop(key) for key in REASONING_KEYS if key not in settings}
 
 
 def _pair_of(turn: dict, number: int, column: str, unused: list[str]) -> list[dict[str, Any]]:
@@ -85,7 +93,7 @@ def _pair_of(turn: dict, number: int, column: str, unused: list[str]) -> list[di
     if number > 1 and system:
         raise DataError(f"turn {number} has a system prompt of its own; give it in the first")
     found = [{"role": "system", "content": text(system, "system")}] if system else []
-    found += pair(asked, answer)
+    found += pair(asked, answer, **thoughts_of(left))
     if not all(flags_of(left, f"turn {number}").values()):
         found[-1]["train"] = False
     _name_unused(left, f"{column}[]", unused)
