@@ -118,6 +118,9 @@ def test_choices_domains_and_batches_are_checked_too(tmp_path, tok):
             sc.extend(mixture, dense, [bad], base=tiny.llama())
         with pytest.raises(DataError, match="batch 2 of data holds the token"):
             list(as_batches([torch.tensor([[1, 2]]), bad], model=tiny.llama()))
+        one = bad["input_ids"][:, :1] if isinstance(bad, dict) else bad[:, 1:]
+        with pytest.raises(DataError, match="batch 1 of data holds the token"):
+            list(as_batches([one], model=tiny.llama()))
         with pytest.raises(DataError, match="batch 2 of data holds the token"):
             sc.evaluate(converted(), [torch.tensor([[1, 2]]), bad])
     with pytest.raises(DataError, match="batch 1 of data holds the token 400"):

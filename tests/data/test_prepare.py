@@ -155,7 +155,8 @@ def test_text_shapes_and_containers(tmp_path):
     assert len(load_rows(tmp_path)) == 11
 
 
-def test_a_folder_is_read_by_split(tmp_path):
+def test_a_folder_is_read_by_split(tmp_path, caplog):
+    (tmp_path / "notes.md").write_text("of the data")
     write(tmp_path / "math.train.jsonl", {"text": "t"})
     write(tmp_path / "math.heldout.jsonl", {"text": "h"})
     write(tmp_path / "math.valid.jsonl", {"text": "v"})
@@ -163,6 +164,7 @@ def test_a_folder_is_read_by_split(tmp_path):
         assert load_rows(tmp_path, split)["text"] == [text]
     with pytest.raises(DataError, match="no data file of the split 'test'"):
         load_rows(tmp_path, "test")
+    assert "notes.md: ignored, its extension is not one of" in caplog.text
 
 
 def test_split_words_are_whole_words(tmp_path, tok, caplog):
@@ -308,6 +310,7 @@ def test_load_choices(tmp_path):
         {"prompt": 4},
         {"prompt": "\ud800"},
         {"choices": ["4"]},
+        {"choices": "34"},
         {"choices": ["", "4"]},
         {"choices": ["\ud800", "4"]},
         {"answer": 2},
