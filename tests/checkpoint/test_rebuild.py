@@ -206,6 +206,15 @@ def test_half_precision_hides_no_setting(dtype, tmp_path):
     refused(model, tmp_path / "out", "its outputs differ")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_buffers_that_a_cast_has_rounded_are_no_difference(dtype, tmp_path, caplog):
+    """The folder gives the exact ones, as transformers does of a dense model's."""
+    model = tiny.llama().to(dtype).float()
+    sc.convert(model, sc.recipes.camelidae(2, adapter_dim=4))
+    sc.save(model, tmp_path / "out")
+    assert "all is equal" in caplog.text
+
+
 def test_frequencies_that_have_grown_are_no_difference(tmp_path):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48}

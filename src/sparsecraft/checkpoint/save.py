@@ -25,7 +25,7 @@ from sparsecraft.dense.loading import class_of, model_class
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CheckpointError, HubError
-from sparsecraft.moe.names import dense_tensors
+from sparsecraft.moe.names import dense_name, dense_tensors
 from sparsecraft.recipe.formats import FORMAT_VERSION, VERSION, to_json
 from sparsecraft.surgery.agreement import check_agrees
 from sparsecraft.surgery.budget import state_of, warn_untrained
@@ -144,6 +144,9 @@ def check_loadable(model: nn.Module) -> None:
     for name, other in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         target, source = parameters.get(name), parameters.get(other)
         if target is None or source is None or source.is_meta:
+            continue
+        # Experts where a network was shared are each their own.
+        if dense_name(model, name) is None:
             continue
         if target is not source:
             raise CheckpointError(

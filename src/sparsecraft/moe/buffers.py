@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+HALVES = (torch.bfloat16, torch.float16)
+
 
 def unsaved(model: nn.Module) -> dict[str, Tensor]:
     """Name -> buffer, of those that are in no file."""
@@ -39,12 +41,15 @@ def alike(model: nn.Module, other: nn.Module) -> tuple[dict[Tensor, Tensor], lis
 
 
 def near(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two buffers are one, but for the rounding of the coarser type."""
+    """Whether two buffers are one, but for the rounding of the coarser type, or of one that ours
+    went through (`model.bfloat16().float()`)."""
     theirs = theirs.to(ours.device)
     if ours.shape != theirs.shape:
         return False
     if not (ours.is_floating_point() and theirs.is_floating_point()):
         return torch.equal(ours, theirs)
+    if any(torch.equal(ours, theirs.to(half).to(ours.dtype)) for half in HALVES):
+        return True
     coarser = max(torch.finfo(ours.dtype), torch.finfo(theirs.dtype), key=lambda info: info.eps)
     near = {"rtol": 4 * coarser.eps, "atol": coarser.smallest_normal * coarser.eps}
     return torch.allclose(ours.double(), theirs.double(), **near, equal_nan=True)
