@@ -280,3 +280,21 @@ def test_an_expert_without_tokens_gets_zero_not_none(recipe, path):
                 assert bool(gradient.any()) == (e in served), (name, part, e)
                 idle += e not in served
     assert idle
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_weights_that_do_not_sum_to_one_count_the_bias_as_often(family):
+    """Of a network with a bias behind it, gathered for all experts of a token at once."""
+    recipe = sc.override(
+        sc.recipes.mixlora(E, K, R, attention_rank=0),
+        {"router.select.renormalize": False, "exact_at_start": False},
+    )
+    found = []
+    for path in ("loop", "auto"):
+        model = converted(family, recipe, path)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(generator=torch.Generator().manual_seed(0))
+            found.append(model(**batch(family)).logits)
+    assert torch.allclose(*found, atol=1e-5 * found[0].abs().max())
