@@ -88,6 +88,15 @@ def test_an_adapter_takes_a_type_and_a_tokenizer_of_its_own_or_its_bases(tmp_pat
     assert len(load_any(str(tmp_path / "adapter"))[1]) == len(own)
 
 
+def test_an_adapter_on_a_base_without_weights_is_refused(tmp_path):
+    loaded_adapter(tmp_path)
+    (tmp_path / "adapter" / "sparsecraft_export.json").unlink()  # as PEFT writes it
+    for path in (tmp_path / "dense").glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(SparsecraftError, match="holds no weights"):
+        sc.load(tmp_path / "adapter")
+
+
 def test_the_arguments_of_save_pretrained_are_meant_or_refused(tmp_path):
     model, out = converted(), tmp_path / "out"
     with pytest.raises(SparsecraftError, match="does not take push_to_hub, variant;"):

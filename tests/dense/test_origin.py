@@ -83,6 +83,12 @@ def edit_base(folder: Path, **fields) -> None:
     (folder / "recipe.json").write_text(json.dumps({**data, "digest": json_digest(data)}))
 
 
+def test_a_dense_model_by_its_id_comes_with_its_tokenizer(cache):
+    model, tokenizer = load_any(ID)
+    assert torch.equal(logits(model), logits(by_us(None)))
+    assert f"# {A[0]} #" in tokenizer.chat_template
+
+
 def saved(model, out: Path, recipe=ADAPTERS) -> Path:
     sc.convert(model, recipe)
     return sc.save(model, out)

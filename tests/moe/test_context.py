@@ -98,6 +98,13 @@ def test_a_sequence_is_routed_by_the_mean_of_its_real_tokens():
                 assert torch.allclose(logits_E, expected_E, atol=1e-9)
 
 
+def test_one_real_token_decides_for_its_sequence():
+    model, mask = converted("bert", sc.recipes.mov(3, router="sequence")), torch.zeros(2, 3).long()
+    mask[:, 0] = 1
+    padded = logits(model, IDS[:, :3], attention_mask=mask)
+    assert torch.allclose(padded[:, :1], logits(model, IDS[:, :1]), atol=1e-9)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_decoders_refuse_a_router_by_sequence(family):
     model = cases.dense(family)
