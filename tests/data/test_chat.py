@@ -119,6 +119,14 @@ def test_turns_of_weight_0_are_context(kind):
     assert encode(canonical({"messages": chat, "weight": 0}, []), tok) is None
 
 
+def test_turns_of_weight_0_need_a_template_that_marks_every_answer():
+    """One that marks the last answer alone does not say which of them is not trained."""
+    last = MARKED.replace("m.role == 'assistant'", "loop.last and m.role == 'assistant'")
+    turns = [user("Q"), says("A", weight=0), user("R"), says("B")]
+    with pytest.raises(DataError, match=r"2 turns are .* marks 1 as generated"):
+        encode(canonical({"messages": turns}, []), make_tokenizer(last))
+
+
 @pytest.mark.parametrize("name", ["chatml", "thinking", "tools", "bare", "marked", "none"])
 def test_the_assistant_may_speak_first(name):
     template, inner, last = TEMPLATES[name]
