@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -287,38 +288,38 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_two_processes_stop_together_when_one_diverges(tmp_path, rows):
-    base = tiny.save_dense(tmp_path / "base")
+UNLIKE = """
+import os, sys
+from sparsecraft.cli.main import main
+
+own = ["--data", "other.jsonl", "--seed", "1"] if os.environ["RANK"] == "1" else []
+sys.exit(main([*sys.argv[1:], *own]))
+"""
+
+
+def by_two_processes(folder: Path, script: str, rows: str) -> str:
+    """What a training says that two processes run by `script`, and that fails."""
+    base = tiny.save_dense(folder / "base")
     convert = ["convert", "camelidae", "--model", base, "--num-experts", "2", "--adapter-dim", "4"]
-    assert main([*convert, "--out", str(tmp_path / "in")]) == 0
-    script = tmp_path / "one_of_two.py"
-    script.write_text(ONE_OF_TWO)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    launch += ["--master-port", "29613", str(script)]
-    options = ["--steps", "4", "--batch-size", "4", "--max-length", "64", "--no-progress"]
-    folders = ["train", str(tmp_path / "in"), "--data", rows, "--out", str(tmp_path / "out")]
-    done = subprocess.run([*launch, *folders, *options], capture_output=True, text=True, timeout=90)
-    assert done.returncode != 0 and "diverged in step 2" in done.stderr, done.stderr[-2000:]
-    assert "imeout" not in done.stderr and not (tmp_path / "out").exists()
+    assert main([*convert, "--out", str(folder / "in")]) == 0
+    (folder / "script.py").write_text(script)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    train = ["2", "script.py", "train", "in", "--data", rows, "--out", "out", "--no-progress"]
+    options = ["--steps", "4", "--batch-size", "4", "--max-length", "64"]
+    done = subprocess.run(
+        [*launch, *train, *options], capture_output=True, text=True, timeout=90, cwd=folder
+    )
+    assert done.returncode != 0 and not (folder / "out").exists()
+    return done.stderr
+
+
+def test_two_processes_stop_together_when_one_diverges(tmp_path, rows):
+    said = by_two_processes(tmp_path, ONE_OF_TWO, rows)
+    assert "diverged in step 2" in said, said[-2000:]
+    assert "imeout" not in said
 
 
 def test_processes_with_different_rows_or_options_do_not_train(tmp_path, rows):
-    base = tiny.save_dense(tmp_path / "base")
-    convert = ["convert", "camelidae", "--model", base, "--num-experts", "2", "--adapter-dim", "4"]
-    assert main([*convert, "--out", str(tmp_path / "in")]) == 0
-    other = tiny.write_rows(tmp_path / "other.jsonl", tiny.chat_rows(7))
-    script = tmp_path / "unlike.py"
-    script.write_text(
-        "import os, sys\nfrom sparsecraft.cli.main import main\n"
-        f"own = ['--data', {other!r}, '--seed', '1'] if os.environ['RANK'] == '1' else []\n"
-        "sys.exit(main([*sys.argv[1:], *own]))\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    folders = ["2", str(script), "train", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
-    options = ["--data", rows, "--steps", "4", "--batch-size", "4", "--max-length", "64"]
-    done = subprocess.run(
-        [*launch, *folders, *options, "--no-progress"], capture_output=True, text=True, timeout=90
-    )
-    assert done.returncode != 0, done.stderr[-2000:]
-    assert "Process 1 was started on another run than process 0: data, seed differ" in done.stderr
-    assert not (tmp_path / "out").exists()
+    tiny.write_rows(tmp_path / "other.jsonl", tiny.chat_rows(7))
+    said = by_two_processes(tmp_path, UNLIKE, rows)
+    assert "Process 1 was started on another run than process 0: data, seed differ" in said

@@ -18,7 +18,7 @@ from sparsecraft.checkpoint.base import as_it_was, convert_base, load_on
 from sparsecraft.checkpoint.gathering import is_sharded
 from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.manifest import base_config, read_manifest, read_recipe
-from sparsecraft.checkpoint.space import main_memory
+from sparsecraft.checkpoint.space import free_memory, main_memory
 from sparsecraft.checkpoint.tensors import WEIGHTS, read_tensors
 from sparsecraft.checkpoint.wide import wide_outputs, wide_type
 from sparsecraft.dense.loading import model_class
@@ -84,7 +84,7 @@ def check_rebuilt(
 
 def _place(device: torch.device, size: int) -> torch.device:
     """The model's own device, if it has room for as much again and what the probe takes."""
-    full = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 2 * size + 2**30
+    full = device.type == "cuda" and free_memory(device) < 2 * size + 2**30
     return torch.device("cpu") if full or device.type == "meta" else device
 
 

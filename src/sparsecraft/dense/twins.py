@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsecraft.dense.forms import features, is_linear
+from sparsecraft.errors import first_line
 
 Sizes = Mapping[int, int]
 """Feature counts of the module -> those of its twin; what is not named stays."""
@@ -66,7 +67,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 def problem(error: Exception) -> str:
     """What the code of a module raised, in one line."""
-    return f"{type(error).__name__}: {[*str(error).splitlines(), ''][0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _twin(

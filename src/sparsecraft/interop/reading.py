@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.load import load
 from sparsecraft.checkpoint.manifest import base_config
-from sparsecraft.errors import CheckpointError
+from sparsecraft.errors import CheckpointError, first_line
 
 DOWNLOADS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
@@ -82,8 +82,9 @@ def _local(name: Any, kwargs: dict[str, Any]) -> Path:
     try:
         return Path(snapshot_download(str(name), **given), kwargs.get("subfolder") or "")
     except Exception as error:  # as many as the client and its HTTP library have
-        why = (str(error).strip().splitlines() or [""])[0]
-        raise CheckpointError(f"{name!r} is no folder here, and the hub failed: {why}") from None
+        raise CheckpointError(
+            f"{name!r} is no folder here, and the hub failed: {first_line(error)}"
+        ) from None
 
 
 def _changes(folder: Path, config: PretrainedConfig) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsecraft.dense.tokens import is_encoder_decoder
+
 
 def count_items(labels: Tensor, shifts: bool) -> Tensor:
     """Over how many items the loss of these labels is a mean: label tokens, rows of a classifier,
@@ -42,9 +44,8 @@ def shifts_labels(model: nn.Module) -> bool:
     """Whether a model's own loss shifts its labels by one, as Trainer guesses."""
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-    config = getattr(model, "config", None)
     loss = LOSS_MAPPING.get(getattr(model, "loss_type", None))
-    return loss is ForCausalLMLoss and not getattr(config, "is_encoder_decoder", False)
+    return loss is ForCausalLMLoss and not is_encoder_decoder(model)
 
 
 def weighed(loss: Tensor, items: Tensor, num_items: Tensor | int) -> Tensor:

@@ -168,7 +168,7 @@ class OwnLoss:
         shifted, of_tokens = False, not labels.is_floating_point() and labels.ndim == 2
         fits = logits is None or logits.shape[:-1] == labels.shape
         if of_tokens and "shift_labels" not in call.inputs:
-            if self.shifts is None and None not in (logits, loss) and fits:
+            if self.shifts is None and fits and logits is not None and loss is not None:
                 with torch.no_grad():
                     self.shifts = shifts(labels, logits, loss)
             shifted = shifts_labels(call.module) if self.shifts is None else self.shifts

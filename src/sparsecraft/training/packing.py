@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sparsecraft.data.batches import collate
 from sparsecraft.data.encoding import IGNORED
 from sparsecraft.data.limits import pad_id
+from sparsecraft.errors import first_line
 from sparsecraft.moe.context import sentence_width
 from sparsecraft.moe.outputs import evaluation_mode
 from sparsecraft.training.arguments import on_cpu
@@ -64,8 +65,7 @@ def leak(model: nn.Module, tokenizer: Any, max_length: int, rows: int) -> str | 
         try:
             packed, moved = (_packed(model, given, pad) for given in (documents, changed))
         except Exception as err:  # families differ in what they refuse, and by which error
-            reason = (str(err).splitlines() or [""])[0]
-            return f"it takes no packed rows ({type(err).__name__}: {reason:.150})"
+            return f"it takes no packed rows ({type(err).__name__}: {first_line(err):.150})"
     # A router that looks at the whole batch moves them in rows of their own as well.
     noise = _furthest(alone, beside)
     dtype = alone[0].dtype

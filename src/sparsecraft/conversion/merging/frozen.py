@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsecraft.dense.tokens import is_encoder_decoder
 from sparsecraft.errors import MergeError, did_you_mean
 from sparsecraft.moe.context import sentence_width
 from sparsecraft.moe.layer import MoELayer
@@ -100,7 +101,7 @@ def _with_decoder(
     """The batch with its decoder's tokens; for what layers read, which tokens are real."""
     mask = batch.get("attention_mask")
     masks = {"input": None if mask is None else of_frames(model, mask)}
-    if not getattr(model.config, "is_encoder_decoder", False):
+    if not is_encoder_decoder(model):
         return batch, masks
     labels, mask = batch.get("labels"), batch.get("decoder_attention_mask")
     if labels is not None:
