@@ -15,6 +15,7 @@ from sparsecraft.dense.origin import Origin
 from sparsecraft.errors import CheckpointError
 from sparsecraft.moe import cost
 from tests.cases.families import batch, dense, logits
+from tests.cases.members import member_inputs, member_model, member_outputs
 
 
 def model_on(base=None, recipe=None):
@@ -50,6 +51,16 @@ def test_what_comes_back_is_the_model(on_base, dtype, tmp_path, caplog):
     # In bfloat16 the cast has rounded the rotary frequencies too, which are in no file.
     near = 1e-6 if dtype == torch.float32 else 0.1
     assert torch.allclose(logits(again, inputs), logits(model, inputs), rtol=0, atol=near)
+
+
+@pytest.mark.parametrize("family", ["led", "prophetnet", "clip", "siglip"])
+def test_a_model_that_its_longest_probe_does_not_run_is_saved(family, tmp_path):
+    """Positions by other names, a look at the next one, and images that are missing."""
+    model, inputs = member_model(family), member_inputs(family)
+    sc.convert(model, sc.recipes.molora(num_experts=2, rank=2))
+    sc.save(model, tmp_path / "out")
+    wanted, found = (member_outputs(m, inputs) for m in (model, sc.load(tmp_path / "out")))
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
 def test_the_base_is_loaded_as_load_does(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from sparsecraft.dense.foreign import check_own
 from sparsecraft.dense.memory import check_can_train, check_in_memory, check_new_in_memory
 from sparsecraft.dense.once import looked_at_once
 from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.probes import UNREADABLE
 from sparsecraft.dense.sound import check_files, check_weights
 from sparsecraft.errors import CertificateError, SurgeryError
 from sparsecraft.evaluation.certificate import Certificate, probes
@@ -182,7 +183,7 @@ def _dense_outputs(
     gives for them."""
     try:
         found = outputs(model, probing[:1])
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+    except UNREADABLE as error:
         why = f"{type(model).__name__} does not run on random inputs ({error})"
         log.warning("%s; its layers are compared on other hidden states.", why)
         probing, found = probing[1:], []

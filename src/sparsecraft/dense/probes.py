@@ -24,6 +24,9 @@ FRAMES, STEPS = 64, 12
 
 Inputs = dict[str, Tensor]
 
+# What families raise on inputs that they cannot read.
+UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+
 
 def random_probe(model: nn.Module, seed: int = 0, shape: tuple[int, int] = PROBE_SHAPE) -> Inputs:
     """A batch of random inputs that the model runs on: the richest of `candidates` that does."""

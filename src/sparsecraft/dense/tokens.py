@@ -9,18 +9,27 @@ from torch import nn
 
 from sparsecraft.dense.crossing import crossing
 
+POSITIONS = (
+    "max_position_embeddings",
+    "max_encoder_position_embeddings",
+    "max_decoder_position_embeddings",
+)
+
 
 def positions_of(model: nn.Module) -> int | None:
     """The longest sequence the model was made for; None where nothing bounds it."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not positions or positions < 1:
+    config = model.config.get_text_config()
+    named = [getattr(config, name, None) for name in POSITIONS]
+    positions = min((size for size in named if size and size > 0), default=None)
+    if positions is None:
         return None
     for name, module in model.named_modules():
         # RoBERTa's family counts positions from the padding's own onwards.
         offset = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and offset is not None:
             positions = min(positions, module.num_embeddings - offset - 1)
-    return positions
+    # ProphetNet predicts several tokens at a time, and looks one position ahead.
+    return positions - 1 if getattr(config, "ngram", None) else positions
 
 
 # Whose tokens a layer reads: the model's only ones, or its encoder's, which a batch's masks

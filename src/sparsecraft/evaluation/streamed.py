@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.dense.probes import candidates
+from sparsecraft.dense.probes import UNREADABLE, candidates
 from sparsecraft.errors import SparsecraftError, first_line
 from sparsecraft.evaluation.certificate import Certificate
 from sparsecraft.evaluation.layerwise import Comparison
@@ -57,7 +57,7 @@ def certify_files(
         comparison = Comparison(model, Lender(sources), claims)
         try:
             comparison.run([probe])
-        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except UNREADABLE as error:
             why = first_line(error)
             continue
         comparison.run_alone()
