@@ -20,7 +20,10 @@ def json_digest(data: Any) -> str:
 def write_json(path: Path, data: Any) -> None:
     """Write plain JSON data under a temporary name, then rename it."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data, indent=2) + "\n")
+    with temporary.open("w") as file:
+        file.write(json.dumps(data, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
