@@ -130,14 +130,15 @@ def _left_beside(out: Path) -> list[Path]:
     )
 
 
-def bring_back(folder: Path) -> None:
-    """Before a folder is read: bring it back if a kill between two renames took it away."""
+def bring_back(folder: Path) -> Path:
+    """The same folder, to be read: there again if a kill between two renames took it away."""
     out = Path(os.path.abspath(folder))
     with suppress(OSError):
         gone = not out.exists() and out.parent.is_dir()
         if gone and any(path.suffix == ".old" for path in _left_beside(out)):
             with locked(out):
                 clear(out, keep_partial=True)
+    return folder
 
 
 def bytes_in(folder: Path) -> int:

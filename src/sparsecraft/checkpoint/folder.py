@@ -49,6 +49,9 @@ OWN = (
 )
 
 
+LONGEST_NAME = 255  # bytes, on all usual file systems
+
+
 def resolved(out: str | Path) -> Path:
     """The folder that a link stands for, so that the link stays one.
 
@@ -86,8 +89,7 @@ def _check_free(out: Path, overwrite: bool, foreign: bool) -> None:
     existing = next(path for path in out.parents if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         raise CheckpointError(f"{out} cannot be written: {existing} is no writable folder.")
-    longest = os.pathconf(existing, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
-    if len(os.fsencode(temporary(out).name)) + len("0000000") > longest:
+    if len(os.fsencode(temporary(out).name)) + len("0000000") > LONGEST_NAME:
         raise CheckpointError(
             f"The name {out.name[:40]!r}... is too long for the names beside it; choose a shorter."
         )

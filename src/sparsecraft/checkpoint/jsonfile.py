@@ -9,6 +9,7 @@ from typing import Any
 
 import xxhash
 
+from sparsecraft.checkpoint.renames import flush_one
 from sparsecraft.errors import CheckpointError
 
 
@@ -20,10 +21,8 @@ def json_digest(data: Any) -> str:
 def write_json(path: Path, data: Any) -> None:
     """Write plain JSON data under a temporary name, then rename it."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(json.dumps(data, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_text(json.dumps(data, indent=2) + "\n")
+    flush_one(temporary)
     temporary.replace(path)
 
 

@@ -53,8 +53,7 @@ def load(
         RecipeError: a newer format, or an impossible override.
     """
     older = kwargs.pop("torch_dtype", None)
-    folder, dtype = Path(folder), _dtype(older if dtype is None else dtype)
-    bring_back(folder)
+    folder, dtype = bring_back(Path(folder)), _dtype(older if dtype is None else dtype)
     if (folder / ADAPTER).is_file() and not (folder / MANIFEST).is_file():
         model = load_adapter(folder, base, dtype, device_map, override, **kwargs)
         remember(model, "it was loaded")

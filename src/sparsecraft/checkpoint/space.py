@@ -47,7 +47,7 @@ def require(folder: Path, disk: int, memory: int, task: str, free_memory: int | 
 
 @contextmanager
 def writing(path: Path, otherwise: str) -> Iterator[None]:
-    """Say in one sentence what a disk refuses, whichever library was told.
+    """Say in one sentence what a disk refuses, whichever library wrote to it.
 
     Args:
         path: what is written.

@@ -133,7 +133,8 @@ def _ended_cleanly() -> Iterator[None]:
     Not where Python takes no signals, nor in the later of torchrun's processes: they write nothing,
     and would wait in a collective operation for those that have ended.
     """
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    names = ("SIGTERM", "SIGHUP")  # Windows has the first alone
+    numbers = [number for number in signal.valid_signals() if getattr(number, "name", "") in names]
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or os.environ.get("RANK", "0") != "0":
         yield

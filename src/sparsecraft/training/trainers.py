@@ -197,7 +197,7 @@ class RoutedTrainerMixin:
         digest = tensorfile.write(folder / WEIGHTS, trained)
         (folder / "digest").write_text(digest)
 
-    def _save_checkpoint(self, model, trial=None):
+    def _save_checkpoint(self, model, trial):
         """A state for resuming, whole or not at all."""
         state = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
@@ -209,7 +209,7 @@ class RoutedTrainerMixin:
 
     def keep_state(self) -> None:
         """Write a state for resuming now."""
-        self._save_checkpoint(self.model)
+        self._save_checkpoint(self.model, trial=None)
 
     def restore(self, state: Path) -> None:
         """Take the trained tensors and the log of a state that is already at its last step."""
