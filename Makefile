@@ -6,7 +6,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Without a GPU, which the tests that need none would share and compare with the CPU.
 PYTEST := $(OFFLINE) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: install model demo test slow clients peft-suite lint docs families bench clean
+.PHONY: install model demo test slow clients peft-suite crash lint docs families bench clean
 
 install: .venv/installed
 # torch first and by itself, so that a build which lies ready on the machine (without CUDA, say) is
@@ -43,6 +43,10 @@ clients: model
 peft-suite: install
 	$(BIN)/python -m pip install --quiet diffusers
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m tests.clients.peft_suite
+
+# 200 kills of the verbs that write; some ten minutes on two quiet cores.
+crash: install
+	$(OFFLINE) OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.checkpoint.crash
 
 lint: install
 	$(BIN)/ruff check .

@@ -30,6 +30,14 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if fits(item)]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_waiting_for_the_disk():
+    """The tests write thousands of folders, and no power fails meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsecraft.checkpoint.renames._fsync", lambda path: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

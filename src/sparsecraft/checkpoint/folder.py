@@ -1,17 +1,13 @@
-"""A folder that is written under a temporary name and takes its own once all is there."""
+"""What stands in a folder of ours, and whether one may be written."""
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
-import shutil
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from sparsecraft.errors import CheckpointError
+from sparsecraft.checkpoint.claim import temporary
+from sparsecraft.errors import CheckpointError, first_line
 
 MANIFEST = "recipe.json"
 EXPORT_RECORD = "sparsecraft_export.json"
@@ -53,88 +49,53 @@ OWN = (
 )
 
 
-@contextmanager
-def replacing(
-    out: Path, overwrite: bool, keep: tuple[str, ...] = (), foreign: bool = False
-) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name once the block has succeeded.
+LONGEST_NAME = 255  # bytes, on all usual file systems
 
-    Files of the old folder that are not ours move into the new one.
 
-    Args:
-        keep: globs of old files that win over new ones.
-        foreign: overwrite a folder that is no checkpoint or export of ours, too.
+def resolved(out: str | Path) -> Path:
+    """The folder that a link stands for, so that the link stays one.
 
     Raises:
-        CheckpointError: `out` exists and `overwrite` is False, or the disk refuses.
+        CheckpointError: links that stand for each other.
     """
-    out = out.resolve()  # a link stays a link
-    check_free(out, overwrite, foreign)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        swap(temporary, out, keep)
+        return Path(out).expanduser().resolve()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{out} cannot be written ({first_line(error)}); choose another."
+        ) from None
+
+
+def check_free(out: str | Path, overwrite: bool, foreign: bool = False) -> None:
+    """Raise CheckpointError unless `out` may be written, before any work is done."""
+    out = resolved(out)
+    try:
+        _check_free(out, overwrite, foreign)
     except OSError as error:
         raise CheckpointError(
-            f"{out} could not be written ({error}); nothing was changed."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            f"{out} cannot be written ({error.strerror}); choose another."
+        ) from None
 
 
-def swap(new: Path, out: Path, keep: tuple[str, ...] = ()) -> None:
-    """Let `new` take the place of `out`; a failure at any point leaves `out` as it was."""
-    if not out.exists():
-        new.rename(out)
-        return
-    ours = _ours(out)
-    keep = keep if ours else (*keep, "README.md")
-    for path in out.iterdir():
-        stale = ours and _matches(path.name, OWN)
-        if _matches(path.name, keep) or not (stale or (new / path.name).exists()):
-            _copy(path, new / path.name)
-    old = new.with_suffix(".old")
-    out.rename(old)
-    try:
-        new.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old)
-
-
-def _copy(path: Path, target: Path) -> None:
-    if path.is_dir():
-        shutil.copytree(path, target, dirs_exist_ok=True)
-        return
-    target.unlink(missing_ok=True)
-    try:
-        os.link(path, target)  # at no cost, where the disk can
-    except OSError:
-        shutil.copy2(path, target)
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-
-
-def check_free(out: Path, overwrite: bool, foreign: bool = False) -> None:
-    """Raise CheckpointError unless `out` may be written, before any work is done."""
-    out = out.resolve()
-    if out.exists() and not overwrite:
+def _check_free(out: Path, overwrite: bool, foreign: bool) -> None:
+    there = os.path.lexists(out)
+    if there and not overwrite:
         raise CheckpointError(f"{out} exists already; choose another folder or pass overwrite.")
-    ours = out.is_dir() and (foreign or _ours(out) or not any(out.iterdir()))
-    if out.exists() and not ours:
+    ours = out.is_dir() and (foreign or is_ours(out) or not any(out.iterdir()))
+    if there and not ours:
         raise CheckpointError(f"{out} exists and was not written by sparsecraft; it is left alone.")
     if out in (Path.cwd(), *Path.cwd().parents):
         raise CheckpointError(f"{out} is the current folder or holds it; choose another.")
-    existing = next(path for path in (out, *out.parents) if path.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+    existing = next(path for path in out.parents if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         raise CheckpointError(f"{out} cannot be written: {existing} is no writable folder.")
+    if len(os.fsencode(temporary(out).name)) + len("0000000") > LONGEST_NAME:
+        raise CheckpointError(
+            f"The name {out.name[:40]!r}... is too long for the names beside it; choose a shorter."
+        )
 
 
-def _ours(folder: Path) -> bool:
+def is_ours(folder: Path) -> bool:
     """Whether a folder is a checkpoint or an export of ours, which may be overwritten."""
     if (folder / EXPORT_RECORD).is_file():
         return True

@@ -9,6 +9,7 @@ from typing import Any
 
 import xxhash
 
+from sparsecraft.checkpoint.renames import flush_one
 from sparsecraft.errors import CheckpointError
 
 
@@ -21,6 +22,7 @@ def write_json(path: Path, data: Any) -> None:
     """Write plain JSON data under a temporary name, then rename it."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(data, indent=2) + "\n")
+    flush_one(temporary)
     temporary.replace(path)
 
 

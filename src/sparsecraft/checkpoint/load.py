@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from sparsecraft.checkpoint.adapter import load_adapter
 from sparsecraft.checkpoint.arguments import is_another, meant
 from sparsecraft.checkpoint.base import as_it_was, convert_base, find_base, load_on
+from sparsecraft.checkpoint.claim import bring_back
 from sparsecraft.checkpoint.fields import CONFIG_FIELDS, check_fields
 from sparsecraft.checkpoint.folder import GENERATION, MANIFEST
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json
@@ -52,7 +53,7 @@ def load(
         RecipeError: a newer format, or an impossible override.
     """
     older = kwargs.pop("torch_dtype", None)
-    folder, dtype = Path(folder), _dtype(older if dtype is None else dtype)
+    folder, dtype = bring_back(Path(folder)), _dtype(older if dtype is None else dtype)
     if (folder / ADAPTER).is_file() and not (folder / MANIFEST).is_file():
         model = load_adapter(folder, base, dtype, device_map, override, **kwargs)
         remember(model, "it was loaded")
@@ -199,6 +200,7 @@ def load_any(name: str, base: str | None = None) -> tuple[nn.Module, Any]:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(name).expanduser()
+    bring_back(folder)
     if (folder / "adapter_config.json").is_file():
         model = load(folder, base, device_map=device)
         return model, load_tokenizer(folder) or tokenizer_of(model)

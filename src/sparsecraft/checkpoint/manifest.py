@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsecraft.checkpoint.claim import bring_back
 from sparsecraft.checkpoint.fields import MANIFEST_FIELDS, check_fields
 from sparsecraft.checkpoint.folder import MANIFEST
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json
@@ -28,6 +29,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, no JSON, of another format, edited, or lacks something.
     """
+    bring_back(folder)
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder} is no sparsecraft checkpoint: it has no {MANIFEST}.")

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from sparsecraft.checkpoint import tensorfile
-from sparsecraft.checkpoint.folder import check_free, swap
+from sparsecraft.checkpoint.claim import bytes_in, clear, partial
+from sparsecraft.checkpoint.folder import resolved
 from sparsecraft.checkpoint.jsonfile import read_json, write_json
+from sparsecraft.checkpoint.renames import flush
+from sparsecraft.checkpoint.replacing import claimed, put
+from sparsecraft.checkpoint.space import writing
 from sparsecraft.errors import CheckpointError, SparsecraftError
 from sparsecraft.recipe.formats import upgraded
 
@@ -39,9 +40,7 @@ class Progress:
         self._write()
 
     def _write(self) -> None:
-        process = [os.getpid(), psutil.Process().create_time()]
-        data = {"process": process, "task": self.task, "finished": self.finished}
-        write_json(self.folder / PROGRESS, data)
+        write_json(self.folder / PROGRESS, {"task": self.task, "finished": self.finished})
 
 
 @contextmanager
@@ -54,62 +53,55 @@ def continued(
 
     Args:
         task: all that the files depend on, as JSON data.
-        resume: go on with what was left of the same task.
+        resume: go on with what was left of the same task, and with nothing else. Without it, what
+            was left of another task is removed.
 
     Raises:
-        CheckpointError: `out` may not be written; `resume` is False and something was left; or
-            it is True and nothing was left, or only of another task.
+        CheckpointError: `out` may not be written, or is being written; or `resume` is True and
+            nothing was left, or only of another task.
     """
-    out, task = out.resolve(), json.loads(json.dumps(task))  # as it will be read: tuples are lists
-    check_free(out, overwrite)
-    folder = _partial(out)
-    finished = _left(folder, task, out) if resume else {}
-    if not resume:
-        _create(folder, out)
-    try:
-        progress = Progress(folder, task, finished)
-        yield progress
-        swap(folder, out)
-        (out / PROGRESS).unlink()
-    except OSError as error:
-        raise CheckpointError(
-            f"{out} could not be written ({error}); --resume (resume=True) goes on."
-        ) from error
-    except SparsecraftError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    task = json.loads(json.dumps(task))  # as it will be read: tuples are lists
+    go_on = "what is finished is kept, and --resume (resume=True) goes on"
+    with claimed(out, overwrite, keep_partial=True) as path, writing(path, go_on):
+        folder, finished = partial(path), _left(path, task, resume)
+        folder.mkdir(exist_ok=True)
+        try:
+            progress = Progress(folder, task, finished)
+            yield progress
+            flush(folder)
+            (folder / PROGRESS).unlink()  # where it stands, the folder can be gone on with
+            put(folder, path, overwrite)
+        except SparsecraftError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
-def _create(folder: Path, out: Path) -> None:
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise CheckpointError(
-            f"{folder} is left of an interrupted conversion to {out}; pass --resume (resume=True) "
-            "to go on, or delete it."
-        ) from None
-
-
-def _left(folder: Path, task: dict[str, Any], out: Path) -> dict[str, dict[str, str]]:
-    """The complete files in a folder that was left, each read again."""
-    if not folder.is_dir():
+def _left(out: Path, task: dict[str, Any], resume: bool) -> dict[str, dict[str, str]]:
+    """The complete files that were left of a task, each read again."""
+    folder = partial(out)
+    if resume and not folder.is_dir():
         raise CheckpointError(
             f"There is nothing to resume: {folder} is not there; leave out --resume (resume=True)."
         )
-    if not (folder / PROGRESS).is_file():
-        return {}  # the kill came at once
+    try:
+        if (folder / PROGRESS).is_file():
+            return _finished(folder, task)
+    except CheckpointError:
+        if resume:
+            raise
+    clear(out)  # the kill came at once, or after all was done; or it was another task
+    return {}
+
+
+def _finished(folder: Path, task: dict[str, Any]) -> dict[str, dict[str, str]]:
     known = read_json(folder / PROGRESS)
-    if _runs(*known["process"]):
-        raise CheckpointError(
-            f"Process {known['process'][0]} is converting to {out}; wait for it, or end it."
-        )
     before = known["task"]
     if isinstance(before.get("recipe"), dict):  # it may have been written in an older format
         before = before | {"recipe": json.loads(json.dumps(upgraded(before["recipe"])))}
     for name, then, now in _differences(before, task):
         raise CheckpointError(
             f"{folder} was left of another conversion: {name} was {then!r} and is {now!r}. Convert "
-            "as before, or delete the folder and leave out --resume (resume=True)."
+            "as before, or leave out --resume (resume=True), and it is removed."
         )
     for path in folder.glob("*.tmp"):  # of a JSON file that the kill came between
         path.unlink()
@@ -124,22 +116,9 @@ def _is(file: Path, digests: dict[str, str]) -> bool:
         return False
 
 
-def _runs(process: int, created: float) -> bool:
-    """Whether another process still writes; its number may have been given to a new one."""
-    try:
-        return process != os.getpid() and psutil.Process(process).create_time() == created
-    except psutil.Error:
-        return False
-
-
-def _partial(out: Path) -> Path:
-    return out.resolve().with_name(f".{out.resolve().name}.partial")
-
-
 def bytes_left(out: Path) -> int:
     """Bytes of the files that an interrupted conversion to `out` has left on the disk."""
-    folder = _partial(out)
-    return sum(p.stat().st_size for p in folder.iterdir()) if folder.is_dir() else 0
+    return bytes_in(partial(resolved(out)))
 
 
 def _differences(then: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

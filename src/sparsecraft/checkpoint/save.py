@@ -13,11 +13,12 @@ from sparsecraft.checkpoint import shards
 from sparsecraft.checkpoint.base import entry, usable_base
 from sparsecraft.checkpoint.card import readme
 from sparsecraft.checkpoint.companions import write_companions
-from sparsecraft.checkpoint.folder import MANIFEST, replacing
+from sparsecraft.checkpoint.folder import MANIFEST
 from sparsecraft.checkpoint.gathering import is_sharded, whole_tensors
 from sparsecraft.checkpoint.jsonfile import json_digest, write_json
 from sparsecraft.checkpoint.manifest import base_dtype, config_of, word
 from sparsecraft.checkpoint.rebuild import check_rebuilt
+from sparsecraft.checkpoint.replacing import replacing
 from sparsecraft.checkpoint.resumable import may_change, write_index
 from sparsecraft.checkpoint.space import require
 from sparsecraft.checkpoint.tensors import WEIGHTS, new_or_changed

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
+from safetensors import SafetensorError
 
-from sparsecraft.errors import ResourceError
+from sparsecraft.errors import CheckpointError, ResourceError, first_line
+
+# How torch.save says that a disk refused.
+TORCH_SAVE = ("PytorchStreamWriter", "unexpected pos", "iostream")
 
 
 def require(folder: Path, disk: int, memory: int, task: str, free_memory: int | None = None) -> str:
@@ -37,6 +43,27 @@ def require(folder: Path, disk: int, memory: int, task: str, free_memory: int | 
         f"{gigabytes(disk)} of disk ({gigabytes(free_disk)} free)."
     )
     return line + (" MEMORY MAY NOT SUFFICE." if memory > free_memory else "")
+
+
+@contextmanager
+def writing(path: Path, otherwise: str) -> Iterator[None]:
+    """Say in one sentence what a disk refuses, whichever library wrote to it.
+
+    Args:
+        path: what is written.
+        otherwise: what is true if it cannot be.
+
+    Raises:
+        CheckpointError: the disk is full or broken, or nothing may be written there.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(s in str(error) for s in TORCH_SAVE):
+            raise
+        raise CheckpointError(
+            f"{path} could not be written ({first_line(error)}); {otherwise}."
+        ) from error
 
 
 def main_memory() -> int:

@@ -31,24 +31,23 @@ class CalibrateCommand(Command, Based):
 
 def run(command: CalibrateCommand, say: Say) -> None:
     """Load, measure, set the budget, save."""
-    from sparsecraft.checkpoint.folder import check_free
     from sparsecraft.checkpoint.load import load_any
+    from sparsecraft.checkpoint.replacing import claimed
     from sparsecraft.checkpoint.save import save
     from sparsecraft.evaluation.budget.calibration import calibrate
 
-    if command.out is not None:
-        check_free(command.out, command.overwrite)
-    model, tokenizer = load_any(command.folder, command.base)
-    found = calibrate(
-        model,
-        command.data,
-        target_flops=command.target_flops,
-        tokenizer=tokenizer,
-        max_tokens=command.max_tokens,
-        max_length=command.max_length,
-    )
-    say(str(found))
     out = command.folder if command.out is None else command.out
     overwrite = command.overwrite or command.out is None
-    save(model, out, overwrite=overwrite)
-    say(f"Budget {found.settings[0].share:.3f} set, saved and read back: {out}")
+    with claimed(out, overwrite):
+        model, tokenizer = load_any(command.folder, command.base)
+        found = calibrate(
+            model,
+            command.data,
+            target_flops=command.target_flops,
+            tokenizer=tokenizer,
+            max_tokens=command.max_tokens,
+            max_length=command.max_length,
+        )
+        say(str(found))
+        save(model, out, overwrite=overwrite)
+        say(f"Budget {found.settings[0].share:.3f} set, saved and read back: {out}")

@@ -117,6 +117,8 @@ def _arguments(function: Callable, options: ConvertOptions, given: set[str]) -> 
 
 def run(command: ConvertCommand, say: Say) -> None:
     """Say what is needed, load, convert, certify, save."""
+    from sparsecraft.checkpoint.replacing import claimed
+
     options = command.options
     recipe = _recipe(command, say)
     dtype = _checked(options)
@@ -124,7 +126,8 @@ def run(command: ConvertCommand, say: Say) -> None:
         return _stream(recipe, options, dtype, say)
     if options.resume:
         raise SparsecraftError("--resume is for --stream; other conversions write at their end.")
-    _convert(recipe, options, dtype, say)
+    with claimed(options.out, options.overwrite):
+        _convert(recipe, options, dtype, say)
 
 
 def _recipe(command: ConvertCommand, say: Say) -> Recipe:

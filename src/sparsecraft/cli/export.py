@@ -28,8 +28,8 @@ class ExportCommand(Command, Based):
 
 def run(command: ExportCommand, say: Say) -> None:
     """Load and export, or with `--dry-run` say what each target would be."""
-    from sparsecraft.checkpoint.folder import check_free
     from sparsecraft.checkpoint.load import load
+    from sparsecraft.checkpoint.replacing import claimed
     from sparsecraft.interop.exporting import check_name, export, plan
 
     if command.dry_run:
@@ -41,12 +41,12 @@ def run(command: ExportCommand, say: Say) -> None:
         return
     if command.to is None or command.out is None:
         raise ExportError("export needs --to TARGET and --out DIR, or --dry-run.")
-    check_free(command.out, command.overwrite)
-    model = load(command.folder, command.base)
-    record = export(model, command.to, command.out, overwrite=command.overwrite)
-    say(
-        f"{command.out}: {record['parameters']:,} parameters as {command.to}; "
-        f"{record['tensors']} tensors written and read back; {record['measured']}."
-    )
-    for warning in record.get("lint", ()):
-        say(f"  {warning}")
+    with claimed(command.out, command.overwrite):
+        model = load(command.folder, command.base)
+        record = export(model, command.to, command.out, overwrite=command.overwrite)
+        say(
+            f"{command.out}: {record['parameters']:,} parameters as {command.to}; "
+            f"{record['tensors']} tensors written and read back; {record['measured']}."
+        )
+        for warning in record.get("lint", ()):
+            say(f"  {warning}")

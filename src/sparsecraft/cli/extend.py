@@ -52,51 +52,52 @@ class ExtendCommand(Command, TrainOptions):
 
 def run(command: ExtendCommand, say: Say) -> None:
     """Load, add the expert, train if asked, save."""
-    from sparsecraft.checkpoint.folder import check_free
     from sparsecraft.checkpoint.load import is_self_contained, load_any
+    from sparsecraft.checkpoint.replacing import claimed
     from sparsecraft.checkpoint.save import save
     from sparsecraft.conversion.domains.domain import Domain
     from sparsecraft.conversion.extension.extend import extend
     from sparsecraft.surgery.record import conversion_of
     from sparsecraft.training.train import train
 
-    check_free(command.out, command.overwrite)
-    if command.train and not command.old_data:
-        raise DataError(
-            "Training on the new data alone forgets the old; give --old-data, or --no-train."
+    with claimed(command.out, command.overwrite):
+        if command.train and not command.old_data:
+            raise DataError(
+                "Training on the new data alone forgets the old; give --old-data, or --no-train."
+            )
+        _check_untrained(command)
+        alone = is_self_contained(command.folder)
+        model, tokenizer = load_any(command.folder, None if alone else command.base)
+        new, old = (
+            Domain.joined([Domain.of(path) for path in paths]) if paths else None
+            for paths in (command.data, command.old_data)
         )
-    _check_untrained(command)
-    alone = is_self_contained(command.folder)
-    model, tokenizer = load_any(command.folder, None if alone else command.base)
-    new, old = (
-        Domain.joined([Domain.of(path) for path in paths]) if paths else None
-        for paths in (command.data, command.old_data)
-    )
-    extension = extend(
-        model,
-        command.expert,
-        new,
-        old,
-        tokenizer=tokenizer,
-        base=command.base,
-        rows=command.rows,
-        mix=command.mix,
-        unrelated=command.unrelated,
-        seed=command.seed,
-    )
-    say(str(extension))
-    if not command.train:
-        save(model, command.out, overwrite=command.overwrite)
-        return say(f"Saved and read back: {command.out}")
-    report = train(
-        model,
-        (*command.data, *command.old_data),
-        command.out,
-        resume=command.resume,
-        overwrite=command.overwrite,
-        **command.of_training() | _defaults(command, conversion_of(model).recipe.stages[-1].name),
-    )
-    say(f"{report}\nSaved and read back: {command.out}")
+        extension = extend(
+            model,
+            command.expert,
+            new,
+            old,
+            tokenizer=tokenizer,
+            base=command.base,
+            rows=command.rows,
+            mix=command.mix,
+            unrelated=command.unrelated,
+            seed=command.seed,
+        )
+        say(str(extension))
+        if not command.train:
+            save(model, command.out, overwrite=command.overwrite)
+            return say(f"Saved and read back: {command.out}")
+        report = train(
+            model,
+            (*command.data, *command.old_data),
+            command.out,
+            resume=command.resume,
+            overwrite=command.overwrite,
+            **command.of_training()
+            | _defaults(command, conversion_of(model).recipe.stages[-1].name),
+        )
+        say(f"{report}\nSaved and read back: {command.out}")
 
 
 def _defaults(command: ExtendCommand, stage: str) -> dict[str, Any]:

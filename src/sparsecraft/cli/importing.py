@@ -27,20 +27,20 @@ class ImportCommand(Command):
 
 def run(command: ImportCommand, say: Say) -> None:
     """Read, save, say what it is."""
-    from sparsecraft.checkpoint.folder import check_free
+    from sparsecraft.checkpoint.replacing import claimed
     from sparsecraft.checkpoint.save import save
     from sparsecraft.evaluation.report import cost_lines, edit_lines
     from sparsecraft.interop.importing import import_moe
     from sparsecraft.moe import cost
     from sparsecraft.surgery.record import conversion_of
 
-    check_free(command.out, command.overwrite)
-    model = import_moe(command.source)
-    save(model, command.out, overwrite=command.overwrite)
-    recipe = conversion_of(model).recipe
-    found = conversion_of(model).report["import"]
-    say(f"{found['used']} of {found['tensors']} tensors of the mixture have their place.")
-    if measured := found.get("measured"):
-        say(f"Beside the mixture: {measured}.")
-    say("\n".join([f"{recipe.paper}.", *edit_lines(recipe), *cost_lines(cost.count(model))]))
-    say(f"Saved and read back: {command.out}")
+    with claimed(command.out, command.overwrite):
+        model = import_moe(command.source)
+        save(model, command.out, overwrite=command.overwrite)
+        recipe = conversion_of(model).recipe
+        found = conversion_of(model).report["import"]
+        say(f"{found['used']} of {found['tensors']} tensors of the mixture have their place.")
+        if measured := found.get("measured"):
+            say(f"Beside the mixture: {measured}.")
+        say("\n".join([f"{recipe.paper}.", *edit_lines(recipe), *cost_lines(cost.count(model))]))
+        say(f"Saved and read back: {command.out}")

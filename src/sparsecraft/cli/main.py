@@ -9,7 +9,12 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from sparsecraft.cli.console import Command, in_flags, quiet, say
 from sparsecraft.errors import SparsecraftError, did_you_mean
@@ -100,14 +105,50 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("sparsecraft").setLevel(logging.INFO)
     try:
-        _run(argv[0], argv[1:])
+        with _ended_cleanly():
+            _run(argv[0], argv[1:])
     except BrokenPipeError:  # `sparsecraft methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (SparsecraftError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted; training with a saved state goes on by --resume", file=sys.stderr)
-        return 130
+        return 128 + (error.number if isinstance(error, Ended) else signal.SIGINT)
     return 0
+
+
+class Ended(KeyboardInterrupt):
+    """A signal asks the process to end: what is half done is taken away, as after Ctrl-C."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+@contextmanager
+def _ended_cleanly() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP, which schedulers and closing terminals send, end a block like Ctrl-C.
+
+    Not where Python takes no signals, nor in the later of torchrun's processes: they write nothing,
+    and would wait in a collective operation for those that have ended.
+    """
+    names = ("SIGTERM", "SIGHUP")  # Windows has the first alone
+    numbers = [number for number in signal.valid_signals() if getattr(number, "name", "") in names]
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        raise Ended(number)
+
+    # What is ignored stays so: nohup ignores SIGHUP.
+    asked = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    before = {number: signal.signal(number, end) for number in asked}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

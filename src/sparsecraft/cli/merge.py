@@ -34,23 +34,23 @@ class MergeCommand(Command, Based):
 
 def run(command: MergeCommand, say: Say) -> None:
     """Load, merge, write, report."""
-    from sparsecraft.checkpoint.folder import check_free
     from sparsecraft.checkpoint.load import load_any
+    from sparsecraft.checkpoint.replacing import claimed
     from sparsecraft.conversion.merging.merge import merge, read_weights, write_merged
 
     weights = read_weights(command.weights)
-    check_free(command.out, command.overwrite)
-    model, tokenizer = load_any(command.folder, command.base)
-    set_for(model, command.budget)
-    report = merge(
-        model,
-        command.how,
-        weights=weights,
-        data=command.data or None,
-        tokenizer=tokenizer,
-        partial=command.partial,
-    )
-    found = write_merged(
-        model, command.out, report, source=command.folder, overwrite=command.overwrite
-    )
-    say(f"{report}\nSaved and read back: {command.out}" + (f"; {found}." if found else ""))
+    with claimed(command.out, command.overwrite):
+        model, tokenizer = load_any(command.folder, command.base)
+        set_for(model, command.budget)
+        report = merge(
+            model,
+            command.how,
+            weights=weights,
+            data=command.data or None,
+            tokenizer=tokenizer,
+            partial=command.partial,
+        )
+        found = write_merged(
+            model, command.out, report, source=command.folder, overwrite=command.overwrite
+        )
+        say(f"{report}\nSaved and read back: {command.out}" + (f"; {found}." if found else ""))

@@ -25,17 +25,17 @@ class RemoveCommand(Command, Based):
 
 def run(command: RemoveCommand, say: Say) -> None:
     """Load, remove, save, say what is left."""
-    from sparsecraft.checkpoint.folder import check_free
     from sparsecraft.checkpoint.load import load
+    from sparsecraft.checkpoint.replacing import claimed
     from sparsecraft.checkpoint.save import save
     from sparsecraft.conversion.extension.remove import remove
     from sparsecraft.evaluation.report import edit_lines
     from sparsecraft.surgery.record import conversion_of
 
-    check_free(command.out, command.overwrite)
-    model = load(command.folder, command.base)
-    remove(model, command.expert)
-    save(model, command.out, overwrite=command.overwrite)
-    recipe = conversion_of(model).recipe
-    say("\n".join([f"Expert {command.expert} was removed.", *edit_lines(recipe)]))
-    say(f"Saved and read back: {command.out}")
+    with claimed(command.out, command.overwrite):
+        model = load(command.folder, command.base)
+        remove(model, command.expert)
+        save(model, command.out, overwrite=command.overwrite)
+        recipe = conversion_of(model).recipe
+        say("\n".join([f"Expert {command.expert} was removed.", *edit_lines(recipe)]))
+        say(f"Saved and read back: {command.out}")

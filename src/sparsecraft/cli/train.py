@@ -31,29 +31,29 @@ class TrainCommand(Command, TrainOptions, Based):
 
 def run(command: TrainCommand, say: Say) -> None:
     """Load, train stage after stage, save, report."""
-    from sparsecraft.checkpoint.folder import check_free
     from sparsecraft.checkpoint.load import load
+    from sparsecraft.checkpoint.replacing import claimed
     from sparsecraft.evaluation.history import start_line
     from sparsecraft.evaluation.report import left_out_lines
     from sparsecraft.surgery.record import conversion_of
     from sparsecraft.training.train import train
 
-    check_free(command.out, command.overwrite)
-    model = load(command.folder, command.base)
-    if command.dtype != "saved":
-        _cast_frozen(model, command.dtype)
-    report = train(
-        model,
-        command.data,
-        command.out,
-        resume=command.resume,
-        overwrite=command.overwrite,
-        **command.of_training(),
-    )
-    record = conversion_of(model)
-    lines = [str(report), start_line(record.recipe, record.report)]
-    lines += [*left_out_lines(record.left_out), f"Saved and read back: {command.out}"]
-    say("\n".join(lines))
+    with claimed(command.out, command.overwrite):
+        model = load(command.folder, command.base)
+        if command.dtype != "saved":
+            _cast_frozen(model, command.dtype)
+        report = train(
+            model,
+            command.data,
+            command.out,
+            resume=command.resume,
+            overwrite=command.overwrite,
+            **command.of_training(),
+        )
+        record = conversion_of(model)
+        lines = [str(report), start_line(record.recipe, record.report)]
+        lines += [*left_out_lines(record.left_out), f"Saved and read back: {command.out}"]
+        say("\n".join(lines))
 
 
 def _cast_frozen(model: Any, dtype: str) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from sparsecraft.checkpoint import shards
 from sparsecraft.checkpoint.base import usable_base
 from sparsecraft.checkpoint.companions import check_settings
-from sparsecraft.checkpoint.folder import check_free
 from sparsecraft.checkpoint.progress import Progress, bytes_left, continued
+from sparsecraft.checkpoint.replacing import claimed
 from sparsecraft.checkpoint.save import write_rest
 from sparsecraft.checkpoint.shards import SHARD_SIZE
 from sparsecraft.checkpoint.space import require
@@ -95,18 +95,18 @@ def convert_files(
         CheckpointError: the folder cannot be written, or not be resumed.
     """
     out = Path(out)
-    check_free(out, overwrite)
-    _check_recipe(recipe)
-    stream = _Stream(model, recipe, sources, dtype=dtype, unrelated=unrelated, seed=seed)
-    check_settings(stream.model)
-    tensors = stream.tensors(out, standalone)
-    say(_require(out, tensors, stream.memory(certify), resume))
-    task = stream.task(seed=seed, standalone=standalone, shard_size=shard_size)
-    with continued(out, task, overwrite=overwrite, resume=resume) as begun:
-        digest_of_all = _write(begun, tensors, shard_size, progress, say)
-        certificate = stream.certificate(begun.folder, seed, say) if certify else None
-        report = stream.report(certificate)
-        write_rest(stream.model, begun.folder, stream.base, digest_of_all, None)
+    with claimed(out, overwrite, keep_partial=True):
+        _check_recipe(recipe)
+        stream = _Stream(model, recipe, sources, dtype=dtype, unrelated=unrelated, seed=seed)
+        check_settings(stream.model)
+        tensors = stream.tensors(out, standalone)
+        say(_require(out, tensors, stream.memory(certify)))
+        task = stream.task(seed=seed, standalone=standalone, shard_size=shard_size)
+        with continued(out, task, overwrite=overwrite, resume=resume) as begun:
+            digest_of_all = _write(begun, tensors, shard_size, progress, say)
+            certificate = stream.certificate(begun.folder, seed, say) if certify else None
+            report = stream.report(certificate)
+            write_rest(stream.model, begun.folder, stream.base, digest_of_all, None)
     return report
 
 
@@ -131,13 +131,13 @@ def _check_recipe(recipe: Recipe) -> None:
             )
 
 
-def _require(out: Path, tensors: dict[str, Lazy], memory: int, resume: bool) -> str:
+def _require(out: Path, tensors: dict[str, Lazy], memory: int) -> str:
     """One line on the disk and memory that the conversion needs and that are free.
 
     Raises:
         ResourceError: not enough disk.
     """
-    disk = sum(map(size_of, tensors.values())) - (bytes_left(out) if resume else 0)
+    disk = sum(map(size_of, tensors.values())) - bytes_left(out)
     return require(out, disk=disk, memory=memory, task="Conversion, tensor by tensor,")
 
 

@@ -14,8 +14,9 @@ from typing import Any
 from torch import nn
 
 from sparsecraft.checkpoint.companions import write_companions
-from sparsecraft.checkpoint.folder import EXPORT_RECORD, MANIFEST, replacing
+from sparsecraft.checkpoint.folder import EXPORT_RECORD, MANIFEST
 from sparsecraft.checkpoint.jsonfile import write_json
+from sparsecraft.checkpoint.replacing import replacing
 from sparsecraft.checkpoint.space import require
 from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import ExportError, did_you_mean

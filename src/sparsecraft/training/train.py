@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from sparsecraft.checkpoint.companions import check_settings
-from sparsecraft.checkpoint.folder import check_free
 from sparsecraft.checkpoint.load import load
+from sparsecraft.checkpoint.replacing import claimed
 from sparsecraft.checkpoint.save import check_loadable, save
 from sparsecraft.data.batches import collate
 from sparsecraft.data.limits import pad_id
@@ -81,24 +81,24 @@ def train(
         TrainingError: a loss, a gradient or a weight is not finite, or something has changed that
             a stage does not train. `out` is as it was, and the last state waits for `resume`.
     """
-    asked, out = checked(options), Path(out).resolve()
-    model = load(model) if isinstance(model, (str, Path)) else model
-    record = conversion_of(model)
-    check_free(out, overwrite)
-    check_loadable(model)
-    note_elsewhere(model)
-    check_settings(model, tokenizer)
-    _check_devices(model)
-    states = out.with_name(f"{out.name}.training")
-    check_folder(states, resume, asked.stages)
-    stages = stages_of(record.recipe, asked.stages)
-    _check_stages(model, [stage for _, stage in stages])
-    reader = tokenizer or _tokenizer_of(model)
-    asked, unpacked = _packable(model, reader, stages, asked)
-    run = Run(model, reader, out, Prompts.of(model), resume, unpacked)
-    with noted_if_done(record):
-        trainer, report = _run_stages(run, stages, data, asked, states)
-        _finish(run, states, overwrite, tokenizer, trainer)
+    asked = checked(options)
+    with claimed(out, overwrite) as path:
+        model = load(model) if isinstance(model, (str, Path)) else model
+        record = conversion_of(model)
+        check_loadable(model)
+        note_elsewhere(model)
+        check_settings(model, tokenizer)
+        _check_devices(model)
+        states = path.with_name(f"{path.name}.training")
+        check_folder(states, resume, asked.stages)
+        stages = stages_of(record.recipe, asked.stages)
+        _check_stages(model, [stage for _, stage in stages])
+        reader = tokenizer or _tokenizer_of(model)
+        asked, unpacked = _packable(model, reader, stages, asked)
+        run = Run(model, reader, path, Prompts.of(model), resume, unpacked)
+        with noted_if_done(record):
+            trainer, report = _run_stages(run, stages, data, asked, states)
+            _finish(run, states, overwrite, tokenizer, trainer)
     return report
 
 

@@ -8,6 +8,7 @@ overrides or calls a private method of Trainer stands under "Private hooks".
 from __future__ import annotations
 
 import logging
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +20,10 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerState
 from trl import SFTTrainer
 
 from sparsecraft.checkpoint import tensorfile
+from sparsecraft.checkpoint.space import writing
 from sparsecraft.checkpoint.tensors import WEIGHTS, read_tensors
 from sparsecraft.data.encoding import IGNORED
-from sparsecraft.errors import SparsecraftError
+from sparsecraft.errors import CheckpointError, SparsecraftError
 from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.items import count_items, weighed
 from sparsecraft.moe.names import unique_tensors
@@ -194,6 +196,16 @@ class RoutedTrainerMixin:
         folder.mkdir(parents=True, exist_ok=True)
         digest = tensorfile.write(folder / WEIGHTS, trained)
         (folder / "digest").write_text(digest)
+
+    def _save_checkpoint(self, model, trial):
+        """A state for resuming, whole or not at all."""
+        state = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            with writing(state, "free some disk and resume from the state before it, if any"):
+                super()._save_checkpoint(model, trial)
+        except CheckpointError:
+            shutil.rmtree(state, ignore_errors=True)
+            raise
 
     def keep_state(self) -> None:
         """Write a state for resuming now."""

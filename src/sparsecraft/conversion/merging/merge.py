@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.checkpoint.companions import write_dense
-from sparsecraft.checkpoint.folder import EXPORT_RECORD, check_free, replacing
+from sparsecraft.checkpoint.folder import EXPORT_RECORD
 from sparsecraft.checkpoint.jsonfile import write_json
 from sparsecraft.checkpoint.pretrained import writes_ours
+from sparsecraft.checkpoint.replacing import replacing
 from sparsecraft.checkpoint.save import save
 from sparsecraft.checkpoint.space import require
 from sparsecraft.checkpoint.wide import wide_outputs
@@ -380,7 +381,6 @@ def write_merged(
     if is_converted(model):
         save(model, out, overwrite=overwrite)
         return None
-    check_free(out, overwrite)
     size = cost.bytes_of(model)
     require(out, disk=size, memory=size, task="Saving")
     with replacing(out, overwrite) as folder:

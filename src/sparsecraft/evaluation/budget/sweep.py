@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import nn
 
 from sparsecraft.checkpoint.load import load_any
+from sparsecraft.checkpoint.replacing import adding
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.budget.calibration import rule_of
 from sparsecraft.evaluation.budget.latency import CONTEXT, ROUNDS, latencies
@@ -141,27 +142,29 @@ def sweep(
     Raises:
         SparsecraftError: no split networks, untrained routers, or shares outside (0, 1].
         DataError: too few rows, or data without a score.
+        CheckpointError: the folder cannot be written, or another process writes it.
     """
     _check_measuring(context, rounds, Path(out))
     shares = _checked(shares, batch_sizes)
-    if isinstance(model, (str, Path)):
-        model, own = load_any(str(model))
-        tokenizer = tokenizer or own
-    select = rule_of(model)
-    limits, tokenizer = (max_tokens, max_length), tokenizer or tokenizer_of(model)
-    held, calibrated, split = _split(model, data, calibration_data, tokenizer, *limits, select)
-    with unchanged(model):
-        settings, notes = _settings(model, shares, calibrated, select)
-        seen = []
-        for setting in settings:
-            setting.use(model)
-            seen.append(_row(model, setting, held, batch_sizes, score, select))
-        for size in batch_sizes:
-            _time(model, settings, seen, held, size, context, rounds)
-    _compare_losses(seen)
-    said = (f"{split}. {AGAINST}", _machine(model), *notes)
-    result = Sweep(tuple(seen), said, _score_name(seen[0]), tuple(batch_sizes))
-    _write(model, result, Path(out), context, rounds)
+    with adding(out) as folder:
+        if isinstance(model, (str, Path)):
+            model, own = load_any(str(model))
+            tokenizer = tokenizer or own
+        select = rule_of(model)
+        limits, tokenizer = (max_tokens, max_length), tokenizer or tokenizer_of(model)
+        held, calibrated, split = _split(model, data, calibration_data, tokenizer, *limits, select)
+        with unchanged(model):
+            settings, notes = _settings(model, shares, calibrated, select)
+            seen = []
+            for setting in settings:
+                setting.use(model)
+                seen.append(_row(model, setting, held, batch_sizes, score, select))
+            for size in batch_sizes:
+                _time(model, settings, seen, held, size, context, rounds)
+        _compare_losses(seen)
+        said = (f"{split}. {AGAINST}", _machine(model), *notes)
+        result = Sweep(tuple(seen), said, _score_name(seen[0]), tuple(batch_sizes))
+        _write(model, result, folder, context, rounds)
     return result
 
 
@@ -334,7 +337,6 @@ def _machine(model: nn.Module) -> str:
 
 
 def _write(model: nn.Module, result: Sweep, out: Path, context: int, rounds: int) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     with (out / "sweep.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(result.rows[0]))
         writer.writeheader()
