@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsecraft.checkpoint.folder import resolved
 from sparsecraft.checkpoint.manifest import word
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
@@ -93,7 +94,7 @@ def usable_base(model: nn.Module, out: Path, standalone: bool) -> Origin | None:
     """The base that a checkpoint in `out` can stand on; None if it has to hold everything."""
     record = conversion_of(model)
     origin = record.base
-    if origin is not None and out.resolve() == origin.folder.resolve():
+    if origin is not None and resolved(out) == origin.folder.resolve():
         raise CheckpointError(f"{out} holds the base that the model stands on; choose another.")
     alone = origin is None or not origin.holds(model, _dense_shapes(model))
     if record.recipe.quantization and (standalone or alone):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import shutil
 import threading
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sparsecraft.dense.jsonfile import read_object
 from sparsecraft.errors import CheckpointError
 
 MANIFEST = "recipe.json"
@@ -68,7 +68,7 @@ def replacing(
     Raises:
         CheckpointError: `out` exists and `overwrite` is False, or the disk refuses.
     """
-    out = out.resolve()  # a link stays a link
+    out = resolved(out)  # a link stays a link
     check_free(out, overwrite, foreign)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
@@ -121,7 +121,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def check_free(out: Path, overwrite: bool, foreign: bool = False) -> None:
     """Raise CheckpointError unless `out` may be written, before any work is done."""
-    out = out.resolve()
+    out = resolved(out)
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists already; choose another folder or pass overwrite.")
     ours = out.is_dir() and (foreign or _ours(out) or not any(out.iterdir()))
@@ -134,12 +134,24 @@ def check_free(out: Path, overwrite: bool, foreign: bool = False) -> None:
         raise CheckpointError(f"{out} cannot be written: {existing} is no writable folder.")
 
 
+def resolved(out: Path) -> Path:
+    """Where a folder is, links followed.
+
+    Raises:
+        CheckpointError: its links lead round in a circle.
+    """
+    try:
+        return out.resolve()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{out} leads nowhere ({error}); choose another folder.") from None
+
+
 def _ours(folder: Path) -> bool:
     """Whether a folder is a checkpoint or an export of ours, which may be overwritten."""
     if (folder / EXPORT_RECORD).is_file():
         return True
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError, RecursionError):
+        manifest = read_object(folder / MANIFEST, CheckpointError)
+    except CheckpointError:
         return False
-    return isinstance(manifest, dict) and {"format_version", "recipe", "tensors"} <= set(manifest)
+    return {"format_version", "recipe", "tensors"} <= set(manifest)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsecraft.dense.cache import snapshot_in, snapshot_of, snapshots
 from sparsecraft.dense.digests import combine, digest
+from sparsecraft.dense.door import read_config
 from sparsecraft.dense.loading import class_of, model_class
 from sparsecraft.dense.packaged import ALIASES, alias_folder, is_alias
 from sparsecraft.dense.weights import Weights, every_safetensors, variants
@@ -140,8 +141,7 @@ class Origin:
                 found = self.tensor(model, name)
                 same = found is not None and found.shape == tensor.shape
                 tensors += not (same and torch.equal(found.to(tensor.dtype), tensor.detach().cpu()))
-        ours, theirs = model.config.to_dict(), type(model.config).from_pretrained(self.folder)
-        theirs = theirs.to_dict()
+        ours, theirs = model.config.to_dict(), read_config(self.folder).to_dict()
         free = {"_name_or_path", "dtype", "quantization_config", "transformers_version"}
         keys = (ours.keys() | theirs.keys()) - free
         return tensors, sum(ours.get(key) != theirs.get(key) for key in keys)

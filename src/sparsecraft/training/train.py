@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sparsecraft.checkpoint.companions import check_settings
-from sparsecraft.checkpoint.folder import check_free
+from sparsecraft.checkpoint.folder import check_free, resolved
 from sparsecraft.checkpoint.load import load
 from sparsecraft.checkpoint.save import check_loadable, save
 from sparsecraft.data.batches import collate
@@ -81,7 +81,7 @@ def train(
         TrainingError: a loss, a gradient or a weight is not finite, or something has changed that
             a stage does not train. `out` is as it was, and the last state waits for `resume`.
     """
-    asked, out = checked(options), Path(out).resolve()
+    asked, out = checked(options), resolved(Path(out))
     model = load(model) if isinstance(model, (str, Path)) else model
     record = conversion_of(model)
     check_free(out, overwrite)
