@@ -89,5 +89,5 @@ def test_a_header_that_lies_is_refused(tmp_path, header, data):
 def test_more_tensors_than_any_model_has_are_refused(tmp_path):
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     _write(tmp_path / "x.safetensors", {f"{i}": entry for i in range(MOST_TENSORS + 1)})
-    with pytest.raises(CheckpointError, match="more than one file"):
+    with pytest.raises(CheckpointError, match="more tensors than one file"):
         SafeFile.open(tmp_path / "x.safetensors", CheckpointError)

@@ -63,7 +63,9 @@ def dense(folder: Path) -> Tensor:
 def through_transformers(folder: Path) -> Tensor:
     try:
         return logits(transformers.AutoModelForCausalLM.from_pretrained(folder))
-    except (OSError, ValueError) as error:
+    except SparsecraftError:
+        raise
+    except Exception as error:
         # Before it knows that the folder is ours, transformers speaks for itself.
         if any("sparsecraft" in f.filename for f in traceback.extract_tb(error.__traceback__)[-3:]):
             raise
@@ -143,7 +145,9 @@ def make(root: Path) -> None:
     _make_lora(root, base)
     _make_rows(root / "rows")
     (root / "state" / "checkpoint-1").mkdir(parents=True)
-    for name in ("moe.safetensors", "digest", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+    weights = root / "checkpoint" / "moe.safetensors"
+    shutil.copy(weights, root / "state" / "checkpoint-1")
+    for name in ("digest", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
         (root / "state" / "checkpoint-1" / name).write_bytes(b"x" * 32)
     history = {"global_step": 1, "log_history": [{"loss": 1.5, "step": 1}]}
     (root / "state" / "checkpoint-1" / "trainer_state.json").write_text(json.dumps(history))

@@ -172,6 +172,7 @@ def _origin_of(model: nn.Module) -> Origin | None:
     origin = Origin.of(model)
     if origin is not None:
         check_files(model, origin.weights, SurgeryError)
+        _ = origin.seen  # what a save compares with
     return origin
 
 

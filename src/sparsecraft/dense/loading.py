@@ -167,6 +167,7 @@ def load_model(
     cls = model_class(folder)
     read_config(folder)
     kwargs.pop("trust_remote_code", None)
+    mapped = kwargs.pop("disable_mmap", None) is False
     kwargs |= loading(folder, quantize)
     # Misshapen weights are reported, like missing ones, and become our one error below.
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -174,9 +175,21 @@ def load_model(
         kwargs |= {"dtype": "auto" if dtype is None else dtype, "device_map": device_map}
         model, info = cls.from_pretrained(folder, **kwargs, **NO_CODE)
     check_packed(model, folder)
+    if not mapped:
+        _unmap(model)
     check_loaded(model, folder, kwargs.get("variant"), info)
     keep_layout(model)
     return model.eval()
+
+
+def _unmap(model: Any) -> None:
+    """Give tensors on the CPU memory of their own: transformers maps the files, and whatever is
+    written over them would change the model, or end the process."""
+    import torch
+
+    for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+        if tensor.device.type == "cpu" and type(tensor) in (torch.nn.Parameter, torch.Tensor):
+            tensor.data = tensor.data.clone()
 
 
 def skeleton(folder: Path, dtype: Any = None) -> Any:

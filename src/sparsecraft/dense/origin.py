@@ -17,6 +17,7 @@ from sparsecraft.dense.digests import combine, digest
 from sparsecraft.dense.door import read_config
 from sparsecraft.dense.loading import class_of, model_class
 from sparsecraft.dense.packaged import ALIASES, alias_folder, is_alias
+from sparsecraft.dense.safefile import stamp_of
 from sparsecraft.dense.weights import Weights, every_safetensors, variants
 from sparsecraft.errors import CheckpointError
 
@@ -113,6 +114,19 @@ class Origin:
     @cached_property
     def weights(self) -> Weights:
         return Weights(self.folder, self.variant)
+
+    @cached_property
+    def seen(self) -> dict[Path, tuple[int, ...]]:
+        """The state of the files when this was first asked: when a model was made of them."""
+        return self.stamps()
+
+    def has_changed(self) -> bool:
+        """Whether a file was written, exchanged or cut short since `seen`."""
+        return self.stamps() != self.seen
+
+    def stamps(self) -> dict[Path, tuple[int, ...]]:
+        """The state of the files now."""
+        return {path: stamp_of(path) for path in self.weights.paths}
 
     @property
     def loading(self) -> dict[str, str]:

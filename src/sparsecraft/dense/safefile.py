@@ -22,6 +22,8 @@ from sparsecraft.dense.jsonfile import check_regular
 from sparsecraft.errors import SparsecraftError, first_line
 
 MOST_TENSORS = 100_000  # of one file; the largest models have as many in sixty
+MOST_HEADER = 1 << 24  # bytes
+MANY = "it holds more tensors than one file of any model"
 
 DTYPES = {
     "F64": torch.float64,
@@ -90,10 +92,14 @@ class SafeFile:
         check_regular(path, error)
         try:
             stamp = stamp_of(path)
+            with path.open("rb") as file:
+                start = file.read(8)
+            if len(start) == 8 and MOST_HEADER < int.from_bytes(start, "little") < stamp[2]:
+                raise ValueError(MANY)
             with safe_open(path, "pt") as file:  # the library checks the header
                 count = len(file.keys())
             if count > MOST_TENSORS:
-                raise ValueError(f"it holds {count:,} tensors, more than one file of any model")
+                raise ValueError(MANY)
             with path.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(length))
