@@ -90,7 +90,7 @@ def imported(folder: Path) -> Tensor:
 
 
 def rows(folder: Path) -> None:
-    for path in sorted(folder.iterdir()):
+    for path in sorted(set(folder.iterdir()) - {folder / "evil.py"}):
         list(read_rows(path, "train", Unused()))
 
 
