@@ -22,6 +22,7 @@ from sparsecraft.errors import DataError, first_line
 log = logging.getLogger("sparsecraft")
 
 EXTENSIONS = (".json", ".jsonl", ".parquet", ".txt")
+MOST_LINE, MOST_WHOLE = 1 << 26, 1 << 29  # bytes of a row, and of a file that is read as a whole
 MOST_PACKED, SMALL = 200, 1 << 26  # a .gz holds at most this multiple of its bytes, and these
 TOO_DEEP = "the JSON is nested too deeply to be read; flatten it"
 # Words of a file name that name its split, each with the split it stands for.
@@ -183,22 +184,29 @@ def _filled(value: Any) -> Any:
 
 
 def _read_text(file, extension: str) -> Iterator[tuple[str, Any]]:
-    text = file.read().decode("utf-8-sig")
+    text = _whole(file).decode("utf-8-sig")
     if text.strip():
         yield "line 1", {"text": text}
+
+
+def _whole(file: IO[bytes]) -> bytes:
+    content = file.read(MOST_WHOLE + 1)
+    if len(content) > MOST_WHOLE:
+        raise DataError(f"line 1: larger than {MOST_WHOLE:,} bytes; write its rows as .jsonl.")
+    return content
 
 
 # ------------------------------------------------------------------ JSON
 def _read_json(file, extension: str) -> Iterator[tuple[str, Any]]:
     """One object a line; a .json file may also hold one array, or one object over many lines."""
     if extension == ".json":
-        content = file.read()
+        content = _whole(file)
         try:
             value = parse(content, DataError) if content.strip() else []
         except json.JSONDecodeError as err:
             if err.msg != "Extra data":
                 raise DataError(f"line {err.lineno}: not JSON ({err.msg})") from None
-            file = content.splitlines()  # several values after each other: one a line
+            file = io.BytesIO(content)  # several values after each other: one a line
         except RecursionError:
             raise DataError(f"line {_deepest_line(content)}: {TOO_DEEP}.") from None
         except DataError as err:
@@ -207,7 +215,9 @@ def _read_json(file, extension: str) -> Iterator[tuple[str, Any]]:
             rows = value if isinstance(value, list) else [value]
             yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
             return
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(iter(lambda: file.readline(MOST_LINE + 1), b""), 1):
+        if len(line) > MOST_LINE:
+            raise DataError(f"line {number}: longer than {MOST_LINE:,} bytes; write a row a line.")
         if line.strip():
             try:
                 row = parse(line, DataError)

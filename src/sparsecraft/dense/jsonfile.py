@@ -65,8 +65,7 @@ def parse(
     """JSON without what Python reads in silence.
 
     Args:
-        special: of `MEASURED`, those that it may hold; none makes of it strict JSON, whose numbers
-            fit into 64 bits.
+        special: of `MEASURED`, those that it may hold; none makes of it strict JSON.
 
     Raises:
         SparsecraftError: of the given kind; a key stands twice, or a number is none of JSON or
@@ -86,7 +85,7 @@ def decoder(error: type[SparsecraftError], special: Collection[str] = ()) -> jso
     return json.JSONDecoder(
         object_pairs_hook=partial(_object, error),
         parse_constant=partial(_constant, error, special),
-        parse_int=partial(_integer, error, not special),
+        parse_int=partial(_integer, error),
         parse_float=float if special else partial(_float, error),
     )
 
@@ -161,8 +160,8 @@ def _constant(error: type[SparsecraftError], special: Collection[str], name: str
     return float(name)
 
 
-def _integer(error: type[SparsecraftError], strict: bool, digits: str) -> int:
-    if len(digits) > MOST_DIGITS or (strict and not -(2**63) <= int(digits) < 2**63):
+def _integer(error: type[SparsecraftError], digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
         raise error(f"the number {digits:.20}... has {len(digits)} digits, more than a file needs")
     return int(digits)
 
