@@ -54,6 +54,7 @@ CONFIGS = {
     "a padding out of range": {"pad_token_id": 10**9},
     "a type that is none": {"dtype": "zz"},
     "a number for a type": {"dtype": 5},
+    "a list for a type": {"dtype": ["x"]},
     "weights elsewhere": {"transformers_weights": "../model.safetensors"},
     "weights at the root": {"transformers_weights": "/etc/passwd"},
     "a kernel": {"_attn_implementation": "kernels-community/flash-attn"},

@@ -144,7 +144,9 @@ def read_config(folder: Path, error: type[SparsecraftError] = HubError) -> PreTr
     path = folder / "config.json"
     check_config(read_object(path, error), path, error)
     with guarded(path, error):
-        return AutoConfig.from_pretrained(folder, **NO_CODE)
+        config = AutoConfig.from_pretrained(folder, **NO_CODE)
+        config.to_dict()  # fails on what its class has let pass
+        return config
 
 
 def read_generation(folder: Path, error: type[SparsecraftError]) -> GenerationConfig:
@@ -174,7 +176,9 @@ def build_config(
     check_config(data, where, error)
     fields = dict(data)
     with guarded(where, error):
-        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        config.to_dict()
+        return config
 
 
 def build(
