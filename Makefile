@@ -6,7 +6,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Without a GPU, which the tests that need none would share and compare with the CPU.
 PYTEST := $(OFFLINE) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: install model demo test slow clients peft-suite crash lint docs families bench clean
+.PHONY: install model demo test slow clients peft-suite crash fuzz lint docs families bench clean
 
 install: .venv/installed
 # torch first and by itself, so that a build which lies ready on the machine (without CUDA, say) is
@@ -32,6 +32,12 @@ test: model
 
 slow: model
 	$(PYTEST) -m slow
+
+# Two thousand edited folders and files of every kind that we read, each in a process under limits;
+# docs/reliability.md. Some twenty minutes on two quiet cores. FUZZ='--from 17 --count 1' repeats one.
+FUZZ ?=
+fuzz: install
+	$(OFFLINE) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ)
 
 # Other people's programs on our folders: TRL, Trainer, FSDP2, Lightning, accelerate, PEFT, lm-eval.
 clients: model

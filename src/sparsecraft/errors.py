@@ -70,6 +70,18 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"{hint} Known: {', '.join(known)}."
 
 
+def check_seed(seed: object) -> None:
+    """Refuse what no generator of random numbers takes as its seed.
+
+    Raises:
+        SparsecraftError: so it is.
+    """
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise SparsecraftError(
+            f"seed is {seed!r:.40}; it must be a whole number from 0 to 2^32 - 1."
+        )
+
+
 def first_line(error: object) -> str:
     """The first line of what another library's error says, or its type where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
 import transformers
 
 import sparsecraft as sc
-from sparsecraft.checkpoint.companions import check_settings
+from sparsecraft.checkpoint.companions import check_settings, copy_companions
 from sparsecraft.cli.main import main
 from sparsecraft.conversion.merging.merge import write_merged
 from sparsecraft.conversion.stream import convert_files
@@ -166,3 +167,29 @@ def test_a_processor_takes_the_place_of_the_bases(tmp_path):
     check_settings(model, given)
     sc.save(model, tmp_path / "given", tokenizer=given)
     assert json.loads((tmp_path / "given" / name).read_text())["do_normalize"] is False
+
+
+def test_a_link_to_another_file_outside_does_not_travel(tmp_path):
+    secret = tmp_path / "key"
+    secret.write_text("secret")
+    tiny.save_dense(tmp_path / "base")
+    (tmp_path / "base" / "LICENSE").symlink_to(secret)
+    with pytest.raises(CheckpointError, match=r"is a link to .*key"):
+        copy_companions(tmp_path / "base", tmp_path)
+
+
+def test_links_to_files_of_the_same_name_and_of_the_hubs_cache_travel(tmp_path):
+    tiny.save_dense(tmp_path / "shared")
+    folder = tmp_path / "models--a--b" / "snapshots" / "123"
+    blobs, out = tmp_path / "models--a--b" / "blobs", tmp_path / "out"
+    for made in (folder, blobs, out, tmp_path / "linked"):
+        made.mkdir(parents=True)
+    for number, path in enumerate((tmp_path / "shared").iterdir()):
+        (tmp_path / "linked" / path.name).symlink_to(path)
+        shutil.copy(path, blobs / f"{number}")
+        (folder / path.name).symlink_to(blobs / f"{number}")
+    for source in (tmp_path / "linked", folder):
+        copy_companions(source, out)
+        assert (out / "tokenizer.json").is_file() and not (out / "tokenizer.json").is_symlink()
+        shutil.rmtree(out)
+        out.mkdir()

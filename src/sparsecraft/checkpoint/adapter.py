@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from sparsecraft.checkpoint import tensorfile
 from sparsecraft.checkpoint.adapter_names import HELD, WRAPPED, check_complete, standing_paths
@@ -26,6 +25,7 @@ from sparsecraft.checkpoint.manifest import read_recipe
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.checkpoint.tensors import ADAPTER
 from sparsecraft.dense import hub
+from sparsecraft.dense.door import read_config
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weight
 from sparsecraft.errors import CheckpointError, RecipeError
@@ -150,7 +150,7 @@ def load_adapter(
     recipe = _recipe(folder, config, override)
     origin, saved = _base(folder, config, base)
     saved_dtype = getattr(torch, saved["dtype"]) if saved else None
-    changed = bool(override) or is_another(AutoConfig.from_pretrained(origin.folder), kwargs)
+    changed = bool(override) or is_another(read_config(origin.folder, CheckpointError), kwargs)
     kwargs |= {"dtype": dtype or saved_dtype, "device_map": device_map}
     model, record = load_on(origin, recipe, saved.get("quantization"), **kwargs)
     if (folder / EXPORT_RECORD).is_file():  # PEFT's own folders hold no tokenizer

@@ -13,14 +13,15 @@ from sparsecraft.errors import CheckpointError
 
 # They say where files come from or how they are read, and change nothing about the model.
 OF_FILES = frozenset(
-    "cache_dir code_revision commit_hash _commit_hash disable_mmap force_download _from_auto "
+    "cache_dir code_revision commit_hash _commit_hash force_download _from_auto "
     "_from_pipeline ignore_mismatched_sizes local_files_only low_cpu_mem_usage mirror _fast_init "
     "offload_state_dict proxies resume_download revision subfolder token tqdm_class "
     "trust_remote_code use_safetensors weights_only".split()
 )
 # How the model runs and where it lies.
 OF_THE_MODEL = frozenset(
-    "attn_implementation experts_implementation max_memory offload_buffers offload_folder".split()
+    "attn_implementation disable_mmap experts_implementation max_memory offload_buffers "
+    "offload_folder".split()
 )
 # Fields of a configuration that change what a call gives back, and not what is computed.
 OF_CALLS = frozenset(

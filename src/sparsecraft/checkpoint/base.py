@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsecraft.checkpoint.folder import resolved
 from sparsecraft.checkpoint.manifest import word
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
@@ -51,9 +52,12 @@ def load_on(
     kwargs |= origin.loading
     if "config" in kwargs and (own := settings_in(origin.folder)):
         kwargs["config"].quantization_config = packed or own
+    before = origin.stamps()
     quantize = recipe.quantization and (packed or recipe.quantization)
     model = hub.load_dense(str(origin.folder), quantize=quantize, **kwargs)
     check_in_memory(model, "pass no device_map that offloads")
+    if origin.stamps() != before:
+        raise CheckpointError(f"The base {origin.name!r} changed while it was read; load it again.")
     record = convert_base(model, recipe, origin)
     record.base_card = card_of(origin)
     return model, record
@@ -93,7 +97,7 @@ def usable_base(model: nn.Module, out: Path, standalone: bool) -> Origin | None:
     """The base that a checkpoint in `out` can stand on; None if it has to hold everything."""
     record = conversion_of(model)
     origin = record.base
-    if origin is not None and out.resolve() == origin.folder.resolve():
+    if origin is not None and resolved(out) == origin.folder.resolve():
         raise CheckpointError(f"{out} holds the base that the model stands on; choose another.")
     alone = origin is None or not origin.holds(model, _dense_shapes(model))
     if record.recipe.quantization and (standalone or alone):
@@ -105,7 +109,29 @@ def usable_base(model: nn.Module, out: Path, standalone: bool) -> Origin | None:
                 else "save the dense model as a folder, load that, and keep its head and sizes."
             )
         )
-    return None if standalone or alone else origin
+    if standalone or alone:
+        return None
+    _check_unchanged(model, origin)
+    return origin
+
+
+def _check_unchanged(model: nn.Module, origin: Origin) -> None:
+    """Refuse to stand on a base whose tensors are not those that the model was made of.
+
+    Raises:
+        CheckpointError: names the first; what is in memory may have changed with it, where the
+            model maps its files.
+    """
+    if not origin.has_changed():
+        return
+    for name, (dtype, before) in conversion_of(model).digests.items():
+        now = origin.tensor(model, name)
+        if now is not None and now.is_floating_point() and digest(now.to(dtype)) != before:
+            raise CheckpointError(
+                f"The base {origin.name!r} has changed since the model was made of it: {name!r} "
+                "holds other numbers. Put the old files back, or convert or load it again; "
+                "standalone=True (--standalone) keeps what is in memory."
+            )
 
 
 def _dense_shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -132,6 +158,7 @@ def find_base(folder: Path, saved: dict[str, Any] | None, base: str | None) -> O
     origin = Origin.at(resolved, saved.get("variant"))
     if not origin.is_there:
         raise CheckpointError(f"The base of {folder}, {name!r}, holds no weights.")
+    _ = origin.seen  # before it is compared and read
     if origin.has_fingerprint(saved["fingerprint"]):
         return origin
     # Written before commits were remembered, and the branch has moved since.

@@ -21,6 +21,9 @@ from transformers import (
 from sparsecraft.checkpoint.folder import COMPANIONS, GENERATION, PROCESSOR, TOKENIZER
 from sparsecraft.checkpoint.jsonfile import write_json
 from sparsecraft.checkpoint.manifest import base_config, config_of
+from sparsecraft.dense.cache import snapshot_in
+from sparsecraft.dense.door import MOST_TEXT, read_generation
+from sparsecraft.dense.jsonfile import check_regular
 from sparsecraft.dense.loading import load_tokenizer
 from sparsecraft.errors import CheckpointError, SparsecraftError, first_line
 from sparsecraft.surgery.record import settings_of
@@ -80,8 +83,29 @@ def copy_companions(source: Path, folder: Path, replaced: tuple[str, ...] = ()) 
     """
     kept = (pattern for pattern in COMPANIONS if pattern not in replaced)
     for path in {path for pattern in kept for path in source.glob(pattern)}:
+        for file in [path, *(path.rglob("*") if path.is_dir() else ())]:
+            _check_own(file, source)
         copy = shutil.copytree if path.is_dir() else shutil.copyfile
         copy(path, folder / path.name)
+
+
+def _check_own(path: Path, source: Path) -> None:
+    """Refuse to copy what is no file, or a link out of the folder to a file of another name: a
+    LICENSE that is another file would travel with the checkpoint.
+
+    Raises:
+        CheckpointError: so it is.
+    """
+    if not path.is_dir():
+        check_regular(path, CheckpointError, MOST_TEXT)
+    target, root = path.resolve(), source.resolve()
+    cached = snapshot_in(root)  # the hub's cache names files by their hash
+    inside = root.parents[1] if cached and not cached.subfolder else root
+    if target.name != path.name and not target.is_relative_to(inside):
+        raise CheckpointError(
+            f"{path} is a link to {target}, outside of its folder, and would be copied; put the "
+            "file itself there."
+        )
 
 
 def _files_of(tokenizer: Any) -> tuple[str, ...]:
@@ -95,7 +119,8 @@ def _files_of(tokenizer: Any) -> tuple[str, ...]:
 
 def _generation_config(folder: Path) -> GenerationConfig | None:
     """The generation settings in a folder, read as from_pretrained reads them; None if absent."""
-    return GenerationConfig.from_pretrained(folder) if (folder / GENERATION).is_file() else None
+    is_there = (folder / GENERATION).is_file()
+    return read_generation(folder, CheckpointError) if is_there else None
 
 
 def check_settings(model: nn.Module, tokenizer: Any = None) -> None:

@@ -120,6 +120,18 @@ MANIFEST_FIELDS = {
     ),
 }
 
+# report.json; what it says in its entries is shown and not relied on
+_ENTRIES = Field(
+    lambda value: isinstance(value, list) and all(isinstance(entry, dict) for entry in value),
+    "a list of objects",
+    older=True,
+)
+_ENTRY = Field(_is_object, "an object", older=True)
+REPORT_FIELDS = {
+    **dict.fromkeys(("training", "extensions"), _ENTRIES),
+    **dict.fromkeys(("conversion", "merge", "elsewhere", "import", "calibration"), _ENTRY),
+}
+
 # config.json
 CONFIG_FIELDS = {
     "base_config": Field(

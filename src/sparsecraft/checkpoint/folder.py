@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from sparsecraft.checkpoint.claim import temporary
+from sparsecraft.dense.jsonfile import read_object
 from sparsecraft.errors import CheckpointError, first_line
 
 MANIFEST = "recipe.json"
@@ -100,7 +100,7 @@ def is_ours(folder: Path) -> bool:
     if (folder / EXPORT_RECORD).is_file():
         return True
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError, RecursionError):
+        manifest = read_object(folder / MANIFEST, CheckpointError)
+    except CheckpointError:
         return False
-    return isinstance(manifest, dict) and {"format_version", "recipe", "tensors"} <= set(manifest)
+    return {"format_version", "recipe", "tensors"} <= set(manifest)

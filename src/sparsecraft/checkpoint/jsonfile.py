@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from sparsecraft.checkpoint.renames import flush_one
+from sparsecraft.dense.jsonfile import LIMITS, read_object
 from sparsecraft.errors import CheckpointError
 
 
@@ -26,16 +28,13 @@ def write_json(path: Path, data: Any) -> None:
     temporary.replace(path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, special: Collection[str] = LIMITS) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint.
 
+    Args:
+        special: of `MEASURED`, the numbers that JSON does not know and that it may hold.
+
     Raises:
-        CheckpointError: it is missing, no JSON, nested too deeply, or no object.
+        CheckpointError: see `read_object`.
     """
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}).") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds {data!r:.40}, no JSON object; save it again.")
-    return data
+    return read_object(path, CheckpointError, special)

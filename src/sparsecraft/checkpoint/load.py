@@ -7,19 +7,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from sparsecraft.checkpoint import shards
 from sparsecraft.checkpoint.adapter import load_adapter
 from sparsecraft.checkpoint.arguments import is_another, meant
 from sparsecraft.checkpoint.base import as_it_was, convert_base, find_base, load_on
 from sparsecraft.checkpoint.claim import bring_back
-from sparsecraft.checkpoint.fields import CONFIG_FIELDS, check_fields
+from sparsecraft.checkpoint.fields import CONFIG_FIELDS, REPORT_FIELDS, check_fields
 from sparsecraft.checkpoint.folder import GENERATION, MANIFEST
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json
 from sparsecraft.checkpoint.manifest import base_config, read_manifest, read_recipe
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.checkpoint.tensors import ADAPTER, WEIGHTS, read_tensors
 from sparsecraft.dense import hub
+from sparsecraft.dense.bounds import bounded
+from sparsecraft.dense.door import build, check_asked, check_folder, read_generation
+from sparsecraft.dense.jsonfile import MEASURED
 from sparsecraft.dense.loading import load_tokenizer, model_class
 from sparsecraft.dense.memory import outside_of_inference_mode
 from sparsecraft.errors import CheckpointError
@@ -27,7 +31,7 @@ from sparsecraft.moe.names import dense_tensors, unique_tensors
 from sparsecraft.surgery.budget import restore
 from sparsecraft.surgery.elsewhere import remember
 from sparsecraft.surgery.identity import stands_in
-from sparsecraft.surgery.record import conversion_of, tokenizer_of
+from sparsecraft.surgery.record import Conversion, conversion_of, tokenizer_of
 
 
 @outside_of_inference_mode()
@@ -54,6 +58,8 @@ def load(
     """
     older = kwargs.pop("torch_dtype", None)
     folder, dtype = bring_back(Path(folder)), _dtype(older if dtype is None else dtype)
+    check_asked(kwargs, CheckpointError)
+    check_folder(folder, CheckpointError)
     if (folder / ADAPTER).is_file() and not (folder / MANIFEST).is_file():
         model = load_adapter(folder, base, dtype, device_map, override, **kwargs)
         remember(model, "it was loaded")
@@ -69,17 +75,13 @@ def load(
     if origin is None:
         spread = None if _one_device(device_map) else device_map
         model = _from_config(folder, config, None if spread else device_map, kwargs)
-        record, held = convert_base(model, recipe, None), manifest["dense"].items()
-        record.digests = {name: (getattr(torch, d), h) for name, (d, h) in held}
-        if resized := manifest.get("resized"):
-            record.vocabulary = resized["vocabulary"]
-            record.shapes |= {n: torch.Size(s) for n, s in resized["shapes"].items()}
+        record = _known(convert_base(model, recipe, None), manifest)
     else:
         kwargs |= as_it_was(manifest["base"])
         kwargs["packed"] = kwargs["packed"] or _packed(folder)
         model, record = load_on(origin, recipe, config=config, device_map=device_map, **kwargs)
     record.written, record.base_card = manifest["recipe"], manifest.get("base_card")
-    record.folder, record.report = folder.absolute(), read_json(folder / "report.json")
+    record.folder, record.report = folder.absolute(), _report(folder)
     read_tensors(model, folder / WEIGHTS, manifest["tensors"], complete=origin is None)
     record.masters = _masters(model)
     if dtype is not None:
@@ -93,10 +95,26 @@ def load(
     return model.eval()
 
 
+def _known(record: Conversion, manifest: dict[str, Any]) -> Conversion:
+    """With what a folder that stands on no base says of its dense model."""
+    held = manifest["dense"].items()
+    record.digests = {name: (getattr(torch, dtype), found) for name, (dtype, found) in held}
+    if resized := manifest.get("resized"):
+        record.vocabulary = resized["vocabulary"]
+        record.shapes |= {name: torch.Size(shape) for name, shape in resized["shapes"].items()}
+    return record
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    report = read_json(folder / "report.json", MEASURED)
+    check_fields(report, REPORT_FIELDS, folder / "report.json")
+    return report
+
+
 def _settle(model: nn.Module, folder: Path, changed: bool) -> None:
     """How a model that is read generates, saves and is called; by the folder unless it differs."""
     if (folder / GENERATION).is_file() and model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = read_generation(folder, CheckpointError)
     writes_ours(model)
     if not changed:
         stands_in(model, folder)
@@ -156,9 +174,9 @@ def _one_device(device_map: Any) -> bool:
 def _from_config(folder: Path, config: Any, device_map: Any, kwargs: dict[str, Any]) -> nn.Module:
     data = read_json(folder / "config.json")
     ways = {name: kwargs[name] for name in kwargs if name.endswith("_implementation")}
-    model = model_class(data["base_config"])._from_config(
-        config, dtype=getattr(torch, data["dtype"]), **ways
-    )
+    cls, dtype = model_class(data["base_config"]), getattr(torch, data["dtype"])
+    with bounded(*shards.extent(folder / WEIGHTS), folder, CheckpointError, everything=True):
+        model = build(cls, config, folder, CheckpointError, dtype=dtype, **ways)
     where = device_map[""] if isinstance(device_map, dict) else device_map
     return model if where is None else model.to(where)
 

@@ -12,6 +12,7 @@ from sparsecraft.checkpoint.claim import bring_back
 from sparsecraft.checkpoint.fields import MANIFEST_FIELDS, check_fields
 from sparsecraft.checkpoint.folder import MANIFEST
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json
+from sparsecraft.dense.door import build_config
 from sparsecraft.dense.loading import class_of
 from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.moe.names import dense_tensors
@@ -69,13 +70,11 @@ def word(dtype: torch.dtype) -> str:
 
 def base_config(data: dict[str, Any]) -> Any:
     """The dense model's configuration out of our config.json."""
-    from transformers import AutoConfig
-
     inner = dict(data["base_config"])
     inner.pop("quantization_config", None)  # the recipe's backbone says it
     if inner.get("transformers_weights") == NOTHING:
         inner.pop("transformers_weights")
-    return AutoConfig.for_model(inner.pop("model_type"), **inner)
+    return build_config(inner, "The base_config of config.json", CheckpointError)
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from sparsecraft.checkpoint.manifest import base_config, read_manifest, read_rec
 from sparsecraft.checkpoint.space import free_memory, main_memory
 from sparsecraft.checkpoint.tensors import WEIGHTS, read_tensors
 from sparsecraft.checkpoint.wide import wide_outputs, wide_type
+from sparsecraft.dense.door import build
 from sparsecraft.dense.loading import model_class
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.probes import UNREADABLE, Inputs, candidates, random_probe
@@ -112,7 +113,9 @@ def _rebuilt(folder: Path, origin: Origin | None, device: torch.device | None) -
 
 def _of_class(data: dict[str, Any], config: Any) -> nn.Module:
     dtype = getattr(torch, data["dtype"])
-    return model_class(data["base_config"])._from_config(config, dtype=dtype)
+    return build(
+        model_class(data["base_config"]), config, "The folder", CheckpointError, dtype=dtype
+    )
 
 
 def _same(ours: Tensor, theirs: Tensor, values: bool) -> bool:

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
 from sparsecraft.checkpoint import tensorfile
 from sparsecraft.checkpoint.jsonfile import read_json, write_json
 from sparsecraft.checkpoint.tensorfile import Writable, size_of
 from sparsecraft.dense.digests import combine
+from sparsecraft.dense.safefile import SafeFile
 from sparsecraft.errors import CheckpointError
 
 # Bytes of one file, as on the hub. A single tensor may be larger.
@@ -95,14 +95,16 @@ def readers(path: Path) -> dict[str, Callable[[], Tensor]]:
     """Name of each tensor of what `write` wrote as `path` -> what reads it."""
     found = {}
     for file in files_of(path):
-        with safe_open(file, "pt") as opened:
-            found |= {name: partial(_read_one, file, name) for name in opened.keys()}  # noqa: SIM118
+        opened = SafeFile.open(file, CheckpointError)
+        found |= {name: partial(opened.read, name) for name in opened.entries}
     return found
 
 
-def _read_one(file: Path, name: str) -> Tensor:
-    with safe_open(file, "pt") as opened:
-        return opened.get_tensor(name)
+def extent(path: Path) -> tuple[int, int]:
+    """How many tensors the files hold, and their bytes."""
+    files = files_of(path)
+    count = sum(len(SafeFile.open(file, CheckpointError).entries) for file in files)
+    return count, sum(file.stat().st_size for file in files)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -112,7 +114,13 @@ def files_of(path: Path) -> list[Path]:
     weight_map = read_json(_index(path)).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{_index(path)} has no weight_map; copy or save the folder again.")
-    return [path.parent / Path(file).name for file in dict.fromkeys(weight_map.values())]
+    for file in weight_map.values():
+        if not (isinstance(file, str) and file.startswith("moe") and Path(file).name == file):
+            raise CheckpointError(
+                f"{_index(path)} names {file!r:.80} as a file, which is none of the folder; copy "
+                "or save the folder again."
+            )
+    return [path.parent / file for file in dict.fromkeys(weight_map.values())]
 
 
 def _index(path: Path) -> Path:

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sparsecraft.dense import safefile
 from sparsecraft.dense.digests import combine, feed, started, tensor_bytes
+from sparsecraft.dense.safefile import SafeFile
 from sparsecraft.errors import CheckpointError
 
 DTYPES = {
@@ -110,22 +111,16 @@ def read_digests(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: the file is missing or truncated, or is no safetensors file.
     """
-    dtypes, digests = {word: dtype for dtype, word in DTYPES.items()}, {}
+    found, digests = SafeFile.open(path, CheckpointError), {}
     try:
-        with safe_open(path, "pt"):  # the library checks the header
-            pass
         with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                start, end = entry["data_offsets"]
-                state = started(dtypes[entry["dtype"]], entry["shape"])
-                file.seek(8 + length + start)
-                for left in range(end - start, 0, -BLOCK):
+            for name, entry in found.entries.items():
+                state = started(safefile.DTYPES[entry.word], entry.shape)
+                file.seek(entry.start)
+                for left in range(entry.end - entry.start, 0, -BLOCK):
                     state.update(file.read(min(BLOCK, left)))
                 digests[name] = state.hexdigest()
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error}); copy or save it again.") from None
     return digests
 
@@ -136,12 +131,4 @@ def read(path: Path) -> Iterator[tuple[str, Tensor]]:
     Raises:
         CheckpointError: the file is missing or truncated, or is no safetensors file.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-        for name in names:
-            # Opened anew each time: one memory map would keep every page it has touched.
-            with safe_open(path, "pt") as file:
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); copy or save it again.") from None
+    yield from SafeFile.open(path, CheckpointError)

@@ -27,7 +27,7 @@ from sparsecraft.dense.once import looked_at_once
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.probes import UNREADABLE
 from sparsecraft.dense.sound import check_files, check_weights
-from sparsecraft.errors import CertificateError, SurgeryError
+from sparsecraft.errors import CertificateError, SurgeryError, check_seed
 from sparsecraft.evaluation.certificate import Certificate, probes
 from sparsecraft.evaluation.layerwise import certify as certify_layers
 from sparsecraft.moe import cost
@@ -138,7 +138,7 @@ def convert(
         CertificateError: the recipe claims to start exactly as the dense model and does not; the
             model has been given back.
     """
-    _check_arguments(model, recipe)
+    _check_arguments(model, recipe, seed)
     check_given(recipe, domains, data, certify)
     recipe = on_packed(model, recipe)
     check_weights(model, SurgeryError)
@@ -173,6 +173,7 @@ def _origin_of(model: nn.Module) -> Origin | None:
     origin = Origin.of(model)
     if origin is not None:
         check_files(model, origin.weights, SurgeryError)
+        _ = origin.seen  # what a save compares with
     return origin
 
 
@@ -223,7 +224,8 @@ def remember_origin(record: Conversion, origin: Origin | None) -> None:
         record.base_card = card_of(origin)
 
 
-def _check_arguments(model: Any, recipe: Any) -> None:
+def _check_arguments(model: Any, recipe: Any, seed: Any) -> None:
+    check_seed(seed)
     if not (isinstance(model, PreTrainedModel) and isinstance(recipe, Recipe)):
         raise SurgeryError(
             f"convert takes a transformers model and a recipe such as sc.recipes.camelidae(); it "

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from sparsecraft.dense import hub
-from sparsecraft.dense.loading import model_class
+from sparsecraft.dense.loading import skeleton
 from sparsecraft.errors import RecipeError
 from sparsecraft.moe import cost
 from sparsecraft.recipe.recipe import Recipe
@@ -152,10 +151,7 @@ def trainable(recipe: Recipe, model: nn.Module | str | Path) -> int:
 
 
 def _without_weights(model: nn.Module | str | Path) -> nn.Module:
-    if isinstance(model, nn.Module):
-        cls, config = type(model), model.config
-    else:
-        folder = hub.resolve(str(model))
-        cls, config = model_class(folder), AutoConfig.from_pretrained(folder)
+    if not isinstance(model, nn.Module):
+        return skeleton(hub.resolve(str(model)))
     with torch.device("meta"):
-        return cls._from_config(config)
+        return type(model)._from_config(model.config)

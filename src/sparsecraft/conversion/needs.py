@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
-from sparsecraft.dense.loading import model_class
+from sparsecraft.dense.loading import skeleton
 from sparsecraft.dense.probes import PROBE_SHAPE
 from sparsecraft.evaluation.certificate import DATA_LENGTH, MAX_DATA_PROBES
 from sparsecraft.moe import cost
@@ -39,10 +38,8 @@ def needs(
     Raises:
         SurgeryError, DonorError, RecipeError: the plan is impossible for this model.
     """
-    config = AutoConfig.from_pretrained(folder)
-    dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    with torch.device("meta"):
-        model = model_class(folder)._from_config(config, dtype=dtype)
+    model = skeleton(folder, dtype)
+    config, dtype = model.config, model.dtype
     layers = (build_layer(model, item, device="meta") for item in plan(model, recipe))
     tokens = PROBE_SHAPE[0] * (PROBE_SHAPE[1] + (MAX_DATA_PROBES * DATA_LENGTH if data else 0))
     width = getattr(config.get_text_config(), "vocab_size", None) or config.hidden_size

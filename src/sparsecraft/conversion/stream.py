@@ -40,7 +40,7 @@ from sparsecraft.dense.loading import load_model
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weight
 from sparsecraft.dense.weights import Weights
-from sparsecraft.errors import CheckpointError, RecipeError
+from sparsecraft.errors import CheckpointError, RecipeError, check_seed
 from sparsecraft.evaluation.certificate import Certificate
 from sparsecraft.evaluation.streamed import CannotCompareError, certify_files
 from sparsecraft.moe import cost
@@ -95,6 +95,7 @@ def convert_files(
         CheckpointError: the folder cannot be written, or not be resumed.
     """
     out = Path(out)
+    check_seed(seed)
     with claimed(out, overwrite, keep_partial=True):
         _check_recipe(recipe)
         stream = _Stream(model, recipe, sources, dtype=dtype, unrelated=unrelated, seed=seed)

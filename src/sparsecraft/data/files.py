@@ -7,19 +7,23 @@ fault, and turns a column of date-like strings into timestamps.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import logging
 import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
+from sparsecraft.dense.jsonfile import decoder, parse
 from sparsecraft.errors import DataError, first_line
 
 log = logging.getLogger("sparsecraft")
 
 EXTENSIONS = (".json", ".jsonl", ".parquet", ".txt")
+MOST_LINE, MOST_WHOLE = 1 << 26, 1 << 29  # bytes of a row, and of a file that is read as a whole
+MOST_PACKED, SMALL = 200, 1 << 26  # a .gz holds at most this multiple of its bytes, and these
 TOO_DEEP = "the JSON is nested too deeply to be read; flatten it"
 # Words of a file name that name its split, each with the split it stands for.
 SPLIT_WORDS = {
@@ -105,7 +109,7 @@ def read(path: Path) -> Iterator[tuple[Place, Any]]:
         raise DataError(f"{path}: unknown extension {extension!r}; known: {', '.join(EXTENSIONS)}.")
     reader = {".parquet": _read_parquet, ".txt": _read_text}.get(extension, _read_json)
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        with _opened(path) as file:
             for line, row in reader(file, extension):
                 empty = False
                 yield Place(str(path), line), row
@@ -115,6 +119,46 @@ def read(path: Path) -> Iterator[tuple[Place, Any]]:
         raise DataError(f"{path}, {err}") from None
     if empty:
         raise DataError(f"{path}: holds no rows.")
+
+
+def _opened(path: Path) -> IO[bytes]:
+    if path.suffix != ".gz":
+        return path.open("rb")
+    return io.BufferedReader(_Unpacked(path))
+
+
+class _Unpacked(io.RawIOBase):
+    """What a .gz file holds, up to the size that rows can have grown to."""
+
+    def __init__(self, path: Path):
+        self._file = gzip.GzipFile(path)
+        self._most = MOST_PACKED * path.stat().st_size + SMALL
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._file.read(len(buffer))
+        if self._file.tell() > self._most:
+            raise DataError(
+                f"more than {MOST_PACKED} times as large unpacked as packed, which no rows are; "
+                "unpack it first."
+            )
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _read_parquet(file, extension: str) -> Iterator[tuple[str, Any]]:
@@ -140,22 +184,29 @@ def _filled(value: Any) -> Any:
 
 
 def _read_text(file, extension: str) -> Iterator[tuple[str, Any]]:
-    text = file.read().decode("utf-8-sig")
+    text = _whole(file).decode("utf-8-sig")
     if text.strip():
         yield "line 1", {"text": text}
+
+
+def _whole(file: IO[bytes]) -> bytes:
+    content = file.read(MOST_WHOLE + 1)
+    if len(content) > MOST_WHOLE:
+        raise DataError(f"line 1: larger than {MOST_WHOLE:,} bytes; write its rows as .jsonl.")
+    return content
 
 
 # ------------------------------------------------------------------ JSON
 def _read_json(file, extension: str) -> Iterator[tuple[str, Any]]:
     """One object a line; a .json file may also hold one array, or one object over many lines."""
     if extension == ".json":
-        content = file.read()
+        content = _whole(file)
         try:
-            value = strict_json(content) if content.strip() else []
+            value = parse(content, DataError) if content.strip() else []
         except json.JSONDecodeError as err:
             if err.msg != "Extra data":
                 raise DataError(f"line {err.lineno}: not JSON ({err.msg})") from None
-            file = content.splitlines()  # several values after each other: one a line
+            file = io.BytesIO(content)  # several values after each other: one a line
         except RecursionError:
             raise DataError(f"line {_deepest_line(content)}: {TOO_DEEP}.") from None
         except DataError as err:
@@ -164,10 +215,12 @@ def _read_json(file, extension: str) -> Iterator[tuple[str, Any]]:
             rows = value if isinstance(value, list) else [value]
             yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
             return
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(iter(lambda: file.readline(MOST_LINE + 1), b""), 1):
+        if len(line) > MOST_LINE:
+            raise DataError(f"line {number}: longer than {MOST_LINE:,} bytes; write a row a line.")
         if line.strip():
             try:
-                row = strict_json(line)
+                row = parse(line, DataError)
             except ValueError as err:
                 raise DataError(f"line {number}: not JSON ({err}): {line[:60]!r}") from None
             except RecursionError:
@@ -177,39 +230,15 @@ def _read_json(file, extension: str) -> Iterator[tuple[str, Any]]:
             yield f"line {number}", row
 
 
-def strict_json(content: str | bytes) -> Any:
-    """JSON without what Python reads in silence: a key that stands twice (the last one counts),
-    NaN and Infinity.
-
-    Raises:
-        DataError: it holds such.
-        ValueError, RecursionError: it is no JSON, or too deep.
-    """
-    return json.loads(content, object_pairs_hook=_object, parse_constant=_constant)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in found if keys.count(key) > 1)
-        raise DataError(f"the key {twice!r} stands twice in one object; keep one of the two")
-    return found
-
-
-def _constant(name: str) -> None:
-    raise DataError(f"{name} is no number of JSON; write null or leave the field out")
-
-
 def _row_at_fault(content: bytes) -> str:
-    """Where `strict_json` refuses a document: the row of an array."""
+    """Where `parse` refuses a document: the row of an array."""
     text = content.decode("utf-8-sig").strip()
-    decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+    strict = decoder(DataError)
     number, at = 0, text.startswith("[")
     try:
         while True:
             number += 1
-            at = decoder.raw_decode(text, re.compile(r"[\s,]*").match(text, at).end())[1]
+            at = strict.raw_decode(text, re.compile(r"[\s,]*").match(text, at).end())[1]
     except DataError:
         return f"row {number}"
 

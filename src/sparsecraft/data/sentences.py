@@ -6,7 +6,6 @@ Shapes: N texts, S tokens of the longest, D width of the encoder.
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.dense import hub
+from sparsecraft.dense.jsonfile import read_object
 from sparsecraft.dense.loading import load_tokenizer, task_of
-from sparsecraft.errors import DataError, SparsecraftError
+from sparsecraft.errors import DataError, HubError, SparsecraftError
 from sparsecraft.moe.context import sentences_of
 
 BATCH_SIZE = 64
@@ -110,7 +110,14 @@ def _encoder(name: str) -> tuple[nn.Module, Any, int]:
 def _sentence_length(folder: Path) -> int | None:
     """What sentence-transformers cuts texts to, if the folder says so."""
     file = folder / "sentence_bert_config.json"
-    return json.loads(file.read_text()).get("max_seq_length") if file.is_file() else None
+    if not file.exists():
+        return None
+    found = read_object(file, HubError).get("max_seq_length")
+    if found is not None and not (type(found) is int and found > 0):
+        raise HubError(
+            f"{file} has max_seq_length={found!r:.40}; it must be a whole number from 1."
+        )
+    return found
 
 
 def prompt_text(row: dict) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsecraft.data.files import strict_json
+from sparsecraft.dense.jsonfile import parse
 from sparsecraft.errors import DataError
 
 # What a role is called -> the role of transformers' chat templates.
@@ -299,9 +299,11 @@ def parsed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return strict_json(value)
+        return parse(value, DataError)
     except ValueError:
         return value
+    except RecursionError:
+        raise DataError(f"{value!r:.40} is JSON nested too deeply to be read; flatten it") from None
 
 
 # ------------------------------------------------------------------ text

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import pickle
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from sparsecraft.dense.quantization import keep_layout, loading
-from sparsecraft.errors import HubError, first_line
+from sparsecraft.dense.door import (
+    NO_CODE,
+    build,
+    check_asked,
+    check_folder,
+    guarded,
+    read_config,
+)
+from sparsecraft.dense.jsonfile import read_object
+from sparsecraft.dense.quantization import check_packed, keep_layout, loading
+from sparsecraft.errors import CheckpointError, HubError
 
 Task = Literal["causal", "seq2seq", "encoder", "classification", "image"]
 
@@ -17,6 +25,12 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.mod
 
 
 def checked(folder: Path) -> Path:
+    """The folder, if it holds a model that can be read.
+
+    Raises:
+        HubError: it holds none, or something that no reader can open.
+    """
+    check_folder(folder)
     if (folder / "config.json").is_file():
         return folder
     if not folder.is_dir():
@@ -38,11 +52,7 @@ def _architecture(config: Any) -> tuple[str, str]:
     if hasattr(config, "named_modules"):  # a model built in memory names none in its config
         return class_of(config).__name__, config.config.model_type
     if isinstance(config, (str, Path)):
-        file = checked(Path(config)) / "config.json"
-        try:
-            config = json.loads(file.read_text())
-        except (ValueError, RecursionError) as error:
-            raise HubError(f"{str(file)!r} is not JSON ({error}): fetch it again.") from None
+        config = read_object(checked(Path(config)) / "config.json", HubError)
     get = config.get if isinstance(config, dict) else lambda key: getattr(config, key, None)
     kind = get("model_type") or "unknown"
     if kind == "sparsecraft":
@@ -50,7 +60,13 @@ def _architecture(config: Any) -> tuple[str, str]:
     if not get("architectures"):
         advice = 'add the class that wrote it, such as "architectures": ["LlamaForCausalLM"].'
         raise HubError(f"The config (model_type {kind!r}) names no architecture: {advice}")
-    return get("architectures")[0], kind
+    names = get("architectures")
+    if not (isinstance(names, (list, tuple)) and isinstance(names[0], str)):
+        raise HubError(
+            f"The config (model_type {kind!r}) has architectures={names!r:.80}; it must be a list "
+            "of names."
+        )
+    return names[0], kind if isinstance(kind, str) else "unknown"
 
 
 def model_class(config: Any) -> type:
@@ -145,27 +161,69 @@ def load_model(
     Raises HubError when any weight is missing, misshapen or unreadable; says which weights of the
     folder the model has no place for.
     """
-    from safetensors import SafetensorError
-
     from sparsecraft.dense.loaded import check_loaded
 
+    check_asked(kwargs)
     cls = model_class(folder)
+    read_config(folder)
+    kwargs.pop("trust_remote_code", None)
+    mapped = kwargs.pop("disable_mmap", None) is False
     kwargs |= loading(folder, quantize)
     # Misshapen weights are reported, like missing ones, and become our one error below.
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
-        model, info = cls.from_pretrained(
-            folder, dtype="auto" if dtype is None else dtype, device_map=device_map, **kwargs
-        )
-    except (OSError, SafetensorError, pickle.UnpicklingError) as error:
-        why = first_line(error)
-        raise HubError(f"The weights in {str(folder)!r} cannot be read ({why}).") from None
-    except (ValueError, ImportError) as error:  # of settings, or for want of a quantizer's package
-        why = " ".join(str(error).split())
-        raise HubError(f"{str(folder)!r} cannot be loaded: {why:.300}") from None
+    with guarded(f"The model in {str(folder)!r}"), _filled(folder, kwargs):
+        kwargs |= {"dtype": "auto" if dtype is None else dtype, "device_map": device_map}
+        model, info = cls.from_pretrained(folder, **kwargs, **NO_CODE)
+    check_packed(model, folder)
+    if not mapped:
+        _unmap(model)
     check_loaded(model, folder, kwargs.get("variant"), info)
     keep_layout(model)
     return model.eval()
+
+
+def _unmap(model: Any) -> None:
+    """Give tensors on the CPU memory of their own: transformers maps the files, and whatever is
+    written over them would change the model, or end the process."""
+    import torch
+
+    for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+        if tensor.device.type == "cpu" and type(tensor) in (torch.nn.Parameter, torch.Tensor):
+            tensor.data = tensor.data.clone()
+
+
+def skeleton(folder: Path, dtype: Any = None) -> Any:
+    """The dense model of a local folder without memory; no tensor is read.
+
+    Args:
+        dtype: None takes the folder's own.
+
+    Raises:
+        HubError: its configuration is none, or describes a model that its weights cannot fill.
+    """
+    import torch
+
+    cls, config = model_class(folder), read_config(folder)
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    with _filled(folder, {}), torch.device("meta"):
+        return build(cls, config, f"The model in {str(folder)!r}", HubError, dtype=dtype)
+
+
+@contextmanager
+def _filled(folder: Path, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Let no model be built in the block that is larger than the weights that it will get."""
+    from sparsecraft.dense.bounds import bounded
+    from sparsecraft.dense.weights import Weights
+
+    if kwargs.get("gguf_file") or kwargs.get("state_dict") is not None:
+        yield
+        return
+    try:
+        extent = Weights(folder, kwargs.get("variant")).extent
+    except CheckpointError as error:
+        raise HubError(str(error)) from None
+    with bounded(*extent, folder, HubError):
+        yield
 
 
 def load_tokenizer(folder: str | Path) -> Any | None:
@@ -174,17 +232,16 @@ def load_tokenizer(folder: str | Path) -> Any | None:
     Raises HubError when its files are corrupt or incomplete.
     """
     folder = Path(folder)
+    check_folder(folder)
     if any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
         from transformers import AutoTokenizer as Auto
     elif (folder / "preprocessor_config.json").is_file():
         from transformers import AutoImageProcessor as Auto
     else:
         return None
-    try:
-        return Auto.from_pretrained(folder)
-    except Exception as error:  # every tokenizer class reads its files in its own way
-        why = first_line(error)
-        why = f"{type(error).__name__}: {why:.200}"
-        kind = "tokenizer" if Auto.__name__ == "AutoTokenizer" else "image processor"
-        message = f"The {kind} in {str(folder)!r} cannot be read ({why}): fetch or save it again."
-        raise HubError(message) from None
+    kind = "tokenizer" if Auto.__name__ == "AutoTokenizer" else "image processor"
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        if (folder / name).exists():
+            read_object(folder / name, HubError)
+    with guarded(f"The {kind} in {str(folder)!r}"):  # each class reads its files in its own way
+        return Auto.from_pretrained(folder, **NO_CODE)

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from sparsecraft.dense.cache import snapshot_in, snapshot_of, snapshots
 from sparsecraft.dense.digests import combine, digest
+from sparsecraft.dense.door import read_config
 from sparsecraft.dense.loading import class_of, model_class
 from sparsecraft.dense.packaged import ALIASES, alias_folder, is_alias
+from sparsecraft.dense.safefile import stamp_of
 from sparsecraft.dense.weights import Weights, every_safetensors, variants
 from sparsecraft.errors import CheckpointError
 
@@ -113,6 +115,19 @@ class Origin:
     def weights(self) -> Weights:
         return Weights(self.folder, self.variant)
 
+    @cached_property
+    def seen(self) -> dict[Path, tuple[int, ...]]:
+        """The state of the files when this was first asked: when a model was made of them."""
+        return self.stamps()
+
+    def has_changed(self) -> bool:
+        """Whether a file was written, exchanged or cut short since `seen`."""
+        return self.stamps() != self.seen
+
+    def stamps(self) -> dict[Path, tuple[int, ...]]:
+        """The state of the files now."""
+        return {path: stamp_of(path) for path in self.weights.paths}
+
     @property
     def loading(self) -> dict[str, str]:
         """The arguments of `from_pretrained` beside the folder."""
@@ -140,8 +155,7 @@ class Origin:
                 found = self.tensor(model, name)
                 same = found is not None and found.shape == tensor.shape
                 tensors += not (same and torch.equal(found.to(tensor.dtype), tensor.detach().cpu()))
-        ours, theirs = model.config.to_dict(), type(model.config).from_pretrained(self.folder)
-        theirs = theirs.to_dict()
+        ours, theirs = model.config.to_dict(), read_config(self.folder).to_dict()
         free = {"_name_or_path", "dtype", "quantization_config", "transformers_version"}
         keys = (ours.keys() | theirs.keys()) - free
         return tensors, sum(ours.get(key) != theirs.get(key) for key in keys)

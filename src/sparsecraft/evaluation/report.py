@@ -10,6 +10,8 @@ from rich.table import Table
 from sparsecraft.checkpoint.load import load
 from sparsecraft.checkpoint.manifest import read_manifest
 from sparsecraft.data.prepare import UNUSED
+from sparsecraft.dense.door import guarded
+from sparsecraft.errors import CheckpointError
 from sparsecraft.evaluation.history import history_lines
 from sparsecraft.evaluation.split_report import split_lines
 from sparsecraft.moe import cost
@@ -25,6 +27,8 @@ def describe(folder: str | Path, base: str | None = None) -> list[str]:
     model = load(folder, base)
     record, base = conversion_of(model), manifest["base"]
     recipe, report = record.recipe, record.report
+    with guarded(Path(folder) / "report.json", CheckpointError):
+        history = history_lines(recipe, report)
     return [
         f"{recipe.name} ({recipe.variant}): {recipe.title}. {recipe.paper}.",
         f"Base: {base['name']}, {base['fingerprint']}" if base else "Base: held in the folder",
@@ -32,7 +36,7 @@ def describe(folder: str | Path, base: str | None = None) -> list[str]:
         *split_lines(model),
         *cost_lines(cost.count(model)),
         *left_out_lines(record.left_out),
-        *history_lines(recipe, report),
+        *history,
     ]
 
 

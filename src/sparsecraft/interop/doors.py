@@ -114,12 +114,18 @@ def _wrong_class(folder: object, held: str, asked: str) -> None:
     )
 
 
+def _first(names: object) -> str:
+    """The class that a configuration names, whatever it holds there."""
+    found = names[0] if isinstance(names, (list, tuple)) and names else "?"
+    return found if isinstance(found, str) else "?"
+
+
 def _check_class(folder: object, asked: str, known: set[str], held: str | None = None) -> None:
     """Refuse a class that would build another model than the folder holds."""
     if held is None:
         from sparsecraft.checkpoint.jsonfile import read_json
 
-        held = (read_json(folder / "config.json").get("architectures") or ["?"])[0]
+        held = _first(read_json(folder / "config.json").get("architectures"))
     if held not in known:
         _wrong_class(folder, held, asked)
 
@@ -137,7 +143,7 @@ def _loader_class(auto_class: str) -> type:
         family = type(base_config({"base_config": config.base_config}))
         known = mapping.get(family, ())
         known = known if isinstance(known, tuple) else (known,)
-        held = (config.architectures or ["?"])[0]
+        held = _first(config.architectures)
         _check_class(folder, auto_class, {found.__name__ for found in known}, held)
         if config._attn_implementation is not None:  # AutoConfig has taken the argument
             kwargs["attn_implementation"] = config._attn_implementation

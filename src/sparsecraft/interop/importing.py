@@ -18,6 +18,7 @@ from torch import nn
 from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.dense import hub
+from sparsecraft.dense.door import NO_CODE, check_config, guarded
 from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CertificateError, CheckpointError
 from sparsecraft.evaluation.whole import certify
@@ -57,25 +58,31 @@ def import_moe(source: str | Path, revision: str | None = None) -> nn.Module:
         CertificateError: the imported model has other logits.
     """
     folder = hub.resolve(source, revision)
-    data = read_json(folder / "config.json")
-    kind = data.get("model_type")
-    if "moe_method" in data:
-        config, form, held = read_mixturekit(folder, data)
-        model = _build(config, imported(form, "MixtureKit"), held.dense, held.dtype)
-    elif {"moe_scaling", "topk"} <= data.keys():
-        config, arguments, held = read_pesc(folder, data)
-        model = _build(config, camelidae(**arguments), held.dense, held.dtype)
-    elif kind in KINDS:
-        model = _import_standard(folder, kind)
-    else:
-        raise CheckpointError(
-            f"{str(source)!r} has model_type {kind!r}; mixtures of {', '.join(KINDS)} are imported."
-        )
+    path = folder / "config.json"
+    data = read_json(path)
+    check_config(data, path, CheckpointError)
+    with guarded(f"The mixture in {str(source)!r}", CheckpointError):
+        model = _read(folder, data, source)
     record = conversion_of(model)
     record.folder = folder.absolute()  # whose tokenizer and license travel
     record.base_card = (str(source), hub.license_of(folder))
     writes_ours(model)
     return model.eval()
+
+
+def _read(folder: Path, data: dict[str, Any], source: str | Path) -> nn.Module:
+    kind = data.get("model_type")
+    if "moe_method" in data:
+        config, form, held = read_mixturekit(folder, data)
+        return _build(config, imported(form, "MixtureKit"), held.dense, held.dtype)
+    if {"moe_scaling", "topk"} <= data.keys():
+        config, arguments, held = read_pesc(folder, data)
+        return _build(config, camelidae(**arguments), held.dense, held.dtype)
+    if isinstance(kind, str) and kind in KINDS:
+        return _import_standard(folder, kind)
+    raise CheckpointError(
+        f"{str(source)!r} has model_type {kind!r:.80}; mixtures of {', '.join(KINDS)} are imported."
+    )
 
 
 def _import_standard(folder: Path, kind: str) -> nn.Module:
@@ -109,7 +116,7 @@ def _as_ours(theirs: nn.Module, target: Standard) -> nn.Module:
 
 def _build(config: Any, recipe: Recipe, tensors: Part, dtype: torch.dtype) -> nn.Module:
     """The converted model of a dense configuration, a recipe and all tensors."""
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE)
     record = apply(model, recipe, plan(model, recipe), on_meta=True)
     found = model.load_state_dict(_own(tensors), strict=False, assign=True)
     model.tie_weights()

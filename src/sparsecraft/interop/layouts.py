@@ -97,12 +97,13 @@ def read_mixturekit(folder: Path, data: dict[str, Any]) -> tuple[Any, Form, Held
             ones without biases.
     """
     method, named = data["moe_method"], str(data.get("base_model_class"))
-    if method != "traditional" or not hasattr(transformers, named):
+    family = getattr(getattr(transformers, named, None), "config_class", None)
+    if method != "traditional" or family is None:
         raise CheckpointError(
             f"{folder} is a {method!r} mixture of {named!r} by MixtureKit; `traditional` ones of a "
             "class of transformers are imported."
         )
-    config = getattr(transformers, named).config_class(**_dense_fields(data))
+    config = family(**_dense_fields(data))
     held = _held(folder)
     for path in held.experts:
         halves = [held.stacked(path, f"{part}_proj") for part in ("gate", "up")]

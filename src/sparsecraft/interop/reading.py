@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from sparsecraft.checkpoint.fields import CONFIG_FIELDS, check_fields
 from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.load import load
 from sparsecraft.checkpoint.manifest import base_config
@@ -22,7 +23,7 @@ def our_folder(name: Any, subfolder: str | None = None) -> Path | None:
     if not (folder / "config.json").is_file():
         return None
     data = read_json(folder / "config.json")
-    return folder if isinstance(data, dict) and data.get("model_type") == "sparsecraft" else None
+    return folder if data.get("model_type") == "sparsecraft" else None
 
 
 def base_of_adapter(name: Any) -> str | None:
@@ -31,12 +32,14 @@ def base_of_adapter(name: Any) -> str | None:
     if (folder / "config.json").is_file() or not (folder / "adapter_config.json").is_file():
         return None
     named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    return named if named and our_folder(named) else None
+    return named if isinstance(named, str) and named and our_folder(named) else None
 
 
 def config_in(folder: Path, name: str | None = None) -> PretrainedConfig:
     """The dense model's configuration out of a checkpoint of ours."""
-    config = base_config(read_json(folder / "config.json"))
+    data = read_json(folder / "config.json")
+    check_fields(data, CONFIG_FIELDS, folder / "config.json")
+    config = base_config(data)
     config.name_or_path = str(name or folder)
     return config
 

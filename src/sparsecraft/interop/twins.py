@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+from sparsecraft.dense.door import NO_CODE
 from sparsecraft.evaluation.certificate import Certificate
 from sparsecraft.evaluation.whole import certify
 from sparsecraft.interop.targets.form import imported
@@ -58,7 +59,9 @@ def random_model(config: Any) -> nn.Module:
     """A model whose outputs show what its attention sees: all of its matrices keep sizes."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, **NO_CODE
+        ).eval()
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsecraft.dense.jsonfile import parse
 from sparsecraft.errors import SparsecraftError
 
 # Bytes of which the tensor's size is a multiple; the rest is spaces.
@@ -44,10 +45,10 @@ def unpack(state: Any, owner: str, checks: Mapping[str, Check]) -> dict[str, Any
             raise ValueError(f"it is {state.dtype} of shape {list(state.shape)}")
         if state.is_meta:
             raise ValueError("it has no memory, on the meta device")
-        found = json.loads(bytes(state.tolist()))
+        found = parse(bytes(state.tolist()), SparsecraftError)
         if not (isinstance(found, dict) and found.keys() == checks.keys()):
             raise ValueError(f"it should hold {', '.join(checks)}")
-    except (AttributeError, ValueError, RecursionError) as error:
+    except (AttributeError, ValueError, RecursionError, SparsecraftError) as error:
         raise SparsecraftError(
             f"The state dict's _extra_state of a {owner} cannot be read ({error}); {advice}"
         ) from None

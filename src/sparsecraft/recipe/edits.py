@@ -12,6 +12,8 @@ from sparsecraft.recipe.routers import GateSpec, RouterSpec
 from sparsecraft.recipe.selections import Token
 from sparsecraft.recipe.typed import check_types
 
+MOST_EXPERTS = 1_000_000  # of one layer; PEER has as many
+
 Place = Literal["replace", "beside", "after", "before", "inside", "imitate"]
 
 SiteKind = Literal[
@@ -54,7 +56,7 @@ class Edit:
         check_types(self)
         check_types(self.experts)
         experts, router = self.experts, self.router
-        check_whole("num_experts", experts.num_experts)
+        check_whole("num_experts", experts.num_experts, MOST_EXPERTS)
         _check_place(self)
         if router is None:
             if experts.num_experts != 1:

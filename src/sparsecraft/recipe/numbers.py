@@ -6,10 +6,14 @@ import math
 
 from sparsecraft.errors import RecipeError
 
+LARGEST = 2**31 - 1  # of a width: what an index of torch's kernels holds
 
-def check_whole(name: str, value: int) -> None:
+
+def check_whole(name: str, value: int, most: int = LARGEST) -> None:
     if type(value) is not int or value < 1:
         raise RecipeError(f"{name} is {value!r}; it must be a whole number from 1.")
+    if value > most:
+        raise RecipeError(f"{name} is {value:.4g}; it must be at most {most:,}.")
 
 
 def check_adapter(name: str, width: int, dropout: float, **factors: float) -> None:

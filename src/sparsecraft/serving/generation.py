@@ -15,7 +15,7 @@ from sparsecraft.data.encoding import prompt_ids
 from sparsecraft.data.sentences import for_routers, prompt_text
 from sparsecraft.dense.loading import objective_of
 from sparsecraft.dense.tokens import is_encoder_decoder, positions_of
-from sparsecraft.errors import DataError, SparsecraftError
+from sparsecraft.errors import DataError, SparsecraftError, check_seed
 from sparsecraft.moe.context import context, sentences_of
 
 
@@ -62,8 +62,10 @@ def answer(
 
     Raises:
         DataError: the prompt leaves no position for an answer.
-        SparsecraftError: `max_new_tokens` below 1, or a temperature that is negative or not finite.
+        SparsecraftError: `max_new_tokens` below 1, a seed out of range, or a temperature that
+            is negative or not finite.
     """
+    check_seed(seed)
     if max_new_tokens < 1:
         raise SparsecraftError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
     if not (math.isfinite(temperature) and temperature >= 0):

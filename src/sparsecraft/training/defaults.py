@@ -15,7 +15,7 @@ from torch import nn
 from sparsecraft.checkpoint.space import require
 from sparsecraft.dense import loading
 from sparsecraft.dense.tokens import positions_of
-from sparsecraft.errors import SparsecraftError, did_you_mean
+from sparsecraft.errors import SparsecraftError, check_seed, did_you_mean
 from sparsecraft.moe import cost
 from sparsecraft.moe.names import dense_name
 from sparsecraft.recipe.recipe import Recipe
@@ -55,11 +55,25 @@ def checked(options: dict[str, Any]) -> TrainOptions:
                 f"{name} is {value!r}; it must be a positive "
                 f"{'whole number' if name in whole else 'number'}."
             )
-    if not isinstance(asked.seed, int) or asked.seed < 0:
-        raise SparsecraftError(f"seed is {asked.seed!r}; it must be a whole number from 0.")
+    check_seed(asked.seed)
     if isinstance(asked.trackers, str):
         asked = dataclasses.replace(asked, trackers=(asked.trackers,))
+    _check_trackers(asked.trackers)
     return asked
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    from transformers.integrations import integration_utils as known
+
+    for name in names:
+        if name not in known.INTEGRATION_TO_CALLBACK:
+            what = f"trackers holds {name!r}, which transformers does not know."
+            raise SparsecraftError(what + did_you_mean(name, known.INTEGRATION_TO_CALLBACK))
+        if name not in known.get_available_reporting_integrations():
+            raise SparsecraftError(
+                f"trackers holds {name!r}, whose package is not installed; run "
+                f"`pip install {name}`, or leave it out."
+            )
 
 
 def fill(model: nn.Module, stage: Stage | Fit, asked: TrainOptions) -> TrainOptions:

@@ -15,7 +15,8 @@ from torch import nn
 
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json, write_json
 from sparsecraft.dense.digests import combine
-from sparsecraft.errors import SparsecraftError
+from sparsecraft.dense.jsonfile import MEASURED
+from sparsecraft.errors import CheckpointError, SparsecraftError
 from sparsecraft.recipe.formats import from_json, to_json, upgraded
 from sparsecraft.surgery.record import conversion_of
 from sparsecraft.training.options import TrainOptions
@@ -74,8 +75,8 @@ def _complete(state: Path) -> bool:
     if not all((state / name).is_file() for name in STATE_FILES) or not [*state.glob("rng_state*")]:
         return False
     try:
-        json.loads((state / "trainer_state.json").read_text())
-    except (ValueError, RecursionError):
+        read_json(state / "trainer_state.json", MEASURED)
+    except CheckpointError:
         return False
     return True
 

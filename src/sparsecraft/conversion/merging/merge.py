@@ -385,8 +385,8 @@ def write_merged(
     require(out, disk=size, memory=size, task="Saving")
     with replacing(out, overwrite) as folder:
         write_dense(model, folder, Path(source))
-        again = type(model).from_pretrained(folder, dtype="auto").to(model.device)
-        certificate = certify(model, again)
+        again = model.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+        certificate = certify(model, again.to(model.device))
         if not certificate.exact:
             raise CertificateError(
                 f"The folder, read back, gives other logits: {certificate}. Nothing was kept."

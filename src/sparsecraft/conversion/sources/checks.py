@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from sparsecraft.conversion.sources.source import Source
+from sparsecraft.dense.door import MOST_TEXT
+from sparsecraft.dense.jsonfile import read_bytes
 from sparsecraft.dense.loading import load_tokenizer
 from sparsecraft.errors import SourceError
 from sparsecraft.surgery.record import origin_of
@@ -93,7 +95,7 @@ def _check_tokenizer(base: Path, source: Source) -> None:
 
 def _tokenizer_files(folder: Path | None) -> dict[str, bytes]:
     paths = folder.glob("*token*.json") if folder else ()
-    return {path.name: path.read_bytes() for path in paths}
+    return {path.name: read_bytes(path, SourceError, MOST_TEXT) for path in paths}
 
 
 def _check_kin(ours: Tensor, source: Source, name: str) -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from sparsecraft.conversion.sources.lora_folder import CONFIG, LORA_A, LORA_B, WEIGHTS, LoraFolder
 from sparsecraft.conversion.sources.source import Source, is_base
 from sparsecraft.dense.donors import Linear
 from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.safefile import SafeFile
 from sparsecraft.errors import RecipeError, SourceError
 from sparsecraft.moe.experts.lora import LoRAExperts
 from sparsecraft.moe.names import unique_tensors
@@ -39,9 +39,10 @@ def largest_rank(folders: Sequence[str | Path]) -> int | None:
     ranks = []
     for folder in map(Path, folders):
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
-            with safe_open(folder / WEIGHTS, "pt") as file:
-                names = [name for name in file.keys() if name.endswith(LORA_A)]  # noqa: SIM118
-                ranks += [file.get_slice(name).get_shape()[0] for name in names]
+            held = SafeFile.open(folder / WEIGHTS, SourceError).entries.items()
+            ranks += [
+                entry.shape[0] for name, entry in held if name.endswith(LORA_A) and entry.shape
+            ]
     return max(ranks, default=None)
 
 

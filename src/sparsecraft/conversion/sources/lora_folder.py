@@ -6,20 +6,22 @@ Shapes: R rank, I input features, O output features.
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from sparsecraft.dense.jsonfile import read_object
+from sparsecraft.dense.safefile import SafeFile
 from sparsecraft.dense.sound import check_weight
 from sparsecraft.errors import SourceError
+from sparsecraft.recipe.numbers import is_number
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -35,14 +37,8 @@ VARIANTS = {
 }
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{folder / CONFIG} cannot be read: {error}.") from None
-    if not isinstance(config, dict):
-        raise SourceError(f"{folder / CONFIG} holds no settings of an adapter.")
-    return config
+def read_settings(folder: Path) -> dict[str, Any]:
+    return read_object(folder / CONFIG, SourceError)
 
 
 @dataclass(frozen=True)
@@ -57,18 +53,14 @@ class LoraFolder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return read_config(self.folder)
+        return read_settings(self.folder)
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """Name below the dense model -> tensor."""
-        try:
-            held = load_file(self.folder / WEIGHTS)
-        except (OSError, SafetensorError) as error:
-            raise SourceError(f"{self.folder / WEIGHTS} cannot be read: {error}.") from None
         return {
             name.removeprefix(PREFIX): check_weight(name, tensor, self.folder, SourceError)
-            for name, tensor in held.items()
+            for name, tensor in SafeFile.open(self.folder / WEIGHTS, SourceError)
         }
 
     def check_kind(self) -> None:
@@ -80,6 +72,7 @@ class LoraFolder:
         kind, start = self.config.get("peft_type"), self.config.get("init_lora_weights")
         if kind != "LORA":
             raise SourceError(f"{self.folder} is a PEFT folder of type {kind!r}; LoRAs are joined.")
+        self._check_scales()
         for field, what in VARIANTS.items():
             if self.config.get(field):
                 raise SourceError(f"{self.folder} has {field}={self.config[field]!r}: {what}.")
@@ -93,6 +86,27 @@ class LoraFolder:
             part = next((part for part in (LORA_A, LORA_B) if name.endswith(part)), None)
             if part is not None:
                 self._check_pair(name.removesuffix(part))
+
+    def _check_scales(self) -> None:
+        named = self.config.get("base_model_name_or_path")
+        if not isinstance(named, (str, NoneType)):
+            raise SourceError(
+                f"{self.folder / CONFIG} names {named!r:.80} as its base; correct it."
+            )
+        patterns = self.config.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict) or not all(map(is_number, patterns.values())):
+            raise SourceError(
+                f"{self.folder / CONFIG} has alpha_pattern={patterns!r:.80}; it must be a number "
+                "for each pattern of paths."
+            )
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise SourceError(
+                    f"{self.folder / CONFIG} has {pattern!r:.80} in alpha_pattern, which is no "
+                    f"pattern ({error}); correct it."
+                ) from None
 
     def _check_pair(self, path: str) -> None:
         down_RI, up_OR = (self.tensors.get(path + part) for part in (LORA_A, LORA_B))
@@ -115,7 +129,7 @@ class LoraFolder:
     def scale(self, path: str, rank: int) -> float:
         """What B A is multiplied by."""
         alpha = self.config.get("lora_alpha")
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        if not is_number(alpha):
             raise SourceError(
                 f"{self.folder / CONFIG} has lora_alpha={alpha!r}, which the update of "
                 f"{path!r} is scaled by; save the adapter again."

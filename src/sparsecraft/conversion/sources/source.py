@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from sparsecraft.conversion.sources.lora_folder import CONFIG, LoraFolder, MergedLora, read_config
+from sparsecraft.conversion.sources.lora_folder import CONFIG, LoraFolder, MergedLora, read_settings
 from sparsecraft.dense import hub
+from sparsecraft.dense.door import read_config
 from sparsecraft.dense.loading import load_tokenizer
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weight
@@ -113,7 +114,7 @@ def open_source(
     find = partial(origin.tensor, model)
     return Source(
         name=str(given),
-        config=_true(AutoConfig.from_pretrained(origin.folder), model, find),
+        config=_true(read_config(origin.folder, SourceError), model, find),
         find=find,
         shape=partial(origin.shape, model),
         tokenizer=lambda: load_tokenizer(origin.folder),
@@ -150,7 +151,8 @@ def _open_lora(model: nn.Module, folder: Path) -> Source:
 
     The base's tensors are read one by one.
     """
-    config = read_config(folder)
+    config = read_settings(folder)
+    LoraFolder(folder).check_kind()
     named, revision = config.get("base_model_name_or_path"), config.get("revision")
     own = origin_of(model)
     if not named or is_base(model, named, revision):

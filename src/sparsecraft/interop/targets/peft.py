@@ -12,7 +12,9 @@ from sparsecraft.checkpoint.base import entry
 from sparsecraft.checkpoint.gathering import whole_tensors
 from sparsecraft.checkpoint.tensors import new_or_changed
 from sparsecraft.dense.digests import digest
+from sparsecraft.dense.door import guarded
 from sparsecraft.dense.origin import Origin
+from sparsecraft.errors import ExportError
 from sparsecraft.interop.targets.form import MERGE_PARTS, splits
 from sparsecraft.interop.targets.standard import dtype_of
 from sparsecraft.moe.names import dense_name, dense_tensors
@@ -70,7 +72,8 @@ class PeftTarget:
     def read(self, model: nn.Module, folder: Path) -> nn.Module:
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(revert(copy.deepcopy(model)), folder).eval()
+        with guarded(folder, ExportError):
+            return PeftModel.from_pretrained(revert(copy.deepcopy(model)), folder).eval()
 
     def record(self, model: nn.Module) -> dict[str, Any]:
         origin = self._origin(model)

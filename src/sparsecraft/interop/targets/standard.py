@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from sparsecraft.checkpoint.jsonfile import read_json, write_json
+from sparsecraft.dense.door import NO_CODE
 from sparsecraft.errors import ExportError
 from sparsecraft.interop.targets.form import Attention, Form, attention_of, form_of
 from sparsecraft.interop.targets.lint import lint
@@ -183,7 +184,9 @@ class Standard(ABC):
 
     def read(self, model: nn.Module, folder: Path) -> nn.Module:
         cls = getattr(transformers, self.model)
-        again, found = cls.from_pretrained(folder, dtype=dtype_of(model), output_loading_info=True)
+        again, found = cls.from_pretrained(
+            folder, dtype=dtype_of(model), output_loading_info=True, **NO_CODE
+        )
         for kind in ("missing", "unexpected", "mismatched"):
             if names := sorted(map(str, found[f"{kind}_keys"])):
                 raise ExportError(

@@ -49,7 +49,8 @@ class AdapterExperts(Experts):
         self.up = nn.Parameter(
             torch.zeros(spec.num_experts, width, spec.dim, device=device, dtype=dtype)
         )
-        for down_HD in self.down:  # one at a time: the fan-in is D, not E * D
+        for down_HD in self.down if not self.down.is_meta else ():
+            # One at a time: the fan-in is D, not E * D.
             nn.init.kaiming_uniform_(down_HD, a=math.sqrt(5))
 
     @classmethod

@@ -55,7 +55,8 @@ class LoRAExperts(Experts):
         self.lora_B = nn.Parameter(
             torch.zeros(spec.num_experts, out_features, spec.rank, device=device, dtype=dtype)
         )
-        for a_RI in self.lora_A:  # one at a time: the fan-in is I, not E * I
+        for a_RI in self.lora_A if not self.lora_A.is_meta else ():
+            # One at a time: the fan-in is I, not E * I.
             if spec.init == "normal":
                 nn.init.normal_(a_RI, std=spec.init_std)
             else:
