@@ -126,9 +126,9 @@ def test_masks_of_the_source_lie_over_the_source(family):
     labels = torch.randint(3, 90, (2, 6))
     labels[0, 2:] = -100
     inputs = {"input_ids": ids, "attention_mask": real, "labels": labels}
-    masks = layer_masks(model, inputs, None)
     with sc.trace(model) as routing:
         model(**inputs)
+    masks = layer_masks(model, inputs, None, routing)
     counted = {name: found.counted(masks(name)) for name, found in routing.items()}
     wanted = {24: real.flatten().bool(), 12: labels.flatten() != -100}
     assert {len(mask) for mask in counted.values()} == {12, 24}
@@ -139,9 +139,9 @@ def test_towers_have_no_padding():
     model, inputs = member_model("llava"), member_inputs("llava")
     sc.convert(model, sc.recipes.molora(num_experts=2, rank=2), certify=False)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    masks = layer_masks(model, inputs, None)
     with sc.trace(model) as routing:
         model(**inputs)
+    masks = layer_masks(model, inputs, None, routing)
     towers = [name for name in routing if model.get_submodule(name).reads == "tower"]
     assert towers and all(masks(name) is None for name in towers)
     assert all(routing[name].load_E(masks(name)).sum() > 0.99 for name in routing)
@@ -160,9 +160,9 @@ def test_loads_of_a_decoder_that_reads_its_tokens_several_times_are_of_all(caplo
     sc.convert(model, sc.recipes.molora(num_experts=2, rank=2), certify=False)
     ids = torch.randint(3, 90, (2, 12))
     inputs = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(12) > 8, -100)}
-    masks = layer_masks(model, inputs, None)
     with sc.trace(model) as routing:
         model(**inputs)
+    masks = layer_masks(model, inputs, None, routing)
     name = "prophetnet.decoder.layers.0.feed_forward.intermediate"
     assert masks(name) is None and len(routing[name].logits_TE) == 72
     assert "count all tokens" in caplog.text

@@ -77,7 +77,7 @@ def test_words_do_not_mask_patches_where_their_numbers_agree():
         inputs["attention_mask"] = (torch.arange(5) < words).long().repeat(2, 1)
         with torch.no_grad(), sc.trace(model) as routing:
             model(**inputs)
-        loads.append(routing[tower].load_E(layer_masks(model, inputs, None)(tower)))
+        loads.append(routing[tower].load_E(layer_masks(model, inputs, None, routing)(tower)))
     assert torch.equal(*loads)
 
 
@@ -110,13 +110,13 @@ def test_towers_are_known_by_the_inputs_that_they_name(name):
 def test_a_towers_own_mask_counts_or_is_said_not_to(caplog):
     model, inputs = converted(member_model("clip")), with_padding("clip")
     tower = next(n for n, m in model.named_modules() if getattr(m, "reads", None) == "tower")
-    with torch.no_grad(), sc.trace(model):
+    with torch.no_grad(), sc.trace(model) as routing:
         model(**inputs)
     real = torch.arange(5).repeat(2, 1) < 3
-    found = layer_masks(model, inputs | {"pixel_attention_mask": real}, None)(tower)
+    found = layer_masks(model, inputs | {"pixel_attention_mask": real}, None, routing)(tower)
     assert torch.equal(found, real.reshape(-1)) and not said(caplog)
     other = {"input_features_mask": torch.zeros(2, 7)}
-    assert layer_masks(model, inputs | other, None)(tower) is None
+    assert layer_masks(model, inputs | other, None, routing)(tower) is None
     assert said(caplog) == 1
 
 
@@ -143,7 +143,7 @@ def test_a_mask_of_features_is_one_of_what_is_made_of_them(name, caplog):
     inputs["attention_mask"][1, -8:] = 0
     with torch.no_grad(), sc.trace(model) as routing:
         model(**inputs)
-    masks = layer_masks(model, inputs, None)
+    masks = layer_masks(model, inputs, None, routing)
     left_out = {(~masks(name)).sum().item() for name in routing}
     assert left_out == {8 if name == "wav2vec2_bert" else 1} and not said(caplog)
 
@@ -237,7 +237,7 @@ def amounts(model, ids, mask) -> tuple[dict, dict[str, torch.Tensor]]:
         inputs |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
     with torch.no_grad(), sc.trace(model) as routing:
         model(**inputs)
-    masks = layer_masks(model, inputs, None)
+    masks = layer_masks(model, inputs, None, routing)
     return routing, {name: found.amounts_E(masks(name)) for name, found in routing.items()}
 
 

@@ -372,7 +372,7 @@ def test_the_bucket_is_the_source_with_the_least_perplexity(rows, tmp_path):
     ]
     assert reported["rows"] == [numbers.count(e) for e in range(3)]
     assert reported["mean_loss"] == pytest.approx(wanted_NE.mean(0).tolist(), abs=1e-5)
-    assert all(layer.batch is None for layer in layers(model))
+    assert all(layer.batches is None for layer in layers(model))
     assert model._forward_pre_hooks == hooks
     # A resumed run has the buckets of the run that it goes on with, whatever its experts are now.
     with torch.no_grad():
@@ -631,7 +631,7 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path, rows, monkeypatch, interru
         patch.setattr("sparsecraft.training.trainers.RoutedTrainerMixin._tell_step", stop)
         with pytest.raises(KeyboardInterrupt):
             sc.train(model, rows, tmp_path / "out", **options)
-    assert all(layer.batch is None for layer in layers(model))
+    assert all(layer.batches is None for layer in layers(model))
     # The model has moved, and the rows keep the buckets that they were dealt into.
     sc.train(model, rows, tmp_path / "out", resume=True, **options)
     for name, tensor in parameters(wanted).items():

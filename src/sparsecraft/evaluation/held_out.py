@@ -183,7 +183,7 @@ def _losses(model: nn.Module, sources: dict) -> tuple[dict[str, Any], dict[str, 
             tokens += logprobs_N.numel()
             correct += right_N.sum().item()
             rows += len(batch["labels"])
-            masks = layer_masks(model, batch, mask)
+            masks = layer_masks(model, batch, mask, traced)
             for layer, routing in traced.items():
                 slots[layer] = slots.get(layer, 0) + _load_2E(routing, masks(layer))
         if not tokens:

@@ -261,7 +261,7 @@ class Comparison:
         if layer.router is None or item.edit.experts.parts or layer.mixes_slots:
             return
         idle = sorted(set(range(measured.experts)) - measured.chosen)
-        if len(args) == 1 and not kwargs and layer.batch is None:  # tokens know of no other
+        if len(args) == 1 and not kwargs and layer.batches is None:  # tokens know of no other
             few = (slice(None),) * (args[0].ndim - 2) + (slice(FEW_TOKENS),)
             args, wanted = (args[0][few].contiguous(),), first_tensor(wanted)[few]
         for e in idle:

@@ -317,8 +317,6 @@ def gather_torch(net: SplitNet, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
     P = len(token_P)
     products = P * (net.first_EMD[0].numel() + net.down_EHD[0].numel())
     cores = max(1, min(torch.get_num_threads(), P, products // CPU_CORE_PRODUCTS))
-    if net.activation.state_dict():
-        cores = 1  # they are lent to the module at each call, of which only one may run
     ends = [P * i // cores for i in range(cores + 1)]
 
     @torch.no_grad()  # for the other threads, which do not inherit it

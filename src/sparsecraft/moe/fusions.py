@@ -26,6 +26,7 @@ from sparsecraft.moe.experts.split import SplitExperts
 from sparsecraft.moe.experts.vector import VectorExperts
 from sparsecraft.moe.places import flat
 from sparsecraft.moe.routers.router import Router
+from sparsecraft.moe.traces import records_of
 
 if TYPE_CHECKING:
     from sparsecraft.moe.layer import MoELayer
@@ -60,7 +61,7 @@ def merges(layer: MoELayer) -> bool:
 
 def unrecorded(layer: MoELayer) -> bool:
     """Whether the parts in use run by themselves, and nothing asks which they were."""
-    return layer.asks_router and not layer.tracing and not is_watched(layer.router)
+    return layer.asks_router and not records_of(layer) and not is_watched(layer.router)
 
 
 def lora_beside(layer: MoELayer, x: Tensor, *args, **kwargs) -> Tensor:

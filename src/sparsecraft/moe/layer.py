@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from sparsecraft.dense.tokens import Reads
 from sparsecraft.errors import SurgeryError
-from sparsecraft.moe.context import Batch
+from sparsecraft.moe.batches import Batches
 from sparsecraft.moe.experts.base import Experts
 from sparsecraft.moe.experts.slots import slots
 from sparsecraft.moe.fusions import faster
 from sparsecraft.moe.places import PLACES, flat
 from sparsecraft.moe.routers.router import Router
 from sparsecraft.moe.routing import Routing, combined
+from sparsecraft.moe.traces import records_of
 from sparsecraft.recipe.edits import Place
 
 
@@ -40,13 +41,10 @@ class MoELayer(nn.Module):
     Attributes:
         rows: (start, length) of the output features that the layer acts on; None for all.
         modality: the kind of tokens that it acts on; None for all.
-        batch: what the batch says of its tokens, where router or modality ask for it.
+        batches: what each batch says of its tokens, where router or modality ask for it.
         causal: whether tokens must not see later ones, which `slots` have to respect.
         reads: whose tokens arrive here.
         sequence_first: whether they come as (positions, batch, width).
-        tracing: how many keep the routing of each forward pass, such as losses and `trace`.
-        routing: the latest that was kept.
-        shape: of the tokens that it is of, (B, S) or as they come.
         warned: whether it was said that a batch's mask is not of the layer's tokens.
     """
 
@@ -70,10 +68,7 @@ class MoELayer(nn.Module):
         self.causal = True
         self.reads: Reads = "input"
         self.sequence_first = False
-        self.batch: Batch | None = None
-        self.tracing = 0
-        self.routing: Routing | None = None
-        self.shape: torch.Size | None = None
+        self.batches: Batches | None = None
         self.warned = False
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -109,10 +104,9 @@ class MoELayer(nn.Module):
             y: what the dense module made of it, where the router reads that.
             scores_TE: what the scorer gives, where it is known.
         """
-        router, batch = self.router, self.batch  # a look-up of a module costs at every call
-        if batch is not None:
-            batch.check()
-            batch = batch.seen_by(self.reads, self.sequence_first)
+        router, batch = self.router, None  # a look-up of a module costs at every call
+        if self.batches is not None:
+            batch = self.batches.now().seen_by(self.reads, self.sequence_first)
         if router is None:
             if self.modality is None:
                 return None
@@ -127,8 +121,9 @@ class MoELayer(nn.Module):
             routing = router(read, batch) if scores_TE is None else router(read, batch, scores_TE)
         if self.modality is not None:
             routing = routing.only(self._of_modality(x))
-        if self.tracing and router is not None:
-            self.routing, self.shape = routing, x.shape[:-1]
+        if router is not None:
+            for record in records_of(self):
+                record.note(self, routing, x.shape[:-1])
         return routing
 
     def mix(self, x: Tensor, routing: Routing | None, *args, **kwargs) -> Tensor | tuple:
@@ -138,20 +133,13 @@ class MoELayer(nn.Module):
             return experts(x, routing, *args, **kwargs)
         if routing is not None and routing.outputs_TEO is not None:
             mixed_TO = combined(routing)
-        elif self.tracing and self.routing is routing:
-            mixed_TO = self._recorded(flat(x), routing, **kwargs)
+        elif self.training and self.runs_whole and (records := records_of(self)):
+            mixed_TO, routing = experts(flat(x), routing, way=type(experts).recorded)
+            for record in records:
+                record.note(self, routing, x.shape[:-1])
         else:
             mixed_TO = experts(flat(x), routing, **kwargs)
         return mixed_TO.reshape(*x.shape[:-1], mixed_TO.shape[-1])
-
-    def _recorded(self, x_TI: Tensor, routing: Routing | None, **kwargs) -> Tensor:
-        """The mixture, with what losses read of the bank noted in the routing that is kept."""
-        self.experts.records = self.training and self.runs_whole
-        mixed_TO = self.experts(x_TI, routing, **kwargs)
-        self.experts.records = False
-        if routing is not None:
-            self.routing = self.experts.noted(routing)
-        return mixed_TO
 
     @property
     def imitates(self) -> bool:
@@ -210,12 +198,12 @@ class MoELayer(nn.Module):
 
     def _mask(self, name: str, x: Tensor) -> Tensor | None:
         """A mask of the batch for tokens x, (B, S) bool; None where it does not cover them."""
-        known = self.batch is not None and self.reads == "input"
-        return self.batch.tokens(name, x) if known else None
+        known = self.batches is not None and self.reads == "input"
+        return self.batches.now().tokens(name, x) if known else None
 
     def mix_slots(self, x: Tensor) -> Tensor:
         """Soft MoE's dispatch and combine over the tokens of each sequence that may be mixed."""
-        x_BSI = self.batch.seen_by(self.reads, self.sequence_first).sequences(x)
+        x_BSI = self.batches.now().seen_by(self.reads, self.sequence_first).sequences(x)
         routing = self.route(x_BSI)
         mixed_BS = self._mask("prefix_mask" if self.causal else "attention_mask", x_BSI)
         if self.modality is not None and not (self.causal and mixed_BS is None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -16,18 +17,30 @@ from sparsecraft.errors import DataError
 from sparsecraft.moe.context import sentence_width
 from sparsecraft.moe.layer import MoELayer
 
+_LOCK = threading.Lock()
+_HELD: dict[nn.Module, tuple[int, bool]] = {}  # how many blocks hold a module in evaluation mode
+
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, then each back in its own mode."""
-    modes = {module: module.training for module in model.modules()}
-    try:
+    """Every module in evaluation mode, then each back in its own mode, once the last of the blocks
+    of all threads that hold it there has ended."""
+    modules = [*model.modules()]
+    with _LOCK:
+        for module in modules:
+            count, training = _HELD.get(module, (0, module.training))
+            _HELD[module] = count + 1, training
         model.eval()
+    try:
         yield
     finally:
-        # Not train(): that would reach into modules which were in another mode than their parent.
-        for module in model.modules():
-            module.training = modes.get(module, module.training)
+        with _LOCK:
+            for module in modules:
+                count, training = _HELD.pop(module)
+                if count > 1:
+                    _HELD[module] = count - 1, training
+                else:  # not train(): that would reach into modules of another mode
+                    module.training = training
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,12 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.errors import SparsecraftError
-from sparsecraft.moe.context import layer_masks, tensors_in
+from sparsecraft.moe.batches import tensors_in
+from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.items import count_items, shifts, shifts_labels, weighed
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.losses import auxiliary_loss as sum_of_losses
 from sparsecraft.moe.routing import Routing
-from sparsecraft.moe.tracing import Trace, trace
+from sparsecraft.moe.scopes import Blocks, PerThread
+from sparsecraft.moe.traces import Trace
+from sparsecraft.moe.tracing import trace
 from sparsecraft.recipe.stages import Stage
 
 log = logging.getLogger("sparsecraft")
@@ -54,6 +57,24 @@ class _Call:
     trace: Trace
 
 
+class _Passes:
+    """The forward passes in training of one thread.
+
+    Attributes:
+        call: what is under way.
+        latest: the weighted sum of the latest one; None if nothing is added.
+        items: over which its loss is a mean; None without labels.
+    """
+
+    def __init__(self):
+        self.call: _Call | None = None
+        self.latest: Tensor | None = None
+        self.items: Tensor | None = None
+
+
+OFF = Blocks("own losses that are off")
+
+
 class OwnLoss:
     """Forward hooks that add auxiliary losses to the loss that a model gives in training.
 
@@ -65,8 +86,6 @@ class OwnLoss:
     Attributes:
         losses: name in `sc.losses.LOSSES` -> coefficient; None for those of the recipe's next
             stage at their full value, {} for none.
-        latest: the weighted sum of the latest forward pass in training; None if nothing is added.
-        items: of that pass, over which its loss is a mean; None without labels.
         shifts: whether the model's loss shifts its labels; None until a pass has shown it.
         warned: whether it was said that a backward pass went without them.
     """
@@ -74,16 +93,10 @@ class OwnLoss:
     def __init__(self, stage: Callable[[], Stage | None]):
         self.stage = stage
         self.losses: dict[str, float] | None = None
-        self.latest: Tensor | None = None
-        self.items: Tensor | None = None
         self.shifts: bool | None = None
         self.warned = False
         self.handles: list[Any] = []
-        self._call: _Call | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the graph of the latest pass, which can be neither copied nor pickled."""
-        return self.__dict__ | {"latest": None, "items": None, "_call": None}
+        self._passes = PerThread(_Passes)
 
     def attach(self, model: nn.Module) -> None:
         """Listen to `model`, and to its trunk, which may be called without the head."""
@@ -107,7 +120,8 @@ class OwnLoss:
 
     @torch.compiler.disable
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict, whole: bool):
-        if self._call is not None and not whole:  # the trunk, inside the model's pass
+        passes = self._passes.own
+        if passes.call is not None and not whole:  # the trunk, inside the model's pass
             return None
         inputs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False))
         inputs |= kwargs
@@ -115,11 +129,11 @@ class OwnLoss:
         labels = labels if isinstance(labels, Tensor) else None
         num_items = None if labels is None else kwargs.pop("num_items_in_batch", None)
         losses = self.in_force(module)
-        self._call, self.latest, self.items = None, None, None
+        passes.call, passes.latest, passes.items = None, None, None
         if losses or num_items is not None:
             traced = trace(module)
             opened = traced.__enter__()
-            self._call = _Call(module, inputs, losses, labels, num_items, traced, opened)
+            passes.call = _Call(module, inputs, losses, labels, num_items, traced, opened)
         return args, kwargs
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -131,7 +145,7 @@ class OwnLoss:
 
     def _watch_evaluation(self, module: nn.Module, output: Any) -> None:
         """Say so if parameters are trained in a pass to which nothing was added."""
-        if self.warned or self._call is not None:
+        if self.warned or self._passes.own.call is not None:
             return
 
         def unmet() -> str | None:
@@ -142,25 +156,26 @@ class OwnLoss:
 
     @torch.compiler.disable
     def _end(self, module: nn.Module, output: Any) -> Any:
-        call = self._call
+        passes = self._passes.own
+        call = passes.call
         if call is None or call.module is not module:
             return None
-        self._call = None
+        passes.call = None
         routings = dict(call.trace)
         call.traced.__exit__(None, None, None)
         if output is None:  # the pass has failed
             return None
-        masks = layer_masks(module, call.inputs, None)
-        self.latest, _ = balance_of(module, routings, call.losses, masks)
-        if self.latest is not None and not self.warned:
-            _Watch(self, _reached(self.latest)).listen(output)
+        masks = layer_masks(module, call.inputs, None, routings)
+        passes.latest, _ = balance_of(module, routings, call.losses, masks)
+        if passes.latest is not None and not self.warned:
+            _Watch(self, _reached(passes.latest)).listen(output)
         loss = _loss_of(output, call.inputs)
-        is_mean = self._count(call, output, loss)
+        is_mean = self._count(passes, call, output, loss)
         if loss is not None:
-            output = _with_loss(output, self._own(loss, call, is_mean))
+            output = _with_loss(output, _own(passes, loss, call.num_items, is_mean))
         return output
 
-    def _count(self, call: _Call, output: Any, loss: Tensor | None) -> bool:
+    def _count(self, passes: _Passes, call: _Call, output: Any, loss: Tensor | None) -> bool:
         """Note the items of a pass; whether its loss is a mean over them, as CTC's is not."""
         labels, logits = call.labels, getattr(output, "logits", None)
         if labels is None:
@@ -172,43 +187,31 @@ class OwnLoss:
                 with torch.no_grad():
                     self.shifts = shifts(labels, logits, loss)
             shifted = shifts_labels(call.module) if self.shifts is None else self.shifts
-        self.items = count_items(labels, shifted)
+        passes.items = count_items(labels, shifted)
         return fits or not of_tokens
-
-    def _own(self, loss: Tensor, call: _Call, is_mean: bool) -> Tensor:
-        extra = 0.0 if self.latest is None else self.latest.to(loss.device)
-        if call.num_items is None:
-            return loss + extra
-        if is_mean:
-            return weighed(loss + extra, self.items, call.num_items)
-        return loss if self.latest is None else loss + weighed(extra, self.items, call.num_items)
 
     def read(self, model: nn.Module, num_items: Tensor | int | None) -> Tensor:
         """What `sc.losses.latest` gives."""
-        if self.latest is None:
+        passes = self._passes.own
+        if passes.latest is None:
             if not self.in_force(model):
                 return torch.zeros((), dtype=torch.float32, device=next(model.parameters()).device)
             raise SparsecraftError(
                 "There is no auxiliary loss: no forward pass in training, with gradients, came "
-                "before. Call model.train() and the model first."
+                "before in this thread. Call model.train() and the model first."
             )
         if num_items is None:
-            return self.latest
-        if self.items is None:
+            return passes.latest
+        if passes.items is None:
             raise SparsecraftError(
                 "num_items_in_batch was given, and the latest forward pass had no labels that say "
                 "how many of these items it holds; pass labels to the model, or leave it out."
             )
-        return weighed(self.latest, self.items, num_items)
+        return weighed(passes.latest, passes.items, num_items)
 
-    @contextmanager
-    def off(self) -> Iterator[None]:
+    def off(self) -> AbstractContextManager[None]:
         """In this block the model's loss is the task's alone, for a trainer that adds the rest."""
-        before, self.losses = self.losses, {}
-        try:
-            yield
-        finally:
-            self.losses = before
+        return OFF.opened(self)
 
     def in_force(self, model: nn.Module) -> Mapping[str, float]:
         """The coefficients that count now.
@@ -216,6 +219,8 @@ class OwnLoss:
         Raises:
             SparsecraftError: the model runs as one of several copies, whose routing is not seen.
         """
+        if any(own is self for own in OFF.now()):
+            return {}
         stage = self.stage()
         losses = self.losses
         if losses is None:
@@ -237,6 +242,16 @@ class OwnLoss:
                 "model.sparsecraft.own_loss.losses = {} says that it shall."
             )
         return {}
+
+
+def _own(passes: _Passes, loss: Tensor, num_items: Any, is_mean: bool) -> Tensor:
+    """A pass's own loss, and what is added to it."""
+    extra = 0.0 if passes.latest is None else passes.latest.to(loss.device)
+    if num_items is None:
+        return loss + extra
+    if is_mean:
+        return weighed(loss + extra, passes.items, num_items)
+    return loss if passes.latest is None else loss + weighed(extra, passes.items, num_items)
 
 
 class _Watch:

@@ -31,6 +31,7 @@ class Routing:
             nothing of them.
         acts_T: the tokens that the layer acts on, where it does not act on all.
         heads: rows of each token: a router by head has several.
+        shape: of a traced one's tokens, (B, S) or as they came to the layer.
     """
 
     weights_TK: Tensor
@@ -44,6 +45,7 @@ class Routing:
     soft: bool = False
     acts_T: Tensor | None = None
     heads: int = 1
+    shape: torch.Size | None = None
 
     @property
     def num_experts(self) -> int:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
 
 from sparsecraft.checkpoint.load import load_any
 from sparsecraft.data.encoding import prompt_ids
@@ -17,6 +24,7 @@ from sparsecraft.dense.loading import objective_of
 from sparsecraft.dense.tokens import is_encoder_decoder, positions_of
 from sparsecraft.errors import DataError, SparsecraftError, check_seed
 from sparsecraft.moe.context import context, sentences_of
+from sparsecraft.moe.outputs import evaluation_mode
 
 
 def load_generator(name: str, base: str | None = None) -> tuple[nn.Module, Any]:
@@ -50,11 +58,15 @@ def answer(
     stream: bool = False,
     seed: int = 0,
 ) -> str:
-    """The model's next turn in a chat.
+    """The model's next turn in a chat, in evaluation mode.
+
+    Threads may ask one model at once: each gets the answer of its seed, and torch's global random
+    state is left alone.
 
     Args:
         max_new_tokens: longest answer; less where the model's positions end before.
-        temperature: 0 takes the most likely token each time.
+        temperature: 0 takes the most likely token each time; above 0 tokens are drawn one by one,
+            without beams.
         stream: print tokens to standard output as they come.
         seed: of sampling.
 
@@ -73,16 +85,19 @@ def answer(
     ids = torch.tensor([prompt_ids(messages, tokenizer)], device=model.device)
     max_new_tokens = min(max_new_tokens, _room(model, ids.shape[1]))
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    options = (
-        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    )
-    with torch.random.fork_rng(), given(model, messages):
-        torch.manual_seed(seed)
+    streamer = streamer if stream else None
+    options: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        generator = torch.Generator(model.device).manual_seed(seed)
+        draw = partial(_drawn, generator=generator, streamer=streamer)
+        options = {"do_sample": True, "temperature": temperature, "num_beams": 1}
+        options["custom_generate"] = draw
+    with given(model, messages), evaluation_mode(model):
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
-            streamer=streamer if stream else None,
+            streamer=streamer,
             pad_token_id=tokenizer.eos_token_id
             if tokenizer.pad_token_id is None
             else tokenizer.pad_token_id,
@@ -90,6 +105,40 @@ def answer(
         )
     new = output[0] if is_encoder_decoder(model) else output[0, ids.shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+class _Draw(LogitsProcessor):
+    """Leaves of each row's tokens the one that the generator draws."""
+
+    def __init__(self, generator: torch.Generator):
+        self.generator = generator
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Of scores (B, V) the drawn one as 0, all others as -inf."""
+        drawn_B1 = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn_B1, 0.0)
+
+
+def _drawn(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    generator: torch.Generator,
+    streamer: TextStreamer | None,
+    logits_processor: LogitsProcessorList,
+    generation_config: GenerationConfig,
+    **kwargs,
+) -> Tensor:
+    """transformers' own sampling, a `custom_generate`, by a generator of its own: where that takes
+    the best token, there is only the one drawn."""
+    generation_config.do_sample = False  # of this call's copy
+    return model._sample(
+        input_ids,
+        logits_processor=LogitsProcessorList([*logits_processor, _Draw(generator)]),
+        generation_config=generation_config,
+        streamer=streamer,
+        **kwargs,
+    )
 
 
 def _room(model: nn.Module, prompt: int) -> float:

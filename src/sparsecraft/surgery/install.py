@@ -10,7 +10,8 @@ from torch import nn
 from sparsecraft.dense.quantization import keep_layout, packing_of
 from sparsecraft.dense.sites import FFNSpan, silence
 from sparsecraft.errors import RecipeError
-from sparsecraft.moe.context import Batch, asks_for_batch, attach
+from sparsecraft.moe.batches import Batches, attach
+from sparsecraft.moe.context import asks_for_batch
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import other_names, unique_tensors
 from sparsecraft.recipe.recipe import Quantize, Recipe
@@ -58,10 +59,10 @@ def apply(
     for layer in split_layers(model).values():
         layer.router.running = record.running
     if any(asks_for_batch(item.edit) for item in edits):
-        batch = Batch()
-        record.hooks = attach(model, batch)
+        batches = Batches()
+        record.hooks = attach(model, batches)
         for layer in record.layers:
-            layer.batch = batch
+            layer.batches = batches
     record.own_loss.attach(model)
     set_trainable(model, recipe.stages[0].trains)
     return record

@@ -21,7 +21,7 @@ from sparsecraft.data.batches import collate
 from sparsecraft.data.encoding import IGNORED
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.evaluation.logprobs import BATCH_TOKENS
-from sparsecraft.moe.context import Batch, attach
+from sparsecraft.moe.batches import Batches, attach, batches_of
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.outputs import evaluation_mode
 from sparsecraft.recipe.stages import Deal, Fit, Stage
@@ -86,16 +86,16 @@ def routed(model: nn.Module) -> list[MoELayer]:
 def directed(model: nn.Module) -> Iterator[None]:
     """In this block, `expert_ids` (B, S) of a forward pass says which expert each token goes to."""
     layers = routed(model)
-    shared = next((layer.batch for layer in layers if layer.batch is not None), None)
-    batch, before = shared or Batch(), [layer.batch for layer in layers]
-    handles = [] if shared else attach(model, batch)
+    shared = batches_of(model)
+    batches, before = shared or Batches(), [layer.batches for layer in layers]
+    handles = [] if shared else attach(model, batches)
     for layer in layers:
-        layer.batch = batch
+        layer.batches = batches
     try:
         yield
     finally:
         for layer, old in zip(layers, before, strict=True):
-            layer.batch = old
+            layer.batches = old
         for handle in handles:
             handle.remove()
 

@@ -94,8 +94,8 @@ class RoutedTrainerMixin:
         unwrapped = self.accelerator.unwrap_model(model)
         self._tell_step(unwrapped)
         items = count_items(inputs["labels"], self.shifts_labels)
-        masks = layer_masks(unwrapped, inputs, token_mask)
         with trace(unwrapped) as traced, conversion_of(unwrapped).own_loss.off():
+            masks = layer_masks(unwrapped, inputs, token_mask, traced)
             # Without a number of items: the mean over these, in all of transformers' models.
             result = super().compute_loss(model, inputs, return_outputs=return_outputs)
             routings = dict(traced)

@@ -9,6 +9,7 @@ import sparsecraft as sc
 from sparsecraft.moe.routers.build import build_router
 from sparsecraft.moe.routers.selectors import Sample, soft, top_k
 from sparsecraft.moe.routing import Routing
+from sparsecraft.moe.traces import records_of
 from sparsecraft.recipe.routers import RouterSpec
 from sparsecraft.recipe.scorers import KaimingUniform, Linear, Normal, Uniform, Zeros
 from sparsecraft.recipe.selections import TopK
@@ -181,10 +182,11 @@ def test_a_trace_holds_the_latest_routing_of_every_routed_layer():
         model(**inputs)
     assert torch.equal(routing[names[0]].logits_TE, first.logits_TE), "readable after the block"
     layers = [model.get_submodule(name) for name in names]
-    assert all(layer.routing is None and not layer.tracing for layer in layers)
+    assert not any(map(records_of, layers))
+    before = dict(routing)
     with torch.no_grad():
-        model(**inputs)
-    assert all(layer.routing is None for layer in layers), "nothing is kept without a trace"
+        model(input_ids=inputs["input_ids"][:1])
+    assert all(routing[name] is before[name] for name in names), "nothing is kept after the block"
 
 
 def test_the_layers_input_and_not_the_dense_output_is_read_by_pesc():
@@ -194,11 +196,11 @@ def test_the_layers_input_and_not_the_dense_output_is_read_by_pesc():
         sc.convert(model, sc.override(RECIPES["camelidae_no_lora"].make(), {"reads": reads}))
         layer = model.model.layers[0].mlp
         x = torch.randn(1, 5, 32)
-        layer.tracing = True
-        layer(x)
+        with sc.trace(layer) as routing:
+            layer(x)
         read = layer.base(x) if reads == "output" else x
         wanted = read[0] @ layer.router.scorer.weight.T
-        assert torch.allclose(layer.routing.logits_TE, wanted, atol=1e-5), reads
+        assert torch.allclose(routing[""].logits_TE, wanted, atol=1e-5), reads
 
 
 def test_routers_of_split_networks_name_every_expert_in_its_place():

@@ -85,7 +85,7 @@ def measured_weights(model: nn.Module, batches: Iterable[dict[str, Any]]) -> dic
             layer = model.get_submodule(name)
             mask = masks.get(layer.reads)
             if mask is not None:
-                real_T = _real(name, layer, mask)
+                real_T = _real(name, layer, found.shape, mask)
                 weights_TE = weights_TE[spread(real_T, len(weights_TE), found.heads)]
             sums[name] = sums.get(name, 0) + torch.cat(
                 [weights_TE.sum(0), torch.tensor([len(weights_TE)], dtype=torch.float64)]
@@ -113,13 +113,13 @@ def _with_decoder(
     return batch, masks | {"decoder": mask}
 
 
-def _real(name: str, layer: MoELayer, mask: Tensor) -> Tensor:
+def _real(name: str, layer: MoELayer, shape: torch.Size, mask: Tensor) -> Tensor:
     """Which of the tokens that a layer routed are real, (T,)."""
-    real_T = of_rows(mask, layer.shape, layer.sequence_first)
+    real_T = of_rows(mask, shape, layer.sequence_first)
     if real_T is None:
         raise MergeError(
             f"The mask of the tokens that {name!r} reads has shape {tuple(mask.shape)}, and it "
-            f"routed {layer.shape.numel()} rows; give attention_mask (or a decoder's labels) one "
+            f"routed {shape.numel()} rows; give attention_mask (or a decoder's labels) one "
             "value for each token (batch, positions)."
         )
     return real_T.bool().cpu()

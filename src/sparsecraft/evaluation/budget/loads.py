@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from sparsecraft.moe import cost
 from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.outputs import evaluation_mode
+from sparsecraft.moe.routing import Routing
+from sparsecraft.moe.traces import Trace
 from sparsecraft.moe.tracing import trace
 from sparsecraft.surgery.budget import split_layers
 
@@ -97,9 +100,8 @@ def observe(
         rows = rows.reshape(-1, rows.shape[-1])
         return rows if mask_T is None else rows[mask_T.to(rows.device)]
 
-    def count(name: str, layer: MoELayer) -> None:
-        routing = layer.routing
-        chosen_TE = (routing.indices_TK < routing.num_experts).reshape(*layer.shape, -1)
+    def count(name: str, routing: Routing) -> None:
+        chosen_TE = (routing.indices_TK < routing.num_experts).reshape(*routing.shape, -1)
         chosen_TE = real(name, chosen_TE)
         counts[name] = counts.get(name, 0) + chosen_TE.sum(0)
         tokens[name] += len(chosen_TE)
@@ -115,8 +117,11 @@ def observe(
             current[:] = [layer_masks(model, batch, None)]
             yield dict(batch)
 
-    hooked = _hooked(layers, count, visit, real)
-    with hooked, trace(model), evaluation_mode(model), torch.no_grad():
+    with ExitStack() as stack:
+        traced = stack.enter_context(trace(model))
+        stack.enter_context(_hooked(layers, traced, count, visit, real))
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(torch.no_grad())
         loss, accuracy = _run(model, seen(), batches)
     loads = {name: counts[name].double().cpu() / tokens[name] for name in layers}
     together = {size: torch.cat(found).mean().item() for size, found in unions.items() if found}
@@ -126,22 +131,27 @@ def observe(
 @contextmanager
 def _hooked(
     layers: dict[str, MoELayer],
-    count: Callable[[str, MoELayer], None],
+    traced: Trace,
+    count: Callable[[str, Routing], None],
     visit: Visit | None,
     real: Callable[[str, Tensor], Tensor],
 ) -> Iterator[None]:
+    """Listen to the layers in the passes that `traced` sees, and not in those of other threads."""
+
+    def before(name: str, layer: MoELayer, args: tuple) -> None:
+        if traced.record.is_open():
+            visit(layer, real(name, args[0]))
+
+    def after(name: str, layer: MoELayer, args: tuple, y: Tensor) -> None:
+        if traced.record.is_open():
+            count(name, traced[name])
+
     handles = []
     for name, layer in layers.items():
-        handles.append(
-            # Of the layer: one that is not traced need not call its router as a module.
-            layer.register_forward_hook(lambda layer, args, y, name=name: count(name, layer))
-        )
+        # Of the layer: one that is not traced need not call its router as a module.
+        handles.append(layer.register_forward_hook(partial(after, name)))
         if visit is not None:
-            handles.append(
-                layer.register_forward_pre_hook(
-                    lambda layer, args, name=name: visit(layer, real(name, args[0]))
-                )
-            )
+            handles.append(layer.register_forward_pre_hook(partial(before, name)))
     try:
         yield
     finally:

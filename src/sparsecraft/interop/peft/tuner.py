@@ -18,7 +18,8 @@ from sparsecraft.dense.sites import Site
 from sparsecraft.errors import CheckpointError, SparsecraftError, SurgeryError
 from sparsecraft.interop.peft.layer import ExpertsTunerLayer, layers_of, saved_names, taken_out
 from sparsecraft.interop.peft.merged import fold_adapters
-from sparsecraft.moe.context import Batch, asks_for_batch, attach
+from sparsecraft.moe.batches import Batches, attach, batches_of
+from sparsecraft.moe.context import asks_for_batch
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.own_loss import OwnLoss
 from sparsecraft.recipe.stages import Stage
@@ -102,12 +103,12 @@ class RecipeTuner(BaseTuner):
 
     def _give_batch(self, model: nn.Module, asking: list[MoELayer]) -> None:
         """Give the layers that read it what the batch knows of its tokens."""
-        known = [m.batch for m in model.modules() if getattr(m, "batch", None) is not None]
-        batch = known[0] if known else Batch()
+        known = batches_of(model)
+        batches = known or Batches()
         if asking and not known:
-            self._hooks = attach(model, batch)
+            self._hooks = attach(model, batches)
         for layer in asking:
-            layer.batch = batch
+            layer.batches = batches
 
     def _stage(self) -> Stage | None:
         """Whose losses the model's own loss holds: the first stage of the active adapters'

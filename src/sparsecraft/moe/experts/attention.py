@@ -26,6 +26,7 @@ from sparsecraft.errors import SparsecraftError
 from sparsecraft.moe.experts.base import CopiedExperts
 from sparsecraft.moe.experts.stacked import copies, with_one_more, without
 from sparsecraft.moe.routing import Routing
+from sparsecraft.moe.scopes import PerThread
 from sparsecraft.recipe.edits import Edit, Place
 from sparsecraft.recipe.experts import AttentionSpec
 
@@ -95,11 +96,12 @@ class AttentionExperts(CopiedExperts):
                 "or convert with kv='shared'."
             )
         output = self.attention.get_submodule(self.form.output)
-        output.gates_BSN = routing.weights_TE().view(*x_BSD.shape[:-1], -1)
+        under_way = output.under_way.own
+        under_way.gates_BSN = routing.weights_TE().view(*x_BSD.shape[:-1], -1)
         try:
             return self.attention(x_BSD, *args, **kwargs)
         finally:
-            output.gates_BSN = None
+            under_way.gates_BSN = None
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         raise SparsecraftError(
@@ -203,14 +205,22 @@ class Projections(Stack):
         return y.unflatten(-1, (len(self.weight), self.common, -1)).transpose(-3, -2).flatten(-3)
 
 
+class Gates:
+    """The weights of all experts that a pass gives its output projection, (B, S, N)."""
+
+    gates_BSN: Tensor | None = None
+
+
 class Outputs(Stack):
     """sum_j gate_j (W_j heads_j + b_j): heads of all experts (..., N I) -> (..., O).
 
     Attributes:
-        gates_BSN: the weights of the pass that is under way.
+        under_way: the gates of the pass that is under way in a thread.
     """
 
-    gates_BSN: Tensor | None = None
+    def __init__(self, dense: nn.Linear, count: int, common: int | None = None):
+        super().__init__(dense, count, common)
+        self.under_way = PerThread(Gates)
 
     def forward(self, heads: Tensor) -> Tensor:
         N = len(self.weight)
@@ -219,7 +229,7 @@ class Outputs(Stack):
         else:
             heads_N = heads.unflatten(-1, (self.common, N, -1)).unbind(-2)
             heads_N = [part.flatten(-2) for part in heads_N]
-        gates = self.gates_BSN.to(heads.dtype)
+        gates = self.under_way.own.gates_BSN.to(heads.dtype)
         total = None
         for j, part in enumerate(heads_N):
             bias = None if self.bias is None else self.bias[j]

@@ -57,7 +57,6 @@ class Experts(nn.Module, ABC):
             set it, because fewer launches are worth more there than fewer multiplications.
         whole: the bank takes whole sequences and all that the dense module is called with.
         imitates: of place `imitate`: the bank has been fitted, and runs instead of the base.
-        records: keep in each forward pass what losses read of the bank; see `noted`.
         of_dense: its parameters are the dense module's own, in another order, and no new ones.
         rectified: its activation is ReLU, and the dense module's another.
         folds: what `fold` gives, where it gives anything.
@@ -72,7 +71,6 @@ class Experts(nn.Module, ABC):
     merges: bool = False
     dense_tokens: int = 0
     whole: bool = False
-    records: bool = False
     imitates: bool = False
     of_dense: bool = False
     rectified: bool = False
@@ -152,9 +150,9 @@ class Experts(nn.Module, ABC):
         """
         return torch.stack([self.expert(e, x_TI, **kwargs) for e in range(self.num_experts)], dim=1)
 
-    def noted(self, routing: Routing) -> Routing:
-        """The routing of the latest pass, with what losses read of the bank itself."""
-        return routing
+    def recorded(self, x_TI: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
+        """`mixed`, and the routing with what losses read of the bank itself."""
+        return self.mixed(x_TI, routing), routing
 
     # --------------------------------------------------------------------------------------- cost
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Self
 
 import torch
@@ -20,6 +21,7 @@ from torch.func import functional_call
 from sparsecraft.dense.activations import placed, saved_tensors, tensors_of
 from sparsecraft.dense.donors import FFN
 from sparsecraft.moe.experts.stacked import with_one_more, without
+from sparsecraft.moe.scopes import PerThread
 
 
 class OwnActivation(nn.Module):
@@ -38,6 +40,7 @@ class OwnActivation(nn.Module):
         super().__init__()
         tensors, saved = tensors_of(activation), saved_tensors(activation)
         self.count, self.function = count, placed(activation, dict.fromkeys(tensors))
+        self._functions = PerThread(partial(copy.deepcopy, self.function))
         self.names = {own_name(name): name for name in tensors}
         for own, name in self.names.items():
             tensor, value = tensors[name], tensors[name].detach().clone()
@@ -54,7 +57,13 @@ class OwnActivation(nn.Module):
         tensors = {}
         for name, tensor in self._of(e).items():
             tensors[name] = tensor if mixes or not tensor.is_floating_point() else tensor.to(x)
-        return functional_call(self.function, tensors, (x,))
+        return functional_call(self._function(), tensors, (x,))
+
+    def _function(self) -> nn.Module:
+        """`function` for this thread alone: while it runs, it is lent the tensors."""
+        if torch.compiler.is_dynamo_compiling():  # which lends it nothing
+            return self.function
+        return self._functions.own.train(self.function.training)
 
     def _of(self, e: int | None) -> dict[str, Tensor]:
         held = {name: getattr(self, own) for own, name in self.names.items()}

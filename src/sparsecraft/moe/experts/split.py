@@ -30,7 +30,7 @@ from sparsecraft.dense.donors import FFN, Linear
 from sparsecraft.dense.sites import Site
 from sparsecraft.errors import RecipeError, SparsecraftError
 from sparsecraft.kernels import split
-from sparsecraft.kernels.device import needs_grad, usable
+from sparsecraft.kernels.device import usable
 from sparsecraft.kernels.selection import Active
 from sparsecraft.kernels.split import SplitNet
 from sparsecraft.moe.experts.base import Experts, Rate
@@ -40,6 +40,7 @@ from sparsecraft.moe.experts.imitation import imitation
 from sparsecraft.moe.experts.neuron_major import by_expert, by_part, owned
 from sparsecraft.moe.experts.own_activation import own_activation, own_tensors
 from sparsecraft.moe.extra_state import is_bool, is_left_out, pack, unpack
+from sparsecraft.moe.kept import Kept
 from sparsecraft.moe.routing import Routing
 from sparsecraft.recipe.edits import Edit, Place
 from sparsecraft.recipe.experts import SplitSpec
@@ -54,8 +55,6 @@ class SplitExperts(Experts):
     Attributes:
         neurons: (E, m), which neuron of the dense network stands at each place.
         mean: (E, m), the mean activation of each neuron, if the bank compensates.
-        records: keep the input of the activation of each forward pass, for losses that read it.
-        pre_TF: that input (of the gate where there is one), neurons in the bank's order.
     """
 
     hidden_dropout, output_dropout = Rate(), Rate()
@@ -82,7 +81,6 @@ class SplitExperts(Experts):
         self.compensates = (
             not is_relu(donor.activation) if spec.compensate is None else spec.compensate
         )
-        self.pre_TF: Tensor | None = None
         meta = device is not None and torch.device(device).type == "meta"
         parts, m = 2 if donor.gated else 1, width // E
         rows = {"first": donor.first_weight(), "first_bias": donor.first_bias()}
@@ -93,7 +91,7 @@ class SplitExperts(Experts):
         self.register_parameter("down_bias", owned(donor.down_bias(), meta))
         self.register_buffer("neurons", torch.arange(width, device=self.down.device).view(E, m))
         self.register_buffer("mean", self.down.new_zeros(E, m) if self.compensates else None)
-        self._kept: tuple[list, Tensor] | None = None
+        self._kept = Kept()
 
     @classmethod
     def build(
@@ -192,9 +190,12 @@ class SplitExperts(Experts):
         idle = round((1 - slots / self.num_experts) * self.products)
         return sum(p.numel() for p in self.parameters()) - idle
 
-    def noted(self, routing: Routing) -> Routing:
-        pre_TF, self.pre_TF = self.pre_TF, None
-        return replace(routing, pre_TF=pre_TF)
+    def recorded(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
+        """Every expert with weight one, and the routing with the input of the activation (of the
+        gate where there is one), neurons in the bank's order."""
+        pre_TEm, hidden_TEm = self.hidden(x_TD)
+        y_TD = F.dropout(self._dense(hidden_TEm, x_TD), self.output_dropout, self.training)
+        return y_TD, replace(routing, pre_TF=pre_TEm.flatten(1))
 
     def net(self, dtype: torch.dtype, whole: bool = False) -> SplitNet:
         """The bank's tensors in `dtype`, for `sparsecraft.kernels.split`.
@@ -224,13 +225,14 @@ class SplitExperts(Experts):
         return first_TEM[..., : self.neurons_per_expert], self._activate(first_TEM)
 
     def _every(self, x_TD: Tensor) -> Tensor:
-        if usable(x_TD) and not (self.records or self._is_plain()):
+        if usable(x_TD) and not self._is_plain():
             net = self.net(x_TD.dtype, whole=True)
             if split.weighs_at_once(net, x_TD):
                 return split.every(net, x_TD, net.bias_D)
-        pre_TEm, hidden_TEm = self.hidden(x_TD)
-        if self.records:
-            self.pre_TF = pre_TEm.flatten(1)
+        return self._dense(self.hidden(x_TD)[1], x_TD)
+
+    def _dense(self, hidden_TEm: Tensor, x_TD: Tensor) -> Tensor:
+        """What the dense network's second matrix makes of its activations."""
         y_TD = self._drop(hidden_TEm).flatten(1) @ self.down.flatten(0, 1).to(x_TD.dtype)
         return y_TD if self.down_bias is None else y_TD + self.down_bias.to(x_TD.dtype)
 
@@ -268,16 +270,10 @@ class SplitExperts(Experts):
         if self.mean is None:
             return self.down_bias
         tensors = [t for t in (self.mean, self.down, self.down_bias) if t is not None]
-        sums = self.training or torch.compiler.is_compiling() or needs_grad(*tensors)
-        if sums or any(t.is_inference() for t in tensors):  # whose versions nothing counts
-            return self._summed()
-        state = [(t.data_ptr(), t._version, t.dtype) for t in tensors]
-        if self._kept is None or self._kept[0] != state:
-            self._kept = state, self._summed()
-        return self._kept[1]
+        return self._kept.value(tensors, self._summed, training=self.training)
 
     def train(self, mode: bool = True) -> SplitExperts:
-        self._kept = None
+        self._kept.drop()
         return super().train(mode)
 
     def _summed(self) -> Tensor:
@@ -346,7 +342,7 @@ class SplitExperts(Experts):
 
     def _remade(self, change: Callable[[Tensor], Tensor]) -> Self:
         bank = super()._remade(change)
-        bank.spec, bank._kept = replace(self.spec, num_experts=1), None
+        bank.spec, bank._kept = replace(self.spec, num_experts=1), Kept()
         if self.has_own_activation:
             bank._own_activation = (bank.activation,)
         return bank

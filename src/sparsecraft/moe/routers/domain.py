@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsecraft.errors import SparsecraftError
-from sparsecraft.kernels.device import needs_grad
 from sparsecraft.kernels.projections import float32_product
+from sparsecraft.moe.kept import Kept, captures
 from sparsecraft.moe.routers.scorer import Scorer
 from sparsecraft.recipe.scorers import Domain
 
@@ -24,9 +24,7 @@ class DomainScorer(Scorer):
     """logits = x P(d)^T with P(d) = W2 SwiGLU(W1 d) (Nexus, Gritsch et al. 2024, section 3).
 
     The rows P(d) do not depend on tokens. In evaluation they are kept, so that a token costs what
-    it costs a linear router; in training they are computed anew. What is kept counts while the
-    tensors are the same and unchanged; only an edit in place through `.data` is not seen, and
-    `train()` and `eval()` drop it.
+    it costs a linear router; in training they are computed anew. `train()` and `eval()` drop them.
 
     Attributes:
         domains: (E, M) float32, one embedding for each expert; random and orthogonal until `begin`.
@@ -46,7 +44,7 @@ class DomainScorer(Scorer):
         domains_EM = torch.empty(num_experts, M, device=device, dtype=torch.float32)
         nn.init.orthogonal_(domains_EM)
         self.register_buffer("domains", domains_EM)
-        self._kept: tuple[list[tuple[Tensor, int]], Tensor] | None = None
+        self._kept = Kept()
         self.begin(F.normalize(domains_EM, dim=-1))
 
     @torch.no_grad()
@@ -71,18 +69,9 @@ class DomainScorer(Scorer):
     def rows(self) -> Tensor:
         """P(d) of every expert and zeros up to a whole block, (P, D), float32 at least."""
         tensors = (self.domains, self.first, self.second)
-        if not self._keeps(tensors):
+        if captures(self.first):  # a graph follows the tensors
             return self._project()
-        kept = self._kept
-        # Old tensors are held: memory of theirs that is freed may hold the next ones.
-        if kept is None or any(
-            (old.data_ptr(), old.dtype, version) != (t.data_ptr(), t.dtype, t._version)
-            for t, (old, version) in zip(tensors, kept[0], strict=True)
-        ):
-            with torch.inference_mode(False), torch.no_grad():  # kept beyond an inference_mode
-                known = [(t.detach(), t._version) for t in tensors]
-                self._kept = kept = known, self._project()
-        return kept[1]
+        return self._kept.value(tensors, self._project, training=self.training)
 
     @property
     def embeddings(self) -> Tensor:
@@ -99,17 +88,6 @@ class DomainScorer(Scorer):
 
     def weight_rows(self) -> Tensor:
         return self.rows()[: len(self.domains)]
-
-    def _keeps(self, tensors: tuple[Tensor, ...]) -> bool:
-        """Whether rows may be kept: nothing trains, and a change of the tensors would be seen."""
-        if torch.compiler.is_compiling():
-            return False
-        if self.training:
-            self._kept = None
-            return False
-        capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
-        # Tensors made in inference_mode count no versions.
-        return not (capturing or needs_grad(*tensors) or any(t.is_inference() for t in tensors))
 
     def _project(self) -> Tensor:
         dtype = torch.promote_types(self.first.dtype, torch.float32)
@@ -153,8 +131,5 @@ class DomainScorer(Scorer):
         self.domains = torch.cat([self.domains[:e], self.domains[e + 1 :]])
 
     def train(self, mode: bool = True) -> DomainScorer:
-        self._kept = None
+        self._kept.drop()
         return super().train(mode)
-
-    def __getstate__(self) -> dict:
-        return vars(self) | {"_kept": None}  # versions of a copy start anew

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsecraft.kernels.selection import Active, select
-from sparsecraft.moe.context import Batch
+from sparsecraft.moe.batch import Batch
 from sparsecraft.moe.experts.split import SplitExperts
 from sparsecraft.moe.extra_state import is_left_out, is_number, pack, unpack
 from sparsecraft.moe.routers.part_scorers import PART_SCORERS

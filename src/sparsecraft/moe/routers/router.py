@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.kernels.projections import float32_product
-from sparsecraft.moe.context import Batch
+from sparsecraft.moe.batch import Batch
 from sparsecraft.moe.routers.scorer import Scorer
 from sparsecraft.moe.routers.selectors import Sample, Selector
 from sparsecraft.moe.routing import Routing

@@ -1,0 +1,61 @@
+"""Record: what a `trace` block notes of its layers' routers; Trace: what users see of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from sparsecraft.moe.routing import Routing
+from sparsecraft.moe.scopes import Blocks
+
+RECORDS = Blocks("traces")
+
+
+class Record:
+    """The latest routing of each layer, overwritten by every forward pass of the block's thread.
+
+    Attributes:
+        names: layer -> name.
+        routings: name -> routing; None where there was no pass.
+        closed: whatever still runs in the block's context, such as a task that outlives it.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]):
+        self.names = {layer: name for name, layer in layers.items()}
+        self.routings: dict[str, Routing | None] = dict.fromkeys(layers)
+        self.closed = False
+
+    def is_open(self) -> bool:
+        """Whether the block is open for the code that asks."""
+        return not self.closed and any(record is self for record in RECORDS.now())
+
+    def note(self, layer: nn.Module, routing: Routing, shape: torch.Size) -> None:
+        """Keep the routing of tokens of this shape."""
+        self.routings[self.names[layer]] = replace(routing, shape=shape)
+
+
+def records_of(layer: nn.Module) -> list[Record]:
+    """Those that note what a layer does now."""
+    return [record for record in RECORDS.now() if not record.closed and layer in record.names]
+
+
+class Trace(Mapping[str, Routing]):
+    """Layer name -> the routing of that layer's latest forward pass."""
+
+    def __init__(self, record: Record):
+        self.record = record
+
+    def _seen(self) -> dict[str, Routing]:
+        return {name: r for name, r in self.record.routings.items() if r is not None}
+
+    def __getitem__(self, name: str) -> Routing:
+        return self._seen()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._seen())
+
+    def __len__(self) -> int:
+        return len(self._seen())
