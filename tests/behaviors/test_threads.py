@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import sparsecraft as sc
-from sparsecraft.surgery.budget import split_layers
 from tests import cases
 
 LENGTH, WIDTH = 9, 384
@@ -34,7 +33,7 @@ FEW = ("camelidae", "bam", "nexus", "btx_soft", "d2dmoe_sparse", "gmoefication_s
 
 
 def converted(name: str) -> nn.Module:
-    family, make, _ = READERS[name] if name in READERS else ("llama", None, None)
+    family, make, _ = READERS.get(name, ("llama", None, None))
     case = None if make else (cases.RECIPES | cases.RUNNING)[name]
     model = cases.dense(family)
     sc.convert(model, make() if make else case.make(), certify=False)
@@ -147,7 +146,7 @@ def assert_alone(name: str, threads: int, rounds: int = 1) -> None:
         return wrong
 
     wrong = together([lambda k=k: work(k) for k in range(threads)])
-    assert not sum(wrong, [])
+    assert not [fault for found in wrong for fault in found]
 
 
 @pytest.mark.parametrize("name", [*READERS, *FEW])
