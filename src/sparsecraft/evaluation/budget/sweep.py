@@ -155,10 +155,7 @@ def sweep(
         held, calibrated, split = _split(model, data, calibration_data, tokenizer, *limits, select)
         with unchanged(model):
             settings, notes = _settings(model, shares, calibrated, select)
-            seen = []
-            for setting in settings:
-                setting.use(model)
-                seen.append(_row(model, setting, held, batch_sizes, score, select))
+            seen = [_row(model, setting, held, batch_sizes, score, select) for setting in settings]
             for size in batch_sizes:
                 _time(model, settings, seen, held, size, context, rounds)
         _compare_losses(seen)
@@ -280,6 +277,7 @@ def _row(
     score: Callable[[nn.Module], float] | None,
     select: str,
 ) -> dict[str, Any]:
+    setting.use(model)
     seen = observe(model, batches, groups=batch_sizes)
     dense = setting.budget == 1
     ffn = 1.0 if dense else ffn_flops(model, seen.shares)
