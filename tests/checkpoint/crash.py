@@ -162,7 +162,19 @@ def verbs(ground: Path) -> dict[str, Verb]:
             ["train", at["camelid"], *training],
             resumes="out.training/*/checkpoint-*/trainer_state.json",
         ),
-        "extend": Verb(["extend", at["up"], "--expert", at["base"], "--no-train", "--data", rows]),
+        "extend": Verb(
+            [
+                "extend",
+                at["up"],
+                "--expert",
+                at["base"],
+                "--no-train",
+                "--data",
+                rows,
+                "--rows",
+                "reset",
+            ]
+        ),
         "remove": Verb(["remove", at["up"], "--expert", "1"]),
         "merge": Verb(["merge", at["lora"]]),
         "export": Verb(["export", at["up"], "--to", "mixtral"]),
