@@ -43,7 +43,6 @@ EXCEPTIONS = {
     ("dense/loading.py", "hasattr(config, 'named_modules')"): "a model is no configuration",
     ("dense/tokens.py", "hasattr(model, 'get_encoder')"): "classes of transformers differ",
     ("dense/tokens.py", "hasattr(model, 'can_generate')"): "classes of transformers differ",
-    ("interop/layouts.py", "hasattr(transformers, named)"): "a class that a folder names",
     ("surgery/rectify.py", "hasattr(m, 'config')"): "classes of transformers differ",
     ("surgery/rectify.py", "hasattr(config, setting.name)"): "configurations differ",
 }
