@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.checkpoint import tensorfile
 from sparsecraft.checkpoint.adapter_names import HELD, WRAPPED, check_complete, standing_paths
 from sparsecraft.checkpoint.arguments import is_another
 from sparsecraft.checkpoint.base import find_base, load_on
@@ -27,6 +26,7 @@ from sparsecraft.checkpoint.tensors import ADAPTER
 from sparsecraft.dense import hub
 from sparsecraft.dense.door import read_config
 from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.safefile import SafeFile
 from sparsecraft.dense.sound import check_weight
 from sparsecraft.errors import CheckpointError, RecipeError
 from sparsecraft.moe.names import unique_tensors
@@ -223,13 +223,14 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _read_tensors(model: nn.Module, path: Path, dtype: torch.dtype | None) -> None:
-    wanted, found = named_tensors(model), dict(tensorfile.read(path))
-    check_complete(found, wanted, str(path))
-    if others := sorted(found.keys() - wanted.keys()):
+    wanted, file = named_tensors(model), SafeFile.open(path, CheckpointError)
+    check_complete(file.entries, wanted, str(path))
+    if others := sorted(file.entries.keys() - wanted.keys()):
         raise CheckpointError(
             f"{path} holds {others[0]!r} besides its adapter (modules_to_save); "
             "use peft.PeftModel.from_pretrained, which trains and loads such modules."
         )
+    found = dict(file)
     for name, (module, leaf, device) in wanted.items():
         old, new = getattr(module, leaf), found[name]
         if old.shape != new.shape:
