@@ -1,8 +1,9 @@
 """A PEFT folder of ours, read without PEFT: a recipe, a base, and tensors by PEFT's names.
 
-adapter_config.json           the recipe, the base's name and revision
+adapter_config.json           the recipe, the base's name and revision, digests
 adapter_model.safetensors     the tensors of the adapter, and nothing else
-sparsecraft_export.json       only where `sc.export` wrote the folder: the base's fingerprint
+sparsecraft_export.json       only where `sc.export` wrote the folder: the base's fingerprint,
+                              digests of what stands beside the adapter
 """
 
 from __future__ import annotations

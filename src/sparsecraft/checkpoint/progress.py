@@ -14,7 +14,7 @@ import psutil
 
 from sparsecraft.checkpoint import tensorfile
 from sparsecraft.checkpoint.folder import check_free, swap
-from sparsecraft.checkpoint.jsonfile import read_json, write_json
+from sparsecraft.checkpoint.jsonfile import differences, read_json, write_json
 from sparsecraft.errors import CheckpointError, SparsecraftError
 from sparsecraft.recipe.formats import upgraded
 
@@ -106,7 +106,7 @@ def _left(folder: Path, task: dict[str, Any], out: Path) -> dict[str, dict[str, 
     before = known["task"]
     if isinstance(before.get("recipe"), dict):  # it may have been written in an older format
         before = before | {"recipe": json.loads(json.dumps(upgraded(before["recipe"])))}
-    for name, then, now in _differences(before, task):
+    for name, then, now in differences(before, task):
         raise CheckpointError(
             f"{folder} was left of another conversion: {name} was {then!r} and is {now!r}. Convert "
             "as before, or delete the folder and leave out --resume (resume=True)."
@@ -140,12 +140,3 @@ def bytes_left(out: Path) -> int:
     """Bytes of the files that an interrupted conversion to `out` has left on the disk."""
     folder = _partial(out)
     return sum(p.stat().st_size for p in folder.iterdir()) if folder.is_dir() else 0
-
-
-def _differences(then: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted path, value then, value now) of whatever differs."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        for key in {**then, **now}:
-            yield from _differences(then.get(key), now.get(key), f"{path}.{key}" if path else key)
-    elif then != now:
-        yield path, then, now

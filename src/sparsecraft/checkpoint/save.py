@@ -12,9 +12,10 @@ from torch.distributed import get_rank
 from sparsecraft.checkpoint import shards
 from sparsecraft.checkpoint.base import entry, usable_base
 from sparsecraft.checkpoint.card import readme
-from sparsecraft.checkpoint.companions import write_companions
+from sparsecraft.checkpoint.companions import copy_companions, write_companions
 from sparsecraft.checkpoint.folder import MANIFEST, replacing
 from sparsecraft.checkpoint.gathering import is_sharded, whole_tensors
+from sparsecraft.checkpoint.integrity import OF_CHECKPOINT, entries, signed
 from sparsecraft.checkpoint.jsonfile import json_digest, write_json
 from sparsecraft.checkpoint.manifest import base_dtype, config_of, word
 from sparsecraft.checkpoint.rebuild import check_rebuilt
@@ -85,19 +86,38 @@ def save(
     require(out, disk=size, memory=0, task="Saving")
     with replacing(out, overwrite, keep or (), foreign=keep is not None) as folder:
         weights_digest = shards.write(folder / WEIGHTS, tensors, shard_size)
-        write_rest(model, folder, origin, weights_digest, tokenizer)
-        check_rebuilt(model, whole, folder, origin)
         if resumable:
             write_index(model, folder, WEIGHTS, tensors, shard_size)
+        write_settings(model, folder, origin, tokenizer)
+        copy_companions(out, folder, keep or ())
+        write_manifest(model, folder, origin, weights_digest, resumable)
+        check_rebuilt(model, whole, folder, origin)
     stands_in(model, out)
     return out
 
 
-def write_rest(
-    model: nn.Module, folder: Path, origin: Origin | None, weights_digest: str, tokenizer: Any
+def write_settings(model: nn.Module, folder: Path, origin: Origin | None, tokenizer: Any) -> None:
+    """All of a checkpoint but its tensors and its manifest."""
+    write_json(folder / "report.json", conversion_of(model).report)
+    write_json(folder / "config.json", config_of(model))
+    write_companions(model, folder, tokenizer)
+    (folder / "README.md").write_text(readme(model, origin))
+
+
+def write_manifest(
+    model: nn.Module,
+    folder: Path,
+    origin: Origin | None,
+    weights_digest: str,
+    resumable: bool = False,
 ) -> None:
-    """All of a checkpoint but its tensors, of which only the names and dtypes are asked."""
-    record, config = conversion_of(model), config_of(model)
+    """recipe.json, at the end: it has digests of all that is in the folder. Of the model's tensors
+    only names and dtypes are asked.
+
+    Args:
+        resumable: it is of `save_pretrained`, by whose custom others write the tokenizer later.
+    """
+    record = conversion_of(model)
     manifest = {
         "format_version": FORMAT_VERSION,
         "sparsecraft": VERSION,
@@ -109,13 +129,11 @@ def write_rest(
         "resized": _resized(model),
         "running": state_of(model),
         "tensors": weights_digest,
-        "config": json_digest(config),
+        "config": json_digest(config_of(model)),
+        "files": entries(folder, OF_CHECKPOINT),
+        "written_by": "save_pretrained" if resumable else "save",
     }
-    write_json(folder / MANIFEST, {**manifest, "digest": json_digest(manifest)})
-    write_json(folder / "report.json", record.report)
-    write_json(folder / "config.json", config)
-    write_companions(model, folder, tokenizer)
-    (folder / "README.md").write_text(readme(model, origin))
+    write_json(folder / MANIFEST, signed(manifest))
 
 
 def _resized(model: nn.Module) -> dict[str, Any] | None:

@@ -91,6 +91,17 @@ def read(path: Path) -> Iterator[tuple[str, Tensor]]:
         yield from tensorfile.read(file)
 
 
+def digest(path: Path) -> str:
+    """The digest of all tensors of what `write` wrote as `path`.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, or no safetensors file.
+    """
+    return combine(
+        {n: d for file in files_of(path) for n, d in tensorfile.read_digests(file).items()}
+    )
+
+
 def readers(path: Path) -> dict[str, Callable[[], Tensor]]:
     """Name of each tensor of what `write` wrote as `path` -> what reads it."""
     found = {}

@@ -112,15 +112,15 @@ def read_digests(path: Path) -> dict[str, str]:
     """
     dtypes, digests = {word: dtype for dtype, word in DTYPES.items()}, {}
     try:
-        with safe_open(path, "pt"):  # the library checks the header
-            pass
+        with safe_open(path, "pt") as file:  # the library checks the header
+            _check_metadata(path, file.metadata())
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             for name, entry in header.items():
                 start, end = entry["data_offsets"]
-                state = started(dtypes[entry["dtype"]], entry["shape"])
+                state = started(dtypes.get(entry["dtype"], entry["dtype"]), entry["shape"])
                 file.seek(8 + length + start)
                 for left in range(end - start, 0, -BLOCK):
                     state.update(file.read(min(BLOCK, left)))
@@ -138,6 +138,7 @@ def read(path: Path) -> Iterator[tuple[str, Tensor]]:
     """
     try:
         with safe_open(path, "pt") as file:
+            _check_metadata(path, file.metadata())
             names = list(file.keys())
         for name in names:
             # Opened anew each time: one memory map would keep every page it has touched.
@@ -145,3 +146,12 @@ def read(path: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); copy or save it again.") from None
+
+
+def _check_metadata(path: Path, found: Mapping[str, str] | None) -> None:
+    """Refuse what a header says besides its tensors, which nothing here reads."""
+    if found and found != {"format": "pt"}:
+        raise CheckpointError(
+            f"{path} says {found!r:.100} of itself, and not that torch wrote it; copy or save it "
+            "again."
+        )

@@ -10,6 +10,7 @@ from torch import nn
 
 from sparsecraft.checkpoint import shards
 from sparsecraft.checkpoint.folder import MANIFEST
+from sparsecraft.checkpoint.integrity import accepting
 from sparsecraft.dense.digests import combine, digest
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weight
@@ -82,9 +83,10 @@ def read_tensors(
     if missing := sorted(required - set(digests)):
         raise CheckpointError(f"{path} lacks {len(missing)} tensors, {missing[0]!r} among them.")
     if combine(digests) != wanted_digest:
+        advice = "." if in_place else f", or {accepting(path.parent)}"
         raise CheckpointError(
             f"The tensors in {path} are not those that {MANIFEST} was written with; "
-            "copy or save the folder again."
+            f"copy or save the folder again{advice}"
         )
 
 

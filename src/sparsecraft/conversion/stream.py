@@ -20,7 +20,7 @@ from sparsecraft.checkpoint.base import usable_base
 from sparsecraft.checkpoint.companions import check_settings
 from sparsecraft.checkpoint.folder import check_free
 from sparsecraft.checkpoint.progress import Progress, bytes_left, continued
-from sparsecraft.checkpoint.save import write_rest
+from sparsecraft.checkpoint.save import write_manifest, write_settings
 from sparsecraft.checkpoint.shards import SHARD_SIZE
 from sparsecraft.checkpoint.space import require
 from sparsecraft.checkpoint.tensorfile import Lazy, size_of
@@ -106,7 +106,8 @@ def convert_files(
         digest_of_all = _write(begun, tensors, shard_size, progress, say)
         certificate = stream.certificate(begun.folder, seed, say) if certify else None
         report = stream.report(certificate)
-        write_rest(stream.model, begun.folder, stream.base, digest_of_all, None)
+        write_settings(stream.model, begun.folder, stream.base, None)
+        write_manifest(stream.model, begun.folder, stream.base, digest_of_all)
     return report
 
 

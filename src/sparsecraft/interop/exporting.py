@@ -15,6 +15,7 @@ from torch import nn
 
 from sparsecraft.checkpoint.companions import write_companions
 from sparsecraft.checkpoint.folder import EXPORT_RECORD, MANIFEST, replacing
+from sparsecraft.checkpoint.integrity import OF_EXPORT, OF_PEFT_EXPORT, entries, signed
 from sparsecraft.checkpoint.jsonfile import write_json
 from sparsecraft.checkpoint.space import require
 from sparsecraft.dense.sound import check_weights
@@ -130,7 +131,8 @@ def export(
                 f"The exported {target} model differs from ours: {certificate}. Nothing was kept."
             )
         record = _record(model, target, again, certificate) | {"tensors": len(tensors)}
-        write_json(folder / EXPORT_RECORD, record)
+        files = entries(folder, OF_EXPORT if target in STANDARD else OF_PEFT_EXPORT)
+        write_json(folder / EXPORT_RECORD, signed(record | {"files": files}))
     return record
 
 

@@ -30,6 +30,7 @@ from sparsecraft.moe.tracing import trace
 from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.record import conversion_of
 from sparsecraft.surgery.trainable import matches
+from sparsecraft.training.resume import keep_alone
 from sparsecraft.training.tally import Tally
 from sparsecraft.training.watch import WatchedTrainerMixin
 
@@ -194,6 +195,13 @@ class RoutedTrainerMixin:
         folder.mkdir(parents=True, exist_ok=True)
         digest = tensorfile.write(folder / WEIGHTS, trained)
         (folder / "digest").write_text(digest)
+
+    def _save_checkpoint(self, model, trial):
+        """An older state goes once all of the new one is on the disk, and its digests are."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            keep_alone(Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
 
     def keep_state(self) -> None:
         """Write a state for resuming now."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import peft
 from peft.utils import register_peft_method
 
+from sparsecraft.interop import watching
 from sparsecraft.interop.peft.configs import CONFIGS
 from sparsecraft.interop.peft.tuner import RecipeTuner
 
@@ -38,4 +39,11 @@ def _extend(name: str) -> None:
     kind._member_map_[name] = kind._value2member_map_[name] = member
 
 
+def watch() -> None:
+    """Let PEFT sign the adapters of ours that it writes, and check those that it reads."""
+    peft.PeftModel.save_pretrained = watching.signed(peft.PeftModel.save_pretrained)
+    peft.PeftModel.load_adapter = watching.checked(peft.PeftModel.load_adapter)
+
+
 register()
+watch()
