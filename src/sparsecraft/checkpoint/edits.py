@@ -92,12 +92,17 @@ def _of_checkpoint(folder: Path, base: str | None) -> dict[str, str]:
     config, files = read_json(folder / "config.json"), manifest.get("files")
     now = {"config": json_digest(config), "tensors": shards.digest(folder / WEIGHTS)}
     found = {MANIFEST: "has changed"} if claimed != json_digest(manifest) else {}
-    for key, name in (("config", "config.json"), ("tensors", WEIGHTS)):
-        found |= {name: "has changed"} if now[key] != manifest[key] else {}
+    if now["config"] != manifest["config"]:
+        found["config.json"] = "has changed"
+    if now["tensors"] != manifest["tensors"]:
+        found |= shards.changed(folder / WEIGHTS, manifest.get("shards"))
     found |= {} if files is None else integrity.changes(folder, files, OF_CHECKPOINT)
     if not found:
         return {}
     manifest |= now
+    if "shards" in manifest:
+        paths = shards.files_of(folder / WEIGHTS)
+        manifest["shards"] = {path.name: entry_of(path)["digest"] for path in paths}
     record = conversion_of(read(folder, manifest, base))
     record.next_stage()  # reads the report
     _check_settings(folder)

@@ -100,6 +100,10 @@ def _is_files(value: Any) -> bool:
     )
 
 
+def _is_shards(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(_is_text, value.values())))
+
+
 def _is_card(value: Any) -> bool:
     """Name, license and, since commits are remembered, commit of the base, or None."""
     is_list = isinstance(value, list) and len(value) in (2, 3)
@@ -129,6 +133,7 @@ MANIFEST_FIELDS = {
         "null, or stages, budget, calibration, rectified and imitates of the split networks",
         older=True,
     ),
+    "shards": Field(_is_shards, "null, or each file's digest by its name", older=True),
     "files": FILES,
     "written_by": Field(_is_text, "save or save_pretrained", older=True),
 }

@@ -27,7 +27,7 @@ from sparsecraft.checkpoint.tensors import ADAPTER, WEIGHTS, read_tensors
 from sparsecraft.dense import hub
 from sparsecraft.dense.loading import load_tokenizer, model_class
 from sparsecraft.dense.memory import outside_of_inference_mode
-from sparsecraft.errors import CheckpointError
+from sparsecraft.errors import CheckpointError, first_line
 from sparsecraft.moe.names import dense_tensors, unique_tensors
 from sparsecraft.surgery.budget import restore
 from sparsecraft.surgery.elsewhere import remember
@@ -98,7 +98,8 @@ def read(
         model, record = load_on(origin, recipe, config=config, device_map=device_map, **kwargs)
     record.written, record.base_card = manifest["recipe"], manifest.get("base_card")
     record.folder, record.report = folder.absolute(), read_json(folder / "report.json")
-    read_tensors(model, folder / WEIGHTS, manifest["tensors"], complete=origin is None)
+    weights, shards = folder / WEIGHTS, manifest.get("shards")
+    read_tensors(model, weights, manifest["tensors"], complete=origin is None, shards=shards)
     record.masters = _masters(model)
     if dtype is not None:
         _cast(model, dtype)
@@ -114,10 +115,19 @@ def read(
 def _settle(model: nn.Module, folder: Path, changed: bool) -> None:
     """How a model that is read generates, saves and is called; by the folder unless it differs."""
     if (folder / GENERATION).is_file() and model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = _generation_config(folder)
     writes_ours(model)
     if not changed:
         stands_in(model, folder)
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / GENERATION} cannot be read ({first_line(error)}); copy or save it again."
+        ) from None
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

@@ -49,7 +49,8 @@ def check_whole(folder: Path) -> None:
     if manifest["config"] != json_digest(read_json(folder / "config.json")):
         raise integrity.edited(folder, {"config.json": "has changed"})
     if manifest["tensors"] != shards.digest(folder / WEIGHTS):
-        raise integrity.edited(folder, {WEIGHTS: "has changed"})
+        changed = shards.changed(folder / WEIGHTS, manifest.get("shards"))
+        raise integrity.edited(folder, changed)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from sparsecraft.checkpoint.rebuild import check_rebuilt
 from sparsecraft.checkpoint.resumable import may_change, write_index
 from sparsecraft.checkpoint.space import require
 from sparsecraft.checkpoint.tensors import WEIGHTS, new_or_changed
+from sparsecraft.dense.digests import combine
 from sparsecraft.dense.loading import class_of, model_class
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weights
@@ -85,12 +86,13 @@ def save(
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     require(out, disk=size, memory=0, task="Saving")
     with replacing(out, overwrite, keep or (), foreign=keep is not None) as folder:
-        weights_digest = shards.write(folder / WEIGHTS, tensors, shard_size)
+        written: dict[str, shards.Digests] = {}
+        shards.write(folder / WEIGHTS, tensors, shard_size, on_finish=written.__setitem__)
         if resumable:
             write_index(model, folder, WEIGHTS, tensors, shard_size)
         write_settings(model, folder, origin, tokenizer)
         copy_companions(out, folder, keep or ())
-        write_manifest(model, folder, origin, weights_digest, resumable)
+        write_manifest(model, folder, origin, written, resumable)
         check_rebuilt(model, whole, folder, origin)
     stands_in(model, out)
     return out
@@ -108,13 +110,14 @@ def write_manifest(
     model: nn.Module,
     folder: Path,
     origin: Origin | None,
-    weights_digest: str,
+    written: Mapping[str, shards.Digests],
     resumable: bool = False,
 ) -> None:
     """recipe.json, at the end: it has digests of all that is in the folder. Of the model's tensors
     only names and dtypes are asked.
 
     Args:
+        written: file -> digests of its tensors.
         resumable: it is of `save_pretrained`, by whose custom others write the tokenizer later.
     """
     record = conversion_of(model)
@@ -128,12 +131,17 @@ def write_manifest(
         "dense": None if origin else {n: [word(d), h] for n, (d, h) in record.digests.items()},
         "resized": _resized(model),
         "running": state_of(model),
-        "tensors": weights_digest,
+        "tensors": combine({n: d for digests in written.values() for n, d in digests.items()}),
+        **({"shards": _of_shards(written)} if len(written) > 1 else {}),
         "config": json_digest(config_of(model)),
         "files": entries(folder, OF_CHECKPOINT),
         "written_by": "save_pretrained" if resumable else "save",
     }
     write_json(folder / MANIFEST, signed(manifest))
+
+
+def _of_shards(written: Mapping[str, shards.Digests]) -> dict[str, str]:
+    return {file: combine(dict(digests)) for file, digests in sorted(written.items())}
 
 
 def _resized(model: nn.Module) -> dict[str, Any] | None:

@@ -15,6 +15,8 @@ import torch
 import transformers
 from torch import nn
 
+from sparsecraft.checkpoint.folder import EXPORT_RECORD
+from sparsecraft.checkpoint.integrity import OF_EXPORT, edited, export_changes
 from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.dense import hub
@@ -53,10 +55,13 @@ def import_moe(source: str | Path, revision: str | None = None) -> nn.Module:
 
     Raises:
         HubError: there is no such model, or its weights are incomplete.
-        CheckpointError: it is another architecture, or has what ours cannot have.
+        CheckpointError: it is another architecture, or has what ours cannot have; or it is an
+            export of ours and not as it was written.
         CertificateError: the imported model has other logits.
     """
     folder = hub.resolve(source, revision)
+    if (folder / EXPORT_RECORD).is_file() and (found := export_changes(folder, OF_EXPORT)):
+        raise edited(folder, found)
     data = read_json(folder / "config.json")
     kind = data.get("model_type")
     if "moe_method" in data:

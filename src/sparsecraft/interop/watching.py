@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = "adapter_config.json"
+# What transformers and PEFT call the folder of an adapter.
+NAMES = ("model_id", "peft_model_id", "pretrained_model_name_or_path")
 
 
 def recorded(theirs: Callable) -> Callable:
@@ -41,24 +43,28 @@ def signed(theirs: Callable) -> Callable:
     return save_pretrained
 
 
-def checked(theirs: Callable) -> Callable:
-    """`load_adapter`, of PEFT's models and of transformers' own."""
+def checked(theirs: Callable, at: int = 0) -> Callable:
+    """What reads an adapter's folder: `load_adapter` and `from_pretrained`.
+
+    Args:
+        at: the place of the folder's name among the arguments, after the first.
+    """
 
     @functools.wraps(theirs)
-    def load_adapter(self, *args, **kwargs):
+    def reading(self, *args, **kwargs):
         from sparsecraft.checkpoint.adapter_record import check
 
-        name = args[0] if args else kwargs.get("model_id", kwargs.get("peft_model_id"))
-        folder = Path(str(name), kwargs.get("subfolder") or "")
+        names = (*args[at : at + 1], *(kwargs[word] for word in NAMES if word in kwargs))
+        folder = Path(str(next(iter(names), "")), kwargs.get("subfolder") or "")
         here = (folder / CONFIG).is_file()
         if here:
             check(folder)
         found = theirs(self, *args, **kwargs)
-        if not here and (fetched := _fetched(name, kwargs)):
+        if names and not here and (fetched := _fetched(names[0], kwargs)):
             check(fetched)
         return found
 
-    return load_adapter
+    return reading
 
 
 def sound(theirs: Callable) -> Callable:
@@ -80,8 +86,6 @@ def _fetched(name: Any, kwargs: dict[str, Any]) -> Path | None:
     """Where the hub's cache has an adapter that was just fetched, or was there."""
     from huggingface_hub import try_to_load_from_cache
 
-    if name is None:
-        return None
     place = {key: kwargs[key] for key in ("cache_dir", "revision") if kwargs.get(key)}
     file = "/".join(filter(None, (kwargs.get("subfolder"), CONFIG)))
     found = try_to_load_from_cache(str(name), file, **place)

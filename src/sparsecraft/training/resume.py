@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 
-from sparsecraft.checkpoint.integrity import digest_of_file
+from sparsecraft.checkpoint.integrity import digest_of_file, signed
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json, write_json
 from sparsecraft.dense.digests import combine
 from sparsecraft.errors import CheckpointError, SparsecraftError
@@ -55,8 +55,10 @@ def _damaged(state: Path) -> list[str]:
     if not (state / DIGESTS).is_file():
         return []  # of an older version
     try:
-        known = read_json(state / DIGESTS)
+        record = read_json(state / DIGESTS)
     except CheckpointError:
+        return [DIGESTS]
+    if signed(record) != record or not isinstance(known := record.get("files"), dict):
         return [DIGESTS]
     now = _digests(state)
     return sorted(name for name in known.keys() | now.keys() if known.get(name) != now.get(name))
@@ -64,7 +66,7 @@ def _damaged(state: Path) -> list[str]:
 
 def keep_alone(state: Path) -> None:
     """Write the record of a state that has just been written, then remove the older ones."""
-    write_json(state / DIGESTS, _digests(state))
+    write_json(state / DIGESTS, signed({"files": _digests(state)}))
     for other in state.parent.glob("checkpoint-*"):
         if other != state:
             shutil.rmtree(other, ignore_errors=True)
@@ -85,7 +87,7 @@ def _states(folder: Path) -> list[Path]:
     numbered = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
     states = sorted(numbered, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
     run = folder / RUN_RECORD
-    digested = run.is_file() and read_json(run).get("digests")
+    digested = run.is_file() and "digests" in _read_run(run)
     return [s for s in states if (s / DIGESTS).is_file() or (not digested and _complete(s))]
 
 
@@ -125,7 +127,7 @@ def _check_stages(folder: Path, stages: tuple[str, ...]) -> None:
         SparsecraftError: they are others; nothing of its state is lost.
     """
     for path in folder.glob(f"*/{RUN_RECORD}"):
-        before = read_json(path).get("stages", [])
+        before = _read_run(path).get("stages", [])
         if before != list(stages):
             asked = f"--stages {' '.join(before)}" if before else "all stages, without --stages"
             raise SparsecraftError(
@@ -220,9 +222,9 @@ def check_same_run(
     path = folder / RUN_RECORD
     if not resume or not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, run | {"digests": True})
+        write_json(path, signed(run | {"digests": True}))
         return
-    before = _in_this_format(read_json(path), run, read_as)
+    before = _in_this_format(_read_run(path), run, read_as)
     for key, value in run.items():
         if before.get(key) != value:
             shown = "" if key in ("recipe", "data", "dense model") else f": {before.get(key)!r}"
@@ -230,6 +232,22 @@ def check_same_run(
                 f"The interrupted run in {folder} had another {key}{shown}; resume with the same "
                 "arguments, or delete the folder and start anew."
             )
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    """The record of a run, as it was written.
+
+    Raises:
+        CheckpointError: it was changed since.
+    """
+    run = read_json(path)
+    if {"digest", "digests"} & run.keys() and signed(run) != run:
+        raise CheckpointError(
+            f"{path} is not as it was written, so that the run cannot be compared with it; delete "
+            f"that file to resume with the same arguments all the same, or {path.parent.parent} to "
+            "train anew."
+        )
+    return run
 
 
 def _in_this_format(

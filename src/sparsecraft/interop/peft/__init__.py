@@ -7,6 +7,7 @@ enough.
 from __future__ import annotations
 
 import peft
+from peft.config import PeftConfigMixin
 from peft.utils import register_peft_method
 
 from sparsecraft.interop import watching
@@ -41,8 +42,12 @@ def _extend(name: str) -> None:
 
 def watch() -> None:
     """Let PEFT sign the adapters of ours that it writes, and check those that it reads."""
-    peft.PeftModel.save_pretrained = watching.signed(peft.PeftModel.save_pretrained)
-    peft.PeftModel.load_adapter = watching.checked(peft.PeftModel.load_adapter)
+    model, config = peft.PeftModel, PeftConfigMixin
+    model.save_pretrained = watching.signed(model.save_pretrained)
+    model.load_adapter = watching.checked(model.load_adapter)
+    for kind, at in ((model, 1), (config, 0)):
+        theirs = kind.from_pretrained.__func__
+        kind.from_pretrained = classmethod(watching.checked(theirs, at))
 
 
 register()
