@@ -147,7 +147,7 @@ def load_adapter(
         CheckpointError: the adapter is none of ours, its base is unknown or another one, or its
             tensors are not those of its recipe.
     """
-    config = read_json(folder / ADAPTER)
+    config = read_config(folder)
     recipe = _recipe(folder, config, override)
     origin, saved = _base(folder, config, base)
     saved_dtype = getattr(torch, saved["dtype"]) if saved else None
@@ -163,15 +163,26 @@ def load_adapter(
     return model.eval()
 
 
-def _recipe(folder: Path, config: dict[str, Any], changes: dict[str, Any] | None) -> Recipe:
-    """The recipe that adapter_config.json holds, whose other fields must say the same, changed."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """The contents of adapter_config.json.
+
+    Raises:
+        CheckpointError: it is of none of our types, or lacks something.
+    """
+    config = read_json(folder / ADAPTER)
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in ADAPTER_TYPES:
         raise CheckpointError(
-            f"{folder} holds an adapter of type {kind!r:.80}, and sparsecraft reads "
+            f"{folder} holds an adapter of type {kind!r:.80} (in {ADAPTER}), and sparsecraft reads "
             f"{', '.join(ADAPTER_TYPES)}; use peft.PeftModel.from_pretrained."
         )
     check_fields(config, ADAPTER_FIELDS, folder / ADAPTER)
+    return config
+
+
+def _recipe(folder: Path, config: dict[str, Any], changes: dict[str, Any] | None) -> Recipe:
+    """The recipe that adapter_config.json holds, whose other fields must say the same, changed."""
+    kind = config["peft_type"]
     saved, recipe = read_recipe(config["recipe"], changes)
     try:
         ADAPTER_TYPES[kind].check_fields(saved, config)

@@ -13,7 +13,8 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from sparsecraft.checkpoint import adapter_record, integrity, shards
+from sparsecraft.checkpoint import adapter_record, integrity, shards, tensorfile
+from sparsecraft.checkpoint.adapter import WEIGHTS as WEIGHTS_OF_ADAPTER
 from sparsecraft.checkpoint.adapter import load_adapter
 from sparsecraft.checkpoint.folder import EXPORT_RECORD, GENERATION, MANIFEST
 from sparsecraft.checkpoint.integrity import (
@@ -31,13 +32,11 @@ from sparsecraft.checkpoint.tensors import ADAPTER, WEIGHTS
 from sparsecraft.dense import hub
 from sparsecraft.dense.cache import snapshot_in
 from sparsecraft.dense.loading import load_tokenizer
-from sparsecraft.dense.sound import check_weights
-from sparsecraft.errors import CheckpointError, SparsecraftError, first_line
+from sparsecraft.dense.sound import check_weight, check_weights
+from sparsecraft.errors import CheckpointError, first_line
 from sparsecraft.surgery.record import conversion_of
 
 SHOWN = 5  # values of one file
-# What transformers raises at settings that it cannot read.
-UNREADABLE = (OSError, TypeError, ValueError, AttributeError, LookupError)
 
 
 def accept_edits(folder: str | Path, base: str | None = None) -> dict[str, str]:
@@ -61,9 +60,9 @@ def accept_edits(folder: str | Path, base: str | None = None) -> dict[str, str]:
         if (folder / MANIFEST).is_file():
             return _of_checkpoint(folder, base)
         return _of_adapter(folder, base) if (folder / ADAPTER).is_file() else _of_export(folder)
-    except (SparsecraftError, *UNREADABLE) as error:
+    except Exception as error:  # each class of transformers reads in its own way
         raise CheckpointError(
-            f"The edits in {folder} were not accepted, and nothing was written: {first_line(error)}"
+            f"The edits in {folder} were not accepted: {first_line(error)}"
         ) from None
 
 
@@ -132,7 +131,11 @@ def _since_base(
 def _of_adapter(folder: Path, base: str | None) -> dict[str, str]:
     if not (found := adapter_record.changes(folder)):
         return {}
-    load_adapter(folder, base, None, None, None)
+    if read_json(folder / ADAPTER).get("modules_to_save"):  # PEFT loads such, and we do not
+        for name, tensor in tensorfile.read(folder / WEIGHTS_OF_ADAPTER):
+            check_weight(name, tensor, folder, CheckpointError)
+    else:
+        load_adapter(folder, base, None, None, None)
     _check_settings(folder)
     _sign_export(folder, integrity.OF_PEFT_EXPORT, found)
     adapter_record.sign(folder)

@@ -38,6 +38,8 @@ OF_CHECKPOINT = (*BESIDE, REPORT, INDEX, EXTRA)
 OF_EXPORT = (*BESIDE, "config.json", "model*.safetensors", INDEX)
 OF_PEFT_EXPORT = BESIDE
 
+TEMPLATES = "additional_chat_templates"  # the one folder of them
+
 # Copies that editors leave, which nothing reads.
 SPARE = ("*~", "*.bak", "*.orig", "*.swp", "*.tmp")
 
@@ -169,13 +171,10 @@ def _record(path: Path, written: Files, gone: set[str]) -> None:
 
 
 def _names(folder: Path, patterns: tuple[str, ...]) -> set[str]:
-    """The regular files that match, those in folders that match too; pipes are none."""
-    found: set[str] = set()
-    for path in folder.iterdir():
-        if _matches(path.name, patterns) and not _matches(path.name, SPARE):
-            inside = path.rglob("*") if path.is_dir() else (path,)
-            found |= {p.relative_to(folder).as_posix() for p in inside if p.is_file()}
-    return found
+    """The regular files that match, and those in a folder of templates; pipes are none."""
+    paths = [*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")]
+    names = (path.relative_to(folder).as_posix() for path in paths if path.is_file())
+    return {n for n in names if _matches(_top(n), patterns) and not _matches(n, SPARE)}
 
 
 def _top(name: str) -> str:

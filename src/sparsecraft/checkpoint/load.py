@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from sparsecraft.checkpoint import adapter_record, integrity
-from sparsecraft.checkpoint.adapter import load_adapter
+from sparsecraft.checkpoint.adapter import load_adapter, read_config
 from sparsecraft.checkpoint.arguments import is_another, meant
 from sparsecraft.checkpoint.base import as_it_was, convert_base, find_base, load_on
 from sparsecraft.checkpoint.fields import CONFIG_FIELDS, check_fields
@@ -60,6 +60,7 @@ def load(
     older = kwargs.pop("torch_dtype", None)
     folder, dtype = Path(folder), _dtype(older if dtype is None else dtype)
     if (folder / ADAPTER).is_file() and not (folder / MANIFEST).is_file():
+        read_config(folder)  # says what is none of ours, before what has changed
         adapter_record.check(folder)
         model = load_adapter(folder, base, dtype, device_map, override, **kwargs)
         remember(model, "it was loaded")

@@ -22,8 +22,8 @@ SAID = {
     "merge": "how recipe result folded joined kept certificate change cost activation arrived",
 }
 
-# What a certificate is of.
-MEASURED = {"recipe.json", "config.json", "moe.safetensors"}
+# The start of the names of files that a certificate is of.
+MEASURED = ("recipe.json", "config.json", "moe")
 
 # Entries of a list that are shown.
 SHOWN = 8
@@ -63,7 +63,7 @@ def start_line(recipe: Recipe, report: dict[str, Any]) -> str:
     certificate = report.get("conversion", {}).get("certificate")
     claimed = (certificate or {}).get("claimed", recipe.exact_at_start)
     claim = "exact" if claimed else "not exact"
-    since = sorted(MEASURED & {*edited_files(report)})
+    since = [name for name in edited_files(report) if name.startswith(MEASURED)]
     before = f" before {', '.join(since)} was edited" if since and certificate else ""
     return f"At the start: claimed {claim}, {_measured(certificate)}{before}."
 

@@ -106,7 +106,7 @@ def export(
         sequence that this was measured on, which is beyond every sliding window and scaling length
         but those of `windows_not_probed`, that are too large; `measured`, all that in words;
         `parameters`; `tensors`, how many were written; `lint`: of a standard architecture, what
-        engines do otherwise.
+        engines do otherwise; `files` and `digest`: of what was written.
 
     Raises:
         ExportError: the target's mathematics is not the model's, and why; or the logits differ.
@@ -132,7 +132,8 @@ def export(
             )
         record = _record(model, target, again, certificate) | {"tensors": len(tensors)}
         files = entries(folder, OF_EXPORT if target in STANDARD else OF_PEFT_EXPORT)
-        write_json(folder / EXPORT_RECORD, signed(record | {"files": files}))
+        record = signed(record | {"files": files})
+        write_json(folder / EXPORT_RECORD, record)
     return record
 
 

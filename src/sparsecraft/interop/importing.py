@@ -8,6 +8,7 @@ The inverse of `targets`: a dense model is built with the attention of the mixtu
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import transformers
 from torch import nn
 
 from sparsecraft.checkpoint.folder import EXPORT_RECORD
-from sparsecraft.checkpoint.integrity import OF_EXPORT, edited, export_changes
+from sparsecraft.checkpoint.integrity import OF_EXPORT, accepting, export_changes, listed
 from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.dense import hub
@@ -33,6 +34,8 @@ from sparsecraft.recipes.camelidae import camelidae
 from sparsecraft.surgery.install import apply
 from sparsecraft.surgery.plan import plan
 from sparsecraft.surgery.record import conversion_of
+
+log = logging.getLogger("sparsecraft")
 
 # model_type -> the architecture.
 KINDS = {
@@ -55,13 +58,15 @@ def import_moe(source: str | Path, revision: str | None = None) -> nn.Module:
 
     Raises:
         HubError: there is no such model, or its weights are incomplete.
-        CheckpointError: it is another architecture, or has what ours cannot have; or it is an
-            export of ours and not as it was written.
+        CheckpointError: it is another architecture, or has what ours cannot have.
         CertificateError: the imported model has other logits.
     """
     folder = hub.resolve(source, revision)
     if (folder / EXPORT_RECORD).is_file() and (found := export_changes(folder, OF_EXPORT)):
-        raise edited(folder, found)
+        log.warning(
+            f"{folder} was exported by sparsecraft and is imported as it is now, of which "
+            f"{EXPORT_RECORD} says nothing: {listed(found)}; {accepting(folder)}"
+        )
     data = read_json(folder / "config.json")
     kind = data.get("model_type")
     if "moe_method" in data:
