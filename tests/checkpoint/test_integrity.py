@@ -134,6 +134,13 @@ def test_files_that_appear_or_are_missing_are_named(copy):
     assert sc.load(folder)
 
 
+def test_an_adapter_that_appears_in_a_checkpoint_is_named(copy, said):
+    """`sc.load` reads the checkpoint alone, and transformers' Auto classes both."""
+    folder = copy("checkpoint")
+    (folder / "adapter_config.json").write_text("{}")
+    assert sc.load(folder) and "adapter_config.json is new" in said.text
+
+
 def test_a_template_that_transformers_would_prefer_is_named(tmp_path):
     base = Path(folders.base(tmp_path))
     (base / "chat_template.jinja").unlink()

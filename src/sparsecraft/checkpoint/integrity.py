@@ -33,8 +33,11 @@ REPORT, INDEX = "report.json", "*.safetensors.index.json"
 # What transformers reads beside a model, and writes by calls of its own.
 BESIDE = (*TOKENIZER, *PROCESSOR, GENERATION)
 
+# Of an adapter that stands on a checkpoint, in the same folder: transformers loads both as one.
+ADAPTERS = ("adapter_config.json",)
+
 # What a checkpoint's record holds: recipe.json has digests of itself, config.json and tensors.
-OF_CHECKPOINT = (*BESIDE, REPORT, INDEX, EXTRA)
+OF_CHECKPOINT = (*BESIDE, REPORT, INDEX, EXTRA, *ADAPTERS)
 OF_EXPORT = (*BESIDE, "config.json", "model*.safetensors", INDEX)
 OF_PEFT_EXPORT = BESIDE
 
@@ -115,8 +118,8 @@ def check(
         raise edited(folder, held)
     if found:
         log.warning(
-            f"{folder} reads and writes text by other files than its model was saved with: "
-            f"{listed(found)}; {accepting(folder)}"
+            f"Beside the model in {folder} is not what it was saved with: {listed(found)}; "
+            f"{accepting(folder)}"
         )
 
 

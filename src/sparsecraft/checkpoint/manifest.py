@@ -35,6 +35,7 @@ def checked_manifest(folder: Path) -> dict[str, Any]:
     if "files" in manifest:
         # By transformers' custom a tokenizer comes by a call of its own, before or after the model.
         free = integrity.BESIDE if manifest.get("written_by") == "save_pretrained" else ()
+        free = (*free, *integrity.ADAPTERS)
         integrity.check(folder, manifest["files"], integrity.OF_CHECKPOINT, free)
     return manifest
 

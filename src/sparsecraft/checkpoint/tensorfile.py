@@ -35,6 +35,9 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 
+# What the header of a file says besides its tensors.
+USUAL = (None, {}, {"format": "pt"})
+
 # Bytes in memory while a file is read back.
 BLOCK = 1 << 24
 
@@ -105,7 +108,8 @@ def write_each(path: Path, tensors: Mapping[str, Writable]) -> dict[str, str]:
 
 
 def read_digests(path: Path) -> dict[str, str]:
-    """The digest of every tensor of the file, a block in memory at a time.
+    """The digest of every tensor of the file, a block in memory at a time, and what its header
+    says besides, where that is unusual.
 
     Raises:
         CheckpointError: the file is missing or truncated, or is no safetensors file.
@@ -113,7 +117,8 @@ def read_digests(path: Path) -> dict[str, str]:
     dtypes, digests = {word: dtype for dtype, word in DTYPES.items()}, {}
     try:
         with safe_open(path, "pt") as file:  # the library checks the header
-            _check_metadata(path, file.metadata())
+            if (said := file.metadata()) not in USUAL:
+                digests["__metadata__"] = json.dumps(said, sort_keys=True)
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
@@ -138,7 +143,11 @@ def read(path: Path) -> Iterator[tuple[str, Tensor]]:
     """
     try:
         with safe_open(path, "pt") as file:
-            _check_metadata(path, file.metadata())
+            if (said := file.metadata()) not in USUAL:
+                raise CheckpointError(
+                    f"{path} says {said!r:.100} of itself, and not that torch wrote it; copy or "
+                    "save it again."
+                )
             names = list(file.keys())
         for name in names:
             # Opened anew each time: one memory map would keep every page it has touched.
@@ -146,12 +155,3 @@ def read(path: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); copy or save it again.") from None
-
-
-def _check_metadata(path: Path, found: Mapping[str, str] | None) -> None:
-    """Refuse what a header says besides its tensors, which nothing here reads."""
-    if found and found != {"format": "pt"}:
-        raise CheckpointError(
-            f"{path} says {found!r:.100} of itself, and not that torch wrote it; copy or save it "
-            "again."
-        )
