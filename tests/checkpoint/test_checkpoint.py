@@ -341,9 +341,18 @@ def test_save_pretrained_writes_the_same_folder(shelf, tmp_path):
     model = sc.load(shelf.checkpoint("llama", "camelidae"))
     model.save_pretrained(tmp_path / "out", safe_serialization=True)
     model.save_pretrained(tmp_path / "nobody", is_main_process=False)
-    found = fingerprint(tmp_path / "out")
-    found.pop("model.safetensors.index.json")  # that Trainer looks for
-    assert found == fingerprint(shelf.checkpoint("llama", "camelidae"))
+    found, wanted = (
+        fingerprint(tmp_path / "out"),
+        fingerprint(shelf.checkpoint("llama", "camelidae")),
+    )
+    index = "model.safetensors.index.json"  # that Trainer looks for
+    found.pop(index)
+    records = [json.loads(folder.pop("recipe.json")) for folder in (found, wanted)]
+    assert found == wanted
+    assert [record.pop("written_by") for record in records] == ["save_pretrained", "save"]
+    assert records[0]["files"].pop(index)
+    assert len({record.pop("digest") for record in records}) == 2
+    assert records[0] == records[1]
     assert not (tmp_path / "nobody").exists()
     wrong = lambda: model.save_pretrained(tmp_path / "shards", push_to_hub=True)  # noqa: E731
     refused(wrong, "push_to_hub", "sc.save", error=SparsecraftError)

@@ -260,7 +260,7 @@ def test_a_stream_that_was_killed_while_the_old_was_removed_runs_again(tmp_path)
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_cleans_up_as_ctrl_c_does(number, status, tmp_path, monkeypatch, capsys):
     tiny.save_dense(tmp_path / "base")
-    monkeypatch.setattr(saving, "write_rest", lambda *args: os.kill(os.getpid(), number))
+    monkeypatch.setattr(saving, "write_settings", lambda *args: os.kill(os.getpid(), number))
     before = signal.getsignal(number)
     argv = ["convert", "mov", "--num-experts", "2", "--model", str(tmp_path / "base")]
     assert main([*argv, "--out", str(tmp_path / "a" / "out")]) == status

@@ -55,7 +55,7 @@ def test_a_broken_tokenizer_is_one_sentence(dense, file, content):
     folder, name = dense
     (folder / file).write_text(content)
     for load in (load_tokenizer, load_generator):
-        with pytest.raises(HubError, match=r"The tokenizer in .* cannot be read") as raised:
+        with pytest.raises(HubError, match=r"okenizer.* (cannot be read|holds \[\])") as raised:
             load(name)
         assert "\n" not in str(raised.value)
 
@@ -63,7 +63,7 @@ def test_a_broken_tokenizer_is_one_sentence(dense, file, content):
 def test_a_broken_image_processor_is_one_sentence(tmp_path):
     cases.dense("vit").save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{ torn")
-    with pytest.raises(HubError, match=r"The image processor in .* cannot be read"):
+    with pytest.raises(HubError, match=r"preprocessor_config.json cannot be read"):
         load_tokenizer(tmp_path)
 
 

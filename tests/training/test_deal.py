@@ -380,6 +380,11 @@ def test_the_bucket_is_the_source_with_the_least_perplexity(rows, tmp_path):
             layer.experts.down.zero_()
     again, _ = deal(model, examples, tmp_path, pad_id=0, resume=True)
     assert again["expert"] == dealt["expert"]
+    kept = json.loads((tmp_path / "buckets.json").read_text())
+    kept["buckets"][0] = (kept["buckets"][0] + 1) % 3
+    (tmp_path / "buckets.json").write_text(json.dumps(kept))
+    with pytest.raises(SparsecraftError, match=r"buckets\.json is not what was written"):
+        deal(model, examples, tmp_path, pad_id=0, resume=True)
 
 
 def test_a_tie_goes_to_the_lower_number_and_empty_buckets_are_named(rows, tmp_path, caplog):

@@ -1,8 +1,9 @@
 """A PEFT folder of ours, read without PEFT: a recipe, a base, and tensors by PEFT's names.
 
-adapter_config.json           the recipe, the base's name and revision
+adapter_config.json           the recipe, the base's name and revision, digests
 adapter_model.safetensors     the tensors of the adapter, and nothing else
-sparsecraft_export.json       only where `sc.export` wrote the folder: the base's fingerprint
+sparsecraft_export.json       only where `sc.export` wrote the folder: the base's fingerprint,
+                              digests of what stands beside the adapter
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sparsecraft.checkpoint.manifest import read_recipe
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.checkpoint.tensors import ADAPTER
 from sparsecraft.dense import hub
-from sparsecraft.dense.door import read_config
+from sparsecraft.dense.door import read_config as read_dense_config
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.safefile import SafeFile
 from sparsecraft.dense.sound import check_weight
@@ -146,11 +147,11 @@ def load_adapter(
         CheckpointError: the adapter is none of ours, its base is unknown or another one, or its
             tensors are not those of its recipe.
     """
-    config = read_json(folder / ADAPTER)
+    config = read_config(folder)
     recipe = _recipe(folder, config, override)
     origin, saved = _base(folder, config, base)
     saved_dtype = getattr(torch, saved["dtype"]) if saved else None
-    changed = bool(override) or is_another(read_config(origin.folder, CheckpointError), kwargs)
+    changed = bool(override) or _differs(origin.folder, kwargs)
     kwargs |= {"dtype": dtype or saved_dtype, "device_map": device_map}
     model, record = load_on(origin, recipe, saved.get("quantization"), **kwargs)
     if (folder / EXPORT_RECORD).is_file():  # PEFT's own folders hold no tokenizer
@@ -162,15 +163,31 @@ def load_adapter(
     return model.eval()
 
 
-def _recipe(folder: Path, config: dict[str, Any], changes: dict[str, Any] | None) -> Recipe:
-    """The recipe that adapter_config.json holds, whose other fields must say the same, changed."""
+def _differs(base: Path, kwargs: dict[str, Any]) -> bool:
+    """Whether arguments of `from_pretrained` make another model of the base."""
+    return is_another(read_dense_config(base, CheckpointError), kwargs)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The contents of adapter_config.json.
+
+    Raises:
+        CheckpointError: it is of none of our types, or lacks something.
+    """
+    config = read_json(folder / ADAPTER)
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in ADAPTER_TYPES:
         raise CheckpointError(
-            f"{folder} holds an adapter of type {kind!r:.80}, and sparsecraft reads "
+            f"{folder} holds an adapter of type {kind!r:.80} (in {ADAPTER}), and sparsecraft reads "
             f"{', '.join(ADAPTER_TYPES)}; use peft.PeftModel.from_pretrained."
         )
     check_fields(config, ADAPTER_FIELDS, folder / ADAPTER)
+    return config
+
+
+def _recipe(folder: Path, config: dict[str, Any], changes: dict[str, Any] | None) -> Recipe:
+    """The recipe that adapter_config.json holds, whose other fields must say the same, changed."""
+    kind = config["peft_type"]
     saved, recipe = read_recipe(config["recipe"], changes)
     try:
         ADAPTER_TYPES[kind].check_fields(saved, config)

@@ -6,6 +6,7 @@ import re
 
 from torch import nn
 
+from sparsecraft.checkpoint.integrity import REPORT, edited_files
 from sparsecraft.dense.origin import Origin
 from sparsecraft.surgery.record import conversion_of
 
@@ -21,12 +22,15 @@ def readme(model: nn.Module, origin: Origin | None) -> str:
     at = f", revision {commit[0]}" if any(commit) else ""
     front = f"\nbase_model: {name}" if HUB_ID.fullmatch(name) else ""
     held = "" if origin else ", held in this folder"
-    certificate = report.get("certificate")
+    by_hand = REPORT in edited_files(record.report)
+    certificate = None if by_hand else report.get("certificate")
     what = "layer output" if certificate and certificate.get("layers") else "logit"
     measured = (
         f"max |{what} difference| {certificate['max_difference']:.1e} at the start "
         f"(tolerance {certificate['tolerance']:.1e} in {certificate['dtype']})"
         if certificate
+        else f"not known, {REPORT} was edited by hand"
+        if by_hand
         else "not measured"
     )
     claim = (

@@ -41,7 +41,8 @@ def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> None:
     """
     source = settings_of(model)
     if source is not None:
-        copy_companions(source, folder, replaced=_files_of(tokenizer))
+        replaced = _files_of(tokenizer)
+        copy_companions(source, folder, tuple(p for p in COMPANIONS if p not in replaced))
     _write_generation(model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -75,18 +76,16 @@ def _write_generation(model: nn.Module, folder: Path) -> None:
         generation.to_json_file(path, use_diff=True, keys_to_pop=["compile_config"])
 
 
-def copy_companions(source: Path, folder: Path, replaced: tuple[str, ...] = ()) -> None:
-    """Tokenizer, chat template, generation settings and license of `source`, byte for byte.
-
-    Args:
-        replaced: patterns of those that something else is written for.
-    """
-    kept = (pattern for pattern in COMPANIONS if pattern not in replaced)
-    for path in {path for pattern in kept for path in source.glob(pattern)}:
+def copy_companions(source: Path, folder: Path, patterns: tuple[str, ...] = COMPANIONS) -> None:
+    """Tokenizer, chat template, generation settings and license of `source`, byte for byte, or
+    those of them that match one of the patterns."""
+    for path in {path for pattern in patterns for path in source.glob(pattern)}:
         for file in [path, *(path.rglob("*") if path.is_dir() else ())]:
             _check_own(file, source)
-        copy = shutil.copytree if path.is_dir() else shutil.copyfile
-        copy(path, folder / path.name)
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, folder / path.name)
 
 
 def _check_own(path: Path, source: Path) -> None:

@@ -90,6 +90,20 @@ def _is_resized(value: Any) -> bool:
     return lists and all(isinstance(n, int) for shape in shapes.values() for n in shape)
 
 
+def _is_files(value: Any) -> bool:
+    """File name -> bytes and digest."""
+    return isinstance(value, dict) and all(
+        isinstance(entry, dict)
+        and type(entry.get("bytes")) is int
+        and _is_text(entry.get("digest"))
+        for entry in value.values()
+    )
+
+
+def _is_shards(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(_is_text, value.values())))
+
+
 def _is_card(value: Any) -> bool:
     """Name, license and, since commits are remembered, commit of the base, or None."""
     is_list = isinstance(value, list) and len(value) in (2, 3)
@@ -98,6 +112,7 @@ def _is_card(value: Any) -> bool:
     )
 
 
+FILES = Field(_is_files, "bytes and digest of each file by its name", older=True)
 BASE = Field(_is_base, "null, or name, revision, fingerprint and dtype of the dense model")
 
 # recipe.json
@@ -118,6 +133,9 @@ MANIFEST_FIELDS = {
         "null, or stages, budget, calibration, rectified and imitates of the split networks",
         older=True,
     ),
+    "shards": Field(_is_shards, "null, or each file's digest by its name", older=True),
+    "files": FILES,
+    "written_by": Field(_is_text, "save or save_pretrained", older=True),
 }
 
 # report.json; what it says in its entries is shown and not relied on
@@ -146,7 +164,8 @@ ADAPTER_FIELDS = {
     "recipe": Field(_is_object, "the object that to_json wrote"),
     "base_model_name_or_path": Field(_is_text_or_none, "null, or a folder or hub id", older=True),
     "revision": Field(_is_text_or_none, "null, or a revision on the hub", older=True),
+    "files": Field(lambda value: value is None or _is_files(value), FILES.words, older=True),
 }
 
 # sparsecraft_export.json
-EXPORT_FIELDS = {"base": BASE._replace(older=True)}
+EXPORT_FIELDS = {"base": BASE._replace(older=True), "files": FILES}

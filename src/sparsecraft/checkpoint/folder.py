@@ -17,7 +17,7 @@ TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja"),
     *("additional_chat_templates", "vocab*", "*vocab.json", "merges.txt", "bpe.codes", "*.model"),
     *("*.spm", "*.tiktoken", "dict.txt", "emoji.json", "byte_maps.json", "normalizer.json"),
-    *("word_pronunciation.json", "word_shape.json"),
+    *("word_pronunciation.json", "word_shape.json", "tekken.json"),
 )
 PROCESSOR = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),

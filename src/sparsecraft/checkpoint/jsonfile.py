@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +38,12 @@ def read_json(path: Path, special: Collection[str] = LIMITS) -> dict[str, Any]:
         CheckpointError: see `read_object`.
     """
     return read_object(path, CheckpointError, special)
+
+
+def differences(then: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted path, value then, value now) of whatever differs in two JSON values."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in {**then, **now}:
+            yield from differences(then.get(key), now.get(key), f"{path}.{key}" if path else key)
+    elif then != now:
+        yield path, then, now

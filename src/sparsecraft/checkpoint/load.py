@@ -9,15 +9,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sparsecraft.checkpoint import shards
-from sparsecraft.checkpoint.adapter import load_adapter
+from sparsecraft.checkpoint import adapter_record, integrity, shards
+from sparsecraft.checkpoint.adapter import load_adapter, read_config
 from sparsecraft.checkpoint.arguments import is_another, meant
 from sparsecraft.checkpoint.base import as_it_was, convert_base, find_base, load_on
 from sparsecraft.checkpoint.claim import bring_back
 from sparsecraft.checkpoint.fields import CONFIG_FIELDS, REPORT_FIELDS, check_fields
 from sparsecraft.checkpoint.folder import GENERATION, MANIFEST
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json
-from sparsecraft.checkpoint.manifest import base_config, read_manifest, read_recipe
+from sparsecraft.checkpoint.manifest import (
+    base_config,
+    checked_manifest,
+    read_manifest,
+    read_recipe,
+)
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.checkpoint.tensors import ADAPTER, WEIGHTS, read_tensors
 from sparsecraft.dense import hub
@@ -61,10 +66,24 @@ def load(
     check_asked(kwargs, CheckpointError)
     check_folder(folder, CheckpointError)
     if (folder / ADAPTER).is_file() and not (folder / MANIFEST).is_file():
+        read_config(folder)  # says what is none of ours, before what has changed
+        adapter_record.check(folder)
         model = load_adapter(folder, base, dtype, device_map, override, **kwargs)
         remember(model, "it was loaded")
         return model
-    manifest = read_manifest(folder)
+    return read(folder, checked_manifest(folder), base, dtype, device_map, override, **kwargs)
+
+
+def read(
+    folder: Path,
+    manifest: dict[str, Any],
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: Any = None,
+    override: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """What `load` does with a checkpoint, by what its manifest says, or is going to say."""
     saved, recipe = read_recipe(manifest["recipe"], override)
     origin = find_base(folder, manifest["base"], base)
     # Not the base folder's: the model may have been loaded with other settings.
@@ -82,7 +101,8 @@ def load(
         model, record = load_on(origin, recipe, config=config, device_map=device_map, **kwargs)
     record.written, record.base_card = manifest["recipe"], manifest.get("base_card")
     record.folder, record.report = folder.absolute(), _report(folder)
-    read_tensors(model, folder / WEIGHTS, manifest["tensors"], complete=origin is None)
+    weights, shards = folder / WEIGHTS, manifest.get("shards")
+    read_tensors(model, weights, manifest["tensors"], complete=origin is None, shards=shards)
     record.masters = _masters(model)
     if dtype is not None:
         _cast(model, dtype)
@@ -143,8 +163,9 @@ def _checked_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     if json_digest(config) != manifest["config"]:
         raise CheckpointError(
-            f"{folder / 'config.json'} was edited after it was written; undo the edit, and pass "
-            "settings of the dense model as arguments of sc.load instead."
+            f"{folder / 'config.json'} was edited after it was written; undo the edit and pass "
+            "settings of the dense model as arguments of sc.load instead, or "
+            f"{integrity.accepting(folder)}"
         )
     check_fields(config, CONFIG_FIELDS, folder / "config.json")
     return config
@@ -224,9 +245,10 @@ def load_any(name: str, base: str | None = None) -> tuple[nn.Module, Any]:
         return model, load_tokenizer(folder) or tokenizer_of(model)
     if not (folder / MANIFEST).is_file():
         folder = hub.resolve(name)
+    manifest = checked_manifest(folder) if (folder / MANIFEST).is_file() else None
     tokenizer = load_tokenizer(folder)  # before the weights, which take long
-    if (folder / MANIFEST).is_file():
-        return load(folder, base, device_map=device), tokenizer
+    if manifest is not None:
+        return read(folder, manifest, base, device_map=device), tokenizer
     config = read_json(folder / "config.json")
     if isinstance(config, dict) and config.get("model_type") == "sparsecraft":
         raise CheckpointError(

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsecraft.checkpoint import integrity, shards
 from sparsecraft.checkpoint.claim import bring_back
 from sparsecraft.checkpoint.fields import MANIFEST_FIELDS, check_fields
 from sparsecraft.checkpoint.folder import MANIFEST
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json
+from sparsecraft.checkpoint.tensors import WEIGHTS
 from sparsecraft.dense.door import build_config
 from sparsecraft.dense.loading import class_of
 from sparsecraft.errors import CheckpointError, RecipeError
@@ -24,12 +26,53 @@ from sparsecraft.surgery.record import conversion_of, is_converted
 NOTHING = "nothing that transformers reads alone; import sparsecraft first"
 
 
+def checked_manifest(folder: Path) -> dict[str, Any]:
+    """The contents of recipe.json, once all files that it has digests of are as they were written,
+    but for configuration and tensors, which are checked where they are read.
+
+    Raises:
+        CheckpointError: as `read_manifest`; or a file was changed, added or lost.
+    """
+    manifest = read_manifest(folder)
+    if "files" in manifest:
+        # By transformers' custom a tokenizer comes by a call of its own, before or after the model.
+        free = integrity.BESIDE if manifest.get("written_by") == "save_pretrained" else ()
+        free = (*free, *integrity.ADAPTERS)
+        integrity.check(folder, manifest["files"], integrity.OF_CHECKPOINT, free)
+    return manifest
+
+
+def check_whole(folder: Path) -> None:
+    """Refuse a checkpoint of which anything is not as it was written, before others read of it.
+
+    Raises:
+        CheckpointError: so it is, or something is missing.
+    """
+    manifest = checked_manifest(folder)
+    if manifest["config"] != json_digest(read_json(folder / "config.json")):
+        raise integrity.edited(folder, {"config.json": "has changed"})
+    if manifest["tensors"] != shards.digest(folder / WEIGHTS):
+        changed = shards.changed(folder / WEIGHTS, manifest.get("shards"))
+        raise integrity.edited(folder, changed)
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The contents of recipe.json, checked against its own digest.
 
     Raises:
         CheckpointError: it is missing, no JSON, of another format, edited, or lacks something.
     """
+    manifest, claimed = parsed_manifest(folder)
+    if claimed != json_digest(manifest):
+        raise CheckpointError(
+            f"{folder / MANIFEST} was edited after it was written; undo the edit and pass the "
+            f"change as sc.load(dir, override={{...}}) instead, or {integrity.accepting(folder)}"
+        )
+    return with_all_fields(manifest, folder / MANIFEST)
+
+
+def parsed_manifest(folder: Path) -> tuple[dict[str, Any], Any]:
+    """The contents of recipe.json of a known format, and the digest that it has of them."""
     bring_back(folder)
     path = folder / MANIFEST
     if not path.is_file():
@@ -40,11 +83,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except RecipeError as error:
         raise CheckpointError(str(error)) from None
     claimed = manifest.pop("digest", None)
-    if claimed != json_digest(manifest):
-        raise CheckpointError(
-            f"{path} was edited after it was written; undo the edit and pass the change as "
-            "sc.load(dir, override={...}) instead."
-        )
+    return manifest, claimed
+
+
+def with_all_fields(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The contents of recipe.json, if each field is there and of its type.
+
+    Raises:
+        CheckpointError: it is not.
+    """
     check_fields(manifest, MANIFEST_FIELDS, path)
     if manifest["base"] is None and manifest["dense"] is None:
         raise CheckpointError(

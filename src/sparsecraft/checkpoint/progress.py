@@ -12,7 +12,7 @@ from typing import Any
 from sparsecraft.checkpoint import tensorfile
 from sparsecraft.checkpoint.claim import bytes_in, clear, partial
 from sparsecraft.checkpoint.folder import resolved
-from sparsecraft.checkpoint.jsonfile import read_json, write_json
+from sparsecraft.checkpoint.jsonfile import differences, read_json, write_json
 from sparsecraft.checkpoint.renames import flush
 from sparsecraft.checkpoint.replacing import claimed, put
 from sparsecraft.checkpoint.space import writing
@@ -98,7 +98,7 @@ def _finished(folder: Path, task: dict[str, Any]) -> dict[str, dict[str, str]]:
     before = known["task"]
     if isinstance(before.get("recipe"), dict):  # it may have been written in an older format
         before = before | {"recipe": json.loads(json.dumps(upgraded(before["recipe"])))}
-    for name, then, now in _differences(before, task):
+    for name, then, now in differences(before, task):
         raise CheckpointError(
             f"{folder} was left of another conversion: {name} was {then!r} and is {now!r}. Convert "
             "as before, or leave out --resume (resume=True), and it is removed."
@@ -119,12 +119,3 @@ def _is(file: Path, digests: dict[str, str]) -> bool:
 def bytes_left(out: Path) -> int:
     """Bytes of the files that an interrupted conversion to `out` has left on the disk."""
     return bytes_in(partial(resolved(out)))
-
-
-def _differences(then: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted path, value then, value now) of whatever differs."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        for key in {**then, **now}:
-            yield from _differences(then.get(key), now.get(key), f"{path}.{key}" if path else key)
-    elif then != now:
-        yield path, then, now

@@ -12,9 +12,10 @@ from torch.distributed import get_rank
 from sparsecraft.checkpoint import shards
 from sparsecraft.checkpoint.base import entry, usable_base
 from sparsecraft.checkpoint.card import readme
-from sparsecraft.checkpoint.companions import write_companions
+from sparsecraft.checkpoint.companions import copy_companions, write_companions
 from sparsecraft.checkpoint.folder import MANIFEST
 from sparsecraft.checkpoint.gathering import is_sharded, whole_tensors
+from sparsecraft.checkpoint.integrity import OF_CHECKPOINT, entries, signed
 from sparsecraft.checkpoint.jsonfile import json_digest, write_json
 from sparsecraft.checkpoint.manifest import base_dtype, config_of, word
 from sparsecraft.checkpoint.rebuild import check_rebuilt
@@ -22,6 +23,7 @@ from sparsecraft.checkpoint.replacing import replacing
 from sparsecraft.checkpoint.resumable import may_change, write_index
 from sparsecraft.checkpoint.space import require
 from sparsecraft.checkpoint.tensors import WEIGHTS, new_or_changed
+from sparsecraft.dense.digests import combine
 from sparsecraft.dense.loading import class_of, model_class
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weights
@@ -85,20 +87,41 @@ def save(
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     require(out, disk=size, memory=0, task="Saving")
     with replacing(out, overwrite, keep or (), foreign=keep is not None) as folder:
-        weights_digest = shards.write(folder / WEIGHTS, tensors, shard_size)
-        write_rest(model, folder, origin, weights_digest, tokenizer)
-        check_rebuilt(model, whole, folder, origin)
+        written: dict[str, shards.Digests] = {}
+        shards.write(folder / WEIGHTS, tensors, shard_size, on_finish=written.__setitem__)
         if resumable:
             write_index(model, folder, WEIGHTS, tensors, shard_size)
+        write_settings(model, folder, origin, tokenizer)
+        copy_companions(out, folder, keep or ())
+        write_manifest(model, folder, origin, written, resumable)
+        check_rebuilt(model, whole, folder, origin)
     stands_in(model, out)
     return out
 
 
-def write_rest(
-    model: nn.Module, folder: Path, origin: Origin | None, weights_digest: str, tokenizer: Any
+def write_settings(model: nn.Module, folder: Path, origin: Origin | None, tokenizer: Any) -> None:
+    """All of a checkpoint but its tensors and its manifest."""
+    write_json(folder / "report.json", conversion_of(model).report)
+    write_json(folder / "config.json", config_of(model))
+    write_companions(model, folder, tokenizer)
+    (folder / "README.md").write_text(readme(model, origin))
+
+
+def write_manifest(
+    model: nn.Module,
+    folder: Path,
+    origin: Origin | None,
+    written: Mapping[str, shards.Digests],
+    resumable: bool = False,
 ) -> None:
-    """All of a checkpoint but its tensors, of which only the names and dtypes are asked."""
-    record, config = conversion_of(model), config_of(model)
+    """recipe.json, at the end: it has digests of all that is in the folder. Of the model's tensors
+    only names and dtypes are asked.
+
+    Args:
+        written: file -> digests of its tensors.
+        resumable: it is of `save_pretrained`, by whose custom others write the tokenizer later.
+    """
+    record = conversion_of(model)
     manifest = {
         "format_version": FORMAT_VERSION,
         "sparsecraft": VERSION,
@@ -109,14 +132,17 @@ def write_rest(
         "dense": None if origin else {n: [word(d), h] for n, (d, h) in record.digests.items()},
         "resized": _resized(model),
         "running": state_of(model),
-        "tensors": weights_digest,
-        "config": json_digest(config),
+        "tensors": combine({n: d for digests in written.values() for n, d in digests.items()}),
+        **({"shards": _of_shards(written)} if len(written) > 1 else {}),
+        "config": json_digest(config_of(model)),
+        "files": entries(folder, OF_CHECKPOINT),
+        "written_by": "save_pretrained" if resumable else "save",
     }
-    write_json(folder / MANIFEST, {**manifest, "digest": json_digest(manifest)})
-    write_json(folder / "report.json", record.report)
-    write_json(folder / "config.json", config)
-    write_companions(model, folder, tokenizer)
-    (folder / "README.md").write_text(readme(model, origin))
+    write_json(folder / MANIFEST, signed(manifest))
+
+
+def _of_shards(written: Mapping[str, shards.Digests]) -> dict[str, str]:
+    return {file: combine(dict(digests)) for file, digests in sorted(written.items())}
 
 
 def _resized(model: nn.Module) -> dict[str, Any] | None:

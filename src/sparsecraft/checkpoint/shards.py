@@ -91,6 +91,29 @@ def read(path: Path) -> Iterator[tuple[str, Tensor]]:
         yield from tensorfile.read(file)
 
 
+def changed(path: Path, known: Mapping[str, str] | None) -> dict[str, str]:
+    """The name of each file of what `write` wrote as `path` that holds other tensors, as far as
+    that is known -> that it has changed.
+
+    Args:
+        known: the digest of each of several files.
+    """
+    files = [file for file in files_of(path) if file.name in (known or {})]
+    others = [f.name for f in files if combine(tensorfile.read_digests(f)) != known[f.name]]
+    return dict.fromkeys(others or [path.name], "has changed")
+
+
+def digest(path: Path) -> str:
+    """The digest of all tensors of what `write` wrote as `path`.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, or no safetensors file.
+    """
+    return combine(
+        {n: d for file in files_of(path) for n, d in tensorfile.read_digests(file).items()}
+    )
+
+
 def readers(path: Path) -> dict[str, Callable[[], Tensor]]:
     """Name of each tensor of what `write` wrote as `path` -> what reads it."""
     found = {}

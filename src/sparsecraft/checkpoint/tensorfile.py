@@ -36,6 +36,9 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 
+# What the header of a file says besides its tensors.
+USUAL = (None, {}, {"format": "pt"})
+
 # Bytes in memory while a file is read back.
 BLOCK = 1 << 24
 
@@ -106,16 +109,19 @@ def write_each(path: Path, tensors: Mapping[str, Writable]) -> dict[str, str]:
 
 
 def read_digests(path: Path) -> dict[str, str]:
-    """The digest of every tensor of the file, a block in memory at a time.
+    """The digest of every tensor of the file, a block in memory at a time, and what its header
+    says besides, where that is unusual.
 
     Raises:
         CheckpointError: the file is missing or truncated, or is no safetensors file.
     """
     found, digests = SafeFile.open(path, CheckpointError), {}
+    if found.metadata not in USUAL:
+        digests["__metadata__"] = json.dumps(found.metadata, sort_keys=True)
     try:
         with open(path, "rb") as file:
             for name, entry in found.entries.items():
-                state = started(safefile.DTYPES[entry.word], entry.shape)
+                state = started(safefile.DTYPES.get(entry.word, entry.word), entry.shape)
                 file.seek(entry.start)
                 for left in range(entry.end - entry.start, 0, -BLOCK):
                     state.update(file.read(min(BLOCK, left)))
@@ -131,4 +137,10 @@ def read(path: Path) -> Iterator[tuple[str, Tensor]]:
     Raises:
         CheckpointError: the file is missing or truncated, or is no safetensors file.
     """
-    yield from SafeFile.open(path, CheckpointError)
+    file = SafeFile.open(path, CheckpointError)
+    if file.metadata not in USUAL:
+        raise CheckpointError(
+            f"{path} says {file.metadata!r:.100} of itself, and not that torch wrote it; copy or "
+            "save it again."
+        )
+    yield from file

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sparsecraft.checkpoint import shards
 from sparsecraft.checkpoint.folder import MANIFEST
+from sparsecraft.checkpoint.integrity import accepting
+from sparsecraft.checkpoint.shards import changed, read
 from sparsecraft.dense.digests import combine, digest
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weight
@@ -50,6 +51,7 @@ def read_tensors(
     wanted_digest: str,
     complete: bool = False,
     in_place: bool = False,
+    shards: Mapping[str, str] | None = None,
 ) -> None:
     """Put the file's tensors into the model.
 
@@ -58,12 +60,13 @@ def read_tensors(
         complete: the file must hold every tensor of the model, not only the new ones.
         in_place: copy values into the existing tensors, whatever is in the file, so that
             optimizers and wrappers keep their references.
+        shards: the digest of each of several files, by which the one that differs is found.
     """
     devices, known = _devices(model), unique_tensors(model)
     new = {n for n in known if dense_name(model, n) is None}
     required = set() if in_place else set(known) if complete else new
     digests = {}
-    for name, tensor in shards.read(path):
+    for name, tensor in read(path):
         digests[name] = digest(tensor)
         if name not in known:
             raise CheckpointError(f"{path} holds {name!r}, which this recipe has no place for.")
@@ -82,9 +85,11 @@ def read_tensors(
     if missing := sorted(required - set(digests)):
         raise CheckpointError(f"{path} lacks {len(missing)} tensors, {missing[0]!r} among them.")
     if combine(digests) != wanted_digest:
+        which = " and ".join(changed(path, shards))
+        advice = "." if in_place else f", or {accepting(path.parent)}"
         raise CheckpointError(
-            f"The tensors in {path} are not those that {MANIFEST} was written with; "
-            "copy or save the folder again."
+            f"The tensors in {path.parent / which} are not those that {MANIFEST} was written with; "
+            f"copy or save the folder again{advice}"
         )
 
 

@@ -20,7 +20,7 @@ from sparsecraft.checkpoint.base import usable_base
 from sparsecraft.checkpoint.companions import check_settings
 from sparsecraft.checkpoint.progress import Progress, bytes_left, continued
 from sparsecraft.checkpoint.replacing import claimed
-from sparsecraft.checkpoint.save import write_rest
+from sparsecraft.checkpoint.save import write_manifest, write_settings
 from sparsecraft.checkpoint.shards import SHARD_SIZE
 from sparsecraft.checkpoint.space import require
 from sparsecraft.checkpoint.tensorfile import Lazy, size_of
@@ -104,10 +104,11 @@ def convert_files(
         say(_require(out, tensors, stream.memory(certify)))
         task = stream.task(seed=seed, standalone=standalone, shard_size=shard_size)
         with continued(out, task, overwrite=overwrite, resume=resume) as begun:
-            digest_of_all = _write(begun, tensors, shard_size, progress, say)
+            _write(begun, tensors, shard_size, progress, say)
             certificate = stream.certificate(begun.folder, seed, say) if certify else None
             report = stream.report(certificate)
-            write_rest(stream.model, begun.folder, stream.base, digest_of_all, None)
+            write_settings(stream.model, begun.folder, stream.base, None)
+            write_manifest(stream.model, begun.folder, stream.base, begun.finished)
     return report
 
 
@@ -350,8 +351,8 @@ def _stamps(folder: Path) -> dict[str, Any]:
 
 def _write(
     begun: Progress, tensors: dict[str, Lazy], shard_size: int, progress: bool, say: Say
-) -> str:
-    """Write the shards that are not finished; the digest of all tensors."""
+) -> None:
+    """Write the shards that are not finished."""
     if begun.finished:
         say(f"Going on: {len(begun.finished)} finished file(s) were left and are kept.")
     with bytes_bar(sum(map(size_of, tensors.values())), progress) as advance:
@@ -359,7 +360,7 @@ def _write(
         path = begun.folder / WEIGHTS
         for digests in begun.finished.values():
             advance(sum(size_of(tensors[name]) for name in digests))
-        return shards.write(path, counted, shard_size, dict(begun.finished), begun.finish)
+        shards.write(path, counted, shard_size, dict(begun.finished), begun.finish)
 
 
 def _counted(tensor: Lazy, advance: Callable[[int], None]) -> Callable[[], Iterator[Tensor]]:

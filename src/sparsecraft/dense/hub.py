@@ -25,6 +25,7 @@ logger = logging.getLogger("sparsecraft")
 # Configuration, tokenizer, license; of subfolders (onnx/, original/) the chat templates alone.
 _WANTED = (
     *("*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken", "*.codes", "README.md"),
+    *("tokenizer*", "vocab*"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "*USE_POLICY*"),
 )
 _TEMPLATES = "additional_chat_templates"

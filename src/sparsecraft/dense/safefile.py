@@ -72,12 +72,14 @@ class SafeFile:
 
     Attributes:
         entries: name -> tensor, in the order of the header.
+        metadata: what the header says besides.
         stamp: of the file then; see `stamp_of`.
         error: that its readers raise.
     """
 
     path: Path
     entries: dict[str, Entry]
+    metadata: dict[str, str] | None
     stamp: tuple[int, ...]
     error: type[SparsecraftError]
 
@@ -107,7 +109,7 @@ class SafeFile:
             raise error(
                 f"{path} cannot be read ({first_line(fault):.200}); copy or save it again."
             ) from None
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
         at = 8 + length
         entries = {
             name: Entry(
@@ -118,7 +120,7 @@ class SafeFile:
             )
             for name, entry in header.items()
         }
-        return cls(path, entries, stamp, error)
+        return cls(path, entries, metadata, stamp, error)
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, with memory of its own.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sparsecraft.checkpoint.integrity import REPORT, edited_files
 from sparsecraft.evaluation.split_report import fit_line
 from sparsecraft.recipe.recipe import Recipe
 
@@ -21,15 +22,21 @@ SAID = {
     "merge": "how recipe result folded joined kept certificate change cost activation arrived",
 }
 
+# The start of the names of files that a certificate is of.
+MEASURED = ("recipe.json", "config.json", "moe")
+
 # Entries of a list that are shown.
 SHOWN = 8
 
 
 def history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     """How the model started, what it was trained on, what was added, removed and merged."""
+    edited = _edited_lines(report)
+    if REPORT in edited_files(report):  # it may say anything
+        return [*edited, start_line(recipe, report)]
     conversion = report.get("conversion", {})
     certificate = conversion.get("certificate")
-    lines = [*_source_lines(conversion), *_domain_lines(recipe, conversion)]
+    lines = [*edited, *_source_lines(conversion), *_domain_lines(recipe, conversion)]
     lines += [start_line(recipe, report)]
     if found := _unsaid("certificate", certificate or {}):
         lines += [f"  certificate: {', '.join(line.strip() for line in found)}"]
@@ -50,10 +57,26 @@ def history_lines(recipe: Recipe, report: dict[str, Any]) -> list[str]:
 
 def start_line(recipe: Recipe, report: dict[str, Any]) -> str:
     """What the recipe claims of a model's start, in how many layers it was measured, and how."""
+    if REPORT in edited_files(report):
+        claim = "exact" if recipe.exact_at_start else "not exact"
+        return f"At the start: claimed {claim}, and what was measured is not known."
     certificate = report.get("conversion", {}).get("certificate")
     claimed = (certificate or {}).get("claimed", recipe.exact_at_start)
     claim = "exact" if claimed else "not exact"
-    return f"At the start: claimed {claim}, {_measured(certificate)}."
+    since = [name for name in edited_files(report) if name.startswith(MEASURED)]
+    before = f" before {', '.join(since)} was edited" if since and certificate else ""
+    return f"At the start: claimed {claim}, {_measured(certificate)}{before}."
+
+
+def _edited_lines(report: dict[str, Any]) -> list[str]:
+    """What was edited by hand, whatever the report says besides."""
+    if not (names := edited_files(report)):
+        return []
+    unseen = f" What {REPORT} says is not shown: it may not have been measured."
+    return [
+        f"Edited by hand after it was written, and accepted: {', '.join(names)}."
+        + (unseen if REPORT in names else "")
+    ]
 
 
 def _measured(certificate: dict[str, Any] | None) -> str:

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
+from sparsecraft.interop import watching
+
 
 def open_config(module: ModuleType) -> None:
     """Register our configuration with AutoConfig."""
@@ -46,6 +48,8 @@ def open_classes(module: ModuleType) -> None:
         return reading.read(name, **kwargs)
 
     module.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    for name, wrap in (("save_pretrained", watching.signed), ("load_adapter", watching.checked)):
+        setattr(module.PreTrainedModel, name, wrap(getattr(module.PreTrainedModel, name)))
 
 
 def open_configs(module: ModuleType) -> None:
@@ -83,6 +87,17 @@ def open_reader(module: ModuleType) -> None:
         return theirs(base_in(pretrained_model_name_or_path), *args, **kwargs)
 
     auto_class.from_pretrained = staticmethod(from_pretrained)
+
+
+def open_writer(module: ModuleType) -> None:
+    """Let what is saved into a folder of ours by its own class be in the folder's record."""
+    written = getattr(module, WRITERS[module.__name__])
+    written.save_pretrained = watching.recorded(written.save_pretrained)
+
+
+def open_trainer(module: ModuleType) -> None:
+    """Let Trainer go on from folders of ours only as they were written."""
+    module.load_sharded_checkpoint = watching.sound(module.load_sharded_checkpoint)
 
 
 def open_peft(module: ModuleType) -> None:
@@ -174,13 +189,23 @@ READERS = {
     "transformers.models.auto.image_processing_auto": "AutoImageProcessor",
     "transformers.models.auto.feature_extraction_auto": "AutoFeatureExtractor",
 }
+WRITERS = {
+    "transformers.tokenization_utils_base": "PreTrainedTokenizerBase",
+    "transformers.processing_utils": "ProcessorMixin",
+    "transformers.image_processing_base": "ImageProcessingMixin",
+    "transformers.feature_extraction_utils": "FeatureExtractionMixin",
+    "transformers.video_processing_utils": "BaseVideoProcessor",
+    "transformers.generation.configuration_utils": "GenerationConfig",
+}
 DOORS: dict[str, Callable[[ModuleType], None]] = {
     "transformers.configuration_utils": open_configs,
     "transformers.modeling_utils": open_classes,
     "transformers.models.auto.configuration_auto": open_config,
     "transformers.models.auto.modeling_auto": open_models,
+    "transformers.trainer": open_trainer,
     "peft": open_peft,
-} | dict.fromkeys(READERS, open_reader)
+}
+DOORS |= dict.fromkeys(READERS, open_reader) | dict.fromkeys(WRITERS, open_writer)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

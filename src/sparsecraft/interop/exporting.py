@@ -15,6 +15,7 @@ from torch import nn
 
 from sparsecraft.checkpoint.companions import write_companions
 from sparsecraft.checkpoint.folder import EXPORT_RECORD, MANIFEST
+from sparsecraft.checkpoint.integrity import OF_EXPORT, OF_PEFT_EXPORT, entries, signed
 from sparsecraft.checkpoint.jsonfile import write_json
 from sparsecraft.checkpoint.replacing import replacing
 from sparsecraft.checkpoint.space import require
@@ -106,7 +107,7 @@ def export(
         sequence that this was measured on, which is beyond every sliding window and scaling length
         but those of `windows_not_probed`, that are too large; `measured`, all that in words;
         `parameters`; `tensors`, how many were written; `lint`: of a standard architecture, what
-        engines do otherwise.
+        engines do otherwise; `files` and `digest`: of what was written.
 
     Raises:
         ExportError: the target's mathematics is not the model's, and why; or the logits differ.
@@ -131,6 +132,8 @@ def export(
                 f"The exported {target} model differs from ours: {certificate}. Nothing was kept."
             )
         record = _record(model, target, again, certificate) | {"tensors": len(tensors)}
+        files = entries(folder, OF_EXPORT if target in STANDARD else OF_PEFT_EXPORT)
+        record = signed(record | {"files": files})
         write_json(folder / EXPORT_RECORD, record)
     return record
 

@@ -8,6 +8,7 @@ The inverse of `targets`: a dense model is built with the attention of the mixtu
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 import transformers
 from torch import nn
 
+from sparsecraft.checkpoint.folder import EXPORT_RECORD
+from sparsecraft.checkpoint.integrity import OF_EXPORT, accepting, export_changes, listed
 from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.dense import hub
@@ -32,6 +35,8 @@ from sparsecraft.recipes.camelidae import camelidae
 from sparsecraft.surgery.install import apply
 from sparsecraft.surgery.plan import plan
 from sparsecraft.surgery.record import conversion_of
+
+log = logging.getLogger("sparsecraft")
 
 # model_type -> the architecture.
 KINDS = {
@@ -58,6 +63,11 @@ def import_moe(source: str | Path, revision: str | None = None) -> nn.Module:
         CertificateError: the imported model has other logits.
     """
     folder = hub.resolve(source, revision)
+    if (folder / EXPORT_RECORD).is_file() and (found := export_changes(folder, OF_EXPORT)):
+        log.warning(
+            f"{folder} was exported by sparsecraft and is imported as it is now, of which "
+            f"{EXPORT_RECORD} says nothing: {listed(found)}; {accepting(folder)}"
+        )
     path = folder / "config.json"
     data = read_json(path)
     check_config(data, path, CheckpointError)

@@ -63,7 +63,6 @@ def training_arguments(
         "logging_nan_inf_filter": False,  # it shows NaN as a loss that falls
         "save_strategy": "steps" if every else "no",
         "save_steps": every or steps,
-        "save_total_limit": 1,
         "report_to": list(settings.trackers) or "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,

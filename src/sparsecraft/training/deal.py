@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsecraft.checkpoint.jsonfile import read_json, write_json
+from sparsecraft.checkpoint.jsonfile import json_digest, read_json, write_json
 from sparsecraft.data.batches import collate
 from sparsecraft.data.encoding import IGNORED
 from sparsecraft.errors import SparsecraftError
@@ -122,13 +122,18 @@ def deal(
     kept = folder / RECORD
     if resume and kept.is_file():
         found = read_json(kept)
+        if found.pop("digest", json_digest(found)) != json_digest(found):
+            raise SparsecraftError(
+                f"{kept} is not what was written, and without it the experts would train on other "
+                f"rows; delete {folder.parent} and start anew."
+            )
     else:
         if torch.cuda.is_available() and model.device.type == "cpu":
             model.to("cuda")  # where Trainer is about to put it
         losses_NE = row_losses(model, rows, pad_id=pad_id)
         # A tie goes to the lower number.
         found = {"buckets": losses_NE.argmin(1).tolist(), "losses": losses_NE.mean(0).tolist()}
-        write_json(kept, found)
+        write_json(kept, found | {"digest": json_digest(found)})
     numbers = found["buckets"]
     counts = [numbers.count(e) for e in range(count_experts(model))]
     log.info(f"buckets: {len(numbers)} rows assigned to {len(counts)} experts: {counts}")

@@ -40,7 +40,13 @@ from sparsecraft.training.moved import Before, watched_routers
 from sparsecraft.training.options import TrainOptions
 from sparsecraft.training.progress import ProgressBar
 from sparsecraft.training.report import TrainReport, note
-from sparsecraft.training.resume import check_alike, check_same_run, describe, last_state, read_as
+from sparsecraft.training.resume import (
+    check_alike,
+    check_same_run,
+    describe,
+    looked_through,
+    read_as,
+)
 from sparsecraft.training.trainers import (
     RoutedCausalTrainer,
     RoutedSeq2SeqTrainer,
@@ -141,7 +147,12 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 def _run(trainer: Any, counts: dict[str, int], run: Run) -> TrainReport:
     """Train to the end, from the last complete state if asked to."""
     args, start = trainer.args, time.perf_counter()
-    last = last_state(Path(args.output_dir)) if run.resume else None
+    last, lost = looked_through(Path(args.output_dir)) if run.resume else (None, [])
+    if lost:
+        log.warning(
+            f"Passed over, because it is not as it was written: {'; '.join(lost)}. The stage goes "
+            f"on from {last or 'its start'}."
+        )
     first_step = int(last.name.rpartition("-")[2]) if last else 0
     try:
         if first_step < args.max_steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 
+from sparsecraft.checkpoint.integrity import digest_of_file, signed
 from sparsecraft.checkpoint.jsonfile import json_digest, read_json, write_json
 from sparsecraft.dense.digests import combine
 from sparsecraft.dense.jsonfile import MEASURED
@@ -23,7 +25,11 @@ from sparsecraft.training.options import TrainOptions
 
 RUN_RECORD = "run.json"
 
-# A state is written in this order, the last file at the end.
+# The record of a state: the digest of every other file in it, written last.
+DIGESTS = "digests.json"
+UNREAD = (DIGESTS, "README.md")
+
+# A state is written in this order.
 STATE_FILES = ("moe.safetensors", "digest", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 # What may differ between a run and its continuation: how it is shown and kept.
@@ -31,28 +37,88 @@ FREE = ("save_every", "log_every", "trackers", "progress", "fit_tokens")
 
 
 def last_state(folder: Path) -> Path | None:
-    """The newest complete training state in a stage's folder; a partial one is passed over."""
+    """The newest training state in a stage's folder that is complete and as it was written."""
+    return looked_through(folder)[0]
+
+
+def looked_through(folder: Path) -> tuple[Path | None, list[str]]:
+    """The last state, and of each newer one that is not as it was written the files."""
+    lost: list[str] = []
+    for state in _states(folder):
+        if not (changed := _damaged(state)):
+            return state, lost
+        lost.append(f"{', '.join(changed)} in {state}")
+    return None, lost
+
+
+def _damaged(state: Path) -> list[str]:
+    """The files of a state that are not as they were written, as far as its record knows."""
+    if not (state / DIGESTS).is_file():
+        return []  # of an older version
+    try:
+        record = read_json(state / DIGESTS)
+    except CheckpointError:
+        return [DIGESTS]
+    if signed(record) != record or not isinstance(known := record.get("files"), dict):
+        return [DIGESTS]
+    now = _digests(state)
+    return sorted(name for name in known.keys() | now.keys() if known.get(name) != now.get(name))
+
+
+def keep_alone(state: Path) -> None:
+    """Write the record of a state that has just been written, then remove the older ones."""
+    write_json(state / DIGESTS, signed({"files": _digests(state)}))
+    for other in state.parent.glob("checkpoint-*"):
+        if other != state:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _digests(state: Path) -> dict[str, str]:
+    """File name -> digest of all that is in a state, also in folders below it; of bytes."""
+    files = (path for path in sorted(state.rglob("*")) if path.is_file())
+    names = {path.relative_to(state).as_posix(): path for path in files}
+    return {name: digest_of_file(path) for name, path in names.items() if name not in UNREAD}
+
+
+def _states(folder: Path) -> list[Path]:
+    """The states in a stage's folder that are complete, or were once, the newest first.
+
+    In a run that keeps digests these are written last, and make a state complete.
+    """
     numbered = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    states = sorted(numbered, key=lambda p: int(p.name.rpartition("-")[2]))
-    return next((state for state in reversed(states) if _complete(state)), None)
+    states = sorted(numbered, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    run = folder / RUN_RECORD
+    digested = run.is_file() and "digests" in _read_run(run)
+    return [s for s in states if (s / DIGESTS).is_file() or (not digested and _complete(s))]
 
 
 def check_folder(folder: Path, resume: bool, stages: tuple[str, ...] = ()) -> None:
     """Refuse to resume where there is nothing, and to start over what was interrupted."""
-    states = [s for s in folder.glob("*") if s.is_dir() and last_state(s)]
-    if resume and not states:
-        raise SparsecraftError(
-            f"There is nothing to resume: {folder} holds no complete training state. "
-            "Train without resume, with save_every for states to come back to."
-        )
+    begun = [s for s in folder.glob("*") if s.is_dir() and _states(s)]
     if resume:
+        _check_any(folder, [looked_through(stage) for stage in begun])
         _check_stages(folder, stages)
-    if not resume and states:
+    if not resume and begun:
         raise SparsecraftError(
             f"{folder} holds the state of an interrupted run; resume it, or delete the folder."
         )
     if folder.exists() and not folder.is_dir():
         raise SparsecraftError(f"{folder} is a file; training keeps its state there. Move it away.")
+
+
+def _check_any(folder: Path, found: list[tuple[Path | None, list[str]]]) -> None:
+    """Refuse to resume where nothing is left to go on from."""
+    if any(state for state, _ in found):
+        return
+    if lost := [words for _, each in found for words in each]:
+        raise SparsecraftError(
+            f"There is nothing to resume: {'; '.join(lost)} is not as it was written, and no other "
+            f"state is left; delete {folder} and train anew."
+        )
+    raise SparsecraftError(
+        f"There is nothing to resume: {folder} holds no complete training state. "
+        "Train without resume, with save_every for states to come back to."
+    )
 
 
 def _check_stages(folder: Path, stages: tuple[str, ...]) -> None:
@@ -62,7 +128,7 @@ def _check_stages(folder: Path, stages: tuple[str, ...]) -> None:
         SparsecraftError: they are others; nothing of its state is lost.
     """
     for path in folder.glob(f"*/{RUN_RECORD}"):
-        before = read_json(path).get("stages", [])
+        before = _read_run(path).get("stages", [])
         if before != list(stages):
             asked = f"--stages {' '.join(before)}" if before else "all stages, without --stages"
             raise SparsecraftError(
@@ -157,9 +223,9 @@ def check_same_run(
     path = folder / RUN_RECORD
     if not resume or not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, run)
+        write_json(path, signed(run | {"digests": True}))
         return
-    before = _in_this_format(read_json(path), run, read_as)
+    before = _in_this_format(_read_run(path), run, read_as)
     for key, value in run.items():
         if before.get(key) != value:
             shown = "" if key in ("recipe", "data", "dense model") else f": {before.get(key)!r}"
@@ -167,6 +233,22 @@ def check_same_run(
                 f"The interrupted run in {folder} had another {key}{shown}; resume with the same "
                 "arguments, or delete the folder and start anew."
             )
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    """The record of a run, as it was written.
+
+    Raises:
+        CheckpointError: it was changed since.
+    """
+    run = read_json(path)
+    if {"digest", "digests"} & run.keys() and signed(run) != run:
+        raise CheckpointError(
+            f"{path} is not as it was written, so that the run cannot be compared with it; delete "
+            f"that file to resume with the same arguments all the same, or {path.parent.parent} to "
+            "train anew."
+        )
+    return run
 
 
 def _in_this_format(

@@ -32,6 +32,7 @@ from sparsecraft.moe.tracing import trace
 from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.record import conversion_of
 from sparsecraft.surgery.trainable import matches
+from sparsecraft.training.resume import keep_alone
 from sparsecraft.training.tally import Tally
 from sparsecraft.training.watch import WatchedTrainerMixin
 
@@ -206,6 +207,9 @@ class RoutedTrainerMixin:
         except CheckpointError:
             shutil.rmtree(state, ignore_errors=True)
             raise
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:  # an older state goes once all of the new one is on the disk
+            keep_alone(state)
 
     def keep_state(self) -> None:
         """Write a state for resuming now."""

@@ -7,8 +7,10 @@ enough.
 from __future__ import annotations
 
 import peft
+from peft.config import PeftConfigMixin
 from peft.utils import register_peft_method
 
+from sparsecraft.interop import watching
 from sparsecraft.interop.peft.configs import CONFIGS
 from sparsecraft.interop.peft.tuner import RecipeTuner
 
@@ -38,4 +40,15 @@ def _extend(name: str) -> None:
     kind._member_map_[name] = kind._value2member_map_[name] = member
 
 
+def watch() -> None:
+    """Let PEFT sign the adapters of ours that it writes, and check those that it reads."""
+    model, config = peft.PeftModel, PeftConfigMixin
+    model.save_pretrained = watching.signed(model.save_pretrained)
+    model.load_adapter = watching.checked(model.load_adapter)
+    for kind, at in ((model, 1), (config, 0)):
+        theirs = kind.from_pretrained.__func__
+        kind.from_pretrained = classmethod(watching.checked(theirs, at))
+
+
 register()
+watch()

@@ -24,6 +24,7 @@ class SparsecraftConfig(PeftConfig):
         recipe: a `Recipe`, kept as its JSON, so that adapter_config.json says everything.
         modules_to_save: names of further modules that are trained and saved whole, such as a new
             classification head.
+        files: in adapter_config.json, digests of what was saved; of no meaning here.
 
     Raises:
         RecipeError: the recipe replaces dense modules, is another method's, or contradicts a field.
@@ -31,6 +32,7 @@ class SparsecraftConfig(PeftConfig):
 
     recipe: Any = None
     modules_to_save: list[str] | None = None
+    files: dict[str, Any] | None = None
 
     TYPE: ClassVar[str] = "SPARSECRAFT"
     target_modules: ClassVar[str] = DUMMY_TARGET_MODULES
@@ -38,7 +40,7 @@ class SparsecraftConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType[self.TYPE]
+        self.peft_type, self.files = PeftType[self.TYPE], None
         recipe = self._made_from_fields() if self.recipe is None else self.recipe
         if isinstance(recipe, Recipe):
             recipe = json.loads(json.dumps(to_json(recipe)))

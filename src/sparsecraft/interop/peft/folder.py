@@ -1,8 +1,9 @@
 """A PEFT folder of one of our recipes, read as the converted model that it describes.
 
-adapter_config.json           the recipe, the base's name and revision
+adapter_config.json           the recipe, the base's name and revision, digests
 adapter_model.safetensors     the tensors of the adapter, and nothing else
-sparsecraft_export.json       only where `sc.export` wrote the folder: the base's fingerprint
+sparsecraft_export.json       only where `sc.export` wrote the folder: the base's fingerprint,
+                              digests of what stands beside the adapter
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from sparsecraft.checkpoint import tensorfile
+from sparsecraft.checkpoint import adapter_record, tensorfile
 from sparsecraft.checkpoint.adapter import WEIGHTS
 from sparsecraft.dense import hub
 from sparsecraft.dense.origin import Origin
@@ -42,6 +43,7 @@ def write(
         config.task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     config.save_pretrained(folder, auto_mapping_dict=None if config.task_type else classes)
     tensorfile.write(folder / WEIGHTS, tensors)
+    adapter_record.sign(folder)
     base = origin.name if origin else "a model built in memory"
     license = hub.license_of(origin.folder) if origin else None
     (folder / "README.md").write_text(f"""---
