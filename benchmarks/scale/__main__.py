@@ -38,7 +38,9 @@ def prepare(asked: argparse.Namespace) -> list[str]:
     """The dense model and the rows on disk, and the options that name them."""
     size = "tiny" if asked.quick else "1b"
     dense = write_dense(asked.work / size, size)
-    rows = write_rows(asked.work / f"{size}.jsonl", *((9_000, 14) if asked.quick else (1_200_000, 350)))
+    rows = write_rows(
+        asked.work / f"{size}.jsonl", *((9_000, 14) if asked.quick else (1_200_000, 350))
+    )
     return ["--dense", str(dense), "--rows", str(rows)]
 
 
@@ -99,7 +101,9 @@ def machine(asked: argparse.Namespace) -> None:
         return
     subprocess.run(["nvidia-smi", "topo", "-m"], check=False)
     gpus = range(torch.cuda.device_count())
-    peers = {f"{a}{b}": torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus if a < b}
+    peers = {
+        f"{a}{b}": torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus if a < b
+    }
     print("peer access", peers, flush=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc-per-node={asked.gpus}", "-m", "benchmarks.scale.links"]  # fmt: skip

@@ -95,7 +95,9 @@ def write_rows(path: Path, tokens: int, longest: int) -> Path:
     draw, written = random.Random(0), 0
     with path.open("w") as file:
         while written < tokens:
-            asked, said = (draw.choices(WORDS, k=draw.randint(longest // 7, longest)) for _ in range(2))
+            asked, said = (
+                draw.choices(WORDS, k=draw.randint(longest // 7, longest)) for _ in range(2)
+            )
             messages = [
                 {"role": "user", "content": " ".join(asked)},
                 {"role": "assistant", "content": " ".join(said)},

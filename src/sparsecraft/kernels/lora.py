@@ -89,6 +89,8 @@ def _gated(z_TN: Tensor, gate_TE: Tensor | float, b_EOR: Tensor, dtype: torch.dt
 
 def _stacked(b_EOR: Tensor, dtype: torch.dtype) -> Tensor:
     """All B side by side, (O, E*R)."""
+    if len(b_EOR) == 1:  # its gradient has the strides of B, which the permuted one has not
+        return b_EOR.to(dtype).flatten(0, 1)
     return b_EOR.to(dtype).permute(1, 0, 2).flatten(1)
 
 
@@ -139,7 +141,8 @@ class _AddInPlace(torch.autograd.Function):
         grad_z = grad_weights = grad_b = None
         if needs_b:
             grad_b = product(grad_TO.t(), gated_TN).view(O, E, R).permute(1, 0, 2)
-            grad_b = grad_b.to(b_EOR.dtype)
+            # With the strides of B itself: DDP's buckets have them, and AccumulateGrad copies else.
+            grad_b = grad_b.to(b_EOR.dtype, memory_format=torch.contiguous_format).view(E, O, R)
         if needs_z or needs_weights:
             grad_TN = grad_TO @ b_ON
         if weights_TE is None:

@@ -22,6 +22,7 @@ from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
 from sparsecraft.data.sentences import Prompts
 from sparsecraft.dense.memory import outside_of_inference_mode
+from sparsecraft.dense.sharing import is_sharded
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.split_report import summary
 from sparsecraft.moe.context import layer_masks
@@ -123,8 +124,10 @@ def _run_stages(
 def _finish(run: Run, states: Path, overwrite: bool, tokenizer: Any, trainer: Any | None) -> None:
     """Write the checkpoint, by the first process of several, and let go of what `resume` reads."""
     run.model.eval()
-    if trainer is None or trainer.is_world_process_zero():
+    first = trainer is None or trainer.is_world_process_zero()
+    if first or is_sharded(run.model):  # all processes give their parts, and the first one writes
         save(run.model, run.out, overwrite=overwrite, tokenizer=tokenizer)
+    if first:
         shutil.rmtree(states, ignore_errors=True)
     if trainer is not None:
         trainer.accelerator.wait_for_everyone()
