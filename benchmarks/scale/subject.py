@@ -45,10 +45,20 @@ SIZES = {
         "vocab_size": 512,
     },
 }
+# One of each kind of experts, for `soak`, beside the two that are measured.
 RECIPES: dict[str, Callable[[], sc.Recipe]] = {
     "camelidae": sc.recipes.camelidae,
+    "camelidae without dropout": lambda: sc.recipes.camelidae(dropout=0.0),
     "upcycling": lambda: sc.recipes.upcycling(num_experts=4, top_k=2),
+    "adapter": lambda: sc.recipes.camelidae(num_experts=4, adapter_dim=16, lora_rank=4),
+    "lora": lambda: sc.recipes.molora(num_experts=4, rank=4, variant="tuned"),
+    "vector": lambda: sc.recipes.mov(num_experts=4, variant="tuned"),
+    "ffn": lambda: sc.recipes.upcycling(num_experts=4, top_k=2),
+    "ffn_lora": lambda: sc.recipes.mixlora(num_experts=4, top_k=2, rank=4),
+    "attention": lambda: sc.recipes.bam(num_experts=2),
+    "split": lambda: sc.recipes.lte(num_experts=4),
 }
+KINDS = ("adapter", "lora", "vector", "ffn", "ffn_lora", "attention", "split")
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -107,8 +117,10 @@ def write_rows(path: Path, tokens: int, longest: int) -> Path:
     return path
 
 
-def converted(dense: Path, recipe: str, device: torch.device) -> transformers.PreTrainedModel:
-    model = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)
+def converted(
+    dense: Path, recipe: str, device: torch.device, dtype: torch.dtype
+) -> transformers.PreTrainedModel:
+    model = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=dtype)
     model.to(device)
     sc.convert(model, RECIPES[recipe](), certify=False)
     return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import statistics
 import time
 import traceback
@@ -16,51 +18,78 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
+from sparsecraft.dense.digests import digest
+from sparsecraft.dense.sharing import own_part
 from sparsecraft.moe.names import pattern_of
 
 HOME = ("sparsecraft", "trl", "transformers", "accelerate")
 KERNELS, CALLS = 18, 28
 
 
-class Enough(Exception):  # noqa: N818: no error, a way out
+class Enough(Exception):
     """All steps were measured; what `train` does at its end is none of the question."""
 
 
 class Clock(TrainerCallback):
-    """Seconds of every step behind the warm-up, the device waited for at both ends alone.
+    """Seconds of the steps behind the warm-up, the device waited for at both ends alone, and the
+    most memory before and in them.
 
     Args:
-        stops: leave `train` behind the last step, before it saves.
+        leave_at: leave `train` behind this step, before it saves the model; None: never.
     """
 
-    def __init__(self, warmup: int, steps: int, stops: bool):
-        self.warmup, self.steps, self.stops = warmup, steps, stops
-        self.began, self.seconds, self.at = 0.0, 0.0, []
+    def __init__(self, warmup: int, steps: int, leave_at: int | None):
+        self.warmup, self.steps, self.leave_at = warmup, steps, leave_at
+        self.began, self.seconds, self.at, self.peak_before = 0.0, 0.0, [], 0.0
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.warmup:
             wait()
+            self.peak_before = peak()
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             self.began = time.perf_counter()
         self.at.append(time.perf_counter())
-        if state.global_step == self.steps:
+        if state.global_step == self.steps and self.began:
             wait()
             self.seconds = time.perf_counter() - self.began
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.leave_at:
+            raise Enough
+
     def on_train_end(self, args, state, control, **kwargs):
-        if self.stops:
+        if state.global_step == self.leave_at:
             raise Enough
 
     def found(self) -> dict[str, float]:
-        between = [b - a for a, b in zip(self.at[self.warmup :], self.at[self.warmup + 1 :])]
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        steps = self.at[self.warmup - 1 :]
+        between = [after - before for before, after in itertools.pairwise(steps)]
         return {
             "seconds": self.seconds,
-            "steps": self.steps - self.warmup,
-            "median_step": statistics.median(between) if between else self.seconds,
-            "peak_gib": peak / 2**30,
+            "median_step": statistics.median(between) if between else 0.0,
+            "peak_gib": peak(),
+            "peak_before_gib": self.peak_before,
         }
+
+
+class Prints(TrainerCallback):
+    """A digest of all trained weights behind some steps."""
+
+    def __init__(self, steps: tuple[int, ...]):
+        self.steps, self.found = steps, {}
+
+    def on_step_end(self, args, state, control, model: nn.Module = None, **kwargs):
+        if state.global_step in self.steps:
+            trained = [p for p in model.parameters() if p.requires_grad]
+            digests = (digest(own_part(p.detach()).cpu()) for p in trained)
+            key = f"{len(self.found)}-{state.global_step}"
+            self.found[key] = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+def peak() -> float:
+    """GiB."""
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
 
 
 class Profile(TrainerCallback):

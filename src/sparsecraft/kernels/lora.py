@@ -94,6 +94,16 @@ def _stacked(b_EOR: Tensor, dtype: torch.dtype) -> Tensor:
     return b_EOR.to(dtype).permute(1, 0, 2).flatten(1)
 
 
+def _as_b(grad_ON: Tensor, b_EOR: Tensor) -> Tensor:
+    """The gradient of all B side by side as that of B, with its strides, which DDP's buckets have
+    too; AccumulateGrad would copy any other."""
+    E, O, R = b_EOR.shape
+    if E == 1:
+        return grad_ON.to(b_EOR.dtype)[None]
+    grad_EOR = grad_ON.view(O, E, R).transpose(0, 1)
+    return grad_EOR.to(b_EOR.dtype, memory_format=torch.contiguous_format)
+
+
 def _is_few(x_TI: Tensor, z_TN, weights_TE, loras: LoRAs, onto) -> bool:
     if not is_few(x_TI) or not fits_add_lora(loras.b_EOR):
         return False
@@ -140,9 +150,7 @@ class _AddInPlace(torch.autograd.Function):
         _, needs_z, needs_weights, needs_b, _ = ctx.needs_input_grad
         grad_z = grad_weights = grad_b = None
         if needs_b:
-            grad_b = product(grad_TO.t(), gated_TN).view(O, E, R).permute(1, 0, 2)
-            # With the strides of B itself: DDP's buckets have them, and AccumulateGrad copies else.
-            grad_b = grad_b.to(b_EOR.dtype, memory_format=torch.contiguous_format).view(E, O, R)
+            grad_b = _as_b(product(grad_TO.t(), gated_TN), b_EOR)
         if needs_z or needs_weights:
             grad_TN = grad_TO @ b_ON
         if weights_TE is None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import DistributedType
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from sparsecraft.dense.sharing import gathered, shared_like
 from sparsecraft.errors import SparsecraftError
@@ -69,7 +69,7 @@ def varies(model: nn.Module) -> bool:
     lists = [
         part
         for path, part in model.named_modules()
-        if isinstance(part, nn.ModuleList) and path.endswith("experts")
+        if isinstance(part, nn.ModuleList | nn.ModuleDict) and path.endswith("experts")
     ]
     return any(drops) or any(p.requires_grad for part in lists for p in part.parameters())
 
@@ -85,7 +85,7 @@ def without_gradient(trainer: Any) -> list[str]:
     row = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     trainer.tally = Tally()
-    with undisturbed(model), torch.enable_grad(), trainer.accelerator.autocast():
+    with undisturbed(model), torch.enable_grad():
         model.train()
         trainer.compute_loss(model, row).backward()
     trainer.tally = tally
@@ -95,6 +95,13 @@ def without_gradient(trainer: Any) -> list[str]:
     missing = [name for name, parameter in trained.items() if parameter.grad is None]
     model.zero_grad()
     return missing
+
+
+def share_again(model: nn.Module) -> None:
+    """Let go of what FSDP2 keeps whole after a forward pass, for a backward pass to come."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole_state(optimizer: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from sparsecraft.moe.init.graph import check_metis
 from sparsecraft.recipe.stages import Fit, Stage
 from sparsecraft.surgery.elsewhere import note as note_elsewhere
 from sparsecraft.surgery.record import conversion_of, tokenizer_of
-from sparsecraft.training.arguments import processes
+from sparsecraft.training.arguments import by_fsdp, processes
 from sparsecraft.training.deal import check_deal
 from sparsecraft.training.defaults import checked, fill, fit_tokens, objective_of, stages_of
 from sparsecraft.training.descend import Run, descend
@@ -142,6 +142,12 @@ def _check_stages(model: nn.Module, stages: list[Stage | Fit]) -> None:
                 f"Stage {stage.name!r} {does} in one process and was started in {processes()}; "
                 "train the other stages with torchrun (--stages NAME), and this one without."
             )
+    if by_fsdp() and len(stages) > 1:
+        raise SparsecraftError(
+            f"FSDP2 shares a model once in a run, and {len(stages)} stages would run; train "
+            f"{stages[0].name!r} alone (--stages {stages[0].name}), then the next from its "
+            "checkpoint."
+        )
     check_deal(model, stages, objective_of(model))
     edits = conversion_of(model).recipe.edits
     splits = [e.experts for e in edits if e.experts.parts]

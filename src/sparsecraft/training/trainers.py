@@ -92,7 +92,8 @@ class RoutedTrainerMixin:
         masks = layer_masks(unwrapped, inputs, token_mask)
         with trace(unwrapped) as traced, conversion_of(unwrapped).own_loss.off():
             # Without a number of items: the mean over these, in all of transformers' models.
-            result = self._task_loss(model, inputs, return_outputs)
+            with self.accelerator.autocast():  # accelerate puts none around what FSDP2 shares
+                result = self._task_loss(model, inputs, return_outputs)
             routings = dict(traced)
         num_items = items if num_items_in_batch is None else num_items_in_batch
         loss = result[0] if return_outputs else result

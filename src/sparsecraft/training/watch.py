@@ -21,6 +21,7 @@ from torch.nn.utils import get_total_norm
 from sparsecraft.dense.sharing import own_part
 from sparsecraft.dense.sound import check_weights, fault_of, is_finite
 from sparsecraft.errors import SparsecraftError, TrainingError
+from sparsecraft.training.engine import share_again
 from sparsecraft.training.moved import Before, Evidence, found, say
 
 log = logging.getLogger("sparsecraft")
@@ -87,6 +88,7 @@ class WatchedTrainerMixin:
         with torch.no_grad():
             loss = self.compute_loss(self.model, self._prepare_inputs(self._last_inputs))
         self.model.train(training)
+        share_again(self.model)
         if self._anywhere(~loss.isfinite()):
             found = self._first_output(self.model, [self._last_inputs])
             raise self._error(self.state.global_step, f"after it the loss is not finite; {found}")
