@@ -1,5 +1,5 @@
-"""What DDP and AccumulateGrad ask of gradients: every trained parameter has one, whatever the batch,
-and it lies in memory as its parameter does, so that nobody copies it."""
+"""What DDP asks of gradients: every trained parameter has one, whatever the batch, and it lies in
+memory as its parameter does, so that nobody copies it."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ class _AddInPlace(torch.autograd.Function):
         z_TN, weights_TE, b_EOR, gate_TE, gated_TN, b_ON = ctx.saved_tensors
         if torch.is_grad_enabled():
             return grad_TO, *_once_more(grad_TO, z_TN, weights_TE, b_EOR, ctx.scale), None
-        E, O, R = b_EOR.shape
+        E, _, R = b_EOR.shape
         _, needs_z, needs_weights, needs_b, _ = ctx.needs_input_grad
         grad_z = grad_weights = grad_b = None
         if needs_b:
