@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from sparsecraft.dense.sharing import gathered
 from sparsecraft.errors import CheckpointError
 from sparsecraft.moe.names import unique_tensors
 
@@ -39,7 +40,7 @@ def whole_tensors(model: nn.Module, given: Mapping[str, Tensor] | None = None) -
 
 def _whole(modules: Mapping[str, nn.Module], name: str, tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
-        return tensor.full_tensor().cpu()
+        return gathered(tensor)
     if not tensor.is_meta:
         return tensor
     path, _, leaf = name.rpartition(".")
@@ -79,8 +80,3 @@ def unwrapped(name: str) -> str:
     for prefix in WRAPPERS:
         name = name.removeprefix(prefix)
     return name
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether tensors lie in several processes, all of which have to ask for them."""
-    return any(isinstance(tensor, DTensor) for tensor in model.parameters())

@@ -17,9 +17,10 @@ from transformers.utils.hub import convert_file_size_to_int
 
 from sparsecraft.checkpoint import shards
 from sparsecraft.checkpoint.folder import COMPANIONS, GENERATION
-from sparsecraft.checkpoint.gathering import is_sharded, whole_tensors
+from sparsecraft.checkpoint.gathering import whole_tensors
 from sparsecraft.checkpoint.pushing import push_to_hub
 from sparsecraft.checkpoint.save import save
+from sparsecraft.dense.sharing import is_sharded
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.surgery.identity import stands_nowhere
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.checkpoint.base import as_it_was, convert_base, load_on
-from sparsecraft.checkpoint.gathering import is_sharded
 from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.manifest import base_config, read_manifest, read_recipe
 from sparsecraft.checkpoint.space import free_memory, main_memory
@@ -25,6 +24,7 @@ from sparsecraft.dense.door import build
 from sparsecraft.dense.loading import model_class
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.probes import UNREADABLE, Inputs, candidates, random_probe
+from sparsecraft.dense.sharing import is_sharded
 from sparsecraft.dense.windows import long_probe
 from sparsecraft.errors import CheckpointError
 from sparsecraft.moe import cost

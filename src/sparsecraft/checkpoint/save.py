@@ -14,7 +14,7 @@ from sparsecraft.checkpoint.base import entry, usable_base
 from sparsecraft.checkpoint.card import readme
 from sparsecraft.checkpoint.companions import copy_companions, write_companions
 from sparsecraft.checkpoint.folder import MANIFEST
-from sparsecraft.checkpoint.gathering import is_sharded, whole_tensors
+from sparsecraft.checkpoint.gathering import whole_tensors
 from sparsecraft.checkpoint.integrity import OF_CHECKPOINT, entries, signed
 from sparsecraft.checkpoint.jsonfile import json_digest, write_json
 from sparsecraft.checkpoint.manifest import base_dtype, config_of, word
@@ -26,6 +26,7 @@ from sparsecraft.checkpoint.tensors import WEIGHTS, new_or_changed
 from sparsecraft.dense.digests import combine
 from sparsecraft.dense.loading import class_of, model_class
 from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.sharing import is_sharded
 from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CheckpointError, HubError
 from sparsecraft.moe.names import dense_name, dense_tensors

@@ -13,6 +13,7 @@ from sparsecraft.checkpoint.integrity import accepting
 from sparsecraft.checkpoint.shards import changed, read
 from sparsecraft.dense.digests import combine, digest
 from sparsecraft.dense.origin import Origin
+from sparsecraft.dense.sharing import shared_like
 from sparsecraft.dense.sound import check_weight
 from sparsecraft.errors import CheckpointError
 from sparsecraft.moe.names import dense_name, unique_tensors
@@ -79,7 +80,7 @@ def read_tensors(
         _check_kind(path, name, tensor, known[name])
         if in_place:
             with torch.no_grad():
-                known[name].copy_(tensor)
+                known[name].copy_(shared_like(tensor, known[name]))
         else:
             _assign(model, name, tensor, devices.get(name, known[name].device))
     if missing := sorted(required - set(digests)):

@@ -94,9 +94,8 @@ def convert_files(
         CertificateError: the recipe claims to start exactly as the dense model and does not.
         CheckpointError: the folder cannot be written, or not be resumed.
     """
-    out = Path(out)
     check_seed(seed)
-    with claimed(out, overwrite, keep_partial=True):
+    with claimed(out, overwrite, keep_partial=True) as out:
         _check_recipe(recipe)
         stream = _Stream(model, recipe, sources, dtype=dtype, unrelated=unrelated, seed=seed)
         check_settings(stream.model)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.dense.quantization import settings_in
+from sparsecraft.dense.sharing import own_part
 from sparsecraft.dense.weights import Weights
 from sparsecraft.errors import SparsecraftError
 
@@ -29,8 +30,7 @@ def fault_of(tensor: Tensor) -> str | None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every number of a floating tensor is finite; without a copy of it."""
-    tensor = tensor.detach()
-    tensor = getattr(tensor, "to_local", lambda: tensor)()  # of several processes' each its part
+    tensor = own_part(tensor.detach())
     if tensor.is_meta or not tensor.numel():
         return True
     if tensor.element_size() == 1:  # 8 bits have no order in torch

@@ -89,7 +89,19 @@ def _gated(z_TN: Tensor, gate_TE: Tensor | float, b_EOR: Tensor, dtype: torch.dt
 
 def _stacked(b_EOR: Tensor, dtype: torch.dtype) -> Tensor:
     """All B side by side, (O, E*R)."""
+    if len(b_EOR) == 1:  # its gradient has the strides of B, which the permuted one has not
+        return b_EOR.to(dtype).flatten(0, 1)
     return b_EOR.to(dtype).permute(1, 0, 2).flatten(1)
+
+
+def _as_b(grad_ON: Tensor, b_EOR: Tensor) -> Tensor:
+    """The gradient of all B side by side as that of B, with its strides, which DDP's buckets have
+    too; AccumulateGrad would copy any other."""
+    E, O, R = b_EOR.shape
+    if E == 1:
+        return grad_ON.to(b_EOR.dtype)[None]
+    grad_EOR = grad_ON.view(O, E, R).transpose(0, 1)
+    return grad_EOR.to(b_EOR.dtype, memory_format=torch.contiguous_format)
 
 
 def _is_few(x_TI: Tensor, z_TN, weights_TE, loras: LoRAs, onto) -> bool:
@@ -134,12 +146,11 @@ class _AddInPlace(torch.autograd.Function):
         z_TN, weights_TE, b_EOR, gate_TE, gated_TN, b_ON = ctx.saved_tensors
         if torch.is_grad_enabled():
             return grad_TO, *_once_more(grad_TO, z_TN, weights_TE, b_EOR, ctx.scale), None
-        E, O, R = b_EOR.shape
+        E, _, R = b_EOR.shape
         _, needs_z, needs_weights, needs_b, _ = ctx.needs_input_grad
         grad_z = grad_weights = grad_b = None
         if needs_b:
-            grad_b = product(grad_TO.t(), gated_TN).view(O, E, R).permute(1, 0, 2)
-            grad_b = grad_b.to(b_EOR.dtype)
+            grad_b = _as_b(product(grad_TO.t(), gated_TN), b_EOR)
         if needs_z or needs_weights:
             grad_TN = grad_TO @ b_ON
         if weights_TE is None:

@@ -83,6 +83,11 @@ def _schedule(stage: Stage, schedule: str, steps: int) -> dict[str, Any]:
     }
 
 
+def by_fsdp() -> bool:
+    """Whether accelerate will share the model among processes."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def processes() -> int:
     """How many processes train together, as torchrun and accelerate say it."""
     return int(os.environ.get("WORLD_SIZE", "1"))

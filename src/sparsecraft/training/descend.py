@@ -35,6 +35,7 @@ from sparsecraft.surgery.trainable import set_trainable
 from sparsecraft.training.arguments import processes, training_arguments
 from sparsecraft.training.deal import deal, directed, sampled
 from sparsecraft.training.defaults import needs, objective_of
+from sparsecraft.training.engine import set_up
 from sparsecraft.training.heads import head_is_plain
 from sparsecraft.training.moved import Before, watched_routers
 from sparsecraft.training.options import TrainOptions
@@ -103,7 +104,7 @@ def descend(
     prepare_parameters(model, stage)
     log.info(needs(model, settings, run.out))
     dataset = sampled(dataset, stage.deal) if stage.deal else dataset
-    described = describe(model, settings, dataset, processes())
+    described = describe(model, settings, dataset)
     check_same_run(folder, described, run.resume, read_as(model))
     found: dict[str, Any] = {}
     if stage.deal:
@@ -117,6 +118,7 @@ def descend(
         should = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         trainer = make_trainer(run, stage, settings, dataset, folder)
         check_alike(described)
+        set_up(trainer)
         before = Before(model, should)
         with watched_routers(model, trainer.evidence):
             report = _run(trainer, counts, run)
@@ -240,7 +242,7 @@ def make_trainer(run: Run, stage: Stage, settings: TrainOptions, dataset: Any, f
     trainer = trainer_class(
         model=model,
         args=arguments_class(**arguments),
-        train_dataset=dataset,
+        train_dataset=dataset.with_format("numpy"),  # lists of numbers cost ten times as much
         data_collator=functools.partial(
             collate,
             pad_id=pad_id(tokenizer, model),

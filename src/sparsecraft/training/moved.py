@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.dense.digests import digest
+from sparsecraft.dense.sharing import whole
 from sparsecraft.errors import TrainingError
 from sparsecraft.evaluation.history import moved_lines
 from sparsecraft.moe.layer import MoELayer
@@ -110,7 +111,7 @@ class Evidence:
         square = self.squares.get(name)
         if e is not None and square is not None:
             square = square[e]
-        has_gradient = square is not None and bool(_whole(square).max() > SEEN)
+        has_gradient = square is not None and bool(whole(square).max() > SEEN)
         if changed and (has_gradient or not self.knows):
             return None
         beside = ", and weight decay alone changed it" if changed else ""
@@ -193,17 +194,12 @@ def _digests(model: nn.Module) -> dict[Unit, str]:
     }
     digests: dict[Unit, str] = {}
     for name, parameter in model.named_parameters():
-        tensor = _whole(parameter.detach()).cpu()
+        tensor = whole(parameter.detach()).cpu()
         if name in stacked:
             digests |= {(name, e): digest(part) for e, part in enumerate(tensor)}
         else:
             digests[name, None] = digest(tensor)
     return digests
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A tensor that several processes share, put together; every one of them calls this."""
-    return getattr(tensor, "full_tensor", lambda: tensor)()
 
 
 def _written(unit: Unit) -> str:

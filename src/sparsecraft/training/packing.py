@@ -25,7 +25,7 @@ from sparsecraft.data.limits import pad_id
 from sparsecraft.errors import first_line
 from sparsecraft.moe.context import sentence_width
 from sparsecraft.moe.outputs import evaluation_mode
-from sparsecraft.training.arguments import on_cpu
+from sparsecraft.training.arguments import by_fsdp, on_cpu
 
 log = logging.getLogger("sparsecraft")
 
@@ -150,9 +150,7 @@ def _distance(some: list[Tensor], others: list[Tensor]) -> float:
 
 def _to_the_trainers_device(model: nn.Module) -> None:
     """To the GPU that Trainer would move it to: some attention runs nowhere else."""
-    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" or bool(
-        getattr(model, "hf_device_map", None)
-    )
+    sharded = by_fsdp() or bool(getattr(model, "hf_device_map", None))
     if not on_cpu() and not sharded and not getattr(model, "is_quantized", False):
         model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
 

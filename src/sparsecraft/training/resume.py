@@ -147,13 +147,12 @@ def _complete(state: Path) -> bool:
     return True
 
 
-def describe(
-    model: nn.Module, settings: TrainOptions, rows: Dataset, processes: int
-) -> dict[str, Any]:
-    """What a run and its continuation must share: recipe, settings, data, dense model, experts
-    that were added later, and number of processes.
+def describe(model: nn.Module, settings: TrainOptions, rows: Dataset) -> dict[str, Any]:
+    """What a run and its continuation must share: recipe, settings, data, dense model, and experts
+    that were added later.
 
-    The tensors that train are not compared: a state brings them all.
+    The tensors that train are not compared: a state brings them all. Nor are the processes: a step
+    is of the same rows, whatever their number.
     """
     kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
     record = conversion_of(model)
@@ -162,7 +161,6 @@ def describe(
         **json.loads(json.dumps(kept)),
         "data": _rows_digest(rows),
         "dense model": combine({name: hash for name, (_, hash) in record.digests.items()}),
-        "processes": processes,
         "extensions": [
             {key: entry.get(key) for key in ("expert", "digest", "mixed", "rows", "removed")}
             for entry in record.report.get("extensions", [])

@@ -22,6 +22,7 @@ from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import TASK_OF_MODEL, prepare
 from sparsecraft.data.sentences import Prompts
 from sparsecraft.dense.memory import outside_of_inference_mode
+from sparsecraft.dense.sharing import is_sharded
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.split_report import summary
 from sparsecraft.moe.context import layer_masks
@@ -29,7 +30,7 @@ from sparsecraft.moe.init.graph import check_metis
 from sparsecraft.recipe.stages import Fit, Stage
 from sparsecraft.surgery.elsewhere import note as note_elsewhere
 from sparsecraft.surgery.record import conversion_of, tokenizer_of
-from sparsecraft.training.arguments import processes
+from sparsecraft.training.arguments import by_fsdp, processes
 from sparsecraft.training.deal import check_deal
 from sparsecraft.training.defaults import checked, fill, fit_tokens, objective_of, stages_of
 from sparsecraft.training.descend import Run, descend
@@ -123,8 +124,10 @@ def _run_stages(
 def _finish(run: Run, states: Path, overwrite: bool, tokenizer: Any, trainer: Any | None) -> None:
     """Write the checkpoint, by the first process of several, and let go of what `resume` reads."""
     run.model.eval()
-    if trainer is None or trainer.is_world_process_zero():
+    first = trainer is None or trainer.is_world_process_zero()
+    if first or is_sharded(run.model):  # all processes give their parts, and the first one writes
         save(run.model, run.out, overwrite=overwrite, tokenizer=tokenizer)
+    if first:
         shutil.rmtree(states, ignore_errors=True)
     if trainer is not None:
         trainer.accelerator.wait_for_everyone()
@@ -139,6 +142,12 @@ def _check_stages(model: nn.Module, stages: list[Stage | Fit]) -> None:
                 f"Stage {stage.name!r} {does} in one process and was started in {processes()}; "
                 "train the other stages with torchrun (--stages NAME), and this one without."
             )
+    if by_fsdp() and len(stages) > 1:
+        raise SparsecraftError(
+            f"FSDP2 shares a model once in a run, and {len(stages)} stages would run; train "
+            f"{stages[0].name!r} alone (--stages {stages[0].name}), then the next from its "
+            "checkpoint."
+        )
     check_deal(model, stages, objective_of(model))
     edits = conversion_of(model).recipe.edits
     splits = [e.experts for e in edits if e.experts.parts]

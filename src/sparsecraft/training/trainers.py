@@ -1,38 +1,32 @@
 """What our training adds to transformers' and TRL's trainers, in one mixin.
 
 Auxiliary losses from the trace, router and experts in their own optimizer groups, routing
-statistics beside the loss, and states for resuming that hold only what trains. Everything that
-overrides or calls a private method of Trainer stands under "Private hooks".
+statistics beside the loss. Everything that overrides or calls a private method of Trainer stands
+under "Private hooks" of its mixin.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerState
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from trl import SFTTrainer
 
-from sparsecraft.checkpoint import tensorfile
-from sparsecraft.checkpoint.space import writing
-from sparsecraft.checkpoint.tensors import WEIGHTS, read_tensors
 from sparsecraft.data.encoding import IGNORED
-from sparsecraft.errors import CheckpointError, SparsecraftError
+from sparsecraft.errors import SparsecraftError
 from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.items import count_items, weighed
-from sparsecraft.moe.names import unique_tensors
 from sparsecraft.moe.own_loss import balance_of
 from sparsecraft.moe.tracing import trace
 from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.record import conversion_of
 from sparsecraft.surgery.trainable import matches
-from sparsecraft.training.resume import keep_alone
+from sparsecraft.training.states import StatesMixin
 from sparsecraft.training.tally import Tally
 from sparsecraft.training.watch import WatchedTrainerMixin
 
@@ -98,7 +92,8 @@ class RoutedTrainerMixin:
         with trace(unwrapped) as traced, conversion_of(unwrapped).own_loss.off():
             masks = layer_masks(unwrapped, inputs, token_mask, traced)
             # Without a number of items: the mean over these, in all of transformers' models.
-            result = super().compute_loss(model, inputs, return_outputs=return_outputs)
+            with self.accelerator.autocast():  # accelerate puts none around what FSDP2 shares
+                result = self._task_loss(model, inputs, return_outputs)
             routings = dict(traced)
         num_items = items if num_items_in_batch is None else num_items_in_batch
         loss = result[0] if return_outputs else result
@@ -110,6 +105,10 @@ class RoutedTrainerMixin:
         if num_items_in_batch is not None:  # Trainer divides by these, DDP averages over those
             loss = loss * self.current_gradient_accumulation_steps * self.accelerator.num_processes
         return (loss, *result[1:]) if return_outputs else loss
+
+    def _task_loss(self, model, inputs, return_outputs):
+        """The mean over the items of these inputs, and the outputs if asked for."""
+        return super().compute_loss(model, inputs, return_outputs=return_outputs)
 
     def _auxiliary(self, model, routings, masks, share) -> Tensor | None:
         """The stage's auxiliary losses, and what the next log line says of the routing."""
@@ -183,48 +182,6 @@ class RoutedTrainerMixin:
         logs.update(self.tally.pop(lambda vector: self.accelerator.reduce(vector, "sum")))
         super().log(logs, *args, **kwargs)
 
-    # ------------------------------------------------------------------ Private hooks of Trainer
-
-    def _save(self, output_dir=None, state_dict=None):
-        """Only what trains: a training checkpoint holds tensors and Trainer's own state."""
-        if not self.args.should_save:
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        trained = {n: p for n, p in unique_tensors(model).items() if p.requires_grad}
-        if state_dict is not None:  # FSDP gathers its shards into this
-            trained = {name: state_dict[name] for name in trained}
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        digest = tensorfile.write(folder / WEIGHTS, trained)
-        (folder / "digest").write_text(digest)
-
-    def _save_checkpoint(self, model, trial):
-        """A state for resuming, whole or not at all."""
-        state = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
-            with writing(state, "free some disk and resume from the state before it, if any"):
-                super()._save_checkpoint(model, trial)
-        except CheckpointError:
-            shutil.rmtree(state, ignore_errors=True)
-            raise
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:  # an older state goes once all of the new one is on the disk
-            keep_alone(state)
-
-    def keep_state(self) -> None:
-        """Write a state for resuming now."""
-        self._save_checkpoint(self.model, trial=None)
-
-    def restore(self, state: Path) -> None:
-        """Take the trained tensors and the log of a state that is already at its last step."""
-        self._load_from_checkpoint(str(state))
-        self.state = TrainerState.load_from_json(str(state / "trainer_state.json"))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        folder = Path(resume_from_checkpoint)
-        model = self.accelerator.unwrap_model(self.model if model is None else model)
-        read_tensors(model, folder / WEIGHTS, (folder / "digest").read_text(), in_place=True)
-
 
 @contextmanager
 def adapters_known(model: torch.nn.Module) -> Iterator[None]:
@@ -246,26 +203,35 @@ class LogsWhatEnds(TrainerCallback):
             control.should_log = True
 
 
-class RoutedSFTTrainer(WatchedTrainerMixin, RoutedTrainerMixin, SFTTrainer):
+class RoutedSFTTrainer(WatchedTrainerMixin, RoutedTrainerMixin, StatesMixin, SFTTrainer):
     """Causal language models."""
 
     shifts_labels = True
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        items = count_items(inputs["labels"], self.shifts_labels)
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # TRL's are means of its micro-batches' means.
-        for name in ("entropy", "mean_token_accuracy"):
-            for value in self._metrics["train"].pop(name, ()):
-                self.tally.add(name, value, items)
-        return result
+    def _task_loss(self, model, inputs, return_outputs):
+        """TRL's loss, from its fused head. TRL itself asks all processes for every micro-batch's
+        entropy and accuracy and waits for them; here they are summed until a log line is due."""
+        if return_outputs:
+            return super()._task_loss(model, inputs, return_outputs)
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        items = outputs.label_mask.sum()
+        mean = items.clamp(min=1)
+        loss = -outputs.log_probs.sum() / mean
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+        if model.training:
+            self.tally.add("entropy", outputs.entropy.detach().sum() / mean, items)
+            self.tally.add("mean_token_accuracy", outputs.is_top1.sum() / mean, items)
+        return loss
 
 
-class RoutedSeq2SeqTrainer(WatchedTrainerMixin, RoutedTrainerMixin, Seq2SeqTrainer):
+class RoutedSeq2SeqTrainer(WatchedTrainerMixin, RoutedTrainerMixin, StatesMixin, Seq2SeqTrainer):
     """Encoder-decoder models."""
 
 
-class RoutedTrainer(WatchedTrainerMixin, RoutedTrainerMixin, Trainer):
+class RoutedTrainer(WatchedTrainerMixin, RoutedTrainerMixin, StatesMixin, Trainer):
     """Classifiers."""
 
 

@@ -18,8 +18,10 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from sparsecraft.dense.sharing import own_part
 from sparsecraft.dense.sound import check_weights, fault_of, is_finite
 from sparsecraft.errors import SparsecraftError, TrainingError
+from sparsecraft.training.engine import share_again
 from sparsecraft.training.moved import Before, Evidence, found, say
 
 log = logging.getLogger("sparsecraft")
@@ -64,8 +66,9 @@ class WatchedTrainerMixin:
             TrainingError: in all processes; the first tensor is named.
         """
         named = self.accelerator.unwrap_model(self.model).named_parameters()
-        trained = {n: _local(p.detach()) for n, p in named if p.requires_grad}
-        largest = get_total_norm(list(trained.values()), math.inf)
+        trained = {n: own_part(p.detach()) for n, p in named if p.requires_grad}
+        # A process may hold nothing of a small tensor that is shared.
+        largest = get_total_norm([t for t in trained.values() if t.numel()], math.inf)
         if self._anywhere(~largest.isfinite()):
             faults = ((name, fault_of(tensor)) for name, tensor in trained.items())
             what = next((f"the weight {name!r} {fault}" for name, fault in faults if fault), "")
@@ -85,6 +88,7 @@ class WatchedTrainerMixin:
         with torch.no_grad():
             loss = self.compute_loss(self.model, self._prepare_inputs(self._last_inputs))
         self.model.train(training)
+        share_again(self.model)
         if self._anywhere(~loss.isfinite()):
             found = self._first_output(self.model, [self._last_inputs])
             raise self._error(self.state.global_step, f"after it the loss is not finite; {found}")
@@ -108,7 +112,7 @@ class WatchedTrainerMixin:
 
     def _check_step(self, model: nn.Module) -> None:
         losses = torch.stack([loss.float() for _, loss in self._in_step]).sum()
-        gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]
+        gradients = [own_part(p.grad) for p in model.parameters() if p.grad is not None]
         norm = get_total_norm(gradients).to(losses.device)
         scaler = getattr(self.accelerator, "scaler", None)
         scales = scaler is not None and scaler.is_enabled()
@@ -134,8 +138,8 @@ class WatchedTrainerMixin:
             return f"the loss is not finite; {output}" if own else ""
         for name, parameter in model.named_parameters():
             gradient = parameter.grad
-            if gradient is not None and not get_total_norm([_local(gradient)]).isfinite():
-                what = fault_of(_local(gradient)) or "is too large for its own norm"
+            if gradient is not None and not get_total_norm([own_part(gradient)]).isfinite():
+                what = fault_of(own_part(gradient)) or "is too large for its own norm"
                 return f"the gradient of {name!r} {what}"
         return ""
 
@@ -169,11 +173,6 @@ class WatchedTrainerMixin:
         """A state for `resume` is one that can be gone on from."""
         self.check_model()
         super()._save_checkpoint(model, trial)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Of a tensor that several processes share this one's part."""
-    return getattr(tensor, "to_local", lambda: tensor)()
 
 
 @contextmanager

@@ -159,8 +159,8 @@ def sweep(
             for size in batch_sizes:
                 _time(model, settings, seen, held, size, context, rounds)
         _compare_losses(seen)
-        said = (f"{split}. {AGAINST}", _machine(model), *notes)
-        result = Sweep(tuple(seen), said, _score_name(seen[0]), tuple(batch_sizes))
+        notes = (f"{split}. {AGAINST}", _machine(model), *notes)
+        result = Sweep(tuple(seen), notes, _score_name(seen[0]), tuple(batch_sizes))
         _write(model, result, folder, context, rounds)
     return result
 

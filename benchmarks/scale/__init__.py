@@ -1,0 +1,1 @@
+"""One GPU against several: tokens per second, memory, losses and checkpoints by DDP and FSDP2."""

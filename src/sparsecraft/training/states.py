@@ -1,0 +1,106 @@
+"""The state that a training run can go on from: what trains, the optimizer's moments, Trainer's own
+files. A model that several processes share (FSDP2) leaves what one process would, so that any
+number of them goes on, by whichever engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import TrainerState, set_seed
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
+from sparsecraft.checkpoint import tensorfile
+from sparsecraft.checkpoint.space import writing
+from sparsecraft.checkpoint.tensors import WEIGHTS, read_tensors
+from sparsecraft.dense.sharing import gathered
+from sparsecraft.errors import CheckpointError
+from sparsecraft.moe.names import unique_tensors
+from sparsecraft.training.engine import load_state, whole_state
+from sparsecraft.training.resume import keep_alone
+
+log = logging.getLogger("sparsecraft")
+
+
+class StatesMixin:
+    """Put before a Trainer class; its states are read by `training.resume` too."""
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Only what trains: a state holds these tensors and Trainer's own files."""
+        model = self.accelerator.unwrap_model(self.model)
+        known = unique_tensors(model).items()
+        trained = {name: gathered(p.detach()) for name, p in known if p.requires_grad}
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "digest").write_text(tensorfile.write(folder / WEIGHTS, trained))
+
+    def keep_state(self) -> None:
+        """Write a state for resuming now."""
+        self._save_checkpoint(self.model, trial=None)
+
+    def restore(self, state: Path) -> None:
+        """Take the trained tensors and the log of a state that is already at its last step."""
+        self._load_from_checkpoint(str(state))
+        self.state = TrainerState.load_from_json(str(state / "trainer_state.json"))
+
+    # ------------------------------------------------------------------ Private hooks of Trainer
+
+    def _save_checkpoint(self, model, trial):
+        """A state for resuming, whole or not at all; an older one goes once all of the new one is
+        on the disk, and its digests are."""
+        state = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            with writing(state, "free some disk and resume from the state before it, if any"):
+                super()._save_checkpoint(model, trial)
+        except CheckpointError:
+            shutil.rmtree(state, ignore_errors=True)
+            raise
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            keep_alone(state)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """FSDP2's are written as one process's: accelerate's own hold the whole model once more,
+        for this number of processes alone."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder, options = Path(checkpoint), {"map_location": "cpu", "weights_only": True}
+        load_state(self.optimizer, torch.load(folder / OPTIMIZER_NAME, mmap=True, **options))
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, **options))
+
+    def _save_rng_state(self, output_dir):
+        """Trainer writes the state's last file behind this: no process's numbers may lack then."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _load_rng_state(self, checkpoint):
+        """Random numbers go on where they were, unless another number of processes draws them."""
+        kept = len([*Path(checkpoint).glob("rng_state*")]) if checkpoint else None
+        if kept in (None, self.args.world_size):
+            super()._load_rng_state(checkpoint)
+            return
+        set_seed(self.args.seed + self.state.global_step)
+        log.warning(
+            f"{kept} processes began this run and {self.args.world_size} go on with it: its rows, "
+            "their order and its steps are the same, and dropout and routers that sample draw "
+            "other numbers than they would have."
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        folder = Path(resume_from_checkpoint)
+        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        read_tensors(model, folder / WEIGHTS, (folder / "digest").read_text(), in_place=True)
