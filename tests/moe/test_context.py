@@ -6,6 +6,7 @@ Shapes: B sequences, S positions, E experts, I input features, O output features
 from __future__ import annotations
 
 import copy
+import io
 from contextlib import contextmanager
 
 import pytest
@@ -458,6 +459,48 @@ def test_a_context_refuses_what_no_layer_asks_for():
         useless, said = sc.context(model, prefix_mask=prefix_of(IDS)), "No layer of this Llama"
         with pytest.raises(SparsecraftError, match=said), useless:
             pass
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_a_trunk_that_is_called_without_its_head_hears_of_the_batch(family):
+    model = converted(family, encoder_recipe(family, sc.recipes.smola, mixing="slots"))
+    trunk = model.get_encoder() if family == "t5" else model.base_model
+    given = {"prefix_mask": prefix_of(IDS)} if family == "llama" else {"attention_mask": PADDING}
+    with watched(model) as whole:
+        logits(model, IDS, **given)
+    with watched(model) as seen, torch.no_grad():
+        logits(model, IDS)  # which it has nothing from
+        trunk(IDS, **given)
+    assert seen and all(torch.equal(seen[layer][1], whole[layer][1]) for layer in seen)
+    with watched(model) as plain, torch.no_grad():
+        trunk(IDS)
+    assert not torch.equal([*plain.values()][-1][1], [*seen.values()][-1][1])
+
+
+def test_a_pass_that_breaks_off_leaves_nothing_behind():
+    """Also where Ctrl-C ends it, which no hook hears of."""
+    model, prefix = converted("llama", slots()), prefix_of(IDS)
+    plain, inner = logits(model, IDS), logits(model, IDS, prefix_mask=prefix_of(IDS, 3))
+
+    def breaks(*args):
+        raise KeyboardInterrupt
+
+    handle = model.lm_head.register_forward_hook(breaks)
+    with pytest.raises(KeyboardInterrupt), sc.context(model, prefix_mask=prefix):
+        logits(model, IDS)
+    handle.remove()
+    with sc.context(model, prefix_mask=prefix_of(IDS, 3)), torch.no_grad():
+        assert torch.equal(model.lm_head(model.model(IDS).last_hidden_state), inner)
+    assert torch.equal(logits(model, IDS), plain)
+
+
+@pytest.mark.parametrize("recipe", [slots, lambda: sc.recipes.bam(2)])
+def test_models_are_pickled(recipe):
+    model, file = converted("llama", recipe()), io.BytesIO()
+    wanted = logits(model, IDS)
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(logits(torch.load(file, weights_only=False), IDS), wanted)
 
 
 def test_a_copy_of_a_model_has_a_batch_of_its_own():

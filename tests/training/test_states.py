@@ -12,7 +12,7 @@ import torch
 
 import sparsecraft as sc
 from sparsecraft.errors import SparsecraftError
-from sparsecraft.training import trainers
+from sparsecraft.training import states as writing
 from sparsecraft.training.progress import ProgressBar
 from sparsecraft.training.resume import DIGESTS, check_folder, keep_alone, last_state
 from tests import tiny
@@ -56,7 +56,7 @@ def run(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(ProgressBar, "on_step_end", stop)
-        patch.setattr(trainers, "keep_alone", keep)
+        patch.setattr(writing, "keep_alone", keep)
         train(root, "out")
     whole = train(root, "whole")
     return root, {name: value.detach() for name, value in whole.named_parameters()}

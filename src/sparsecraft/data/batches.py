@@ -37,15 +37,15 @@ def collate(
     """
     import torch
 
-    rows = [torch.as_tensor(feature["input_ids"]).long() for feature in features]
+    rows = [torch.tensor(feature["input_ids"]).long() for feature in features]
     mask_BS = _pad([torch.ones_like(row, dtype=torch.bool) for row in rows], False)
     batch = {"input_ids": _pad(rows, pad_id), "token_mask": mask_BS}
-    labels = [torch.as_tensor(feature["labels"]).long() for feature in features]
+    labels = [torch.tensor(feature["labels"]).long() for feature in features]
     batch["labels"] = _pad(labels, IGNORED) if labels[0].ndim else torch.stack(labels)
     if prompts is not None:
         batch |= _sentences(features, prompts, packed)
     if "expert" in features[0]:  # padding goes to any; no loss counts it
-        batch["expert_ids"] = _pad([torch.as_tensor(row["expert"]) for row in features], 0)
+        batch["expert_ids"] = _pad([torch.tensor(row["expert"]) for row in features], 0)
     if not packed:
         return batch | {"attention_mask": mask_BS.long()}
     width = mask_BS.shape[1]

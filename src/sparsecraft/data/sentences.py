@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def embed(
         raise SparsecraftError(f"embed takes a list of texts, not {texts!r:.60}.")
     if batch_size < 1:
         raise SparsecraftError(f"batch_size is {batch_size}; it must be at least 1.")
-    model, tokenizer, length = _encoder(os.fspath(encoder))
+    model, tokenizer, length = _encoder_of(encoder)
     model.to(_device() if device is None else device)
     # By length, so that padding is short.
     distinct = sorted(dict.fromkeys(texts), key=lambda text: (len(text), text))
@@ -81,6 +82,15 @@ def _embed(texts: list[str], model: nn.Module, tokenizer: Any, length: int) -> T
 def _device() -> str:
     """The GPU of this process, as torchrun numbers it, else the CPU."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+_LOADING = threading.Lock()
+
+
+def _encoder_of(encoder: str | os.PathLike) -> tuple[nn.Module, Any, int]:
+    """See `_encoder`; threads that ask at once do not read it twice."""
+    with _LOADING:
+        return _encoder(os.fspath(encoder))
 
 
 @functools.lru_cache(maxsize=2)
@@ -182,7 +192,7 @@ class Prompts:
 
 
 def for_routers(texts: list[str], encoder: str, width: int) -> Tensor:
-    found = _encoder(encoder)[0].config.hidden_size
+    found = _encoder_of(encoder)[0].config.hidden_size
     if found != width:
         raise SparsecraftError(
             f"The routers read sentence embeddings of width {width} and the encoder {encoder!r} "

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -140,7 +141,8 @@ def masked_beside(net: SplitNet, x_TD: Tensor, route: Callable[[], Tensor]) -> T
 
     For a CUDA graph under capture, where `overlaps` and `weighs_at_once` allow it.
     """
-    here, beside = torch.cuda.current_stream(x_TD.device), _second_stream(x_TD.device.index)
+    here = torch.cuda.current_stream(x_TD.device)
+    beside = _second_stream(x_TD.device.index, threading.get_ident())
     beside.wait_stream(here)
     with torch.cuda.stream(beside):
         weights_TE = route()
@@ -161,7 +163,8 @@ def overlaps(x_TD: Tensor) -> bool:
 
 
 @functools.cache
-def _second_stream(device: int) -> torch.cuda.Stream:
+def _second_stream(device: int, thread: int) -> torch.cuda.Stream:
+    """Of each thread, as two graphs may be captured at once."""
     return torch.cuda.Stream(device)
 
 

@@ -180,9 +180,9 @@ def auxiliary_loss(
 
 
 def latest(model: nn.Module, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """The recipe's weighted auxiliary losses of the latest forward pass in training, float32: to
-    add to a loss of one's own, where the model was called without labels or its loss is not used.
-    One that was called with labels has them in its loss already.
+    """The recipe's weighted auxiliary losses of this thread's latest forward pass in training,
+    float32: to add to a loss of one's own, where the model was called without labels or its loss is
+    not used. One that was called with labels has them in its loss already.
 
     Args:
         model: converted, or with an adapter of ours by PEFT; wrappers around it do not matter.

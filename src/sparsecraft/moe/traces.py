@@ -48,14 +48,14 @@ class Trace(Mapping[str, Routing]):
     def __init__(self, record: Record):
         self.record = record
 
-    def _seen(self) -> dict[str, Routing]:
-        return {name: r for name, r in self.record.routings.items() if r is not None}
-
     def __getitem__(self, name: str) -> Routing:
-        return self._seen()[name]
+        routing = self.record.routings[name]
+        if routing is None:
+            raise KeyError(name)
+        return routing
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._seen())
+        return (name for name, routing in [*self.record.routings.items()] if routing is not None)
 
     def __len__(self) -> int:
-        return len(self._seen())
+        return sum(routing is not None for routing in self.record.routings.values())

@@ -449,7 +449,7 @@ def test_a_run_that_was_interrupted_goes_on_with_the_same_expert_only():
     for seed, mix in ((3, 0.2), (3, 0.2), (4, 0.2), (3, 0.3)):
         model = mixture("btx")
         sc.extend(model, moved("llama", seed), NEW, OLD, mix=mix)
-        runs.append(describe(model, TrainOptions(), rows, 1)["extensions"])
+        runs.append(describe(model, TrainOptions(), rows)["extensions"])
     assert runs[0] == runs[1] and runs[0] != runs[2] and runs[0] != runs[3]
 
 

@@ -130,7 +130,7 @@ class Router(nn.Module):
             raise SparsecraftError(
                 "This router decides by sentence and was given none; pass sentence_embeddings="
                 "(batch, width) to the model, or generate inside "
-                "`with sc.context(model, sentence_embeddings=...)`."
+                "`with sc.context(model, sentence_embeddings=...)`, which is of its thread alone."
             )
         embeddings = batch.sentence_embeddings
         shape = tuple(getattr(embeddings, "shape", ()))
