@@ -23,15 +23,15 @@ def _page(found: dict[str, Any]) -> Iterator[str]:
         f"`python -m benchmarks.scale all` on {machine['gpus']} x {machine['gpu']}, commit "
         f"{machine['commit']}, torch {versions['torch']}, transformers {versions['transformers']}, "
         f"accelerate {versions['accelerate']}. A Llama of about 1B parameters with random weights, "
-        "bf16 autocast, a global batch of 16 rows of 2,048 tokens a step, at most 8 in a micro-batch; 23 steps, "
-        "of which the last 20 count.\n"
+        "bf16 autocast, a global batch of 16 rows of 2,048 tokens a step, at most 8 in a "
+        "micro-batch; 23 steps, of which the last 20 count.\n"
     )
     yield "| recipe | engine | tokens/s | against one | GiB a GPU | loss at step 1, 10, 23 |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for name, run in found["measure"].items():
         recipe, engine = name.rsplit(" ", 1)
         ratio = run["tokens_per_second"] / found["measure"][f"{recipe} one"]["tokens_per_second"]
-        losses = {step: loss for step, loss in run["losses"]}
+        losses = dict(run["losses"])
         shown = ", ".join(f"{losses[step]:.4f}" for step in (1, 10, 23))
         yield (
             f"| {recipe} | {engine} | {run['tokens_per_second']:,.0f} | {ratio:.2f} | "
