@@ -62,7 +62,7 @@ lint: install
 docs: install
 	$(OFFLINE) $(BIN)/python docs/generate.py
 
-# Every family by every kind of method: docs/families.md. Some twenty minutes on two quiet cores.
+# Every family by every kind of method: docs/families.md. Three to twenty minutes on two cores.
 PROCESSES ?= $(shell nproc)
 families: install
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python docs/families.py --processes $(PROCESSES)
