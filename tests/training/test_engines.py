@@ -13,7 +13,7 @@ from benchmarks.scale.launching import Launch
 from tests.training import engines
 from tests.training.test_cut import assert_same_run
 
-ENGINES = ("one", "ddp", "fsdp2")
+ENGINES = ("ddp", "fsdp2")
 
 
 def launched(engine: str, folder: Path, verb: str) -> None:
@@ -34,10 +34,7 @@ def begun(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("begun")
     for engine in ENGINES:
         (root / engine).mkdir()
-        if engine == "one":
-            engines.begin(root / engine)
-        else:
-            launched(engine, root / engine, "begin")
+        launched(engine, root / engine, "begin")
     return root
 
 
@@ -46,9 +43,7 @@ def steps_of(run: dict) -> dict:
     return run | {"log": [entry for entry in run["log"] if "loss" in entry]}
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [("one", "ddp"), ("ddp", "one"), ("ddp", "fsdp2"), ("fsdp2", "ddp")]
-)
+@pytest.mark.parametrize(("first", "second"), [("ddp", "one"), ("ddp", "fsdp2"), ("fsdp2", "ddp")])
 def test_any_engine_goes_on_with_any_others_run(first, second, whole, begun, tmp_path):
     assert [p.name for p in (begun / first).glob("*.training/*/checkpoint-*")] == ["checkpoint-4"]
     shutil.copytree(begun / first, tmp_path, dirs_exist_ok=True)
