@@ -42,6 +42,8 @@ def test_only_options_of_several_values_are_gathered(given, wanted):
         ),
         ("use resume=False or paths='encoder.*'.", "use --no-resume or --paths 'encoder.*'."),
         ("data is a list.", "--data is a list."),
+        ("data holds 'x', which", "--data holds 'x', which"),
+        ("exists already; pass resume.", "exists already; pass --resume."),
         ("rank=4.5, lora_rank=8", "--rank 4.5, --lora-rank 8"),
     ],
 )
@@ -53,7 +55,7 @@ def test_errors_name_flags(said, wanted):
 @pytest.mark.parametrize(
     "said",
     [
-        "The data is short, and its rank is low.",
+        "The data is short, and its rank is low; pass data of another rank.",
         "router.top_k=3, 'top_k', `top_k` and /models/top_k/top_k.json",
         "select.kind is 'hard'. Known: sample, slots, soft, top_k.",
         "Known: num_experts_per_token, modalities=False, tokenizer=...",

@@ -121,5 +121,6 @@ def _in_flags(text: str, names: Collection[str]) -> str:
         text = re.sub(alone + "=False", f"--no-{flag[2:]}", text)
         text = re.sub(alone + r"=(?:True|\.\.\.)", flag, text)
         text = re.sub(alone + r"=(?=[\w'\"])", f"{flag} ", text)
-        text = re.sub(alone if "_" in name else f"^{name}(?= is | has )", flag, text)
+        sure = rf"^{name}(?= is | has | holds )|(?<=pass ){name}(?=[.,;]|$)"
+        text = re.sub(alone if "_" in name else sure, flag, text)
     return text
