@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
-from sparsecraft.cli.console import gathered, in_flags
+from sparsecraft.cli.console import gathered, in_flags, quiet
 
 
 @pytest.mark.parametrize(
@@ -63,3 +65,19 @@ def test_errors_name_flags(said, wanted):
 )
 def test_errors_keep_words_that_are_no_arguments(said):
     assert in_flags(said, ("top_k", "num_experts", "data", "rank")) == said
+
+
+def test_what_peft_imports_unasked_says_nothing(caplog):
+    """The logger is the one that bitsandbytes warns by."""
+    name = "bitsandbytes.backends.cpu.ops"
+    pytest.importorskip("bitsandbytes", reason="needs sparsecraft[quant]")
+    logger = importlib.import_module(name).logger
+    before = logger.level
+    try:
+        quiet()
+        logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community")
+        assert logger.name == name and not caplog.records
+        logger.error("an error is still said")
+        assert len(caplog.records) == 1
+    finally:
+        logger.setLevel(before)

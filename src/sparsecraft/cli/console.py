@@ -5,6 +5,7 @@ No tyro until a verb's options are read, no transformers until one runs.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Collection
@@ -90,6 +91,8 @@ def quiet() -> None:
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read when datasets is first imported
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    # PEFT imports bitsandbytes, which then asks for kernels of the hub, quantized or not.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def say(text: str) -> None:
