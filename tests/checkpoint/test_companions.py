@@ -163,6 +163,10 @@ def test_a_processor_takes_the_place_of_the_bases(tmp_path):
     sc.save(model, tmp_path / "own")
     name = "preprocessor_config.json"
     assert (tmp_path / "own" / name).read_bytes() == (tmp_path / "vit" / name).read_bytes()
+    try:
+        transformers.AutoImageProcessor.from_pretrained(tmp_path / "vit")
+    except ImportError as error:  # that of transformers 5.17 reads none without torchvision
+        pytest.skip(f"this version of transformers reads no image processor here: {error}")
     given = transformers.ViTImageProcessor(**settings | {"do_normalize": False})
     check_settings(model, given)
     sc.save(model, tmp_path / "given", tokenizer=given)

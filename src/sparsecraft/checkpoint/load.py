@@ -30,7 +30,7 @@ from sparsecraft.dense.bounds import bounded
 from sparsecraft.dense.door import build, check_asked, check_folder, read_generation
 from sparsecraft.dense.jsonfile import MEASURED
 from sparsecraft.dense.loading import load_tokenizer, model_class
-from sparsecraft.dense.memory import outside_of_inference_mode
+from sparsecraft.dense.memory import check_new_in_memory, outside_of_inference_mode
 from sparsecraft.errors import CheckpointError
 from sparsecraft.moe.names import dense_tensors, unique_tensors
 from sparsecraft.surgery.budget import restore
@@ -60,7 +60,9 @@ def load(
     Raises:
         CheckpointError: the folder is incomplete, edited or truncated, or stands on another base.
         RecipeError: a newer format, or an impossible override.
+        ResourceError: it is called where new parameters have no memory.
     """
+    check_new_in_memory("sc.load")
     older = kwargs.pop("torch_dtype", None)
     folder, dtype = bring_back(Path(folder)), _dtype(older if dtype is None else dtype)
     check_asked(kwargs, CheckpointError)

@@ -237,7 +237,7 @@ def _check_arguments(model: Any, recipe: Any, seed: Any) -> None:
             "call sc.revert first."
         )
     check_in_memory(model, "convert it")
-    check_new_in_memory()
+    check_new_in_memory("sc.convert")
     check_can_train(model)
     check_own(model)
     check_names({name: 0.0 for stage in recipe.stages for name in stage.losses})

@@ -30,8 +30,11 @@ def check_in_memory(model: nn.Module, task: str) -> None:
         )
 
 
-def check_new_in_memory() -> None:
+def check_new_in_memory(call: str) -> None:
     """Refuse to make parameters where they would come into being on the meta device.
+
+    Args:
+        call: what makes them, such as "sc.convert".
 
     Raises:
         ResourceError: `torch.device("meta")` or `accelerate.init_empty_weights` is in force.
@@ -41,7 +44,7 @@ def check_new_in_memory() -> None:
     if probe.weight.is_meta:
         raise ResourceError(
             "New parameters come into being on the meta device here, and experts would have no "
-            "values; call sc.convert outside of torch.device('meta') and init_empty_weights."
+            f"values; call {call} outside of torch.device('meta') and init_empty_weights."
         )
 
 
