@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from sparsecraft.checkpoint.base import as_it_was, convert_base, load_on
 from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.manifest import base_config, read_manifest, read_recipe
-from sparsecraft.checkpoint.space import free_memory, main_memory
 from sparsecraft.checkpoint.tensors import WEIGHTS, read_tensors
 from sparsecraft.checkpoint.wide import wide_outputs, wide_type
 from sparsecraft.dense.door import build
 from sparsecraft.dense.loading import model_class
+from sparsecraft.dense.memory import free_memory, main_memory
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.probes import UNREADABLE, Inputs, candidates, random_probe
 from sparsecraft.dense.sharing import is_sharded

@@ -26,6 +26,7 @@ from sparsecraft.moe.tracing import trace
 from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.record import conversion_of
 from sparsecraft.surgery.trainable import matches
+from sparsecraft.training.micro_batches import MicroBatchMixin
 from sparsecraft.training.states import StatesMixin
 from sparsecraft.training.tally import Tally
 from sparsecraft.training.watch import WatchedTrainerMixin
@@ -203,7 +204,9 @@ class LogsWhatEnds(TrainerCallback):
             control.should_log = True
 
 
-class RoutedSFTTrainer(WatchedTrainerMixin, RoutedTrainerMixin, StatesMixin, SFTTrainer):
+class RoutedSFTTrainer(
+    WatchedTrainerMixin, MicroBatchMixin, RoutedTrainerMixin, StatesMixin, SFTTrainer
+):
     """Causal language models."""
 
     shifts_labels = True
@@ -227,11 +230,13 @@ class RoutedSFTTrainer(WatchedTrainerMixin, RoutedTrainerMixin, StatesMixin, SFT
         return loss
 
 
-class RoutedSeq2SeqTrainer(WatchedTrainerMixin, RoutedTrainerMixin, StatesMixin, Seq2SeqTrainer):
+class RoutedSeq2SeqTrainer(
+    WatchedTrainerMixin, MicroBatchMixin, RoutedTrainerMixin, StatesMixin, Seq2SeqTrainer
+):
     """Encoder-decoder models."""
 
 
-class RoutedTrainer(WatchedTrainerMixin, RoutedTrainerMixin, StatesMixin, Trainer):
+class RoutedTrainer(WatchedTrainerMixin, MicroBatchMixin, RoutedTrainerMixin, StatesMixin, Trainer):
     """Classifiers."""
 
 
