@@ -140,7 +140,7 @@ def test_a_panic_of_a_library_is_a_sentence_and_a_signal_is_not():
         raise PanicException("index out of range")
     with pytest.raises(KeyboardInterrupt), guarded("x"):
         raise KeyboardInterrupt
-    with pytest.raises(ResourceError, match="x does not fit into memory.*bfloat16"), guarded("x"):
+    with pytest.raises(ResourceError, match=r"x does not fit into memory.*bfloat16"), guarded("x"):
         raise MemoryError
 
 

@@ -294,6 +294,8 @@ def make_trainer(run: Run, stage: Stage, settings: TrainOptions, dataset: Any, f
         processing_class=tokenizer if arguments_class is SFTConfig else None,
         callbacks=[progress],
     )
+    if settings.activation_checkpointing:  # as Trainer does when it begins, before it is measured
+        getattr(model, f"{name}_enable")(**{f"{name}_kwargs": arguments[f"{name}_kwargs"]})
     trainer.progress = progress
     for callback in (PrinterCallback, ProgressCallback):  # they write to standard output
         trainer.remove_callback(callback)

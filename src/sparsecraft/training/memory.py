@@ -26,7 +26,7 @@ from sparsecraft.dense.memory import free_memory, is_out_of_memory
 from sparsecraft.training.engine import tried
 
 # A measured pass has about so many tokens, so that what every pass takes does not hide a row's.
-TOKENS = 512
+TOKENS = 256
 # Of the free memory: the rest is lost between tensors.
 USABLE = 0.9
 

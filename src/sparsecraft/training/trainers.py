@@ -204,9 +204,11 @@ class LogsWhatEnds(TrainerCallback):
             control.should_log = True
 
 
-class RoutedSFTTrainer(
-    WatchedTrainerMixin, MicroBatchMixin, RoutedTrainerMixin, StatesMixin, SFTTrainer
-):
+class OurTrainerMixin(WatchedTrainerMixin, MicroBatchMixin, RoutedTrainerMixin, StatesMixin):
+    """All of it, put before a Trainer class."""
+
+
+class RoutedSFTTrainer(OurTrainerMixin, SFTTrainer):
     """Causal language models."""
 
     shifts_labels = True
@@ -230,13 +232,11 @@ class RoutedSFTTrainer(
         return loss
 
 
-class RoutedSeq2SeqTrainer(
-    WatchedTrainerMixin, MicroBatchMixin, RoutedTrainerMixin, StatesMixin, Seq2SeqTrainer
-):
+class RoutedSeq2SeqTrainer(OurTrainerMixin, Seq2SeqTrainer):
     """Encoder-decoder models."""
 
 
-class RoutedTrainer(WatchedTrainerMixin, MicroBatchMixin, RoutedTrainerMixin, StatesMixin, Trainer):
+class RoutedTrainer(OurTrainerMixin, Trainer):
     """Classifiers."""
 
 
