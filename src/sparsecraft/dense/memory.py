@@ -50,7 +50,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def what_was_missing(error: BaseException) -> str:
     """What was asked for as memory ran out, as far as the error says, and what is free now."""
-    on_device = "CUDA" in str(error) or "CUBLAS" in str(error)
+    on_device = torch.cuda.is_available() and any(s in str(error) for s in ("CUDA", "CUBLAS"))
     free = free_memory(torch.device("cuda" if on_device else "cpu"))
     where = "of the GPU's memory" if on_device else "of the main memory"
     asked = re.search(r"tried to allocate ([\d.]+) (\w+)", str(error), re.IGNORECASE)

@@ -8,20 +8,17 @@ that live at a time, in the same way on every device.
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import convert_outputs_to_fp32, gather_object
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.weak import WeakIdKeyDictionary
 
+from sparsecraft.dense.live import LiveTensors
 from sparsecraft.dense.memory import free_memory, is_out_of_memory
 from sparsecraft.training.engine import tried
 
@@ -29,6 +26,8 @@ from sparsecraft.training.engine import tried
 TOKENS = 256
 # Of the free memory: the rest is lost between tensors.
 USABLE = 0.9
+# What the C library keeps beside the tensors that live on a CPU, as benchmarks/memory measured it.
+KEPT_ON_CPU = 1.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +40,7 @@ class StepMemory:
         gradients: of all parameters that train.
         moments: what the optimizer holds from its first step on.
         update: what it takes for a moment.
+        kept: what the allocator has taken, for each byte that lives.
     """
 
     first: tuple[int, int]
@@ -48,6 +48,7 @@ class StepMemory:
     gradients: int
     moments: int
     update: int
+    kept: float = 1.0
 
     def peak(self, rows: int, accumulates: bool) -> int:
         """The largest number of bytes at a time, with micro-batches of so many rows."""
@@ -55,7 +56,7 @@ class StepMemory:
         if accumulates:
             later = self.later[0] + rows * self.later[1]
             passes = max(passes, self.gradients + later)
-        return self.moments + max(passes, self.gradients + self.update)
+        return round(self.kept * (self.moments + max(passes, self.gradients + self.update)))
 
 
 def step_memory(trainer: Any, length: int, row: dict[str, Any], most: int) -> StepMemory:
@@ -71,7 +72,9 @@ def step_memory(trainer: Any, length: int, row: dict[str, Any], most: int) -> St
     two = one if more == few else _passes(trainer, [row] * more)
     first, later = (_line((few, a), (more, b)) for a, b in zip(one, two, strict=True))
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    return StepMemory(first, later, sum(p.nbytes for p in trained), *_optimizer(trainer, trained))
+    gradients = sum(p.nbytes for p in trained)
+    kept = KEPT_ON_CPU if trainer.args.device.type == "cpu" else 1.0
+    return StepMemory(first, later, gradients, *_optimizer(trainer, trained), kept)
 
 
 def _line(one: tuple[int, int], two: tuple[int, int]) -> tuple[int, int]:
@@ -103,7 +106,7 @@ def _passes(trainer: Any, rows: list[dict[str, Any]]) -> tuple[int, int]:
     and without; more than there are if it runs out of memory."""
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
     try:
-        with tried(trainer), _alone(trainer.model) as live:
+        with tried(trainer), _wide_outputs(trainer), _counted(trainer.model) as live:
             trainer.compute_loss(trainer.model, batch).backward()
     except Exception as error:
         if not is_out_of_memory(error):
@@ -114,7 +117,23 @@ def _passes(trainer: Any, rows: list[dict[str, Any]]) -> tuple[int, int]:
 
 
 @contextmanager
-def _alone(model: nn.Module) -> Iterator[LiveTensors]:
+def _wide_outputs(trainer: Any) -> Iterator[None]:
+    """Let the model give its outputs in float32, as accelerate will where it trains in another."""
+    if not trainer.accelerator.native_amp:
+        yield
+        return
+    own = vars(trainer.model)
+    before = {name: own[name] for name in ("forward",) if name in own}
+    own["forward"] = convert_outputs_to_fp32(trainer.model.forward)
+    try:
+        yield
+    finally:
+        del own["forward"]
+        own.update(before)
+
+
+@contextmanager
+def _counted(model: nn.Module) -> Iterator[LiveTensors]:
     """Count what comes to life in the block, and of it the gradients of the model's parameters."""
     live = LiveTensors()
     handles = [
@@ -128,45 +147,6 @@ def _alone(model: nn.Module) -> Iterator[LiveTensors]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, as long as they live.
-
-    Attributes:
-        most: the most at a time.
-        most_without: the same without those that were set apart.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.most = self.most_without = self._live = self._apart = 0
-        self._known = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for storage in _storages((args, kwargs)):  # of what was there before
-            self._known.setdefault(storage, True)
-        result = func(*args, **(kwargs or {}))
-        for storage in _storages(result):
-            if storage not in self._known:
-                self._known[storage] = True
-                self._count(storage.nbytes())
-                weakref.finalize(storage, self._count, -storage.nbytes()).atexit = False
-        return result
-
-    def set_apart(self, size: int) -> None:
-        self._apart += size
-
-    def _count(self, size: int) -> None:
-        self._live += size
-        self.most = max(self.most, self._live)
-        self.most_without = max(self.most_without, self._live - self._apart)
-
-
-def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
-    for value in tree_iter(values):
-        if isinstance(value, Tensor) and not value.is_sparse:
-            yield value.untyped_storage()
 
 
 def longest_row(dataset: Dataset) -> tuple[int, dict[str, Any]]:

@@ -68,6 +68,10 @@ class MicroBatchMixin:
                 raise
             raise self._too_large(inputs, error) from error
 
+    def parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """What of a micro-batch passes at a time."""
+        return halves(inputs) if self.halved and len(inputs["labels"]) > 1 else [inputs]
+
     def set_micro_batch(self, rows: int) -> None:
         """Take so many rows at a time, of as many a step as before."""
         batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
@@ -76,8 +80,8 @@ class MicroBatchMixin:
         self._train_batch_size = self.args.train_batch_size
 
     def _passes(self, model: Any, inputs: dict[str, Any], num_items: Any) -> Tensor:
-        parts = halves(inputs) if self.halved and len(inputs["labels"]) > 1 else [inputs]
-        return sum(super(MicroBatchMixin, self).training_step(model, p, num_items) for p in parts)
+        step = super().training_step
+        return sum(step(model, part, num_items) for part in self.parts(inputs))
 
     def _check_halves(self, inputs: dict[str, Any], error: Exception) -> None:
         """Refuse where nothing is left to try: other processes would wait for sums of gradients

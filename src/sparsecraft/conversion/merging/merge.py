@@ -40,6 +40,7 @@ from sparsecraft.conversion.merging.mergeable import (
 )
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
+from sparsecraft.dense.memory import enough_memory
 from sparsecraft.dense.probes import random_probe
 from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CertificateError, MergeError, did_you_mean
@@ -119,6 +120,7 @@ class MergeReport:
         return "\n".join(lines)
 
 
+@enough_memory("Merging", "load the model in bfloat16, or merge where there is more")
 @atomic
 def merge(
     model: nn.Module,
