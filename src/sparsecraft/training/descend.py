@@ -24,12 +24,14 @@ from transformers import (
 )
 from trl import SFTConfig
 
+from sparsecraft.checkpoint.rebuild import memory_to_rebuild
 from sparsecraft.checkpoint.space import require, require_disk
 from sparsecraft.data.batches import collate
 from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import count_tokens, pack
 from sparsecraft.data.sentences import Prompts
 from sparsecraft.dense.memory import enough_memory, gigabytes
+from sparsecraft.moe import cost
 from sparsecraft.moe.names import dense_name
 from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.record import conversion_of
@@ -163,7 +165,9 @@ def _sized(trainer: Any, run: Run, settings: TrainOptions, folder: Path) -> Trai
         trainer.set_micro_batch(min(rows, most))
     rows = args.per_device_train_batch_size
     task = f"Training by micro-batches of {rows} x {length} tokens"
-    peak, free = memory.peak(rows, accumulates=rows < batch), usable_memory(args.device)
+    free = usable_memory(args.device)
+    saving = memory.moments + memory_to_rebuild(cost.bytes_of(model), free)
+    peak = max(memory.peak(rows, accumulates=rows < batch), saving)
     log.info(require(run.out, disk=disk, memory=peak, task=task, free_memory=free))
     return replace(settings, micro_batch=rows)
 

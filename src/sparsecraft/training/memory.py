@@ -22,7 +22,7 @@ from sparsecraft.dense.live import LiveTensors
 from sparsecraft.dense.memory import free_memory, is_out_of_memory
 from sparsecraft.training.engine import tried
 
-# A measured pass has about so many tokens, so that what every pass takes does not hide a row's.
+# Of a measured pass, about: fewer, and what any pass takes would hide what a row does.
 TOKENS = 256
 # Of the free memory: the rest is lost between tensors.
 USABLE = 0.9
@@ -51,7 +51,7 @@ class StepMemory:
     kept: float = 1.0
 
     def peak(self, rows: int, accumulates: bool) -> int:
-        """The largest number of bytes at a time, with micro-batches of so many rows."""
+        """The largest number of bytes at a time, with `rows` in a micro-batch."""
         passes = self.first[0] + rows * self.first[1]
         if accumulates:
             later = self.later[0] + rows * self.later[1]

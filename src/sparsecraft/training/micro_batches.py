@@ -73,7 +73,7 @@ class MicroBatchMixin:
         return halves(inputs) if self.halved and len(inputs["labels"]) > 1 else [inputs]
 
     def set_micro_batch(self, rows: int) -> None:
-        """Take so many rows at a time, of as many a step as before."""
+        """Take `rows` at a time, of as many a step as before."""
         batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         self.args.per_device_train_batch_size = rows
         self.args.gradient_accumulation_steps = batch // rows
