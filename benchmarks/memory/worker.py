@@ -19,7 +19,7 @@ import torch
 import sparsecraft as sc
 import sparsecraft.conversion.stream
 import sparsecraft.training.train  # what is imported later would count as memory of the work
-from sparsecraft.cli.main import main as command_line
+from sparsecraft.cli import main as cli
 
 SAID = re.compile(r"needs about ([\d.]+) GB of memory")
 
@@ -72,29 +72,31 @@ class Lines(logging.Handler):
 
 
 def train(asked: dict, work: Path, peak: Peak) -> None:
-    model = sc.hub.load_dense(asked["model"], dtype=asked.get("dtype"), device_map=asked["device"])
-    sc.convert(model, recipe_of(asked), certify=False)
-    options = {"steps": 3, "batch_size": 2 * asked["rows"], "micro_batch": asked["rows"]}
-    options |= {"max_length": asked["length"], "progress": False}
+    model = converted(asked)
+    options = {"steps": 2, "batch_size": 2 * asked["rows"], "micro_batch": asked["rows"]}
+    options |= {"max_length": asked["length"], "packing": False, "progress": False}
     options |= {"activation_checkpointing": asked.get("checkpointing", False)}
     with peak.watched():
         sc.train(model, asked["data"], work / "out", **options)
 
 
-def recipe_of(asked: dict) -> sc.Recipe:
-    return getattr(sc.recipes, asked["recipe"])(**asked.get("arguments", {}))
+def converted(asked: dict) -> torch.nn.Module:
+    options = {"device_map": asked["device"], "quantize": asked.get("quantize")}
+    model = sc.hub.load_dense(asked["model"], **options)
+    recipe = getattr(sc.recipes, asked["recipe"])(**asked.get("arguments", {}))
+    sc.convert(model, recipe, certify=False)
+    return model
 
 
 def convert(asked: dict, work: Path, peak: Peak) -> None:
     words = ["convert", asked["recipe"], "--model", asked["model"], "--out", str(work / "out")]
     words += ["--device", asked["device"]] if asked["device"] != "cpu" else []
     with peak.watched():
-        assert command_line([*words, *asked.get("words", ())]) == 0
+        assert cli.main([*words, *asked.get("words", ())]) == 0
 
 
 def evaluate(asked: dict, work: Path, peak: Peak) -> None:
-    model = sc.hub.load_dense(asked["model"], device_map=asked["device"])
-    sc.convert(model, recipe_of(asked), certify=False)
+    model = converted(asked)
     with peak.watched():
         sc.evaluate(model, asked["data"], max_length=asked["length"], limit=asked["rows"])
 
@@ -108,20 +110,18 @@ VERBS: dict[str, Callable[[dict, Path, Peak], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("row", help="JSON")
+    parser.add_argument("row", help="JSON, as of __main__.rows")
     asked = json.loads(parser.parse_args().row)
     lines, peak = Lines(), Peak(asked["device"])
     logger = logging.getLogger("sparsecraft")
     logger.setLevel(logging.INFO)
     logger.addHandler(lines)
-    from sparsecraft.cli import main as cli
-
     cli.say = lines.lines.append
     with tempfile.TemporaryDirectory() as folder:
         VERBS[asked["verb"]](asked, Path(folder), peak)
-    said = [float(found[1]) for line in lines.lines for found in SAID.finditer(line)]
-    told = [line for line in lines.lines if SAID.search(line)]
-    print(json.dumps({"said": max(said), "measured": peak.bytes / 1e9, "told": told}))
+    told = [found[0] for line in lines.lines for found in [SAID.search(line)] if found]
+    said = max(float(SAID.search(line)[1]) for line in told)
+    print(json.dumps({"said": said, "measured": round(peak.bytes / 1e9, 2)}))
 
 
 if __name__ == "__main__":

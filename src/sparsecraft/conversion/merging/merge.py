@@ -139,8 +139,7 @@ def merge(
         how: `exact`, `fixed` or `average`; see the module.
         weights: for `fixed`: one for each expert; a dict layer name (as of `sc.trace`) -> weights;
             or "measured", the mean routing weights on `data`.
-        data: held-out files, or an iterable of batches of model inputs with labels. The report
-            says the loss on it before and after.
+        data: held-out files or batches with labels; the report says the loss before and after.
         tokenizer: for files; by default the one that the model came with.
         partial: merge the layers that can be merged and keep the others, instead of refusing.
 
