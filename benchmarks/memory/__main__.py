@@ -1,6 +1,6 @@
 """What train, convert and eval say that they need, against the measured peak, each row in a process
-of its own. On a CPU the model is SmolLM2-135M and the peak what no file stands behind of the resident
-memory, beyond what the loaded model took before; on a GPU a Llama of about 1B parameters with random
+of its own. On a CPU the model is SmolLM2-135M and the peak that of resident memory without a file
+behind it, beyond what the loaded model took; on a GPU a Llama of about 1B parameters with random
 weights and a vocabulary of 49,152, and the peak torch's own count.
 
 python -m benchmarks.memory run [--device cuda] [--only WORD] [--jobs 1]
@@ -28,22 +28,16 @@ from benchmarks.scale.subject import SIZES, WORDS, tokenizer
 
 ROOT, HERE = Path(__file__).resolve().parents[2], Path(__file__).parent
 RESULTS = HERE / "results.json"
-SMALL = {"num_experts": 4, "adapter_dim": 64}
 FOUR = {"num_experts": 4}
 
 
 def rows(device: str) -> list[dict]:
     """What is measured: a verb and its options."""
+    small = {"recipe": "camelidae", "arguments": {"num_experts": 4, "adapter_dim": 64}}
     train = [
-        {"recipe": "camelidae", "arguments": SMALL, "rows": 1, "length": 512},
-        {"recipe": "camelidae", "arguments": SMALL, "rows": 4, "length": 128},
-        {
-            "recipe": "camelidae",
-            "arguments": SMALL,
-            "rows": 4,
-            "length": 128,
-            "checkpointing": True,
-        },
+        {**small, "rows": 1, "length": 512},
+        {**small, "rows": 4, "length": 128},
+        {**small, "rows": 4, "length": 128, "checkpointing": True},
         {"recipe": "molora", "arguments": {}, "rows": 2, "length": 256},
         {"recipe": "upcycling", "arguments": FOUR, "rows": 1, "length": 256},
         {"recipe": "mov", "arguments": {}, "rows": 4, "length": 128},
@@ -60,7 +54,7 @@ def rows(device: str) -> list[dict]:
     if device == "cuda":
         convert = convert[:3]  # a stream is for the CPU
     evaluate = [
-        {"recipe": "camelidae", "arguments": SMALL, "rows": 4, "length": 512},
+        {**small, "rows": 4, "length": 512},
         {"recipe": "upcycling", "arguments": FOUR, "rows": 2, "length": 256},
     ]
     verbs = {"train": train, "convert": convert, "eval": evaluate}

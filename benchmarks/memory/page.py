@@ -17,12 +17,12 @@ def write(folder: Path) -> None:
 def _page(found: dict[str, Any]) -> Iterator[str]:
     yield "# Memory: said against measured\n"
     yield (
-        "What `train`, `convert` and `eval` say before they begin, in GB (10^9 bytes), and the peak "
-        "beyond what was in use, each row in a process of its own. `train` and `eval` begin with the "
-        "model in memory; rows x tokens are those of a micro-batch, of two in a step, or of a batch. "
-        "On a CPU the peak is of resident memory that no file stands behind, sampled every 2 ms, so "
-        "that it holds what the C library keeps of freed tensors: 1.15 of what lives is said there. "
-        "On a GPU it is torch's own count (`max_memory_allocated`)."
+        "What `train`, `convert` and `eval` say before they begin, in GB (10^9 bytes), and the "
+        "peak beyond what was in use, each row in a process of its own. `train` and `eval` begin "
+        "with the model in memory; rows x tokens are those of a micro-batch, of two in a step, or "
+        "of a batch. On a CPU the peak is of resident memory that no file stands behind, sampled "
+        "every 2 ms, so that it holds what the C library keeps of freed tensors: 1.15 of what "
+        "lives is said there. On a GPU it is torch's own count (`max_memory_allocated`)."
     )
     for device, part in found.items():
         versions = ", ".join(f"{name} {version}" for name, version in part["versions"].items())
