@@ -44,15 +44,17 @@ def rows(device: str) -> list[dict]:
     ]
     if device == "cuda":
         train = [row | {"length": 8 * row["length"]} for row in train]
-        train.append({**train[3], "quantize": "nf4"})
+        packed = {**small, "arguments": small["arguments"] | {"quantize": "nf4"}, "quantize": "nf4"}
+        train.append({**packed, "rows": 1, "length": 4096})
     convert = [
         {"recipe": "camelidae", "words": []},
+        {"recipe": "camelidae", "words": ["--quantize", "nf4"]},
         {"recipe": "mov", "words": []},
         {"recipe": "upcycling", "words": ["--num-experts", "4"]},
         {"recipe": "upcycling", "words": ["--num-experts", "4", "--stream"]},
     ]
     if device == "cuda":
-        convert = convert[:3]  # a stream is for the CPU
+        convert = convert[:-1]  # a stream is for the CPU
     evaluate = [
         {**small, "rows": 4, "length": 512},
         {"recipe": "upcycling", "arguments": FOUR, "rows": 2, "length": 256},
@@ -65,7 +67,6 @@ def name_of(row: dict) -> str:
     """A row in words."""
     parts = [row["verb"], row["recipe"], *map(str, row.get("words", ()))]
     parts += [f"{key}={value}" for key, value in row.get("arguments", {}).items()]
-    parts += [row["quantize"]] if row.get("quantize") else []
     parts += [f"{row['rows']} x {row['length']}"] if "rows" in row else []
     return " ".join([*parts, *(["checkpointing"] if row.get("checkpointing") else [])])
 

@@ -21,7 +21,7 @@ def _page(found: dict[str, Any]) -> Iterator[str]:
         "peak beyond what was in use, each row in a process of its own. `train` and `eval` begin "
         "with the model in memory; rows x tokens are those of a micro-batch, of two in a step, or "
         "of a batch. On a CPU the peak is of resident memory that no file stands behind, sampled "
-        "every 2 ms, so that it holds what the C library keeps of freed tensors: 1.15 of what "
+        "every 2 ms, so that it holds what the C library keeps of freed tensors: 1.2 of what "
         "lives is said there. On a GPU it is torch's own count (`max_memory_allocated`)."
     )
     for device, part in found.items():

@@ -117,26 +117,27 @@ def test_tensors_are_counted_while_they_live():
 def test_the_largest_divisor_that_fits_is_chosen(monkeypatch):
     step = StepMemory(first=(100, 50), later=(100, 50), gradients=30, moments=60, update=0)
     cpu = torch.device("cpu")
+    monkeypatch.setattr(memory, "USABLE", 1.0)
     for free, wanted in ((10**6, 8), (100 + 60 + 30 + 4 * 50, 4), (400, 4), (250, 1), (0, 1)):
-        monkeypatch.setattr(memory, "usable_memory", lambda device, free=free: free)
+        monkeypatch.setattr(memory, "free_here", lambda device, free=free: free)
         assert largest_that_fits(step, 8, 8, cpu) == wanted
-    monkeypatch.setattr(memory, "usable_memory", lambda device: 10**6)
+    monkeypatch.setattr(memory, "free_here", lambda device: 10**6)
     assert largest_that_fits(step, 12, 8, cpu) == 6
 
 
 def test_the_smallest_choice_of_all_processes_counts(monkeypatch):
     step = StepMemory(first=(0, 1), later=(0, 1), gradients=0, moments=0, update=0)
-    monkeypatch.setattr(memory, "usable_memory", lambda device: 10**6)
+    monkeypatch.setattr(memory, "free_here", lambda device: 10**6)
     monkeypatch.setattr(memory, "gather_object", lambda own: [*own, 2, 4])
     assert largest_that_fits(step, 8, 8, torch.device("cpu")) == 2
 
 
 def test_memory_on_one_machine_is_shared_by_its_processes(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
-    assert memory.usable_memory(torch.device("cpu")) == 900
+    assert memory.free_here(torch.device("cpu")) == 1000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert memory.usable_memory(torch.device("cpu")) == 450
-    assert memory.usable_memory(torch.device("cuda")) == 900
+    assert memory.free_here(torch.device("cpu")) == 500
+    assert memory.free_here(torch.device("cuda")) == 1000
 
 
 OPEN = {"micro_batch": None, "batch_size": 4}
@@ -149,8 +150,8 @@ def test_an_open_micro_batch_follows_the_free_memory(tmp_path, monkeypatch, capl
     roomy = cut.train("causal", tmp_path, data, **OPEN, model=model)
     assert chosen(model) == 4
     assert "Training by micro-batches of 4 x " in caplog.text
-    monkeypatch.setattr(descend, "usable_memory", lambda device: 0)
-    monkeypatch.setattr(memory, "usable_memory", lambda device: 0)
+    monkeypatch.setattr(descend, "free_here", lambda device: 0)
+    monkeypatch.setattr(memory, "free_here", lambda device: 0)
     model = cut.converted("causal")
     scarce = cut.train("causal", tmp_path, data, **OPEN, model=model, overwrite=True)
     assert chosen(model) == 1 and "MEMORY MAY NOT SUFFICE" in caplog.text
@@ -171,12 +172,12 @@ def test_a_run_that_is_resumed_keeps_its_choice(tmp_path, monkeypatch):
 
     data, options = equal_rows("causal"), {**OPEN, "save_every": 2, "overwrite": True}
     for module in (descend, memory):
-        monkeypatch.setattr(module, "usable_memory", lambda device: 0)
+        monkeypatch.setattr(module, "free_here", lambda device: 0)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(descend.ProgressBar, "on_step_end", kill)
         cut.train("causal", tmp_path, data, **options, model=cut.converted("causal"))
     for module in (descend, memory):
-        monkeypatch.setattr(module, "usable_memory", lambda device: 10**12)
+        monkeypatch.setattr(module, "free_here", lambda device: 10**12)
     model = cut.converted("causal")
     resumed = cut.train("causal", tmp_path, data, **options, model=model, resume=True)
     assert chosen(model) == 1

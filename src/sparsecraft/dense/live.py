@@ -48,5 +48,5 @@ class LiveTensors(TorchDispatchMode):
 
 def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
     for value in tree_iter(values):
-        if isinstance(value, Tensor) and not value.is_sparse:
+        if isinstance(value, Tensor) and value.layout == torch.strided:
             yield value.untyped_storage()

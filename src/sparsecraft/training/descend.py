@@ -42,10 +42,10 @@ from sparsecraft.training.defaults import disk_of, objective_of
 from sparsecraft.training.engine import set_up
 from sparsecraft.training.heads import head_is_plain
 from sparsecraft.training.memory import (
+    free_here,
     largest_that_fits,
     longest_row,
     step_memory,
-    usable_memory,
 )
 from sparsecraft.training.micro_batches import LOWER
 from sparsecraft.training.moved import Before, watched_routers
@@ -165,7 +165,7 @@ def _sized(trainer: Any, run: Run, settings: TrainOptions, folder: Path) -> Trai
         trainer.set_micro_batch(min(rows, most))
     rows = args.per_device_train_batch_size
     task = f"Training by micro-batches of {rows} x {length} tokens"
-    free = usable_memory(args.device)
+    free = free_here(args.device)
     saving = memory.moments + memory_to_rebuild(cost.bytes_of(model), free)
     peak = max(memory.peak(rows, accumulates=rows < batch), saving)
     log.info(require(run.out, disk=disk, memory=peak, task=task, free_memory=free))

@@ -27,7 +27,7 @@ TOKENS = 256
 # Of the free memory: the rest is lost between tensors.
 USABLE = 0.9
 # What the C library keeps beside the tensors that live on a CPU, as benchmarks/memory measured it.
-KEPT_ON_CPU = 1.15
+KEPT_ON_CPU = 1.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +167,10 @@ def _is_list(feature: Any) -> bool:
     return getattr(feature, "feature", None) is not None
 
 
-def usable_memory(device: torch.device) -> int:
-    """Bytes that this process may take where its tensors lie."""
+def free_here(device: torch.device) -> int:
+    """Bytes that are free for this process, where its tensors lie."""
     here = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return int(free_memory(device) / here * USABLE)
+    return free_memory(device) // here
 
 
 def largest_that_fits(memory: StepMemory, batch: int, most: int, device: torch.device) -> int:
@@ -181,7 +181,7 @@ def largest_that_fits(memory: StepMemory, batch: int, most: int, device: torch.d
         batch: rows of a step in this process.
         most: rows of a micro-batch at most.
     """
-    free = usable_memory(device)
+    free = USABLE * free_here(device)
     sizes = [n for n in range(1, most + 1) if batch % n == 0]
     fit = [n for n in sizes if memory.peak(n, accumulates=n < batch) <= free]
     return min(gather_object([max(fit, default=1)]))
