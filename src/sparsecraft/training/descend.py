@@ -42,6 +42,7 @@ from sparsecraft.training.defaults import disk_of, objective_of
 from sparsecraft.training.engine import set_up
 from sparsecraft.training.heads import head_is_plain
 from sparsecraft.training.memory import (
+    divisors,
     free_here,
     largest_that_fits,
     longest_row,
@@ -161,8 +162,9 @@ def _sized(trainer: Any, run: Run, settings: TrainOptions, folder: Path) -> Trai
     if run.chooses:
         kept = noted_micro_batch(folder) if run.resume else None
         rows = kept or largest_that_fits(memory, batch, most, args.device)
-        note_micro_batch(folder, rows)
-        trainer.set_micro_batch(min(rows, most))
+        if kept is None and trainer.is_world_process_zero():
+            note_micro_batch(folder, rows)
+        trainer.set_micro_batch(max(divisors(batch, min(rows, most))))
     rows = args.per_device_train_batch_size
     task = f"Training by micro-batches of {rows} x {length} tokens"
     free = free_here(args.device)

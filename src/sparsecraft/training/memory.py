@@ -167,6 +167,11 @@ def _is_list(feature: Any) -> bool:
     return getattr(feature, "feature", None) is not None
 
 
+def divisors(batch: int, most: int) -> list[int]:
+    """The sizes up to `most` that cut a batch into equal parts."""
+    return [n for n in range(1, most + 1) if batch % n == 0]
+
+
 def free_here(device: torch.device) -> int:
     """Bytes that are free for this process, where its tensors lie."""
     here = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -182,6 +187,5 @@ def largest_that_fits(memory: StepMemory, batch: int, most: int, device: torch.d
         most: rows of a micro-batch at most.
     """
     free = USABLE * free_here(device)
-    sizes = [n for n in range(1, most + 1) if batch % n == 0]
-    fit = [n for n in sizes if memory.peak(n, accumulates=n < batch) <= free]
+    fit = [n for n in divisors(batch, most) if memory.peak(n, accumulates=n < batch) <= free]
     return min(gather_object([max(fit, default=1)]))
