@@ -4,9 +4,10 @@ BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two torch processes of one thread each beat one of two threads, and never wait for each other.
 # Without a GPU, which the tests that need none would share and compare with the CPU.
-PYTEST := $(OFFLINE) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+ALONE := $(OFFLINE) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
+PYTEST := $(ALONE) $(BIN)/python -m pytest
 
-.PHONY: install model demo test slow clients peft-suite crash fuzz lint docs families bench clean
+.PHONY: install model demo test test-versions test-oldest test-newest slow clients peft-suite crash fuzz lint docs families bench clean
 
 install: .venv/installed
 # torch first and by itself, so that a build which lies ready on the machine (without CUDA, say) is
@@ -30,6 +31,24 @@ demo: install
 test: model
 	$(PYTEST) -n 2 --durations=5
 
+# The suite with the oldest versions that pyproject.toml admits, and with the newest, each in a new
+# environment. pip takes torch first, as above; uv takes the lower bounds of the rest from there.
+OLDEST_TORCH ?= torch==2.11.0
+NEWEST_TORCH ?= torch>=2.11,<2.14
+test-versions: test-oldest test-newest
+
+test-oldest: model
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet uv '$(OLDEST_TORCH)'
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest --resolution lowest-direct --editable '.[dev]'
+	$(ALONE) .venv-oldest/bin/python -m pytest -n 2
+
+test-newest: model
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet '$(NEWEST_TORCH)'
+	.venv-newest/bin/python -m pip install --quiet --editable '.[dev]'
+	$(ALONE) .venv-newest/bin/python -m pytest -n 2
+
 slow: model
 	$(PYTEST) -m slow
 
@@ -37,7 +56,7 @@ slow: model
 # docs/reliability.md. Some twenty minutes on two quiet cores. FUZZ='--from 17 --count 1' repeats one.
 FUZZ ?=
 fuzz: install
-	$(OFFLINE) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ)
+	$(ALONE) $(BIN)/python -m tests.fuzz $(FUZZ)
 
 # Other people's programs on our folders: TRL, Trainer, FSDP2, Lightning, accelerate, PEFT, lm-eval.
 clients: model
@@ -52,7 +71,7 @@ peft-suite: install
 
 # 200 kills of the verbs that write; some ten minutes on two quiet cores.
 crash: install
-	$(OFFLINE) OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.checkpoint.crash
+	$(ALONE) $(BIN)/python -m tests.checkpoint.crash
 
 lint: install
 	$(BIN)/ruff check .
@@ -62,7 +81,7 @@ lint: install
 docs: install
 	$(OFFLINE) $(BIN)/python docs/generate.py
 
-# Every family by every kind of method: docs/families.md. Some twenty minutes on two quiet cores.
+# Every family by every kind of method: docs/families.md. Three to twenty minutes on two cores.
 PROCESSES ?= $(shell nproc)
 families: install
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python docs/families.py --processes $(PROCESSES)
@@ -72,4 +91,4 @@ bench: model
 	$(BIN)/python -m benchmarks.conversion.convert
 
 clean:
-	rm -rf .venv runs build dist
+	rm -rf .venv .venv-oldest .venv-newest runs build dist

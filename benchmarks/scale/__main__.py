@@ -4,6 +4,7 @@ profile      where the time of a step goes, with one process and with all
 measure      tokens per second, memory and losses of a 1B model, by one GPU, DDP and FSDP2
 checkpoints  a small model by every engine and launcher: its checkpoint loaded by one process, and a
              run that another number of processes goes on with
+experts      an exported Mixtral by transformers' expert parallelism; needs transformers 5.23
 soak         one recipe of each kind of experts, 500 steps in bf16 and in fp16, and twice the same
 all          measure, checkpoints and soak
 table        the page, from results.json
@@ -26,9 +27,10 @@ import accelerate
 import torch
 import transformers
 
+import sparsecraft as sc
 from benchmarks.scale.launching import ENGINES, HERE, Launch, run
 from benchmarks.scale.page import write
-from benchmarks.scale.subject import KINDS, write_dense, write_rows
+from benchmarks.scale.subject import KINDS, converted, draw_routers, write_dense, write_rows
 
 EXACT = ("camelidae without dropout", "upcycling")  # of which each engine has the same losses
 CONTINUED = (("fsdp2", "one"), ("fsdp2", "ddp"), ("ddp", "fsdp2"), ("one", "fsdp2"))
@@ -161,6 +163,30 @@ def go_on(
     return name, found and found["losses"]
 
 
+def experts(asked: argparse.Namespace) -> None:
+    """One export in float32, for the logits, and in bfloat16, for speed and memory."""
+    size = "tiny" if asked.quick else "1b"
+    dense, mixtral = write_dense(asked.work / size, size), asked.work / f"{size}-mixtral"
+    if not mixtral.exists():
+        model = converted(dense, "upcycling", torch.device("cpu"), torch.float32)
+        draw_routers(model)
+        sc.export(model, "mixtral", mixtral)
+    found, shape = {}, ["2", "32"] if asked.quick else ["8", "2048"]
+    for dtype in ("float32", "bfloat16"):
+        options = ["--model", str(mixtral), "--dtype", dtype, "--shape", *shape]
+        for engine in ENGINES[:2]:
+            name, processes = f"experts {dtype} {engine}", asked.gpus if engine == "ddp" else 1
+            launch = Launch(name.replace(" ", "_"), engine, options, processes)
+            found[name] = run(launch, asked.out, "experts")
+        one, several = (
+            torch.load(asked.out / f"experts_{dtype}_{engine}.logits") for engine in ENGINES[:2]
+        )
+        away = (one - several).abs().max() / one.abs().max()
+        found[f"experts {dtype} away"] = away.item()
+        print(f"{dtype}: logits of {asked.gpus} away by {away:.1e} of the largest", flush=True)
+    keep(asked, "experts", found)
+
+
 def soak(asked: argparse.Namespace) -> None:
     """Small models, many at once: the device has room for all of them."""
     given = prepare(asked, "tiny", 9_000, 14)
@@ -204,6 +230,7 @@ VERBS = {
     "profile": profile,
     "measure": measure,
     "checkpoints": checkpoints,
+    "experts": experts,
     "soak": soak,
     "all": everything,
     "table": table,

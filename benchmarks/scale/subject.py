@@ -124,3 +124,13 @@ def converted(
     model.to(device)
     sc.convert(model, RECIPES[recipe](), certify=False)
     return model
+
+
+def draw_routers(model: torch.nn.Module) -> None:
+    """Give experts that begin as copies, and their routers, values that tell them apart."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for layer in (m for m in model.modules() if isinstance(m, sc.MoELayer)):
+            for part in (layer.router, layer.experts):
+                for parameter in part.parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=0.02)

@@ -88,6 +88,17 @@ def _converted(family: str) -> nn.Module:
     return model.eval()
 
 
+def _skip_where_broken(member: str) -> None:
+    """Doge's mixtures of transformers 5.17 fail before we touch them: a layer takes the router
+    logits that its mixture returns for hidden states."""
+    try:
+        member_model(member)(**member_inputs(member))
+    except TypeError as error:
+        if "must be Tensor, not tuple" not in str(error):
+            raise
+        pytest.skip(f"this version of transformers cannot run its own {member}: {error}")
+
+
 def _rows(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Each row of a batch of two as a batch of its own."""
     return [{key: value[i : i + 1] for key, value in inputs.items()} for i in (0, 1)]
@@ -99,6 +110,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 @pytest.mark.parametrize("member", [*ALL_DECODERS, *ALL_PAIRS, *OF_THE_BATCH])
 def test_generation_with_cache_equals_without(member):
+    _skip_where_broken(member)
     model, ids = _converted(member), member_inputs(member)["input_ids"]
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     with_cache = model.generate(ids, use_cache=True, **settings)

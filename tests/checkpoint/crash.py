@@ -19,9 +19,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
 EVENTS = ("open", "os.rename", "os.link", "os.symlink", "os.mkdir", "os.remove", "os.rmdir")
@@ -36,13 +35,13 @@ class Verb:
     Attributes:
         argv: without `--out` and `--overwrite`.
         out: what it is called in the folder of a try.
-        before: prepares the output of an earlier run, which it overwrites or changes in place.
+        earlier: a folder, of which a copy is the output that it overwrites or changes in place.
         resumes: goes on with `--resume`, if `left` of the try's folder says that something is.
         in_place: has no `--out`.
     """
 
     argv: list[str]
-    before: Callable[[Path], None] | None = None
+    earlier: str = ""
     out: str = "out"
     resumes: str = ""
     in_place: bool = False
@@ -187,27 +186,27 @@ def verbs(ground: Path) -> dict[str, Verb]:
         if name != "sweep":
             earlier = at["mix"] if name == "export" else at["lora"]
             found[f"{name} --overwrite"] = Verb(
-                verb.argv, lambda place, e=earlier: _earlier(e, place), "out", verb.resumes
+                verb.argv, earlier, resumes=verb.resumes, overwrite=True
             )
-            found[f"{name} --overwrite"].overwrite = True
     found["calibrate in place"] = Verb(
         ["calibrate", "OUT", "--target-flops", "0.8", *measured],
-        lambda place: _earlier(at["split"], place),
+        at["split"],
         in_place=True,
     )
     return found
 
 
-def _earlier(folder: str, place: Path) -> None:
-    shutil.copytree(folder, place / "out")
-    (place / "out" / "mine.txt").write_text("mine")
+def prepare(verb: Verb, place: Path) -> None:
+    """The folder of a try, with the output of an earlier run and a file of the user's in it."""
+    place.mkdir()
+    if verb.earlier:
+        shutil.copytree(verb.earlier, place / verb.out)
+        (place / verb.out / "mine.txt").write_text("mine")
 
 
 def measure(verb: Verb, place: Path) -> None:
     """Run it to its end, counting what it does."""
-    place.mkdir()
-    if verb.before:
-        verb.before(place)
+    prepare(verb, place)
     start, said = time.monotonic(), place / "said.txt"
     status = run(verb.words(place), said)
     assert status == 0, said.read_text()
@@ -219,9 +218,7 @@ def measure(verb: Verb, place: Path) -> None:
 
 def kill(verb: Verb, place: Path, at: int | None, after: float | None) -> list[str]:
     """One kill, and another run; what is wrong then."""
-    place.mkdir()
-    if verb.before:
-        verb.before(place)
+    prepare(verb, place)
     out, said, wrong = place / verb.out, place / "said.txt", []
     before = bits(out) if out.exists() else None
     status = run(verb.words(place), said, at, after)
@@ -244,36 +241,46 @@ def kill(verb: Verb, place: Path, at: int | None, after: float | None) -> list[s
     return wrong
 
 
+def tried(job: tuple[str, Verb, Path, Path, int, int]) -> tuple[str, int, int, list[str]]:
+    """All kills of one verb: its name, how many, over how many events, and what was wrong."""
+    name, verb, ground, scratch, kills, seed = job
+    draw, inputs, faults = random.Random(f"{seed} {name}"), tree(ground), []
+    place = scratch / name.replace(" ", "-")
+    measure(verb, place)
+    for number in range(kills):
+        at = after = None
+        if number % 2:
+            after = draw.uniform(0, verb.seconds)
+        else:
+            at = 1 + (number * verb.events) // kills
+        wrong = kill(verb, place, at, after)
+        if tree(ground) != inputs:
+            wrong.append("an input has changed")
+            inputs = tree(ground)
+        when = f"event {at} of {verb.events}" if at else f"{after:.2f} s"
+        faults += [f"{name}, killed at {when}: {fault}" for fault in wrong]
+    return name, kills, verb.events, faults
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=[], help="names of verbs")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    draw, results = random.Random(options.seed), Counter()
+    total, faults = 0, []
     with tempfile.TemporaryDirectory() as scratch:
         ground = Path(scratch, "inputs")
         ground.mkdir()
-        tried = {n: v for n, v in verbs(ground).items() if not options.only or n in options.only}
-        inputs, faults = tree(ground), []
-        for name, verb in tried.items():
-            measure(verb, Path(scratch, "try"))
-            kills = -(-options.kills // len(tried))
-            for number in range(kills):
-                at = after = None
-                if number % 2:
-                    after = draw.uniform(0, verb.seconds)
-                else:
-                    at = 1 + (number * verb.events) // kills
-                wrong = kill(verb, Path(scratch, "try"), at, after)
-                if tree(ground) != inputs:
-                    wrong.append("an input has changed")
-                    inputs = tree(ground)
-                results[name] += 1
-                when = f"event {at} of {verb.events}" if at else f"{after:.2f} s"
-                faults += [f"{name}, killed at {when}: {fault}" for fault in wrong]
-            print(f"{name}: {results[name]} kills over {verb.events} events", flush=True)
-    print(f"{results.total()} kills, {len(faults)} faults", *faults, sep="\n")
+        found = {n: v for n, v in verbs(ground).items() if not options.only or n in options.only}
+        kills = -(-options.kills // len(found))
+        jobs = [(n, v, ground, Path(scratch), kills, options.seed) for n, v in found.items()]
+        with get_context("fork").Pool(options.processes) as pool:
+            for name, count, events, wrong in pool.imap_unordered(tried, jobs):
+                print(f"{name}: {count} kills over {events} events", flush=True)
+                total, faults = total + count, faults + wrong
+    print(f"{total} kills, {len(faults)} faults", *faults, sep="\n")
     return bool(faults)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
-from sparsecraft.cli.console import gathered, in_flags
+from sparsecraft.cli.console import gathered, in_flags, quiet
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,8 @@ def test_only_options_of_several_values_are_gathered(given, wanted):
         ),
         ("use resume=False or paths='encoder.*'.", "use --no-resume or --paths 'encoder.*'."),
         ("data is a list.", "--data is a list."),
+        ("data holds 'x', which", "--data holds 'x', which"),
+        ("exists already; pass resume.", "exists already; pass --resume."),
         ("rank=4.5, lora_rank=8", "--rank 4.5, --lora-rank 8"),
     ],
 )
@@ -53,7 +57,7 @@ def test_errors_name_flags(said, wanted):
 @pytest.mark.parametrize(
     "said",
     [
-        "The data is short, and its rank is low.",
+        "The data is short, and its rank is low; pass data of another rank.",
         "router.top_k=3, 'top_k', `top_k` and /models/top_k/top_k.json",
         "select.kind is 'hard'. Known: sample, slots, soft, top_k.",
         "Known: num_experts_per_token, modalities=False, tokenizer=...",
@@ -61,3 +65,19 @@ def test_errors_name_flags(said, wanted):
 )
 def test_errors_keep_words_that_are_no_arguments(said):
     assert in_flags(said, ("top_k", "num_experts", "data", "rank")) == said
+
+
+def test_what_peft_imports_unasked_says_nothing(caplog):
+    """The logger is the one that bitsandbytes warns by."""
+    name = "bitsandbytes.backends.cpu.ops"
+    pytest.importorskip("bitsandbytes", reason="needs sparsecraft[quant]")
+    logger = importlib.import_module(name).logger
+    before = logger.level
+    try:
+        quiet()
+        logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community")
+        assert logger.name == name and not caplog.records
+        logger.error("an error is still said")
+        assert len(caplog.records) == 1
+    finally:
+        logger.setLevel(before)

@@ -56,3 +56,29 @@ def test_a_file_of_holes_is_not_read_to_its_end(tmp_path, ending):
     os.truncate(path, 10**12)
     with pytest.raises(DataError, match=r"holes.*(longer|larger) than"):
         read(path)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".txt", ".parquet"])
+@pytest.mark.parametrize("behind", [b"", b"x"])
+def test_zeros_behind_a_packed_file_are_not_read_to_their_end(tmp_path, ending, behind):
+    path = tmp_path / f"padded{ending}.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    os.truncate(path, 10**12)
+    with path.open("ab") as file:
+        file.write(behind)
+    with pytest.raises(DataError, match=r"padded.*packed"):
+        read(path)
+
+
+def test_a_little_padding_behind_a_packed_file_is_none_of_its_rows(tmp_path):
+    path = tmp_path / "padded.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n') + bytes(10_240))
+    assert len(read(path)) == 1
+
+
+def test_packed_parquet_is_read(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / "rows.parquet")
+    packed = tmp_path / "rows.parquet.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "rows.parquet").read_bytes()))
+    assert len(read(packed)) == len(read(tmp_path / "rows.parquet")) == 2

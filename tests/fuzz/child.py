@@ -8,6 +8,7 @@ import resource
 import select
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -91,7 +92,7 @@ def _in_child(read: Callable[[Path], Any], folder: Path, scratch: Path, pipe: in
         for stream in (0, 1, 2):
             os.dup2(nothing, stream)
         before = _limit()
-        os.environ["TMPDIR"] = str(scratch)
+        tempfile.tempdir = os.environ["TMPDIR"] = str(scratch)
         os.chdir(scratch)
         sys.addaudithook(_hook(seen, scratch))
         _run(read, folder, seen)

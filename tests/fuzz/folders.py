@@ -20,7 +20,7 @@ from sparsecraft.data.rows import Unused, read_rows
 from sparsecraft.dense.loading import load_tokenizer
 from sparsecraft.dense.packaged import _extract
 from sparsecraft.errors import SparsecraftError
-from sparsecraft.training.resume import last_state
+from sparsecraft.training.progress import ProgressBar
 from tests import tiny
 
 TOKENS = torch.tensor([[5, 17, 200, 33, 8, 2]])
@@ -94,8 +94,10 @@ def rows(folder: Path) -> None:
         list(read_rows(path, "train", Unused()))
 
 
-def state(folder: Path) -> None:
-    last_state(folder)
+def state(folder: Path) -> Tensor:
+    """Go on with a run that was interrupted at its second step of three."""
+    made = folder.parents[2] / "made"
+    return logits(sc.load(_trained(made, folder / "out", resume=True)))
 
 
 def wheel(folder: Path) -> None:
@@ -126,7 +128,8 @@ KINDS = (
     Kind("mixtral", imported),
     Kind("mixtral", dense),
     Kind("rows", rows),
-    Kind("state", state),
+    Kind("state", state, own=True),
+    Kind("old_state", state),
     Kind("wheel", wheel),
 )
 
@@ -144,13 +147,7 @@ def make(root: Path) -> None:
     _make_ours(root, base)
     _make_lora(root, base)
     _make_rows(root / "rows")
-    (root / "state" / "checkpoint-1").mkdir(parents=True)
-    weights = root / "checkpoint" / "moe.safetensors"
-    shutil.copy(weights, root / "state" / "checkpoint-1")
-    for name in ("digest", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        (root / "state" / "checkpoint-1" / name).write_bytes(b"x" * 32)
-    history = {"global_step": 1, "log_history": [{"loss": 1.5, "step": 1}]}
-    (root / "state" / "checkpoint-1" / "trainer_state.json").write_text(json.dumps(history))
+    _make_states(root)
     _make_wheel(root / "wheel", root / "base")
 
 
@@ -179,11 +176,15 @@ def _make_lora(root: Path, base: str) -> None:
 def _make_rows(folder: Path) -> None:
     import gzip
 
+    import pyarrow
+    from pyarrow import parquet
+
     folder.mkdir()
     tiny.write_rows(folder / "chat.jsonl", tiny.chat_rows(6))
     (folder / "array.json").write_text(json.dumps(tiny.chat_rows(6), indent=1))
     (folder / "labels.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n')
     (folder / "packed.jsonl.gz").write_bytes(gzip.compress((folder / "chat.jsonl").read_bytes()))
+    parquet.write_table(pyarrow.Table.from_pylist(tiny.chat_rows(6)), folder / "rows.parquet")
 
 
 def _make_wheel(folder: Path, base: Path) -> None:
@@ -193,3 +194,32 @@ def _make_wheel(folder: Path, base: Path) -> None:
     with zipfile.ZipFile(folder / "model-1-py3-none-any.whl", "w") as archive:
         for path in base.iterdir():
             archive.write(path, f"package/model/{path.name}")
+
+
+def _make_states(root: Path) -> None:
+    """An interrupted run's folder, and the same as versions wrote it that kept no digests."""
+    plain = ProgressBar.on_step_end
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    ProgressBar.on_step_end = interrupt
+    try:
+        _trained(root, root / "state" / "out")
+    except KeyboardInterrupt:
+        pass
+    finally:
+        ProgressBar.on_step_end = plain
+    old = shutil.copytree(root / "state", root / "old_state")
+    for path in old.rglob("digests.json"):
+        path.unlink()
+    for path in old.rglob("run.json"):
+        run = json.loads(path.read_text())
+        path.write_text(json.dumps({k: v for k, v in run.items() if "digest" not in k}))
+
+
+def _trained(made: Path, out: Path, **options: Any) -> Path:
+    how = {"steps": 3, "save_every": 1, "batch_size": 2, "max_length": 32, "progress": False}
+    sc.train(made / "checkpoint", made / "rows" / "chat.jsonl", out, **how, **options)
+    return out

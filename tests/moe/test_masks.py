@@ -235,6 +235,8 @@ def amounts(model, ids, mask) -> tuple[dict, dict[str, torch.Tensor]]:
     inputs = {"input_ids": ids, "attention_mask": mask}
     if model.config.is_encoder_decoder:
         inputs |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+        # With a cache FSMT of transformers 5.17 decodes the last token alone.
+        inputs["use_cache"] = False
     with torch.no_grad(), sc.trace(model) as routing:
         model(**inputs)
     masks = layer_masks(model, inputs, None, routing)

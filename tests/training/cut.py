@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import sparsecraft as sc
+from sparsecraft.dense.sharing import gathered
 from tests import tiny
 
 TASKS = ("causal", "packed", "seq2seq", "classification")
@@ -71,7 +72,7 @@ def train(task: str, folder: Path, data: list[dict], micro_batch: int, **options
     options = {**OPTIONS, "packing": task == "packed", "micro_batch": micro_batch, **options}
     report = sc.train(model, path, folder / f"{task}-out", tokenizer=tiny.tokenizer(), **options)
     entry = model.sparsecraft.report["training"][-1]
-    moved = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    moved = {n: gathered(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
     return {"log": entry["log"], "loss": report.loss, "tensors": moved}
 
 

@@ -96,10 +96,21 @@ def loss_of_logits(model: torch.nn.Module, path: str) -> float:
     return total / count
 
 
+def skip_where_the_future_is_read(model: torch.nn.Module) -> None:
+    """Doge of transformers 5.17 has no causal mask in batches without padding, so that logits
+    depend on the batch's padding."""
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        whole, start = (model(input_ids=i, use_cache=False).logits for i in (ids, ids[:, :4]))
+    if (whole[:, :4] - start).abs().max() > 0.1 * whole.abs().max():
+        pytest.skip("this version of transformers lets the model read tokens that are to come")
+
+
 @pytest.mark.parametrize("name", [*PLAIN, *OTHER])
 def test_a_training_begins_at_the_loss_of_the_models_logits(tmp_path, name):
     model, path = dense(name), tiny.write_rows(tmp_path / "rows.jsonl", tiny.chat_rows(8))
     assert head_is_plain(model) == (name in PLAIN)
+    skip_where_the_future_is_read(model)
     wanted = loss_of_logits(model, path)
     sc.convert(model, sc.recipes.molora(num_experts=2, variant="tuned"), certify=False)
     options = {"steps": 1, "batch_size": 8, "learning_rate": 1e-9, "max_length": 64}

@@ -5,6 +5,7 @@ No tyro until a verb's options are read, no transformers until one runs.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Collection
@@ -90,6 +91,8 @@ def quiet() -> None:
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read when datasets is first imported
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    # PEFT imports bitsandbytes, which then asks for kernels of the hub, quantized or not.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def say(text: str) -> None:
@@ -121,5 +124,6 @@ def _in_flags(text: str, names: Collection[str]) -> str:
         text = re.sub(alone + "=False", f"--no-{flag[2:]}", text)
         text = re.sub(alone + r"=(?:True|\.\.\.)", flag, text)
         text = re.sub(alone + r"=(?=[\w'\"])", f"{flag} ", text)
-        text = re.sub(alone if "_" in name else f"^{name}(?= is | has )", flag, text)
+        sure = rf"^{name}(?= is | has | holds )|(?<=pass ){name}(?=[.,;]|$)"
+        text = re.sub(alone if "_" in name else sure, flag, text)
     return text

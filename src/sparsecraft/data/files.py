@@ -11,6 +11,8 @@ import io
 import json
 import logging
 import re
+import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ log = logging.getLogger("sparsecraft")
 EXTENSIONS = (".json", ".jsonl", ".parquet", ".txt")
 MOST_LINE, MOST_WHOLE = 1 << 26, 1 << 29  # bytes of a row, and of a file that is read as a whole
 MOST_PACKED, SMALL = 200, 1 << 26  # a .gz holds at most this multiple of its bytes, and these
+MOST_PADDING = 1 << 20  # and is read at most so far beyond twice what it has given
 TOO_DEEP = "the JSON is nested too deeply to be read; flatten it"
 # Words of a file name that name its split, each with the split it stands for.
 SPLIT_WORDS = {
@@ -127,18 +130,32 @@ def _opened(path: Path) -> IO[bytes]:
     return io.BufferedReader(_Unpacked(path))
 
 
+class _Packed(io.FileIO):
+    """A .gz file, read no further than its rows can have filled: gzip passes over zeros and empty
+    members behind its data, however many."""
+
+    most = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() > self.most:
+            raise DataError("more bytes packed than unpacked, which no rows are; pack it anew.")
+        return super().read(size)
+
+
 class _Unpacked(io.RawIOBase):
     """What a .gz file holds, up to the size that rows can have grown to."""
 
     def __init__(self, path: Path):
-        self._file = gzip.GzipFile(path)
+        self._packed = _Packed(path)
+        self._file = gzip.GzipFile(fileobj=self._packed)
         self._most = MOST_PACKED * path.stat().st_size + SMALL
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        piece = self._file.read(len(buffer))
+        self._packed.most = 2 * self._file.tell() + MOST_PADDING
+        piece = self._file.read(min(len(buffer), MOST_PADDING // 2))
         if self._file.tell() > self._most:
             raise DataError(
                 f"more than {MOST_PACKED} times as large unpacked as packed, which no rows are; "
@@ -147,17 +164,9 @@ class _Unpacked(io.RawIOBase):
         buffer[: len(piece)] = piece
         return len(piece)
 
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
     def close(self) -> None:
         self._file.close()
+        self._packed.close()
         super().close()
 
 
@@ -165,10 +174,18 @@ def _read_parquet(file, extension: str) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet
 
     number = 0
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+    for batch in pyarrow.parquet.ParquetFile(_seekable(file)).iter_batches():
         for row in batch.to_pylist():
             number += 1
             yield f"row {number}", _without_nulls(row)
+
+
+def _seekable(file: IO[bytes]) -> IO[bytes]:
+    if file.seekable():
+        return file
+    unpacked = tempfile.TemporaryFile()  # noqa: SIM115
+    shutil.copyfileobj(file, unpacked)
+    return unpacked
 
 
 def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from sparsecraft.training.options import TrainOptions
 RUN_RECORD = "run.json"
 MICRO_BATCH = "micro_batch chosen"  # in that record
 
-# The record of a state: the digest of every other file in it, written last.
+# The record of a state: bytes and digest of every other file in it, written last.
 DIGESTS = "digests.json"
 UNREAD = (DIGESTS, "README.md")
 
@@ -62,23 +62,32 @@ def _damaged(state: Path) -> list[str]:
         return [DIGESTS]
     if signed(record) != record or not isinstance(known := record.get("files"), dict):
         return [DIGESTS]
-    now = _digests(state)
-    return sorted(name for name in known.keys() | now.keys() if known.get(name) != now.get(name))
+    sizes, now = record.get("bytes", {}), _files(state)
+    return sorted(
+        name
+        for name in known.keys() | now.keys()
+        if name not in now
+        or sizes.get(name) not in (None, now[name].stat().st_size)
+        or known.get(name) != digest_of_file(now[name])
+    )
 
 
 def keep_alone(state: Path) -> None:
     """Write the record of a state that has just been written, then remove the older ones."""
-    write_json(state / DIGESTS, signed({"files": _digests(state)}))
+    files = _files(state)
+    digests = {name: digest_of_file(path) for name, path in files.items()}
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    write_json(state / DIGESTS, signed({"files": digests, "bytes": sizes}))
     for other in state.parent.glob("checkpoint-*"):
         if other != state:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def _digests(state: Path) -> dict[str, str]:
-    """File name -> digest of all that is in a state, also in folders below it; of bytes."""
+def _files(state: Path) -> dict[str, Path]:
+    """Name -> path of every file that is in a state, also in folders below it."""
     files = (path for path in sorted(state.rglob("*")) if path.is_file())
     names = {path.relative_to(state).as_posix(): path for path in files}
-    return {name: digest_of_file(path) for name, path in names.items() if name not in UNREAD}
+    return {name: path for name, path in names.items() if name not in UNREAD}
 
 
 def _states(folder: Path) -> list[Path]:

@@ -5,19 +5,25 @@ number of them goes on, by whichever engine.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 
 import torch
 from transformers import TrainerState, set_seed
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from sparsecraft.checkpoint import tensorfile
+from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.space import writing
 from sparsecraft.checkpoint.tensors import WEIGHTS, read_tensors
+from sparsecraft.dense.jsonfile import MEASURED, check_regular, read_bytes
 from sparsecraft.dense.sharing import gathered
-from sparsecraft.errors import CheckpointError
+from sparsecraft.errors import CheckpointError, SparsecraftError, first_line
 from sparsecraft.moe.names import unique_tensors
 from sparsecraft.training.engine import load_state, whole_state
 from sparsecraft.training.resume import keep_alone
@@ -45,7 +51,7 @@ class StatesMixin:
     def restore(self, state: Path) -> None:
         """Take the trained tensors and the log of a state that is already at its last step."""
         self._load_from_checkpoint(str(state))
-        self.state = TrainerState.load_from_json(str(state / "trainer_state.json"))
+        self.state = TrainerState.load_from_json(str(state / TRAINER_STATE_NAME))
 
     # ------------------------------------------------------------------ Private hooks of Trainer
 
@@ -76,7 +82,8 @@ class StatesMixin:
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if not self.is_fsdp_enabled or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            with _reading(checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
             return
         folder, options = Path(checkpoint), {"map_location": "cpu", "weights_only": True}
         load_state(self.optimizer, torch.load(folder / OPTIMIZER_NAME, mmap=True, **options))
@@ -91,7 +98,8 @@ class StatesMixin:
         """Random numbers go on where they were, unless another number of processes draws them."""
         kept = len([*Path(checkpoint).glob("rng_state*")]) if checkpoint else None
         if kept in (None, self.args.world_size):
-            super()._load_rng_state(checkpoint)
+            with _reading(checkpoint):
+                super()._load_rng_state(checkpoint)
             return
         set_seed(self.args.seed + self.state.global_step)
         log.warning(
@@ -103,4 +111,44 @@ class StatesMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         folder = Path(resume_from_checkpoint)
         model = self.accelerator.unwrap_model(self.model if model is None else model)
-        read_tensors(model, folder / WEIGHTS, (folder / "digest").read_text(), in_place=True)
+        with _reading(folder):
+            for path in folder.iterdir():
+                check_regular(path, CheckpointError)
+            _check_history(folder / TRAINER_STATE_NAME)
+            digest = read_bytes(folder / "digest", CheckpointError, most=1 << 10).decode()
+            read_tensors(model, folder / WEIGHTS, digest, in_place=True)
+
+
+@contextmanager
+def _reading(state: str | Path | None) -> Iterator[None]:
+    """Say in one sentence what a state lacks that has no digests, of a version before they were
+    kept: transformers and torch raise a dozen kinds of errors."""
+    try:
+        yield
+    except SparsecraftError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{state} is no state to go on from ({first_line(error)}); delete it to go on from the "
+            f"one before it, or {Path(state).parent} to train the stage anew."
+        ) from error
+
+
+def _check_history(path: Path) -> None:
+    """Refuse what transformers would trip over: it takes the fields of this file as they are.
+
+    Raises:
+        CheckpointError: it is no JSON of ours.
+        TypeError, ValueError: a field is unknown, or of another type.
+    """
+    plain, state = TrainerState(), TrainerState(**read_json(path, MEASURED))
+    types = {f.name: type(getattr(plain, f.name)) for f in dataclasses.fields(plain)}
+    types |= {"train_batch_size": int}
+    for name, kind in types.items():
+        value, number = getattr(state, name), kind in (int, float)
+        if not (kind is NoneType or isinstance(value, (int, float) if number else kind)):
+            raise TypeError(f"{name} in {path.name} is {value!r}")
+    if not all(isinstance(entry, dict) for entry in state.log_history):
+        raise TypeError(f"log_history in {path.name} is no list of objects")
+    if state.global_step != int(path.parent.name.rpartition("-")[2]):
+        raise ValueError(f"global_step in {path.name} is {state.global_step}")

@@ -70,13 +70,14 @@ class RoutedTrainerMixin:
 
     def _ignore_repeats(self, batch: dict[str, Tensor]) -> None:
         """Take out the rows that fill up the last batch of an epoch, so that all processes have
-        one: they have been in the epoch."""
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader:
+        one: they have been in the epoch. accelerate's own count of them does not know an epoch
+        that is gone on with."""
+        processes = self.accelerator.num_processes
+        if processes == 1 or not self.accelerator.gradient_state.end_of_dataloader:
             return
         size = self.args.per_device_train_batch_size
-        if state.remainder > 0:
-            own = max(0, state.remainder - size * self.accelerator.process_index)
+        if rest := len(self.train_dataset) % (size * processes):
+            own = max(0, rest - size * self.accelerator.process_index)
             batch["labels"] = batch["labels"].clone()
             batch["labels"][own:] = IGNORED
             if TOKEN_MASK in batch:

@@ -40,6 +40,11 @@ def planted_hidden(labels_F: torch.Tensor, T: int) -> torch.Tensor:
     return fires_TF * (1 + torch.rand(T, F)) + 0.01 * torch.rand(T, F)
 
 
+def busy_hidden(labels_F: torch.Tensor) -> torch.Tensor:
+    """The same, and the neurons of expert 3 fire on every token."""
+    return planted_hidden(labels_F, 256) + 5 * (labels_F == 3)
+
+
 def same_clusters(neurons_EM: torch.Tensor, labels_F: torch.Tensor) -> bool:
     """Equal up to the experts' names."""
     return all(len(labels_F[row].unique()) == 1 for row in neurons_EM)
@@ -227,10 +232,12 @@ def test_cuda_finds_what_the_cpu_finds():
         for device in ("cpu", "cuda", "cuda")
     ]
     assert values[1] == values[2] == pytest.approx(values[0], rel=5e-3)
-    hidden_TF = planted_hidden(labels_F, 64)
-    for device in ("cpu", "cuda"):
-        found_EM, _ = activation_clusters([hidden_TF.to(device)], E, 1, active=M)
-        assert same_clusters(found_EM.cpu(), labels_F)
+    hidden_TF = busy_hidden(labels_F)
+    here, there = (
+        activation_clusters([hidden_TF.to(device)], E, 1, active=2 * M)
+        for device in ("cpu", "cuda")
+    )
+    assert all(torch.equal(h, t.cpu()) for h, t in zip(here, there, strict=True))
 
 
 # ------------------------------------------------------------------ co-activation
@@ -367,8 +374,6 @@ def test_distances_of_markers_are_the_norms():
 
 def test_cmoe_recovers_planted_clusters_and_the_busiest_expert():
     labels_F = planted_labels()
-    hidden_TF = planted_hidden(labels_F, 256)
-    hidden_TF[:, labels_F == 3] += 5  # fires on every token
-    neurons_EM, representatives_R = activation_clusters([hidden_TF], E, 1, active=2 * M)
+    neurons_EM, representatives_R = activation_clusters([busy_hidden(labels_F)], E, 1, active=2 * M)
     assert same_clusters(neurons_EM, labels_F) and (labels_F[neurons_EM[0]] == 3).all()
     assert all(r in row for r, row in zip(representatives_R, neurons_EM[1:], strict=True))
