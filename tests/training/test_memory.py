@@ -327,4 +327,4 @@ def test_evaluation_says_what_it_takes(tmp_path, monkeypatch, caplog):
     with LiveTensors() as live:
         sc.evaluate(tiny.llama(), path, tokenizer=tiny.tokenizer())
     assert "Evaluation by batches of up to 8 x " in caplog.text
-    assert said[0] == pytest.approx(live.most, rel=0.25)
+    assert said[0] == pytest.approx(1.2 * live.most, rel=0.25)

@@ -18,7 +18,7 @@ from sparsecraft.data.batches import as_batches, collate
 from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import CONTROL, TASK_OF_MODEL, UNUSED, prepare
 from sparsecraft.data.sentences import Prompts
-from sparsecraft.dense.live import LiveTensors
+from sparsecraft.dense.live import LiveTensors, taken_for
 from sparsecraft.dense.loading import load_tokenizer, objective_of, without_objective
 from sparsecraft.dense.memory import enough_memory, free_memory, gigabytes
 from sparsecraft.dense.tokens import positions_of
@@ -220,7 +220,7 @@ def _say_memory(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
     row = {key: value[:1] for key, value in largest.items() if key != "token_mask"}
     with LiveTensors() as live:
         label_logprobs(model, row)
-    memory, free = rows * live.most, free_memory(model.device)
+    memory, free = round(rows * live.most * taken_for(model.device)), free_memory(model.device)
     log.info(
         f"Evaluation by batches of up to {rows} x {length} tokens needs about {gigabytes(memory)} "
         f"of memory ({gigabytes(free)} free)."

@@ -18,7 +18,7 @@ from accelerate.utils import convert_outputs_to_fp32, gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 
-from sparsecraft.dense.live import LiveTensors
+from sparsecraft.dense.live import LiveTensors, taken_for
 from sparsecraft.dense.memory import free_memory, is_out_of_memory
 from sparsecraft.training.engine import tried
 
@@ -26,8 +26,6 @@ from sparsecraft.training.engine import tried
 TOKENS = 256
 # Of the free memory: the rest is lost between tensors.
 USABLE = 0.9
-# What the C library keeps beside the tensors that live on a CPU, as benchmarks/memory measured it.
-KEPT_ON_CPU = 1.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +38,7 @@ class StepMemory:
         gradients: of all parameters that train.
         moments: what the optimizer holds from its first step on.
         update: what it takes for a moment.
-        kept: what the allocator has taken, for each byte that lives.
+        kept: bytes that are taken for each one that lives.
     """
 
     first: tuple[int, int]
@@ -73,7 +71,7 @@ def step_memory(trainer: Any, length: int, row: dict[str, Any], most: int) -> St
     first, later = (_line((few, a), (more, b)) for a, b in zip(one, two, strict=True))
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trained)
-    kept = KEPT_ON_CPU if trainer.args.device.type == "cpu" else 1.0
+    kept = taken_for(trainer.args.device)
     return StepMemory(first, later, gradients, *_optimizer(trainer, trained), kept)
 
 
