@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import sparsecraft as sc
+from sparsecraft.conversion.needs import needs
 from sparsecraft.dense import hub
 from sparsecraft.errors import RecipeError
 from tests import tiny
@@ -48,6 +49,16 @@ def test_nf4_converts_exactly_trains_and_comes_back(tmp_path):
     assert torch.equal(logits(loaded), trained)
     sc.revert(model)
     assert torch.equal(logits(model), dense)
+
+
+@pytest.mark.parametrize("packing", ["nf4", "int8"])
+def test_packed_weights_need_what_they_take(tmp_path, packing):
+    base = tmp_path / "dense"
+    tiny.save_dense(base, width=256)
+    model = hub.load_dense(str(base), quantize=packing)
+    held = sum(p.nbytes for p in model.parameters())
+    assert needs(base, recipe(packing)).base == pytest.approx(held, rel=0.03)
+    assert needs(base, recipe(None)).base > 1.8 * held
 
 
 def test_the_recipe_and_the_model_must_agree(tmp_path):

@@ -21,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sparsecraft.checkpoint.renames import rename_to_free
-from sparsecraft.checkpoint.space import gigabytes
+from sparsecraft.dense.memory import gigabytes
 from sparsecraft.errors import CheckpointError
 
 log = logging.getLogger("sparsecraft")

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from sparsecraft.checkpoint.base import as_it_was, convert_base, load_on
 from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.manifest import base_config, read_manifest, read_recipe
-from sparsecraft.checkpoint.space import free_memory, main_memory
 from sparsecraft.checkpoint.tensors import WEIGHTS, read_tensors
 from sparsecraft.checkpoint.wide import wide_outputs, wide_type
 from sparsecraft.dense.door import build
 from sparsecraft.dense.loading import model_class
+from sparsecraft.dense.memory import free_memory, main_memory
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.probes import UNREADABLE, Inputs, candidates, random_probe
 from sparsecraft.dense.sharing import is_sharded
@@ -47,6 +47,13 @@ HALF_OUTPUTS_EQUAL = 1e-1  # where memory lacks a copy in float32
 NOT_RUN = "tensors and buffers are equal; its outputs were not compared"
 
 
+def memory_to_rebuild(size: int, free: int) -> int:
+    """Bytes that a save takes to build a model of `size` bytes again and compare its values; none
+    where `free` bytes of the main memory are too few, or it is too large: only names and shapes are
+    compared then."""
+    return size if size <= MOST_BYTES and free > 2 * size else 0
+
+
 def check_rebuilt(
     model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, origin: Origin | None
 ) -> None:
@@ -60,7 +67,7 @@ def check_rebuilt(
         CheckpointError: it is another model.
     """
     size = cost.bytes_of(model)
-    whole = size <= MOST_BYTES and main_memory() > 2 * size
+    whole = memory_to_rebuild(size, main_memory()) > 0
     with torch.random.fork_rng():  # a class draws weights before it gets its own
         again = _rebuilt(folder, origin, device=_place(model.device, size) if whole else None)
     if again is None:

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-import torch
 from safetensors import SafetensorError
 
+from sparsecraft.dense.memory import gigabytes, main_memory
 from sparsecraft.errors import CheckpointError, ResourceError, first_line
 
 # How torch.save says that a disk refused.
@@ -30,19 +29,29 @@ def require(folder: Path, disk: int, memory: int, task: str, free_memory: int | 
         ResourceError: not enough disk. Too little memory is reported, not refused, because
             swap and memory maps make it a guess.
     """
-    existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
-    free_disk = shutil.disk_usage(existing).free
+    free_disk = require_disk(folder, disk, task)
     free_memory = main_memory() if free_memory is None else free_memory
-    if disk > free_disk:
-        raise ResourceError(
-            f"{task} needs {gigabytes(disk)} of disk at {folder} and {gigabytes(free_disk)} "
-            "are free; free some space or choose another --out."
-        )
     line = (
         f"{task} needs about {gigabytes(memory)} of memory ({gigabytes(free_memory)} free) and "
         f"{gigabytes(disk)} of disk ({gigabytes(free_disk)} free)."
     )
     return line + (" MEMORY MAY NOT SUFFICE." if memory > free_memory else "")
+
+
+def require_disk(folder: Path, disk: int, task: str) -> int:
+    """The bytes that are free where the folder will be; refuses if that is less than `disk`.
+
+    Raises:
+        ResourceError: so it is.
+    """
+    existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    free = shutil.disk_usage(existing).free
+    if disk > free:
+        raise ResourceError(
+            f"{task} needs {gigabytes(disk)} of disk at {folder} and {gigabytes(free)} "
+            "are free; free some space or choose another --out."
+        )
+    return free
 
 
 @contextmanager
@@ -64,17 +73,3 @@ def writing(path: Path, otherwise: str) -> Iterator[None]:
         raise CheckpointError(
             f"{path} could not be written ({first_line(error)}); {otherwise}."
         ) from error
-
-
-def main_memory() -> int:
-    """Bytes of the main memory that are free."""
-    return psutil.virtual_memory().available
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free where tensors of this device lie."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else main_memory()
-
-
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"

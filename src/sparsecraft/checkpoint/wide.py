@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.checkpoint.space import free_memory, gigabytes
+from sparsecraft.dense.memory import free_memory, gigabytes
 from sparsecraft.moe.lending import FLOATS, Lender
 from sparsecraft.moe.names import unique_tensors
 from sparsecraft.moe.outputs import outputs

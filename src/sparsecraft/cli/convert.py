@@ -208,13 +208,18 @@ def _convert(recipe: Recipe, options: ConvertOptions, dtype: Any, say: Say) -> N
 
 def _needs(folder: Path, recipe: Recipe, options: ConvertOptions, dtype: Any) -> str:
     """What disk and memory the conversion takes, in a sentence; refuses if that is not free."""
+    import torch
+
     from sparsecraft.checkpoint.space import require
     from sparsecraft.conversion.needs import needs
+    from sparsecraft.dense.memory import free_memory
 
     needed = needs(folder, recipe, dtype, data=bool(options.data))
     disk = needed.new + (needed.base if options.standalone else 0)
-    memory = sum(dataclasses.astuple(needed))
-    return require(options.out, disk=disk, memory=memory, task="Conversion")
+    free = free_memory(torch.device(options.device))
+    return require(
+        options.out, disk=disk, memory=needed.memory, task="Conversion", free_memory=free
+    )
 
 
 def domains_of(options: ConvertOptions) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 
 from sparsecraft.cli.console import Command, in_flags, quiet, say
@@ -87,9 +87,20 @@ def _run(verb: str, argv: list[str]) -> None:
     if not command.light:
         quiet()
     try:
-        module.run(command, say)
+        with _enough_memory(verb, command):
+            module.run(command, say)
     except SparsecraftError as error:
         raise SparsecraftError(in_flags(str(error), command.option_names())) from error
+
+
+def _enough_memory(verb: str, command: Command) -> AbstractContextManager[None]:
+    """One sentence where memory runs out beside the work that says itself what to lower."""
+    if command.light:
+        return nullcontext()
+    from sparsecraft.dense.memory import enough_memory
+
+    otherwise = "load the model in a smaller type (--dtype, where there is it), or run it elsewhere"
+    return enough_memory(f"sparsecraft {verb}", otherwise)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,7 +22,12 @@ from sparsecraft.conversion.sources.gather import gather, opened
 from sparsecraft.conversion.sources.source import Source
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.foreign import check_own
-from sparsecraft.dense.memory import check_can_train, check_in_memory, check_new_in_memory
+from sparsecraft.dense.memory import (
+    check_can_train,
+    check_in_memory,
+    check_new_in_memory,
+    enough_memory,
+)
 from sparsecraft.dense.once import looked_at_once
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.probes import UNREADABLE
@@ -105,6 +110,11 @@ class Report:
         return dataclasses.asdict(self)
 
 
+@enough_memory(
+    "Conversion",
+    "load the model in bfloat16 (--dtype bfloat16), leave the certificate out (certify=False), or "
+    "convert tensor by tensor (--stream)",
+)
 @atomic
 def convert(
     model: nn.Module,

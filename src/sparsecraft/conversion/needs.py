@@ -7,8 +7,11 @@ from pathlib import Path
 
 import torch
 
+from sparsecraft.checkpoint.rebuild import memory_to_rebuild
 from sparsecraft.dense.loading import skeleton
+from sparsecraft.dense.memory import main_memory
 from sparsecraft.dense.probes import PROBE_SHAPE
+from sparsecraft.dense.quantization import bytes_packed, packing_in
 from sparsecraft.evaluation.certificate import DATA_LENGTH, MAX_DATA_PROBES
 from sparsecraft.moe import cost
 from sparsecraft.recipe.recipe import Recipe
@@ -18,11 +21,18 @@ from sparsecraft.surgery.plan import plan
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Bytes of the dense model, of what a recipe adds to it, and of the certificate's logits."""
+    """Bytes of the dense model, of what a recipe adds to it, of the certificate's logits, and of
+    the model that a save builds again from the folder, to compare."""
 
     base: int
     new: int
     probes: int
+    again: int = 0
+
+    @property
+    def memory(self) -> int:
+        """The most bytes at a time."""
+        return self.base + self.new + max(self.probes, self.again)
 
 
 def needs(
@@ -43,8 +53,11 @@ def needs(
     layers = (build_layer(model, item, device="meta") for item in plan(model, recipe))
     tokens = PROBE_SHAPE[0] * (PROBE_SHAPE[1] + (MAX_DATA_PROBES * DATA_LENGTH if data else 0))
     width = getattr(config.get_text_config(), "vocab_size", None) or config.hidden_size
+    base = bytes_packed(model, packing_in(folder, recipe.quantization))
+    new = sum(cost.bytes_of(layer) for layer in layers)
     return Needs(
-        base=cost.bytes_of(model),
-        new=sum(cost.bytes_of(layer) for layer in layers),
+        base=base,
+        new=new,
         probes=2 * tokens * width * dtype.itemsize,  # before and after
+        again=memory_to_rebuild(base + new, main_memory() - base - new),
     )

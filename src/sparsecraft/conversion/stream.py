@@ -37,6 +37,7 @@ from sparsecraft.conversion.sources.source import Source, mean
 from sparsecraft.dense import hub
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.loading import load_model
+from sparsecraft.dense.memory import enough_memory
 from sparsecraft.dense.origin import Origin
 from sparsecraft.dense.sound import check_weight
 from sparsecraft.dense.weights import Weights
@@ -55,6 +56,10 @@ from sparsecraft.surgery.plan import PlannedEdit, plan
 Say = Callable[[str], None]
 
 
+@enough_memory(
+    "Conversion, tensor by tensor,",
+    "leave the certificate out (certify=False), which holds a block at a time",
+)
 def convert_files(
     model: str | Path,
     recipe: Recipe,

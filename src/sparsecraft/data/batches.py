@@ -56,6 +56,15 @@ def collate(
     return batch | {"position_ids": torch.stack(positions)}
 
 
+def halves(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """A batch of B rows as one of the first B // 2 and one of the others."""
+    rows = len(batch["labels"])
+    parts = (slice(rows // 2), slice(rows // 2, rows))
+    # Of a packed batch each sentence belongs to the tokens that name it.
+    whole = ("sentence_embeddings",) if "sentence_ids" in batch else ()
+    return [{k: v if k in whole else v[part] for k, v in batch.items()} for part in parts]
+
+
 def _sentences(features: Sequence[dict], prompts: Prompts, packed: bool) -> dict:
     """The embeddings of a batch's N prompts (N, D), one for each row unless packed."""
     import torch

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsecraft.dense.jsonfile import MOST_BYTES, check_regular, kind_of, read_object
-from sparsecraft.errors import HubError, SparsecraftError
+from sparsecraft.errors import HubError, ResourceError, SparsecraftError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -36,6 +36,7 @@ def guarded(what: object, error: type[SparsecraftError] = HubError) -> Iterator[
 
     Raises:
         SparsecraftError: of the given kind.
+        ResourceError: it does not fit into memory.
     """
     try:
         yield
@@ -44,6 +45,7 @@ def guarded(what: object, error: type[SparsecraftError] = HubError) -> Iterator[
     except BaseException as fault:
         if not _is_of_the_file(fault):
             raise
+        _check_memory(what, fault)
         why = " ".join(str(fault).split())
         if "trust_remote_code" in why:
             why = "it brings code of its own, which is never run"
@@ -54,13 +56,20 @@ def guarded(what: object, error: type[SparsecraftError] = HubError) -> Iterator[
 
 
 def _is_of_the_file(fault: BaseException) -> bool:
-    """Whether an exception may come of what a file holds: no signal, no want of memory on a device;
-    a panic of a tokenizer's Rust is no Exception."""
-    import torch
-
-    if isinstance(fault, (torch.OutOfMemoryError, MemoryError)):
-        return False
+    """Whether an exception may come of what a file holds, and is no signal; a panic of a
+    tokenizer's Rust is no Exception."""
     return isinstance(fault, Exception) or type(fault).__name__ == "PanicException"
+
+
+def _check_memory(what: object, fault: BaseException) -> None:
+    """Refuse what does not fit, which says nothing against the file."""
+    from sparsecraft.dense.memory import is_out_of_memory, what_was_missing
+
+    if is_out_of_memory(fault):
+        raise ResourceError(
+            f"{what} does not fit into memory: {what_was_missing(fault)}; load it in bfloat16 "
+            "(--dtype bfloat16), or where there is more."
+        ) from fault
 
 
 def check_folder(folder: Path, error: type[SparsecraftError] = HubError) -> None:

@@ -17,6 +17,8 @@ from sparsecraft.errors import HubError, SurgeryError
 
 Packing = Literal["nf4", "fp4", "int8"]
 PACKINGS = get_args(Packing)
+# Of one weight, with the scales of its block.
+BYTES: dict[str, float] = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0}
 BITSANDBYTES, GGUF = "bitsandbytes", "gguf"  # transformers unpacks the weights of GGUF files
 
 
@@ -92,6 +94,26 @@ def settings_in(folder: Path) -> dict[str, Any] | None:
     if not isinstance(found, (dict, NoneType)):
         raise HubError(f"{path} has quantization_config={found!r:.80}; it must be an object.")
     return found
+
+
+def bytes_packed(model: Any, packing: str | None) -> int:
+    """Bytes of a model's parameters once its Linears but the output embeddings are packed."""
+    from torch import nn
+
+    kept = {id(p): p for p in model.parameters()}
+    if packing is None:
+        return sum(p.nbytes for p in kept.values())
+    head = model.get_output_embeddings()
+    linears = (m for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    packed = {id(m.weight): m.weight.numel() for m in linears}
+    rest = sum(p.nbytes for key, p in kept.items() if key not in packed)
+    return rest + int(sum(packed.values()) * BYTES[packing])
+
+
+def packing_in(folder: Path, asked: str | None) -> str | None:
+    """How the weights of a folder are packed once it is loaded as asked."""
+    own = settings_in(folder)
+    return asked if own is None else _packing(own, str(folder))
 
 
 def _packing(settings: dict[str, Any], what: str) -> Packing:

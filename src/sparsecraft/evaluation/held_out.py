@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +18,9 @@ from sparsecraft.data.batches import as_batches, collate
 from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import CONTROL, TASK_OF_MODEL, UNUSED, prepare
 from sparsecraft.data.sentences import Prompts
+from sparsecraft.dense.live import LiveTensors, taken_for
 from sparsecraft.dense.loading import load_tokenizer, objective_of, without_objective
+from sparsecraft.dense.memory import enough_memory, free_memory, gigabytes
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.choice import score_choice
@@ -30,10 +33,17 @@ from sparsecraft.moe.routing import Routing
 from sparsecraft.moe.tracing import trace
 from sparsecraft.surgery.record import tokenizer_of
 
+log = logging.getLogger("sparsecraft")
+
 DEFAULT_MAX_LENGTH = 1024
 NAMED = (UNUSED, CONTROL)  # counts of `prepare` that a file's results repeat
 
 
+@enough_memory(
+    "Evaluation",
+    "lower --max-length (max_length=...), beyond which rows are dropped, load the model in "
+    "bfloat16, or evaluate where there is more",
+)
 def evaluate(
     model: nn.Module | str | Path,
     data: Any = None,
@@ -171,6 +181,8 @@ def _batches(
 
 def _losses(model: nn.Module, sources: dict) -> tuple[dict[str, Any], dict[str, float]]:
     losses, loads = {}, defaultdict(list)
+    listed = [batches for batches, _ in sources.values() if isinstance(batches, list)]
+    _say_memory(model, [batch for batches in listed for batch in batches])
     for name, (batches, counts) in sources.items():
         total, tokens, correct, rows = 0.0, 0, 0, 0
         slots: dict[str, Tensor] = {}
@@ -197,6 +209,22 @@ def _losses(model: nn.Module, sources: dict) -> tuple[dict[str, Any], dict[str, 
         for layer, load_2E in slots.items():
             loads[layer].append(load_2E)
     return losses, _routing_summary(loads)
+
+
+def _say_memory(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
+    """Log what the largest batch takes beside the model, by a pass of its first row."""
+    if not batches:
+        return
+    largest = max(batches, key=lambda batch: batch["input_ids"].numel() + batch["labels"].numel())
+    rows, length = largest["input_ids"].shape
+    row = {key: value[:1] for key, value in largest.items() if key != "token_mask"}
+    with LiveTensors() as live:
+        label_logprobs(model, row)
+    memory, free = round(rows * live.most * taken_for(model.device)), free_memory(model.device)
+    log.info(
+        f"Evaluation by batches of up to {rows} x {length} tokens needs about {gigabytes(memory)} "
+        f"of memory ({gigabytes(free)} free)."
+    )
 
 
 def _check_classes(name: str, labels: Tensor, model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from sparsecraft.checkpoint.integrity import OF_EXPORT, OF_PEFT_EXPORT, entries,
 from sparsecraft.checkpoint.jsonfile import write_json
 from sparsecraft.checkpoint.replacing import replacing
 from sparsecraft.checkpoint.space import require
+from sparsecraft.dense.memory import enough_memory
 from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import ExportError, did_you_mean
 from sparsecraft.evaluation.certificate import Certificate
@@ -82,6 +83,7 @@ def check_name(target: str) -> None:
         raise ExportError(f"Unknown target {target!r}." + did_you_mean(target, TARGETS))
 
 
+@enough_memory("The export", "load the model in bfloat16, or export where there is more")
 def export(
     model: nn.Module,
     target: str,

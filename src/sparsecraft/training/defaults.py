@@ -5,18 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from sparsecraft.checkpoint.space import require
 from sparsecraft.dense import loading
 from sparsecraft.dense.tokens import positions_of
 from sparsecraft.errors import SparsecraftError, check_seed, did_you_mean
-from sparsecraft.moe import cost
 from sparsecraft.moe.names import dense_name
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.recipe.stages import Fit, Stage
@@ -148,21 +143,10 @@ def fit_tokens(stage: Fit, settings: TrainOptions) -> int:
     return stage.tokens
 
 
-def needs(model: nn.Module, settings: TrainOptions, out: Path) -> str:
-    """One line about memory and disk: weights, gradients, two AdamW moments, activations."""
-    counted = cost.count(model)
-    config = model.config.get_text_config()
-    tokens = settings.micro_batch * settings.max_length
-    layers = getattr(config, "num_hidden_layers", 12)
-    hidden = getattr(config, "hidden_size", 768)
-    activations = 34 * tokens * hidden * layers * 4
-    memory = 12 * counted.trainable + activations
-    new = sum(
-        p.numel() * p.element_size()
+def disk_of(model: nn.Module) -> int:
+    """Bytes that a run writes: the checkpoint's, and of a state for resume weights and moments."""
+    return 4 * sum(
+        p.nbytes
         for n, p in model.named_parameters()
         if p.requires_grad or dense_name(model, n) is None
     )
-    states = 3 * new  # weights and two moments, for resume
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    free = None if on_cpu() else torch.cuda.mem_get_info(rank)[0]
-    return require(out, disk=new + states, memory=memory, task="Training", free_memory=free)

@@ -24,19 +24,31 @@ from transformers import (
 )
 from trl import SFTConfig
 
+from sparsecraft.checkpoint.rebuild import memory_to_rebuild
+from sparsecraft.checkpoint.space import require, require_disk
 from sparsecraft.data.batches import collate
 from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import count_tokens, pack
 from sparsecraft.data.sentences import Prompts
+from sparsecraft.dense.memory import enough_memory, gigabytes
+from sparsecraft.moe import cost
 from sparsecraft.moe.names import dense_name
 from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.record import conversion_of
 from sparsecraft.surgery.trainable import set_trainable
-from sparsecraft.training.arguments import processes, training_arguments
+from sparsecraft.training.arguments import by_fsdp, processes, training_arguments
 from sparsecraft.training.deal import deal, directed, sampled
-from sparsecraft.training.defaults import needs, objective_of
+from sparsecraft.training.defaults import disk_of, objective_of
 from sparsecraft.training.engine import set_up
 from sparsecraft.training.heads import head_is_plain
+from sparsecraft.training.memory import (
+    divisors,
+    free_here,
+    largest_that_fits,
+    longest_row,
+    step_memory,
+)
+from sparsecraft.training.micro_batches import LOWER
 from sparsecraft.training.moved import Before, watched_routers
 from sparsecraft.training.options import TrainOptions
 from sparsecraft.training.progress import ProgressBar
@@ -46,6 +58,8 @@ from sparsecraft.training.resume import (
     check_same_run,
     describe,
     looked_through,
+    note_micro_batch,
+    noted_micro_batch,
     read_as,
 )
 from sparsecraft.training.trainers import (
@@ -71,6 +85,7 @@ class Run:
         resume: continue from the last state.
         unpacked: why rows are not packed though packing was asked for; None if they are, or it
             was not.
+        chooses: whether the micro-batch was left open.
     """
 
     model: nn.Module
@@ -79,6 +94,7 @@ class Run:
     prompts: Prompts | None = None
     resume: bool = False
     unpacked: str | None = None
+    chooses: bool = False
 
     @property
     def noted(self) -> dict[str, str]:
@@ -102,7 +118,7 @@ def descend(
     """
     model = run.model
     prepare_parameters(model, stage)
-    log.info(needs(model, settings, run.out))
+    require_disk(run.out, disk_of(model), "Training")
     dataset = sampled(dataset, stage.deal) if stage.deal else dataset
     described = describe(model, settings, dataset)
     check_same_run(folder, described, run.resume, read_as(model))
@@ -118,6 +134,7 @@ def descend(
         should = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         trainer = make_trainer(run, stage, settings, dataset, folder)
         check_alike(described)
+        settings = _sized(trainer, run, settings, folder)
         set_up(trainer)
         before = Before(model, should)
         with watched_routers(model, trainer.evidence):
@@ -127,6 +144,34 @@ def descend(
     found |= {"log": trainer.state.log_history} | run.noted
     note(conversion_of(model), stage, settings, report, **found)
     return trainer, report
+
+
+def _sized(trainer: Any, run: Run, settings: TrainOptions, folder: Path) -> TrainOptions:
+    """The settings with a micro-batch that fits, if it was left open; says what the run needs.
+
+    A run that is resumed goes on with what it began with, so that it ends in the same bits.
+    """
+    args, model = trainer.args, run.model
+    disk, most = disk_of(model), args.per_device_train_batch_size
+    if by_fsdp():  # it shares the model later, and what passes take with it
+        log.info(f"Training needs {gigabytes(disk)} of disk; memory is not measured under FSDP2.")
+        return settings
+    batch = most * args.gradient_accumulation_steps
+    length, row = longest_row(trainer.train_dataset)
+    memory = step_memory(trainer, length, row, most)
+    if run.chooses:
+        kept = noted_micro_batch(folder) if run.resume else None
+        rows = kept or largest_that_fits(memory, batch, most, args.device)
+        if kept is None and trainer.is_world_process_zero():
+            note_micro_batch(folder, rows)
+        trainer.set_micro_batch(max(divisors(batch, min(rows, most))))
+    rows = args.per_device_train_batch_size
+    task = f"Training by micro-batches of {rows} x {length} tokens"
+    free = free_here(args.device)
+    saving = memory.moments + memory_to_rebuild(cost.bytes_of(model), free)
+    peak = max(memory.peak(rows, accumulates=rows < batch), saving)
+    log.info(require(run.out, disk=disk, memory=peak, task=task, free_memory=free))
+    return replace(settings, micro_batch=rows)
 
 
 @contextmanager
@@ -158,7 +203,8 @@ def _run(trainer: Any, counts: dict[str, int], run: Run) -> TrainReport:
     first_step = int(last.name.rpartition("-")[2]) if last else 0
     try:
         if first_step < args.max_steps:
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            with enough_memory("Training", LOWER):
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
             trainer.check_model()
             if args.save_strategy == "no":
                 # Should the final save fail, the run can be resumed from its end.
@@ -254,6 +300,8 @@ def make_trainer(run: Run, stage: Stage, settings: TrainOptions, dataset: Any, f
         processing_class=tokenizer if arguments_class is SFTConfig else None,
         callbacks=[progress],
     )
+    if settings.activation_checkpointing:  # as Trainer does when it begins, before it is measured
+        getattr(model, f"{name}_enable")(**{f"{name}_kwargs": arguments[f"{name}_kwargs"]})
     trainer.progress = progress
     for callback in (PrinterCallback, ProgressCallback):  # they write to standard output
         trainer.remove_callback(callback)

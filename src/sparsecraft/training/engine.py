@@ -5,6 +5,7 @@ process would, and leave a state that any number of processes can go on from.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,20 +82,30 @@ def _settings(config: dict) -> Iterator[tuple]:
 
 def without_gradient(trainer: Any) -> list[str]:
     """The names of trained parameters that the loss of the first row has no gradient to."""
-    model, tally = trainer.model, trainer.tally
+    model = trainer.model
     row = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
+    with tried(trainer):
+        trainer.compute_loss(model, row).backward()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        return [name for name, parameter in trained.items() if parameter.grad is None]
+
+
+@contextmanager
+def tried(trainer: Any) -> Iterator[None]:
+    """Let passes in training be tried in the block; then nothing is left of them."""
+    model, tally = trainer.model, trainer.tally
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     trainer.tally = Tally()
-    with undisturbed(model), torch.enable_grad():
-        model.train()
-        trainer.compute_loss(model, row).backward()
-    trainer.tally = tally
-    for buffer, value in buffers.items():
-        buffer.copy_(value)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    missing = [name for name, parameter in trained.items() if parameter.grad is None]
-    model.zero_grad()
-    return missing
+    try:
+        with undisturbed(model), torch.enable_grad():
+            model.train()
+            yield
+    finally:
+        trainer.tally = tally
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+        model.zero_grad()
 
 
 def share_again(model: nn.Module) -> None:

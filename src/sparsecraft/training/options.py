@@ -23,7 +23,8 @@ class TrainOptions:
     batch_size: int | None = None
     """Sequences per optimizer step over all devices."""
     micro_batch: int | None = None
-    """Sequences per forward pass and device; None takes as many as 16384 tokens hold."""
+    """Sequences per forward pass and device; None takes as many as fit into the free memory, of
+    16384 tokens at most."""
     max_length: int | None = None
     """Tokens per sequence."""
     learning_rate: float | None = None

@@ -24,6 +24,7 @@ from sparsecraft.surgery.record import conversion_of
 from sparsecraft.training.options import TrainOptions
 
 RUN_RECORD = "run.json"
+MICRO_BATCH = "micro_batch chosen"  # in that record
 
 # The record of a state: bytes and digest of every other file in it, written last.
 DIGESTS = "digests.json"
@@ -175,6 +176,18 @@ def describe(model: nn.Module, settings: TrainOptions, rows: Dataset) -> dict[st
             for entry in record.report.get("extensions", [])
         ],
     }
+
+
+def note_micro_batch(folder: Path, rows: int) -> None:
+    """Keep how many rows at a time were chosen for a run that left it open."""
+    path = folder / RUN_RECORD
+    write_json(path, signed(_read_run(path) | {MICRO_BATCH: rows}))
+
+
+def noted_micro_batch(folder: Path) -> int | None:
+    """How many it began with; None if nothing was chosen for it."""
+    path = folder / RUN_RECORD
+    return _read_run(path).get(MICRO_BATCH) if path.is_file() else None
 
 
 def check_alike(described: dict[str, Any]) -> None:

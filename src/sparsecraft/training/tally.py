@@ -25,6 +25,12 @@ class Tally:
         self._sums: dict[str, Tensor] = {}  # name -> its values times their weights, the weights
         self._loads: dict[str, Tensor] = {}  # layer -> what each expert received, (E,)
 
+    def copy(self) -> Tally:
+        """What is recorded until now, in one of its own."""
+        other = Tally()
+        other._sums, other._loads = dict(self._sums), dict(self._loads)
+        return other
+
     def add(self, name: str, value: Tensor | float, weight: Tensor | float) -> None:
         """One value of a mean; of weight zero it does not count, whatever it is."""
         weight = torch.as_tensor(weight, dtype=torch.float32)

@@ -96,7 +96,9 @@ def train(
         _check_stages(model, [stage for _, stage in stages])
         reader = tokenizer or _tokenizer_of(model)
         asked, unpacked = _packable(model, reader, stages, asked)
-        run = Run(model, reader, path, Prompts.of(model), resume, unpacked)
+        run = Run(
+            model, reader, path, Prompts.of(model), resume, unpacked, asked.micro_batch is None
+        )
         with noted_if_done(record):
             trainer, report = _run_stages(run, stages, data, asked, states)
             _finish(run, states, overwrite, tokenizer, trainer)

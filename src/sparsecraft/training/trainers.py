@@ -26,6 +26,7 @@ from sparsecraft.moe.tracing import trace
 from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.record import conversion_of
 from sparsecraft.surgery.trainable import matches
+from sparsecraft.training.micro_batches import MicroBatchMixin
 from sparsecraft.training.states import StatesMixin
 from sparsecraft.training.tally import Tally
 from sparsecraft.training.watch import WatchedTrainerMixin
@@ -204,7 +205,11 @@ class LogsWhatEnds(TrainerCallback):
             control.should_log = True
 
 
-class RoutedSFTTrainer(WatchedTrainerMixin, RoutedTrainerMixin, StatesMixin, SFTTrainer):
+class OurTrainerMixin(WatchedTrainerMixin, MicroBatchMixin, RoutedTrainerMixin, StatesMixin):
+    """All of it, put before a Trainer class."""
+
+
+class RoutedSFTTrainer(OurTrainerMixin, SFTTrainer):
     """Causal language models."""
 
     shifts_labels = True
@@ -228,11 +233,11 @@ class RoutedSFTTrainer(WatchedTrainerMixin, RoutedTrainerMixin, StatesMixin, SFT
         return loss
 
 
-class RoutedSeq2SeqTrainer(WatchedTrainerMixin, RoutedTrainerMixin, StatesMixin, Seq2SeqTrainer):
+class RoutedSeq2SeqTrainer(OurTrainerMixin, Seq2SeqTrainer):
     """Encoder-decoder models."""
 
 
-class RoutedTrainer(WatchedTrainerMixin, RoutedTrainerMixin, StatesMixin, Trainer):
+class RoutedTrainer(OurTrainerMixin, Trainer):
     """Classifiers."""
 
 

@@ -86,7 +86,8 @@ class WatchedTrainerMixin:
         training = self.model.training
         self.model.eval()
         with torch.no_grad():
-            loss = self.compute_loss(self.model, self._prepare_inputs(self._last_inputs))
+            parts = map(self._prepare_inputs, self.parts(self._last_inputs))
+            loss = sum(self.compute_loss(self.model, part) for part in parts)
         self.model.train(training)
         share_again(self.model)
         if self._anywhere(~loss.isfinite()):
@@ -146,8 +147,8 @@ class WatchedTrainerMixin:
     def _first_output(self, model: nn.Module, batches: list[dict[str, Any]]) -> str:
         """The first module whose output is not finite, in a second pass over the batches."""
         with first_not_finite(model) as found:
-            for inputs in batches:
-                self.compute_loss(model, self._prepare_inputs(inputs))
+            for part in (part for inputs in batches for part in self.parts(inputs)):
+                self.compute_loss(model, self._prepare_inputs(part))
         if not found:
             return "the output of every module is finite"
         return f"the first output that is not is that of {found[0]!r}"

@@ -38,7 +38,7 @@ from sparsecraft.conversion.merging.mergeable import (
     plan_steps,
     to_rectify,
 )
-from sparsecraft.dense import hub
+from sparsecraft.dense import hub, memory
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.probes import random_probe
 from sparsecraft.dense.sound import check_weights
@@ -119,6 +119,7 @@ class MergeReport:
         return "\n".join(lines)
 
 
+@memory.enough_memory("Merging", "load the model in bfloat16, or merge where there is more")
 @atomic
 def merge(
     model: nn.Module,
@@ -136,10 +137,9 @@ def merge(
 
     Args:
         how: `exact`, `fixed` or `average`; see the module.
-        weights: for `fixed`: a weight for each expert; a dict layer name -> weights, under the
-            names of `sc.trace`; or "measured", the mean routing weights on `data`.
-        data: held-out files, or an iterable of batches of model inputs with labels. The report
-            says the loss on it before and after.
+        weights: for `fixed`: one for each expert; a dict layer name (as of `sc.trace`) -> weights;
+            or "measured", the mean routing weights on `data`.
+        data: held-out files or batches with labels; the report says the loss before and after.
         tokenizer: for files; by default the one that the model came with.
         partial: merge the layers that can be merged and keep the others, instead of refusing.
 

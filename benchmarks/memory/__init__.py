@@ -1,0 +1,1 @@
+"""Memory that is said against memory that is used, for train, convert and eval."""
