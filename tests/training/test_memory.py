@@ -52,6 +52,19 @@ def test_what_is_said_is_what_lives_in_every_task(tmp_path, task, accumulation):
     assert counted(trainer) == pytest.approx(wanted, rel=0.15)
 
 
+@pytest.mark.parametrize("task", ["causal", "seq2seq", "classification"])
+def test_and_under_autocast(tmp_path, monkeypatch, task):
+    """As on a GPU, where accelerate makes the model's outputs float32 too."""
+    arguments = descend.training_arguments
+    monkeypatch.setattr(descend, "training_arguments", lambda *a: arguments(*a) | {"bf16": True})
+    path = Path(tiny.write_rows(tmp_path / "rows.jsonl", equal_rows(task, 12)))
+    trainer = trainer_of(cut.converted(task), path, micro=4, accumulation=2)
+    own = dict(vars(trainer.model))
+    wanted = said(trainer)
+    assert vars(trainer.model) == own and trainer.accelerator.native_amp
+    assert counted(trainer) == pytest.approx(wanted, rel=0.15)
+
+
 @pytest.mark.parametrize("recipe", ["upcycling", "camelidae", "molora", "mov", "mixlora", "bam"])
 def test_and_by_every_kind_of_experts(tmp_path, recipe):
     path = Path(tiny.write_rows(tmp_path / "rows.jsonl", equal_rows("causal", 12)))
