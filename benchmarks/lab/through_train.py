@@ -187,7 +187,8 @@ def by_train(model: nn.Module, documents: Iterable[Document], setting: Setting):
             progress=False,
         )
     log = record.report["training"][-1]["log"]
-    return batches, [entry["loss"] for entry in log if "loss" in entry]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    return batches[-len(losses) :], losses  # before the first, the memory of a pass is measured
 
 
 def text_of(batch: Batch) -> Batch:

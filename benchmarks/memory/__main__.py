@@ -93,7 +93,8 @@ def write_rows(path: Path) -> str:
 
 def measure(row: dict) -> dict | None:
     """What a row says and takes; None where it failed, which is said."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    path = f"{ROOT / 'src'}:{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-m", "benchmarks.memory.worker", json.dumps(row)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     if done.returncode:

@@ -159,7 +159,8 @@ def test_an_interrupted_training_goes_on(tmp_path, kind, monkeypatch):
     def as_then(self, model, routings, masks, share):
         """The balance loss of every micro-batch weighed alike, whatever its share of the items."""
         found = now(self, model, routings, masks, share)
-        return found / (share * self.current_gradient_accumulation_steps)
+        # Before the first step, passes are measured.
+        return found / (share * getattr(self, "current_gradient_accumulation_steps", 1))
 
     monkeypatch.setattr(RoutedTrainerMixin, "_auxiliary", as_then)
     folder = shutil.copytree(FORMAT1 / kind, tmp_path / kind)

@@ -110,12 +110,12 @@ class Report:
         return dataclasses.asdict(self)
 
 
+@atomic
 @enough_memory(
     "Conversion",
     "load the model in bfloat16 (--dtype bfloat16), leave the certificate out (certify=False), or "
     "convert tensor by tensor (--stream)",
 )
-@atomic
 def convert(
     model: nn.Module,
     recipe: Recipe,

@@ -119,8 +119,8 @@ class MergeReport:
         return "\n".join(lines)
 
 
-@memory.enough_memory("Merging", "load the model in bfloat16, or merge where there is more")
 @atomic
+@memory.enough_memory("Merging", "load the model in bfloat16, or merge where there is more")
 def merge(
     model: nn.Module,
     how: How = "exact",
