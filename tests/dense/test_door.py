@@ -113,6 +113,16 @@ def test_a_tokenizer_that_is_none_is_one_sentence(base, file, name):
         load_tokenizer(base)
 
 
+def test_a_number_that_no_token_has_is_one_sentence(base):
+    path = base / "tokenizer.json"
+    data = json.loads(path.read_text())
+    token = next(iter(data["model"]["vocab"]))
+    data["model"]["vocab"][token] = 10**9
+    path.write_text(json.dumps(data))
+    with pytest.raises(HubError, match="number 1000000000"):
+        load_tokenizer(base)
+
+
 @pytest.mark.parametrize("text", ["", "[", "7", '{"pad_token_id": [0]}'])
 def test_generation_settings_that_are_none_are_one_sentence(base, text):
     (base / "generation_config.json").write_text(text)

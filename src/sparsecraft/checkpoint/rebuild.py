@@ -47,11 +47,18 @@ HALF_OUTPUTS_EQUAL = 1e-1  # where memory lacks a copy in float32
 NOT_RUN = "tensors and buffers are equal; its outputs were not compared"
 
 
-def memory_to_rebuild(size: int, free: int) -> int:
+def memory_to_rebuild(size: int, free: int, widened: int = 0) -> int:
     """Bytes that a save takes to build a model of `size` bytes again and compare its values; none
     where `free` bytes of the main memory are too few, or it is too large: only names and shapes are
-    compared then."""
-    return size if size <= MOST_BYTES and free > 2 * size else 0
+    compared then.
+
+    Args:
+        widened: bytes of a copy in float32, which outputs are compared in where it fits; see
+            `checkpoint.wide.widened`.
+    """
+    if size > MOST_BYTES or free <= 2 * size:
+        return 0
+    return size + (widened if widened <= free - size else 0)
 
 
 def check_rebuilt(

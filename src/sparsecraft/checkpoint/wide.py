@@ -37,13 +37,13 @@ def wide_type(*models: nn.Module) -> tuple[torch.dtype | None, str]:
     if dtype is None:
         return None, "weights are quantized or offloaded"
     for model in models:
-        size = _copied(model, dtype)
+        size = widened(model, dtype)
         if size > free_memory(model.device):
             return None, f"a copy in float32 takes {gigabytes(size)} of memory"
     return dtype, ""
 
 
-def _copied(model: nn.Module, dtype: torch.dtype) -> int:
+def widened(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
     """Bytes of a model's floats in `dtype`, of those that are of another type."""
     tensors = (t for t in unique_tensors(model).values() if t.dtype in FLOATS)
     return sum(t.numel() * dtype.itemsize for t in tensors if t.dtype != dtype)

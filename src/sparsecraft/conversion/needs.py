@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from sparsecraft.checkpoint.rebuild import memory_to_rebuild
+from sparsecraft.checkpoint.wide import widened
 from sparsecraft.dense.loading import skeleton
 from sparsecraft.dense.memory import main_memory
 from sparsecraft.dense.probes import PROBE_SHAPE
@@ -50,14 +51,16 @@ def needs(
     """
     model = skeleton(folder, dtype)
     config, dtype = model.config, model.dtype
-    layers = (build_layer(model, item, device="meta") for item in plan(model, recipe))
+    layers = [build_layer(model, item, device="meta") for item in plan(model, recipe)]
     tokens = PROBE_SHAPE[0] * (PROBE_SHAPE[1] + (MAX_DATA_PROBES * DATA_LENGTH if data else 0))
     width = getattr(config.get_text_config(), "vocab_size", None) or config.hidden_size
-    base = bytes_packed(model, packing_in(folder, recipe.quantization))
+    packing = packing_in(folder, recipe.quantization)
+    base = bytes_packed(model, packing)
     new = sum(cost.bytes_of(layer) for layer in layers)
+    wide = 0 if packing else widened(model) + sum(widened(layer) for layer in layers)
     return Needs(
         base=base,
         new=new,
         probes=2 * tokens * width * dtype.itemsize,  # before and after
-        again=memory_to_rebuild(base + new, main_memory() - base - new),
+        again=memory_to_rebuild(base + new, main_memory() - base - new, wide),
     )

@@ -6,14 +6,22 @@ of there is one of our errors that names the file.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsecraft.dense.jsonfile import MOST_BYTES, check_regular, kind_of, read_object
+from sparsecraft.dense.jsonfile import (
+    MOST_BYTES,
+    check_regular,
+    kind_of,
+    read_bytes,
+    read_object,
+)
 from sparsecraft.errors import HubError, ResourceError, SparsecraftError
 
 if TYPE_CHECKING:
@@ -27,6 +35,8 @@ _OWN_WAYS = frozenset(
 MOST_OF_A_COUNT = 1_000_000  # layers, heads, experts, labels: what configurations make lists of
 MOST_OF_A_NUMBER = 2**48
 _TEXT = (".json", ".jinja", ".txt", ".model", ".spm", ".tiktoken", ".codes")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")
+MOST_TOKENS, _LARGE = 10_000_000, re.compile(rb":\s*\d{8,}")
 MOST_TEXT = 64 * 2**20  # of a vocabulary; Gemma's tokenizer.json has 33 MB
 
 
@@ -93,6 +103,25 @@ def check_folder(folder: Path, error: type[SparsecraftError] = HubError) -> None
         if path.suffix in _TEXT and stat.S_ISREG(found.st_mode):
             named = path.name.startswith(("tokenizer.", "vocab")) or path.suffix != ".json"
             check_regular(path, error, MOST_TEXT if named else MOST_BYTES)
+
+
+def check_ids(folder: Path, error: type[SparsecraftError] = HubError) -> None:
+    """Refuse a vocabulary with a number that no token has: its reader, which makes a table up to
+    the largest, would end the process.
+
+    Raises:
+        SparsecraftError: of the given kind; names the token.
+    """
+    for path in (folder / name for name in VOCABULARIES):
+        if path.is_file() and _LARGE.search(content := read_bytes(path, error, MOST_TEXT)):
+            with guarded(path, error):
+                data = json.loads(content)
+            for token, number in values(data):
+                if isinstance(number, int) and number > MOST_TOKENS and token != "max_length":
+                    raise error(
+                        f"{path} gives {token!r:.80} the number {number}, and a vocabulary has at "
+                        f"most {MOST_TOKENS:,}; fetch or save it again."
+                    )
 
 
 def check_config(

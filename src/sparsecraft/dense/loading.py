@@ -12,6 +12,7 @@ from sparsecraft.dense.door import (
     build,
     check_asked,
     check_folder,
+    check_ids,
     guarded,
     read_config,
 )
@@ -243,5 +244,6 @@ def load_tokenizer(folder: str | Path) -> Any | None:
     for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
         if (folder / name).exists():
             read_object(folder / name, HubError)
+    check_ids(folder)
     with guarded(f"The {kind} in {str(folder)!r}"):  # each class reads its files in its own way
         return Auto.from_pretrained(folder, **NO_CODE)

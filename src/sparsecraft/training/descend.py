@@ -26,6 +26,7 @@ from trl import SFTConfig
 
 from sparsecraft.checkpoint.rebuild import memory_to_rebuild
 from sparsecraft.checkpoint.space import require, require_disk
+from sparsecraft.checkpoint.wide import wide_type, widened
 from sparsecraft.data.batches import collate
 from sparsecraft.data.limits import pad_id
 from sparsecraft.data.prepare import count_tokens, pack
@@ -168,7 +169,9 @@ def _sized(trainer: Any, run: Run, settings: TrainOptions, folder: Path) -> Trai
     rows = args.per_device_train_batch_size
     task = f"Training by micro-batches of {rows} x {length} tokens"
     free = free_here(args.device)
-    saving = memory.moments + memory_to_rebuild(cost.bytes_of(model), free)
+    wide = widened(model) if wide_type(model)[0] else 0
+    again = memory_to_rebuild(cost.bytes_of(model), free, wide)
+    saving = memory.moments + again
     peak = max(memory.peak(rows, accumulates=rows < batch), saving)
     log.info(require(run.out, disk=disk, memory=peak, task=task, free_memory=free))
     return replace(settings, micro_batch=rows)
