@@ -49,6 +49,7 @@ def _page(found: dict[str, Any]) -> Iterator[str]:
         shown = ", ".join(f"{loss:.5f}" for _, loss in log)
         label = name.replace("_", " ")
         yield f"| {label} | {shown} | {away[f'{name} cuda']:.0e} | {away[f'{name} cpu']:.0e} |"
+    yield from _experts(found["experts"])
     yield "\n## 500 steps of one recipe of each kind of experts\n"
     yield (
         "Finite: every logged loss. Same bits: two shorter runs by one seed end in the same "
@@ -59,6 +60,28 @@ def _page(found: dict[str, Any]) -> Iterator[str]:
     for kind in KINDS_SHOWN:
         for dtype in ("bfloat16", "float16"):
             yield _soak(found["soak"], kind, dtype)
+
+
+def _experts(found: dict[str, Any]) -> Iterator[str]:
+    version = found["experts bfloat16 ddp"]["versions"]["transformers"]
+    yield "\n## Experts shared among GPUs\n"
+    yield (
+        f"`python -m benchmarks.scale experts`, commit {found['commit']}, transformers {version}: "
+        "the same Llama upcycled to 4 experts and exported as mixtral, loaded by transformers "
+        f"alone, on one GPU and with its experts shared among {found['gpus']} (`ep_size`); forward "
+        "passes of 8 rows of 2,048 tokens in each process. Away: of the logits, relative to the "
+        "largest.\n"
+    )
+    yield "| type | GPUs | experts a GPU | tokens/s | GiB a GPU | away |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for dtype in ("float32", "bfloat16"):
+        for engine in ("one", "ddp"):
+            run = found[f"experts {dtype} {engine}"]
+            away = f"{found[f'experts {dtype} away']:.0e}" if engine == "ddp" else ""
+            yield (
+                f"| {dtype} | {run['processes']} | {run['experts_held']} | "
+                f"{run['tokens_per_second']:,.0f} | {run['peak_gib']:.1f} | {away} |"
+            )
 
 
 def _soak(runs: dict[str, Any], kind: str, dtype: str) -> str:

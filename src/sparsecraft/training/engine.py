@@ -116,13 +116,8 @@ def share_again(model: nn.Module) -> None:
 
 
 def whole_state(optimizer: Any) -> dict[str, Any]:
-    """An optimizer's state, whole, in main memory; every process calls this."""
-    return _mapped(optimizer, optimizer.state_dict(), lambda tensor, _: _copied(gathered(tensor)))
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    """In main memory: torch 2.11 loads no file of tensors on cpu:0, where gloo's are."""
-    return torch.empty_like(tensor, device="cpu").copy_(tensor)
+    """An optimizer's state, whole for the first process; every process calls this."""
+    return _mapped(optimizer, optimizer.state_dict(), lambda tensor, _: gathered(tensor))
 
 
 def load_state(optimizer: Any, state: Mapping[str, Any]) -> None:

@@ -81,13 +81,14 @@ class StatesMixin:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        if not self.is_fsdp_enabled or checkpoint is None:
-            with _reading(checkpoint):
-                super()._load_optimizer_and_scheduler(checkpoint)
+        """By every engine in one way. Trainer's own asks for the device of DDP's processes, which
+        torch 2.11 does not know where that is cpu:0."""
+        if checkpoint is None:
             return
         folder, options = Path(checkpoint), {"map_location": "cpu", "weights_only": True}
-        load_state(self.optimizer, torch.load(folder / OPTIMIZER_NAME, mmap=True, **options))
-        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, **options))
+        with _reading(folder):
+            load_state(self.optimizer, torch.load(folder / OPTIMIZER_NAME, mmap=True, **options))
+            self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, **options))
 
     def _save_rng_state(self, output_dir):
         """Trainer writes the state's last file behind this: no process's numbers may lack then."""
