@@ -110,7 +110,7 @@ RECIPES = {
     "upcycling_router": RecipeCase(
         lambda: sc.override(
             sc.recipes.upcycling(num_experts=E, top_k=K),
-            {"router.standardize": 1.0, "router.gradient": "all"},
+            {"router.standardize": 1.0, "router.select.through": True},
         ),
         upcycled,
         trains_base=True,

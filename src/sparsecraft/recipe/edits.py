@@ -152,8 +152,8 @@ def _check_reads(edit: Edit) -> None:
         )
     if router.through and edit.site == "attention":
         raise RecipeError(
-            "router.gradient is 'all' at site 'attention'; attention experts read whole sequences, "
-            "and run only where they were chosen."
+            "router.select.through is True at site 'attention'; attention experts read whole "
+            "sequences, and run only where they were chosen."
         )
     if router.reads == "experts" and (edit.opens or edit.site == "attention"):
         raise RecipeError(

@@ -90,9 +90,6 @@ class RouterSpec(AnyRouterSpec):
     whose lambda it is); None leaves them."""
     temperature: float = 1.0
     """Divides the logits."""
-    gradient: Literal["chosen", "all"] = "chosen"
-    """Of the weights: through the experts that were chosen, or straight through the choice as if
-    all had been (DenseMixer, Yao et al. 2025), which runs all of them in training."""
     gates_base: bool = False
     """The dense network that experts stand beside is multiplied by the sigmoid of a learned row
     (Qwen2-MoE's shared expert)."""
@@ -108,12 +105,10 @@ class RouterSpec(AnyRouterSpec):
             raise RecipeError(
                 f"router.standardize is {self.standardize}; it must be positive, such as 1."
             )
-        if self.through and (
-            not isinstance(self.select, TopK) or self.reads == "experts" or self.by_head
-        ):
+        if self.through and (self.reads == "experts" or self.by_head):
             raise RecipeError(
-                f"router.gradient is 'all' with select={self.select.kind!r}, reads={self.reads!r} "
-                f"and decides={self.decides.kind!r}; it is for top-k by token or sequence, where "
+                f"router.select.through is True with reads={self.reads!r} and "
+                f"decides={self.decides.kind!r}; it is for routers by token or sequence, where "
                 "not all experts run as it is."
             )
         if self.starts_from and not self.by_token:
@@ -142,7 +137,7 @@ class RouterSpec(AnyRouterSpec):
 
     @property
     def through(self) -> bool:
-        return self.gradient == "all"
+        return self.select.through
 
     @property
     def sums_to_one(self) -> bool:
@@ -233,6 +228,11 @@ class GateSpec(AnyRouterSpec):
                 raise RecipeError(
                     "select.renormalize is False for the parts of a split network, which are not "
                     "mixed by a softmax; leave it out."
+                )
+            if self.select.through:
+                raise RecipeError(
+                    "select.through is True for the parts of a split network; give "
+                    "weighting='straight_through', or leave it out."
                 )
         elif self.weighting in ("scaled", "straight_through"):
             raise RecipeError(

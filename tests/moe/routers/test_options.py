@@ -8,9 +8,9 @@ import torch
 import sparsecraft as sc
 from sparsecraft.errors import ExportError, RecipeError
 from sparsecraft.moe.routers.build import build_router
-from sparsecraft.recipe.routers import RouterSpec
+from sparsecraft.recipe.routers import GateSpec, RouterSpec
 from sparsecraft.recipe.scorers import Linear, Zeros
-from sparsecraft.recipe.selections import Soft, TopK
+from sparsecraft.recipe.selections import Head, TopK
 from tests.cases import batch, dense
 from tests.cases.families import randomize_new
 
@@ -72,11 +72,11 @@ RECIPES = {
 }
 
 
-def routed(name: str, gradient: str):
+def routed(name: str, through: bool):
     model = dense("llama").double()
     recipe = RECIPES[name]()
     changes = {
-        f"edits.{n}.router.gradient": gradient for n, e in enumerate(recipe.edits) if e.router
+        f"edits.{n}.router.select.through": through for n, e in enumerate(recipe.edits) if e.router
     }
     changes |= {f"stages.{n}.losses": {} for n in range(len(recipe.stages))}
     sc.convert(model, sc.override(recipe, changes), certify=False)
@@ -88,7 +88,7 @@ def routed(name: str, gradient: str):
 def test_the_router_learns_from_every_expert(name):
     """dL/dw_e = <dL/dy, E_e(x)> for the experts that were not chosen too; all else as before."""
     inputs = batch("llama")
-    plain, through = routed(name, "chosen"), routed(name, "all")
+    plain, through = routed(name, False), routed(name, True)
     through.load_state_dict(plain.state_dict())
     routed_layers = (
         p for p, m in through.named_modules() if isinstance(m, sc.MoELayer) and m.router
@@ -131,7 +131,7 @@ def test_the_router_learns_from_every_expert(name):
 
 
 def test_all_experts_run_in_training_alone():
-    model, called = routed("replace", "all"), []
+    model, called = routed("replace", True), []
     bank = next(m for m in model.modules() if isinstance(m, sc.MoELayer)).experts
     bank.register_forward_pre_hook(
         lambda *seen: called.append(seen[2].get("way")), with_kwargs=True
@@ -144,14 +144,15 @@ def test_all_experts_run_in_training_alone():
 
 
 @pytest.mark.parametrize(
-    "spec", [{"select": Soft()}, {"select": TopK(2), "reads": "experts"}], ids=["soft", "reads"]
+    "spec", [{"reads": "experts"}, {"decides": Head(), "reads": "output"}], ids=["reads", "head"]
 )
-def test_it_is_for_a_choice(spec):
-    with pytest.raises(RecipeError, match=r"gradient|reads"):
-        RouterSpec(gradient="all", **spec)
+def test_it_is_for_a_choice_by_token(spec):
+    with pytest.raises(RecipeError, match=r"through|reads"):
+        RouterSpec(select=TopK(2, through=True), **spec)
+    with pytest.raises(RecipeError, match="split network"):
+        GateSpec(select=TopK(2, through=True))
 
 
 def test_attention_experts_have_no_such_gradient():
     with pytest.raises(RecipeError, match="attention"):
-        changes = {"edits.0.router.gradient": "all", "edits.0.router.select": TopK(1)}
-        sc.override(sc.recipes.bam(2), changes)
+        sc.override(sc.recipes.bam(2), {"edits.0.router.select": TopK(1, through=True)})
