@@ -13,7 +13,7 @@ import transformers
 import sparsecraft as sc
 from sparsecraft.checkpoint.companions import check_settings, copy_companions
 from sparsecraft.cli.main import main
-from sparsecraft.conversion.merging.merge import write_merged
+from sparsecraft.conversion.merging.write import write_merged
 from sparsecraft.conversion.stream import convert_files
 from sparsecraft.dense import hub
 from sparsecraft.dense.loading import load_tokenizer

@@ -146,6 +146,22 @@ def test_what_appears_meanwhile_is_left_and_what_was_made_is_kept(any_system, wh
     }[what]()
 
 
+def test_what_appears_before_the_writing_is_left_too(any_system, tmp_path):
+    """A verb holds its output from before its work, at whose end alone it is written."""
+    out = tmp_path / "out"
+    with replacing.claimed(out, overwrite=False):
+        out.mkdir()
+        with pytest.raises(CheckpointError, match=r"appeared while it was being written.*out-2"):
+            write(out, overwrite=False)
+    assert (tmp_path / "out-2" / "moe.safetensors").read_text() == "new"
+    assert hidden(tmp_path) == [] and not any(out.iterdir())
+    with (
+        pytest.raises(CheckpointError, match="exists already"),
+        replacing.claimed(out, overwrite=False),
+    ):
+        pass
+
+
 def test_with_overwrite_only_what_is_ours_is_replaced(any_system, tmp_path):
     out = tmp_path / "out"
     write(out, meanwhile=lambda: ours(out))

@@ -3,6 +3,7 @@ what to lower."""
 
 from __future__ import annotations
 
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -115,6 +116,47 @@ def test_what_does_not_fit_in_halves_is_one_sentence(tmp_path, monkeypatch, micr
     assert "more were asked for" in text and "are free" in text
     assert "2.15 GB" in text if micro == 1 else "40.00 GB" in text
     assert not (tmp_path / "causal-out").exists()
+
+
+def test_a_run_that_ran_out_goes_on_with_what_was_lowered(tmp_path, monkeypatch):
+    options = {"steps": 6, "save_every": 2, "batch_size": 4, "log_every": 1}
+    whole = cut.train("causal", tmp_path, cut.rows("causal"), 4, model=converted(), **options)
+    shutil.rmtree(tmp_path / "causal-out")
+    compute = RoutedTrainerMixin.compute_loss
+
+    def grown(self, model, inputs, *args, **kwargs):
+        if self.state.global_step >= 3 and len(inputs["labels"]) > 1:
+            raise RuntimeError(ON_CPU)
+        return compute(self, model, inputs, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(ResourceError, match="resume"):
+        patch.setattr(RoutedTrainerMixin, "compute_loss", grown)
+        cut.train("causal", tmp_path, cut.rows("causal"), 4, model=converted(), **options)
+    options |= {"resume": True, "activation_checkpointing": True}
+    rest = cut.train("causal", tmp_path, cut.rows("causal"), 1, model=converted(), **options)
+    for name, tensor in whole["tensors"].items():
+        assert torch.allclose(rest["tensors"][name], tensor, atol=1e-5), name
+
+
+def converted():
+    return cut.converted("causal", balance="none")
+
+
+def test_a_repeated_step_counts_buffers_once(tmp_path, monkeypatch):
+    seen = {}
+    for room in (4, 1):
+        model = converted()
+        model.register_buffer("seen", torch.zeros(()), persistent=False)
+        model.register_forward_pre_hook(
+            lambda m, args, kwargs: m.seen.add_(kwargs["input_ids"].numel()) and None,
+            with_kwargs=True,
+        )
+        with room_for(monkeypatch, room, backward=True):
+            data = cut.rows("causal")[:1] * 8
+            options = {"model": model, "batch_size": 4, "steps": 2, "overwrite": True}
+            cut.train("causal", tmp_path, data, 2, **options)
+        seen[room] = model.seen.item()
+    assert seen[1] == seen[4] > 0
 
 
 def test_other_errors_are_not_taken_for_it(tmp_path, monkeypatch):

@@ -465,7 +465,7 @@ def test_a_run_is_resumed_with_its_own_arguments_only(tmp_path, rows, monkeypatc
     again = {"tokenizer": tiny.tokenizer(), "resume": True}
     for changes in ({"learning_rate": 0.5}, {"seed": 1}, {"batch_size": 2}, {"steps": 20}):
         name = next(iter(changes))
-        with pytest.raises(SparsecraftError, match=f"another {name}"):
+        with pytest.raises(SparsecraftError, match=f"had {name}="):
             sc.train(converted(), rows, tmp_path / "out", **again, **{**options, **changes})
     with pytest.raises(SparsecraftError, match="another data"):
         sc.train(converted(), other, tmp_path / "out", **again, **options)

@@ -45,7 +45,7 @@ def locked(out: Path) -> Iterator[bool]:
         CheckpointError: another process or thread holds it, and which.
         OSError: nothing can be written beside it.
     """
-    path = out.with_name(f".{out.name}.lock")
+    path = _lock_of(out)
     made = _make_parents(out)
     try:
         lock = FileLock(path, timeout=0, is_singleton=True)
@@ -63,6 +63,15 @@ def locked(out: Path) -> Iterator[bool]:
         for parent in reversed(made):
             with suppress(OSError):  # it holds something now
                 parent.rmdir()
+
+
+def is_held(out: Path) -> bool:
+    """Whether this thread holds `out` already."""
+    return FileLock(_lock_of(out), timeout=0, is_singleton=True).is_locked
+
+
+def _lock_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.lock")
 
 
 @contextmanager

@@ -211,6 +211,19 @@ def export_changes(folder: Path, patterns: tuple[str, ...]) -> dict[str, str]:
     return own | changes(folder, record["files"], patterns)
 
 
+def warn_of_changes(folder: Path, how: str) -> None:
+    """Say which files of an export or a merge are not as it was written.
+
+    Args:
+        how: what becomes of it all the same, such as "read".
+    """
+    if (folder / EXPORT_RECORD).is_file() and (found := export_changes(folder, OF_EXPORT)):
+        log.warning(
+            f"{folder} was exported by sparsecraft and is {how} as it is now, of which "
+            f"{EXPORT_RECORD} says nothing: {listed(found)}; {accepting(folder)}"
+        )
+
+
 def edited_files(report: Mapping[str, Any]) -> list[str]:
     """The files that were edited by hand, as a report or the record of an export names them."""
     found = report.get("edited")

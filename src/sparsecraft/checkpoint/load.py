@@ -259,4 +259,5 @@ def load_any(name: str, base: str | None = None) -> tuple[nn.Module, Any]:
         )
     if base is not None:
         raise CheckpointError(f"{name} is a dense model and stands on no base; drop {base!r}.")
+    integrity.warn_of_changes(folder, "read")
     return hub.load_dense(name, device_map=device), tokenizer

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from sparsecraft.checkpoint.claim import bring_back, clear, locked, temporary
+from sparsecraft.checkpoint.claim import bring_back, clear, is_held, locked, temporary
 from sparsecraft.checkpoint.folder import OWN, check_free, is_ours, resolved
 from sparsecraft.checkpoint.renames import exchange, flush, flush_one, rename_to_free
 from sparsecraft.checkpoint.space import writing
@@ -40,7 +40,8 @@ def claimed(
     path, is_first = resolved(out), os.environ.get("RANK", "0") == "0"  # as torchrun says it
     if is_first:
         bring_back(path)
-    check_free(path, overwrite, foreign)
+    if not (is_first and is_held(path)):  # then it was free; `put` keeps what is written since
+        check_free(path, overwrite, foreign)
     if not is_first:
         yield path
         return

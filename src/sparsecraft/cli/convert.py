@@ -166,6 +166,7 @@ def _checked(options: ConvertOptions) -> Any:
 def _convert(recipe: Recipe, options: ConvertOptions, dtype: Any, say: Say) -> None:
     """Convert a model in memory, and save it."""
     from sparsecraft.checkpoint.companions import check_settings
+    from sparsecraft.checkpoint.integrity import warn_of_changes
     from sparsecraft.checkpoint.save import save
     from sparsecraft.conversion.convert import convert
     from sparsecraft.conversion.domains.router_starts import check_given
@@ -177,6 +178,7 @@ def _convert(recipe: Recipe, options: ConvertOptions, dtype: Any, say: Say) -> N
     check_given(recipe, starts, options.data or None, options.certify)
     folder = hub.resolve(options.model)
     say(_needs(folder, recipe, options, dtype))
+    warn_of_changes(folder, "read")
     model = hub.load_dense(
         options.model,
         dtype=dtype,

@@ -125,7 +125,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
-        print("interrupted; training with a saved state goes on by --resume", file=sys.stderr)
+        more = "; it goes on by --resume from its last state, if any" if argv[0] == "train" else ""
+        print(f"interrupted{more}", file=sys.stderr)
         return 128 + (error.number if isinstance(error, Ended) else signal.SIGINT)
     return 0
 

@@ -36,7 +36,8 @@ def run(command: MergeCommand, say: Say) -> None:
     """Load, merge, write, report."""
     from sparsecraft.checkpoint.load import load_any
     from sparsecraft.checkpoint.replacing import claimed
-    from sparsecraft.conversion.merging.merge import merge, read_weights, write_merged
+    from sparsecraft.conversion.merging.merge import merge, read_weights
+    from sparsecraft.conversion.merging.write import write_merged
 
     weights = read_weights(command.weights)
     with claimed(command.out, command.overwrite):

@@ -16,8 +16,7 @@ import torch
 import transformers
 from torch import nn
 
-from sparsecraft.checkpoint.folder import EXPORT_RECORD
-from sparsecraft.checkpoint.integrity import OF_EXPORT, accepting, export_changes, listed
+from sparsecraft.checkpoint.integrity import warn_of_changes
 from sparsecraft.checkpoint.jsonfile import read_json
 from sparsecraft.checkpoint.pretrained import writes_ours
 from sparsecraft.dense import hub
@@ -63,11 +62,7 @@ def import_moe(source: str | Path, revision: str | None = None) -> nn.Module:
         CertificateError: the imported model has other logits.
     """
     folder = hub.resolve(source, revision)
-    if (folder / EXPORT_RECORD).is_file() and (found := export_changes(folder, OF_EXPORT)):
-        log.warning(
-            f"{folder} was exported by sparsecraft and is imported as it is now, of which "
-            f"{EXPORT_RECORD} says nothing: {listed(found)}; {accepting(folder)}"
-        )
+    warn_of_changes(folder, "imported")
     path = folder / "config.json"
     data = read_json(path)
     check_config(data, path, CheckpointError)

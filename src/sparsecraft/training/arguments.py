@@ -34,6 +34,11 @@ def training_arguments(
     each = settings.batch_size // world
     fits = [n for n in range(1, min(settings.micro_batch, each) + 1) if each % n == 0]
     micro_batch = max(fits)
+    if micro_batch < min(settings.micro_batch, each):
+        log.info(
+            f"micro_batch is {settings.micro_batch}, which does not divide the {each} rows of a "
+            f"step in a process: {micro_batch} at a time."
+        )
     accumulation = each // micro_batch
     per_epoch = math.ceil(rows / (micro_batch * accumulation * world))
     steps = settings.steps or max(1, math.ceil(per_epoch * settings.epochs))

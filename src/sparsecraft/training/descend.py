@@ -163,10 +163,10 @@ def _sized(trainer: Any, run: Run, settings: TrainOptions, folder: Path) -> Trai
     if run.chooses:
         kept = noted_micro_batch(folder) if run.resume else None
         rows = kept or largest_that_fits(memory, batch, most, args.device)
-        if kept is None and trainer.is_world_process_zero():
-            note_micro_batch(folder, rows)
         trainer.set_micro_batch(max(divisors(batch, min(rows, most))))
     rows = args.per_device_train_batch_size
+    if trainer.is_world_process_zero():
+        note_micro_batch(folder, rows)
     task = f"Training by micro-batches of {rows} x {length} tokens"
     free = free_here(args.device)
     wide = widened(model) if wide_type(model)[0] else 0
@@ -218,8 +218,9 @@ def _run(trainer: Any, counts: dict[str, int], run: Run) -> TrainReport:
         trainer.progress.stop()
     seconds = time.perf_counter() - start
     loss = mean_loss(trainer.state.log_history)
+    rows = max(1, len(trainer.train_dataset))
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes()
-    tokens = counts["tokens"] / max(1, len(trainer.train_dataset)) * sequences
+    tokens = counts["tokens"] / rows * min(sequences, rows)
     speed = tokens * (args.max_steps - first_step) / seconds
     return TrainReport(run.out, trainer.state.global_step, loss, seconds, speed, counts)
 

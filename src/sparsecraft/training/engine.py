@@ -4,10 +4,12 @@ process would, and leave a state that any number of processes can go on from.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import DistributedType
 from torch import Tensor, nn
@@ -95,6 +97,8 @@ def tried(trainer: Any) -> Iterator[None]:
     """Let passes in training be tried in the block; then nothing is left of them."""
     model, tally = trainer.model, trainer.tally
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    # Hooks of the user's may draw by these.
+    drawn = random.getstate(), np.random.get_state()  # noqa: NPY002
     trainer.tally = Tally()
     try:
         with undisturbed(model), torch.enable_grad():
@@ -102,6 +106,8 @@ def tried(trainer: Any) -> Iterator[None]:
             yield
     finally:
         trainer.tally = tally
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])  # noqa: NPY002
         with torch.no_grad():
             for buffer, value in buffers.items():
                 buffer.copy_(value)

@@ -18,8 +18,9 @@ from sparsecraft.training.arguments import processes
 log = logging.getLogger("sparsecraft")
 
 LOWER = (
-    "Lower --micro-batch (micro_batch=1) or --max-length (max_length=...), or recompute what the "
-    "backward pass needs by --activation-checkpointing (activation_checkpointing=True)"
+    "lower --micro-batch (micro_batch=1) or recompute what the backward pass needs by "
+    "--activation-checkpointing (activation_checkpointing=True), with --resume (resume=True) if a "
+    "state was saved, or train anew with a lower --max-length (max_length=...)"
 )
 
 
@@ -42,6 +43,7 @@ class MicroBatchMixin:
         """
         if not self._in_step:
             self._tally_before = self.tally.copy()
+            self._buffers_before = [buffer.clone() for buffer in model.buffers()]
         done = [batch for batch, _ in self._in_step]
         try:
             return self._passes(model, inputs, num_items_in_batch)
@@ -55,7 +57,7 @@ class MicroBatchMixin:
         log.warning(
             f"Memory ran out in step {self.state.global_step + 1}: {missing}. The step is repeated "
             f"with micro-batches of {rows - rows // 2} rows instead of {rows}, and so are all that "
-            "follow; losses and gradients are the same."
+            "follow; losses and gradients are the same, but for rounding and what dropout draws."
         )
         self.halved = True
         self._forget_step(model)
@@ -94,13 +96,16 @@ class MicroBatchMixin:
         halves = ", in halves too" if self.halved and rows > 1 else ""
         return ResourceError(
             f"Memory ran out in step {self.state.global_step + 1} with a micro-batch of {rows} x "
-            f"{tokens} tokens{halves}: {what_was_missing(error)}. {LOWER}."
+            f"{tokens} tokens{halves}: {what_was_missing(error)}; {LOWER}."
         )
 
     def _forget_step(self, model: Any) -> None:
         """Let go of what the step has left so far."""
         model.zero_grad()
         self.tally = self._tally_before
+        with torch.no_grad():
+            for buffer, before in zip(model.buffers(), self._buffers_before, strict=True):
+                buffer.copy_(before)
         gc.collect()
         if self.args.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -33,8 +33,10 @@ UNREAD = (DIGESTS, "README.md")
 # A state is written in this order.
 STATE_FILES = ("moe.safetensors", "digest", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
-# What may differ between a run and its continuation: how it is shown and kept.
-FREE = ("save_every", "log_every", "trackers", "progress", "fit_tokens")
+# What may differ between a run and its continuation: how it is shown and kept, and what memory it
+# takes, which may be why it ended.
+MEMORY = ("micro_batch", "activation_checkpointing")
+FREE = ("save_every", "log_every", "trackers", "progress", "fit_tokens", *MEMORY)
 
 
 def last_state(folder: Path) -> Path | None:
@@ -179,13 +181,13 @@ def describe(model: nn.Module, settings: TrainOptions, rows: Dataset) -> dict[st
 
 
 def note_micro_batch(folder: Path, rows: int) -> None:
-    """Keep how many rows at a time were chosen for a run that left it open."""
+    """Keep how many rows at a time a run takes, for one that goes on with it and leaves it open."""
     path = folder / RUN_RECORD
     write_json(path, signed(_read_run(path) | {MICRO_BATCH: rows}))
 
 
 def noted_micro_batch(folder: Path) -> int | None:
-    """How many it began with; None if nothing was chosen for it."""
+    """How many it took last; None of older versions."""
     path = folder / RUN_RECORD
     return _read_run(path).get(MICRO_BATCH) if path.is_file() else None
 
@@ -248,10 +250,11 @@ def check_same_run(
     before = _in_this_format(_read_run(path), run, read_as)
     for key, value in run.items():
         if before.get(key) != value:
-            shown = "" if key in ("recipe", "data", "dense model") else f": {before.get(key)!r}"
+            plain = key in ("recipe", "data", "dense model", "extensions")
+            had = f"another {key}" if plain else f"{key}={before.get(key)!r}"
             raise SparsecraftError(
-                f"The interrupted run in {folder} had another {key}{shown}; resume with the same "
-                "arguments, or delete the folder and start anew."
+                f"The interrupted run in {folder} had {had}; resume with the same arguments, or "
+                "delete the folder and start anew."
             )
 
 

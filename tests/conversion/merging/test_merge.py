@@ -18,6 +18,7 @@ import transformers
 
 import sparsecraft as sc
 from sparsecraft.cli.main import main
+from sparsecraft.conversion.merging import write as writing
 from sparsecraft.conversion.merging.merge import read_weights
 from sparsecraft.errors import CertificateError, MergeError, SurgeryError
 from sparsecraft.evaluation.certificate import TOLERANCE
@@ -204,7 +205,7 @@ def test_a_weight_that_several_layers_change_is_rounded_once():
 
 
 def test_a_folder_of_half_precision_is_compared_in_float32(folders, tmp_path, monkeypatch):
-    module = sys.modules["sparsecraft.conversion.merging.merge"]
+    module = writing
     write_dense = module.write_dense
     model = sc.load(folders["lora"], dtype="bfloat16")
     report = sc.merge(model)
@@ -877,7 +878,7 @@ def test_a_window_that_the_folder_loses_is_seen_beyond_it(work, capsys, tmp_path
     status, text = run(capsys, "merge", tmp_path / "lora", "--out", tmp_path / "good")
     words = "in 1152 tokens would be seen" if work > 1e5 else "NOT compared beyond windows of 1024"
     assert status == 0 and words in text.splitlines()[-1]
-    module = sys.modules["sparsecraft.conversion.merging.merge"]
+    module = writing
     write_dense = module.write_dense
 
     def without(model, folder, source):

@@ -14,19 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.checkpoint.companions import write_dense
-from sparsecraft.checkpoint.folder import EXPORT_RECORD
-from sparsecraft.checkpoint.jsonfile import write_json
 from sparsecraft.checkpoint.pretrained import writes_ours
-from sparsecraft.checkpoint.replacing import replacing
-from sparsecraft.checkpoint.save import save
-from sparsecraft.checkpoint.space import require
 from sparsecraft.checkpoint.wide import wide_outputs
 from sparsecraft.conversion.merging.change import Change, HeldOut, mean_kl, predicts_classes
 from sparsecraft.conversion.merging.frozen import frozen_routing
@@ -38,14 +31,14 @@ from sparsecraft.conversion.merging.mergeable import (
     plan_steps,
     to_rectify,
 )
-from sparsecraft.dense import hub, memory
+from sparsecraft.dense import memory
 from sparsecraft.dense.digests import digest
 from sparsecraft.dense.probes import random_probe
 from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CertificateError, MergeError, did_you_mean
 from sparsecraft.evaluation.certificate import MAX_DATA_PROBES, Certificate, compare
 from sparsecraft.evaluation.history import arrived_lines
-from sparsecraft.evaluation.whole import arithmetic, certify, compared
+from sparsecraft.evaluation.whole import arithmetic, compared
 from sparsecraft.moe import cost
 from sparsecraft.moe.cost import Cost
 from sparsecraft.moe.layer import MoELayer
@@ -360,41 +353,3 @@ def _install(
         layer.train(old.training)
     set_trainable(model, recipe.stages[0].trains)
     writes_ours(model)
-
-
-def write_merged(
-    model: nn.Module, out: str | Path, report: MergeReport, source: str | Path, overwrite: bool
-) -> Certificate | None:
-    """Write a merged model: a plain transformers folder if it is dense, else a checkpoint.
-
-    Args:
-        source: the folder whose tokenizer, license and settings travel.
-
-    Returns:
-        How a plain folder, read back, compares; `save` rebuilds a checkpoint itself.
-
-    Raises:
-        CheckpointError: the folder exists, or the disk refuses.
-        CertificateError: the folder, read back by transformers, gives other logits.
-    """
-    out = Path(out)
-    if is_converted(model):
-        save(model, out, overwrite=overwrite)
-        return None
-    size = cost.bytes_of(model)
-    require(out, disk=size, memory=size, task="Saving")
-    with replacing(out, overwrite) as folder:
-        write_dense(model, folder, Path(source))
-        again = model.from_pretrained(folder, dtype="auto", trust_remote_code=False)
-        certificate = certify(model, again.to(model.device))
-        if not certificate.exact:
-            raise CertificateError(
-                f"The folder, read back, gives other logits: {certificate}. Nothing was kept."
-            )
-        read_back = {"read_back": dataclasses.asdict(certificate)}
-        write_json(folder / EXPORT_RECORD, {"target": "dense", **report.to_dict(), **read_back})
-        license = hub.license_of(Path(source)) or "other"
-        (folder / "README.md").write_text(
-            f"---\nlicense: {license}\n---\n# {report.recipe}, merged by sparsecraft\n\n{report}\n"
-        )
-    return certificate
