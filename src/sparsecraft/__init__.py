@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from sparsecraft.conversion.convert import convert as convert
     from sparsecraft.conversion.extension.extend import extend as extend
     from sparsecraft.conversion.extension.remove import remove as remove
-    from sparsecraft.conversion.materialize import materialize as materialize
     from sparsecraft.conversion.merging.merge import merge as merge
     from sparsecraft.dense import hub as hub
     from sparsecraft.errors import SparsecraftError as SparsecraftError
@@ -67,7 +66,6 @@ _HOME = {
     "extend": "conversion.extension.extend",
     "import_moe": "interop.importing",
     "load": "checkpoint.load",
-    "materialize": "conversion.materialize",
     "merge": "conversion.merging.merge",
     "override": "recipe.overrides",
     "remove": "conversion.extension.remove",

@@ -32,8 +32,8 @@ def run(command: ExportCommand, say: Say) -> None:
     """Load and export, or with `--dry-run` say what each target would be."""
     from sparsecraft.checkpoint.load import load
     from sparsecraft.checkpoint.replacing import claimed
-    from sparsecraft.conversion.materialize import materialize
     from sparsecraft.interop.exporting import check_name, export, plan
+    from sparsecraft.interop.materialize import materialize
 
     if command.dry_run:
         if command.to is not None:

@@ -48,7 +48,7 @@ class ExpertsSpec(ABC):
         dense_weights: it holds dense weights of its own, so that it is no adapter on a base.
         standard: its experts are full feed-forward networks of the dense one's form, which the
             mixtures of standard architectures have.
-        materializes: its experts become such networks by `sc.materialize`.
+        materializes: its experts become such networks by `sparsecraft.interop.materialize`.
         joins: the recipe that one of these experts is, where several with constant weights are one
             wider expert; see `joined`.
         words: what one of them is called in tables, and several.

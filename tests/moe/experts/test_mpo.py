@@ -158,6 +158,12 @@ def test_given_factors_are_taken_or_refused():
             MPOSpec(**wrong)
 
 
+def test_factors_are_read_from_a_command_line():
+    asked = {"hidden_factors": "3,2,2,2,2", "width_factors": "2,2,2,2,2"}
+    spec = sc.override(sc.recipes.mpoe(E), asked).edits[0].experts
+    assert (spec.hidden_factors, spec.width_factors) == ((3, 2, 2, 2, 2), (2,) * 5)
+
+
 @pytest.mark.parametrize(("option", "value"), [("mask", 1.0), ("mask", -0.1), ("bond", 0)])
 def test_options_out_of_range_are_refused(option, value):
     with pytest.raises(RecipeError, match=option):

@@ -164,7 +164,8 @@ def _why_not_standard(edit: Edit) -> str | None:
     if edit.experts.materializes:
         return (
             f"its {edit.experts.kind!r} experts share tensors, and those of a standard "
-            "architecture do not; sc.materialize(model) (--materialize) makes them full networks."
+            "architecture do not; `sparsecraft export --materialize`, or "
+            "sparsecraft.interop.materialize.materialize(model), makes them full networks."
         )
     if not (edit.experts.standard and (edit.replaces or edit.adds)):
         return (
