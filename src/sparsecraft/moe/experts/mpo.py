@@ -31,6 +31,7 @@ from sparsecraft.moe.experts.folded import Network
 from sparsecraft.moe.experts.own_activation import OwnActivation, own_activation, own_tensors
 from sparsecraft.moe.experts.stacked import copies
 from sparsecraft.moe.init.factors import Factors, factors
+from sparsecraft.moe.routing import Routing
 from sparsecraft.recipe.edits import Edit, Place
 from sparsecraft.recipe.experts import FFNSpec, MPOSpec
 
@@ -122,6 +123,13 @@ class MPOExperts(Experts):
             hidden = hidden * self._product(self.first[1], e, x)
         hidden = F.dropout(hidden, self.hidden_dropout, self.training)
         return F.dropout(self._product(DOWN, e, hidden), self.output_dropout, self.training)
+
+    def mixed(self, x_TI: Tensor, routing: Routing | None = None) -> Tensor:
+        if routing is None or not torch.compiler.is_compiling():
+            return super().mixed(x_TI, routing)
+        # The tokens of each expert have shapes that no graph can hold: every expert takes all.
+        weights_TE = routing.weights_TE().to(x_TI.dtype)
+        return sum(weights_TE[:, e, None] * self.expert(e, x_TI) for e in range(self.num_experts))
 
     def matrix(self, name: str, e: int) -> Tensor:
         """One matrix of expert `e`, (out, in): name is `gate`, `up` or `down`."""
