@@ -20,6 +20,7 @@ from sparsecraft.recipe import (
     TopK,
     check_variant,
 )
+from sparsecraft.recipe.numbers import check_whole
 
 VARIANTS = ("paper", "released")
 
@@ -51,6 +52,8 @@ def mpoe(
         paths: glob over the paths of the feed-forward networks.
     """
     check_variant(variant, VARIANTS)
+    check_whole("num_experts", num_experts)
+    check_whole("top_k", top_k)
     if mask is None:
         mask = max(0.0, 1 - top_k / num_experts) if variant == "paper" else 0.0
     experts = MPOSpec(num_experts=num_experts, bond=bond, mask=mask)
