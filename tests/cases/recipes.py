@@ -109,6 +109,15 @@ RECIPES = {
         lambda m: m.ffns * 2 * D * H + lora(m),
         routed=False,
     ),
+    "upcycling_router": RecipeCase(
+        lambda: sc.override(
+            sc.recipes.upcycling(num_experts=E, top_k=K),
+            {"router.standardize": 1.0, "router.select.through": True},
+        ),
+        upcycled,
+        trains_base=True,
+        dropout=False,
+    ),
     "upcycling": RecipeCase(
         lambda: sc.recipes.upcycling(num_experts=E, top_k=K),
         upcycled,

@@ -38,7 +38,8 @@ def faster(layer: MoELayer) -> Callable | None:
     It runs at every call of every layer: one match, no tensor, nothing that stops a compiler.
     """
     bank = layer.experts
-    if bank.dispatch == "loop" or is_watched(bank):
+    through = layer.router is not None and layer.router.spec.through
+    if bank.dispatch == "loop" or through or is_watched(bank):
         return None
     match layer.place, bank:
         case "beside", LoRAExperts() if merges(layer):

@@ -139,7 +139,16 @@ class MoELayer(nn.Module):
                 record.note(self, routing, x.shape[:-1])
         else:
             mixed_TO = experts(flat(x), routing, **kwargs)
+        if routing is not None and routing.through_TE is not None:
+            mixed_TO = mixed_TO + self._through(flat(x), routing.through_TE, **kwargs)
         return mixed_TO.reshape(*x.shape[:-1], mixed_TO.shape[-1])
+
+    def _through(self, x_TI: Tensor, weights_TE: Tensor, **kwargs) -> Tensor:
+        """Zeros (T, O), with dL/dw_e = <dL/dy, E_e(x)> as the gradient of every weight."""
+        with torch.no_grad():
+            outputs_TEO = self.experts(x_TI, way=Experts.each, **kwargs)
+        mixed_TO = (weights_TE[..., None].to(outputs_TEO.dtype) * outputs_TEO).sum(1)
+        return mixed_TO - mixed_TO.detach()
 
     @property
     def imitates(self) -> bool:

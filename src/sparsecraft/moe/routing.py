@@ -26,6 +26,8 @@ class Routing:
         every: all experts of every token run, with weight one.
         in_order: every token has all experts, expert e in slot e, as soft selection gives them.
         outputs_TEO: what every expert gives for each token, where the router has read that.
+        through_TE: in training, the weights of all experts, for a gradient that passes by those
+            that a token does not go to.
         pre_TF: in training of a split network whose experts all run, the activation's input.
         soft: every token has all experts, which differ in weight alone: a count of slots says
             nothing of them.
@@ -41,6 +43,7 @@ class Routing:
     in_order: bool = False
     every: bool = False
     outputs_TEO: Tensor | None = None
+    through_TE: Tensor | None = None
     pre_TF: Tensor | None = None
     soft: bool = False
     acts_T: Tensor | None = None
@@ -64,7 +67,9 @@ class Routing:
         """The same decision with weight zero for all other tokens."""
         keep_T = spread(keep_T, len(self.weights_TK), self.heads)
         weights_TK = self.weights_TK * keep_T[:, None]
-        return replace(self, weights_TK=weights_TK, sums_to_one=False, acts_T=keep_T)
+        through_TE = None if self.through_TE is None else self.through_TE * keep_T[:, None]
+        changed = {"weights_TK": weights_TK, "through_TE": through_TE, "acts_T": keep_T}
+        return replace(self, sums_to_one=False, **changed)
 
     @classmethod
     def of_one(cls, x_TI: Tensor) -> Routing:

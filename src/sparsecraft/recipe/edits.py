@@ -150,6 +150,11 @@ def _check_reads(edit: Edit) -> None:
             f"router.select is 'slots' with place={edit.place!r} and "
             f"decides={router.decides.kind!r}; slots are for experts beside a module, by token."
         )
+    if router.through and edit.site == "attention":
+        raise RecipeError(
+            "router.select.through is True at site 'attention'; attention experts read whole "
+            "sequences, and run only where they were chosen."
+        )
     if router.reads == "experts" and (edit.opens or edit.site == "attention"):
         raise RecipeError(
             f"router.reads is 'experts' with place={edit.place!r} at site {edit.site!r}; only "

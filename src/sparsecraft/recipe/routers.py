@@ -43,6 +43,7 @@ class AnyRouterSpec(ABC):
         starts_from: what `convert` must be given for its start; see `Start.reads`.
         of_domains: the rows of its experts are made from embeddings of their domains.
         gates_base: the dense module is multiplied by a gate of its own.
+        through: its gradient passes by experts that a token does not go to.
     """
 
     __slots__ = ()
@@ -59,6 +60,7 @@ class AnyRouterSpec(ABC):
     sentences: Sentence | None = None
     can_be_directed: bool = False
     gates_base: bool = False
+    through: bool = False
     starts_from: Literal["domains", "data"] | None = None
     of_domains: bool = False
 
@@ -82,6 +84,10 @@ class RouterSpec(AnyRouterSpec):
     """The layer's input, the output of the dense module it stands on, or what every expert gives
     for the token (all of them run)."""
     decides: Decides = Token()
+    standardize: float | None = None
+    """Before that, the logits of each token are brought to mean zero over the experts and to this
+    standard deviation (the gating logit normalization of Skywork-MoE, Wei et al. 2024, Eq. 4-5,
+    whose lambda it is); None leaves them."""
     temperature: float = 1.0
     """Divides the logits."""
     gates_base: bool = False
@@ -95,6 +101,16 @@ class RouterSpec(AnyRouterSpec):
         check_types(self)
         if not 0 < self.temperature < math.inf:
             raise RecipeError(f"router.temperature is {self.temperature}; it must be positive.")
+        if self.standardize is not None and not 0 < self.standardize < math.inf:
+            raise RecipeError(
+                f"router.standardize is {self.standardize}; it must be positive, such as 1."
+            )
+        if self.through and (self.reads == "experts" or self.by_head):
+            raise RecipeError(
+                f"router.select.through is True with reads={self.reads!r} and "
+                f"decides={self.decides.kind!r}; it is for routers by token or sequence, where "
+                "not all experts run as it is."
+            )
         if self.starts_from and not self.by_token:
             raise RecipeError(
                 f"router.scorer starts from {self.starts_from} with decides="
@@ -118,6 +134,10 @@ class RouterSpec(AnyRouterSpec):
                 f"select={self.select.kind!r}; what experts give is read by "
                 "token, and not by slots."
             )
+
+    @property
+    def through(self) -> bool:
+        return self.select.through
 
     @property
     def sums_to_one(self) -> bool:
@@ -170,6 +190,11 @@ class RouterSpec(AnyRouterSpec):
     def check(self, num_experts: int) -> None:
         _check_k(self.select.slots, num_experts)
         self.scorer.check(num_experts)
+        if self.standardize is not None and num_experts < 2:
+            raise RecipeError(
+                f"router.standardize is {self.standardize} with num_experts={num_experts}; one "
+                "logit has no standard deviation."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,6 +228,11 @@ class GateSpec(AnyRouterSpec):
                 raise RecipeError(
                     "select.renormalize is False for the parts of a split network, which are not "
                     "mixed by a softmax; leave it out."
+                )
+            if self.select.through:
+                raise RecipeError(
+                    "select.through is True for the parts of a split network; give "
+                    "weighting='straight_through', or leave it out."
                 )
         elif self.weighting in ("scaled", "straight_through"):
             raise RecipeError(

@@ -22,10 +22,12 @@ class Selection(ABC):
         sums_to_one: the weights of every token sum to one.
         in_order: every token has all experts, expert e in slot e.
         mixes_tokens: experts work on means of several tokens.
+        through: in training the router learns from experts that a token does not take, too.
     """
 
     __slots__ = ()
     kind: str
+    through: ClassVar[bool] = False
     sums_to_one: ClassVar[bool] = False
     in_order: ClassVar[bool] = True
     mixes_tokens: ClassVar[bool] = False
@@ -68,6 +70,10 @@ class TopK(Selection, Rule):
     k: int = 2
     renormalize: bool = field(default=True, kw_only=True)
     """Whether the k kept weights are scaled to sum to one; of whole experts alone."""
+    through: bool = field(default=False, kw_only=True)
+    """Whether the gradient of the weights passes straight through the choice, as if a token had
+    taken all experts (DenseMixer, Yao et al. 2025): all of them run in training; of whole experts
+    alone."""
     in_order = False
 
     def __post_init__(self) -> None:

@@ -21,6 +21,11 @@ def count_experts(recipe: Recipe) -> int:
                 f"Recipe {recipe.name!r} has {spec.kind} experts; whole networks (upcycling, btx, "
                 "bam, nexus, ...) can come and go."
             )
+        if router.standardize is not None:
+            raise RecipeError(
+                f"router.standardize is {router.standardize}: what an added expert scores would "
+                "change the weights of all others. Convert without it to extend later."
+            )
         if spec.shards or router.scorer.shares_rows:
             raise RecipeError(
                 f"The experts of recipe {recipe.name!r} are shards of networks, or share rows of "

@@ -184,6 +184,7 @@ def _why_not_standard(edit: Edit) -> str | None:
         f"select.first_soft={True!r}": router.select == Sample(first_soft=True),
         f"decides={router.decides.kind!r}": router.decides != Token(),
         f"reads={router.reads!r}": router.reads != "input",
+        f"standardize={router.standardize!r}": router.standardize is not None,
     }
     if found := next((words for words, differs in odd.items() if differs), None):
         return f"its router has {found}, which no standard router has."

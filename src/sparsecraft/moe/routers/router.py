@@ -19,6 +19,8 @@ from sparsecraft.moe.routing import Routing
 from sparsecraft.recipe.routers import RouterSpec
 from sparsecraft.recipe.words import router_words
 
+TINY_VARIANCE = 1e-12  # of logits that are all equal, whose gradient is finite then
+
 
 class BaseGate(nn.Linear):
     """The sigmoid of one row's product with a token, x_TD -> (T, 1), float32."""
@@ -75,6 +77,8 @@ class Router(nn.Module):
             logits = self.scorer(x.reshape(-1, x.shape[-1]), outputs_TEO)
         else:
             logits = self.scorer(self._scored(x, batch)) if scores_TE is None else scores_TE
+        if self.spec.standardize is not None:
+            logits = standardized(logits, self.spec.standardize)
         if self.spec.temperature != 1:
             logits = logits / self.spec.temperature
         if self.by_sequence:
@@ -82,9 +86,14 @@ class Router(nn.Module):
         if batch is not None and batch.expert_ids is not None:
             return _directed(batch.expert_ids, logits, self.sums_to_one)
         weights_TK, indices_TK = self.select(logits)
+        through_TE = None
+        if self.spec.through and self.training:
+            through_TE = through_the_choice(logits, indices_TK, self.sums_to_one)
+            weights_TK = weights_TK.detach()
         facts = self.sums_to_one, self.in_order
         soft = weights_TK.shape == logits.shape  # also top-k of all experts
         rest = {"outputs_TEO": outputs_TEO, "soft": soft, "heads": self.heads(x.shape[-1])}
+        rest["through_TE"] = through_TE
         return Routing(weights_TK, indices_TK, logits, *facts, **rest)
 
     def scores_of_input(self) -> Tensor | None:
@@ -168,6 +177,22 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         return router_words(self.spec)
+
+
+def standardized(logits_TE: Tensor, scale: float) -> Tensor:
+    """scale * (z - mean) / deviation of each token's logits (Skywork-MoE, Eq. 4-5); zeros where all
+    are equal."""
+    centered_TE = logits_TE - logits_TE.mean(-1, keepdim=True)
+    variance_T1 = centered_TE.square().mean(-1, keepdim=True)
+    return scale * centered_TE * (variance_T1 + TINY_VARIANCE).rsqrt()
+
+
+def through_the_choice(logits_TE: Tensor, indices_TK: Tensor, renormalize: bool) -> Tensor:
+    """The weights (T, E) of all experts as top-k weighs those that it keeps."""
+    probs_TE = logits_TE.softmax(-1)
+    if not renormalize:
+        return probs_TE
+    return probs_TE / probs_TE.gather(-1, indices_TK).sum(-1, keepdim=True)
 
 
 def _directed(expert_ids: Tensor, logits_TE: Tensor, sums_to_one: bool) -> Routing:
