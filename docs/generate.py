@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import inspect
 import logging
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ PAGES = {
 }
 
 # Sizes by which a dimension of a tensor is recognized: no two are equal.
-SIZES = {"E": 4, "d": 24, "F": 40, "q": 32, "kv": 16, "head": 8, "h": 7, "r": 5, "M": 11, "m": 13}
+SIZES = {"E": 4, "d": 48, "F": 80, "q": 32, "kv": 16, "head": 8, "h": 7, "r": 5, "M": 11, "m": 13}
 SYMBOLS = {size: symbol for symbol, size in SIZES.items()} | {
     2 * SIZES["F"]: "2F",
     2 * SIZES["d"]: "2d",
@@ -50,7 +51,7 @@ OPTIONS: dict[str, Any] = {
     "router_dim": SIZES["m"],
 }
 # Recipes that are also read off a model with biases and without gates.
-PLAIN = ("upcycling", "gmoefication", "cmoe")
+PLAIN = ("upcycling", "mpoe", "gmoefication", "cmoe")
 
 
 def table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
@@ -157,7 +158,7 @@ def _new_tensors() -> Iterator[tuple[str, str, str, str, str]]:
                 if key.startswith("base."):
                     continue
                 owner = layer.get_submodule(_part(key))
-                shape = [symbols.get(size, str(size)) for size in tensor.shape]
+                shape = _of_core(key) or [symbols.get(size, str(size)) for size in tensor.shape]
                 if layer.experts.num_experts == 1 and key.startswith("experts."):
                     shape[0] = "E"
                 dtype = str(tensor.dtype).removeprefix("torch.")
@@ -169,6 +170,16 @@ def _new_tensors() -> Iterator[tuple[str, str, str, str, str]]:
 def _part(key: str) -> str:
     """The part of a layer that a tensor belongs to: experts, router, or the router's scorer."""
     return "router.scorer" if key.startswith("router.scorer.") else key.partition(".")[0]
+
+
+def _of_core(key: str) -> list[str]:
+    """The shape of a core of a matrix product operator, whose sizes are factors; else nothing."""
+    named = re.fullmatch(r"experts\.(?:gate|up|down)_([1245]|central)", key)
+    if named is None:
+        return []
+    k = 3 if named[1] == "central" else int(named[1])
+    bonds = ["1", "b1", "b2", "b3", "b4", "1"]
+    return ["E"] * (k != 3) + [bonds[k - 1], f"i{k}", f"j{k}", bonds[k]]
 
 
 def _of_linear(layer: Any) -> dict[int, str]:

@@ -12,7 +12,16 @@ from sparsecraft.moe.layer import MoELayer
 from sparsecraft.surgery.budget import run
 from tests.cases import RECIPES, D, batch, dense, logits, randomize_new
 
-COMPILED = ("camelidae", "molora", "mov_top2", "upcycling_raw", "nexus", "mixlora", "gmoefication")
+COMPILED = (
+    "camelidae",
+    "molora",
+    "mov_top2",
+    "upcycling_raw",
+    "mpoe",
+    "nexus",
+    "mixlora",
+    "gmoefication",
+)
 LORAS = ("molora", "lora", "hydralora", "camelidae", "mixlora", "smola")
 
 

@@ -17,7 +17,16 @@ from sparsecraft.moe.experts.base import Experts
 from tests.cases import RECIPES, RUNNING, batch, dense, logits, randomize_new
 
 ALL = RECIPES | RUNNING
-SOME = ["camelidae", "mov_released", "mixlora", "smola_slots", "upcycling", "d2dmoe_sparse", "bam"]
+SOME = [
+    "camelidae",
+    "mov_released",
+    "mixlora",
+    "smola_slots",
+    "upcycling",
+    "mpoe",
+    "d2dmoe_sparse",
+    "bam",
+]
 
 
 def converted(family: str, recipe: str) -> torch.nn.Module:

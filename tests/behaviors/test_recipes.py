@@ -47,7 +47,9 @@ METHODS = pytest.mark.parametrize(
 ALL = RECIPES | RUNNING
 SOME_RUNNING = ["gmoefication_sparse", "d2dmoe_sparse", "lte_sparse", "cmoe_tuned_sparse"]
 states = pytest.mark.parametrize("recipe", [*KINDS_OF_RECIPES, *SOME_RUNNING])
-METHODS_RUNNING = pytest.mark.parametrize("recipe", [*METHODS.args[1], "nexus", *SOME_RUNNING])
+METHODS_RUNNING = pytest.mark.parametrize(
+    "recipe", [*METHODS.args[1], "mpoe", "nexus", *SOME_RUNNING]
+)
 
 
 def converted(family: str, recipe: str, moved: bool = True, **kwargs) -> torch.nn.Module:
@@ -285,7 +287,7 @@ def test_same_seed_gives_the_same_bits(family, recipe):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert", "t5"])
 @pytest.mark.parametrize(
-    "recipe", [*METHODS.args[1], "nexus", "lte", "d2dmoe", "gmoefication_sparse"]
+    "recipe", [*METHODS.args[1], "mpoe", "nexus", "lte", "d2dmoe", "gmoefication_sparse"]
 )
 def test_activation_checkpointing_changes_nothing(family, recipe):
     """Losses, auxiliary losses, gradients and routing are the same bits with dropout on."""
@@ -413,6 +415,8 @@ def test_the_state_holds_no_surprise_names(family, recipe):
     leaves |= {"router.scorer.weight", "experts.vectors"}
     leaves |= {f"experts.{p}.lora_{x}" for p in ("gate", "up", "down") for x in "AB"}
     leaves |= {f"experts.{x}" for x in ("first", "first_bias", "neurons", "mean")}
+    cores = ("1", "2", "central", "4", "5", "bias")
+    leaves |= {f"experts.{p}_{x}" for p in ("gate", "up", "down") for x in cores}
     of_attention = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
     leaves |= {f"experts.attention.{p}.{x}" for p in of_attention for x in ("weight", "bias")}
     scorers = ("first", "second", "rows", "bias", "centers", "domains")

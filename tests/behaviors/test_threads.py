@@ -39,7 +39,16 @@ READERS: dict[str, Reader] = {
     "slots_bert": ("bert", lambda: sc.recipes.smola(3, 2, mixing="slots"), None),
 }
 NO_READER: Reader = ("llama", None, None)
-FEW = ("sentences", "sentences_t5", "slots", "sequences", "camelidae", "bam", "d2dmoe_sparse")
+FEW = (
+    "sentences",
+    "sentences_t5",
+    "slots",
+    "sequences",
+    "camelidae",
+    "mpoe",
+    "bam",
+    "d2dmoe_sparse",
+)
 
 
 def converted(name: str) -> nn.Module:

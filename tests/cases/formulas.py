@@ -42,6 +42,19 @@ def grouped(family: Family) -> int:
     return family.ffns * E * (ffn_parameters(family) + biases + G * D)
 
 
+def mpoe(family: Family, central: int = 16 * 6 * 16, own: int = 16 + 256 + 256 + 16) -> int:
+    """D = 2 * 2 * 2 * 2 * 2 and F = 2 * 2 * 3 * 2 * 2: a central core (16, 3, 2, 16) for all
+    experts of a matrix, and (1, 2, 2, 4), (4, 2, 2, 16), (16, 2, 2, 4), (4, 2, 2, 1) of each."""
+    matrices = 3 if family.gated else 2
+    biases = (matrices - 1) * F + D if family.biased else 0
+    return family.ffns * (matrices * (central + E * own) + biases + E * D)
+
+
+def mpoe_cut(family: Family) -> int:
+    """With bonds of 4: (4, 3, 2, 4), and (1, 2, 2, 4), (4, 2, 2, 4), (4, 2, 2, 4), (4, 2, 2, 1)."""
+    return mpoe(family, central=4 * 6 * 4, own=16 + 64 + 64 + 16)
+
+
 def nexus(family: Family) -> int:
     """The experts, and for each router W1 (2 d, 24) and W2 (d, d); embeddings are no parameters."""
     return family.ffns * (E * ffn_parameters(family) + 2 * D * EMBEDDING + D * D)

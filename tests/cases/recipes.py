@@ -33,6 +33,8 @@ from tests.cases.formulas import (
     molora_released,
     mov,
     mov_released,
+    mpoe,
+    mpoe_cut,
     nexus,
     pesc,
     six_loras,
@@ -187,6 +189,14 @@ RECIPES = {
         upcycled,
         trains_base=True,
         dropout=False,
+    ),
+    "mpoe": RecipeCase(lambda: sc.recipes.mpoe(E, K), mpoe, paths=(), **COPIES),
+    "mpoe_cut": RecipeCase(
+        lambda: sc.recipes.mpoe(E, K, bond=4),
+        mpoe_cut,
+        exact=False,
+        paths=(),
+        **COPIES,
     ),
     "upit": RecipeCase(lambda: sc.recipes.upit(E, K), upcycled, dropout=False),
     "nexus": RecipeCase(

@@ -50,6 +50,25 @@ def lora(at: str, rank: int, alpha: float, dropout: float) -> dict[str, Any]:
 
 
 PUBLISHED: dict[str, tuple[sc.Recipe, dict[str, Any]]] = {
+    "mpoe": (
+        r.mpoe(),
+        {
+            "edits.0.site": "ffn",
+            "edits.0.place": "replace",
+            f"{ADAPTERS}.num_experts": 8,  # 8, 12 and 16
+            f"{ADAPTERS}.bond": None,  # the released linear_trunc of 30000 cuts nothing
+            f"{ROUTER}.select": TopK(2),
+            "stages.0.losses": {"switch": 1e-2},
+            "stages.0.learning_rate": 2e-6,
+            "stages.0.batch_size": 32,
+            "stages.0.warmup_steps": 320,
+            "stages.0.max_length": 128,
+        },
+    ),
+    "mpoe, released": (
+        r.mpoe(variant="released"),
+        {f"{ADAPTERS}.mask": 0.0},  # its code has none
+    ),
     "camelidae": (
         r.camelidae(),
         PESC

@@ -22,6 +22,8 @@ class ExportCommand(Command, Based):
     """Folder to write."""
     dry_run: bool = False
     """Say which targets are exact, and what engines make of them; write nothing."""
+    materialize: bool = False
+    """Make experts that share tensors (mpoe) full networks first."""
     overwrite: bool = False
     """Replace an existing export once the new one is complete."""
 
@@ -31,11 +33,15 @@ def run(command: ExportCommand, say: Say) -> None:
     from sparsecraft.checkpoint.load import load
     from sparsecraft.checkpoint.replacing import claimed
     from sparsecraft.interop.exporting import check_name, export, plan
+    from sparsecraft.interop.materialize import materialize
 
     if command.dry_run:
         if command.to is not None:
             check_name(command.to)
-        for prospect in plan(load(command.folder, command.base)):
+        model = load(command.folder, command.base)
+        if command.materialize:
+            materialize(model)
+        for prospect in plan(model):
             if command.to in (None, prospect.target):
                 say(str(prospect))
         return
@@ -43,6 +49,8 @@ def run(command: ExportCommand, say: Say) -> None:
         raise ExportError("export needs --to TARGET and --out DIR, or --dry-run.")
     with claimed(command.out, command.overwrite):
         model = load(command.folder, command.base)
+        if command.materialize:
+            say(f"Full networks: {materialize(model)}.")
         record = export(model, command.to, command.out, overwrite=command.overwrite)
         say(
             f"{command.out}: {record['parameters']:,} parameters as {command.to}; "

@@ -13,6 +13,7 @@ from sparsecraft.recipe.experts import (
     FFNLoRASpec,
     FFNSpec,
     LoRASpec,
+    MPOSpec,
     SplitSpec,
     VectorSpec,
 )
@@ -52,9 +53,8 @@ from sparsecraft.recipe.stages import Deal, Fit, Stage
 __all__ = [
     "MLP", "Above", "AdapterSpec", "Analytic", "AttentionSpec", "Deal", "Difference", "Domain",
     "Edit", "ExpansionSpec", "FFNLoRASpec", "FFNSpec", "Fit", "GateSpec", "Head", "Hidden",
-    "KMeans",
-    "KaimingUniform", "Linear", "LinearParts", "LoRASpec", "Norm", "Normal", "Oracle", "Quantize",
-    "Recipe", "Relative", "RouterSpec", "Sample", "Sentence", "Sequence", "Share", "Similarity",
-    "Slots", "Soft", "SplitSpec", "Stage", "Token", "TopK", "Uniform", "VectorSpec", "Zeros",
-    "check_variant",
+    "KMeans", "KaimingUniform", "Linear", "LinearParts", "LoRASpec", "MPOSpec", "Norm", "Normal",
+    "Oracle", "Quantize", "Recipe", "Relative", "RouterSpec", "Sample", "Sentence", "Sequence",
+    "Share", "Similarity", "Slots", "Soft", "SplitSpec", "Stage", "Token", "TopK", "Uniform",
+    "VectorSpec", "Zeros", "check_variant",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 from sparsecraft.errors import RecipeError
 from sparsecraft.recipe.kinds import add_kind, family
 from sparsecraft.recipe.numbers import check_adapter, check_deviation, check_whole, is_number
+from sparsecraft.recipe.typed import check_types
 
 DonorWord = Literal["block", "ffn", "attention", "linear", "activation"]
 """What a dense module is read as; see `sparsecraft.dense.donors`. A `block` is a mixture that the
@@ -23,6 +24,7 @@ dense model has of its own, at site `ffn`."""
 
 ANYTHING: tuple[DonorWord, ...] = ("ffn", "linear", "activation")
 AROUND: tuple[DonorWord, ...] = ("block", *ANYTHING)
+CORES = 5  # of a matrix product operator, as in MPOE
 
 
 def stands(**places: tuple[DonorWord, ...]) -> Mapping[str, tuple[DonorWord, ...]]:
@@ -46,6 +48,7 @@ class ExpertsSpec(ABC):
         dense_weights: it holds dense weights of its own, so that it is no adapter on a base.
         standard: its experts are full feed-forward networks of the dense one's form, which the
             mixtures of standard architectures have.
+        materializes: its experts become such networks by `sparsecraft.interop.materialize`.
         joins: the recipe that one of these experts is, where several with constant weights are one
             wider expert; see `joined`.
         words: what one of them is called in tables, and several.
@@ -61,6 +64,7 @@ class ExpertsSpec(ABC):
     comes_from: ClassVar[Literal["network", "lora"] | None] = None
     dense_weights: ClassVar[bool] = False
     standard: ClassVar[bool] = False
+    materializes: ClassVar[bool] = False
     joins: ClassVar[str | None] = None
     words: ClassVar[tuple[str, str]] = ("expert", "experts")
 
@@ -274,6 +278,44 @@ class FFNLoRASpec(ExpertsSpec):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MPOSpec(ExpertsSpec):
+    """Feed-forward experts whose matrices are products of five cores, the middle one shared."""
+
+    places = stands(replace=("ffn",))
+    dense_weights = True
+    materializes = True
+    words = ("network by shared cores", "networks by shared cores")
+
+    kind: Literal["mpo"] = "mpo"
+    num_experts: int = 8
+    bond: int | None = None
+    """Largest number of terms between two cores; None keeps all, and the dense matrices with
+    them."""
+    mask: float = 0.0
+    """Probability with which a step of training leaves the shared cores as they are."""
+    hidden_factors: tuple[int, ...] | None = None
+    """Five whole numbers whose product is the hidden width; None: see
+    `sparsecraft.moe.init.factors`."""
+    width_factors: tuple[int, ...] | None = None
+    """The same of the width of the model."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.bond is not None:
+            check_whole("bond", self.bond)
+        if not 0 <= self.mask < 1:
+            raise RecipeError(f"mask is {self.mask}; it must be at least 0 and less than 1.")
+        given = self.hidden_factors, self.width_factors
+        if given.count(None) == 1 or any(f is not None and len(f) != CORES for f in given):
+            raise RecipeError(
+                f"hidden_factors is {given[0]} and width_factors {given[1]}; give five of both, or "
+                "neither."
+            )
+        for factor in (f for factors in given for f in factors or ()):
+            check_whole("a factor", factor)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SplitSpec(ExpertsSpec):
     """The dense feed-forward network itself, its neurons partitioned into experts of equal size."""
 
@@ -311,5 +353,14 @@ class SplitSpec(ExpertsSpec):
             raise RecipeError(f"flops_factor is {self.flops_factor!r}; it must be positive.")
 
 
-for option in (FFNSpec, AttentionSpec, AdapterSpec, LoRASpec, VectorSpec, FFNLoRASpec, SplitSpec):
+for option in (
+    FFNSpec,
+    AttentionSpec,
+    AdapterSpec,
+    LoRASpec,
+    VectorSpec,
+    FFNLoRASpec,
+    MPOSpec,
+    SplitSpec,
+):
     add_kind(option)

@@ -93,7 +93,8 @@ def parse(hint: Any, text: str) -> Any:
             except ValueError:
                 continue
         if typing.get_origin(option) is tuple:
-            return tuple(text.split(","))
+            item = typing.get_args(option)[0]
+            return tuple(parse(item, part) for part in text.split(","))
         if typing.get_origin(option) is dict:
             pairs = (pair.partition("=") for pair in text.split(",") if pair)
             return {k: parse(typing.get_args(option)[1], v) for k, _, v in pairs}

@@ -28,6 +28,7 @@ from sparsecraft.recipes.mixlora import mixlora
 from sparsecraft.recipes.moefication import moefication
 from sparsecraft.recipes.molora import molora
 from sparsecraft.recipes.mov import mov
+from sparsecraft.recipes.mpoe import mpoe
 from sparsecraft.recipes.nexus import nexus
 from sparsecraft.recipes.smola import smola
 from sparsecraft.recipes.upcycling import upcycling
@@ -53,6 +54,7 @@ __all__ = [
     "moefication",
     "molora",
     "mov",
+    "mpoe",
     "nexus",
     "smola",
     "upcycling",

@@ -57,6 +57,7 @@ class RoutedTrainerMixin:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # the same, before transformers 5.19
         self.add_callback(LogsWhatEnds())
+        self.add_callback(TellsExperts())
         self.tally = Tally()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -135,8 +136,10 @@ class RoutedTrainerMixin:
         return step in (1, args.max_steps) or step % args.logging_steps == 0 or saves
 
     def _tell_step(self, model: torch.nn.Module) -> None:
-        """Let the routers that sample cool down, also where a run is resumed."""
+        """Let the routers that sample cool down, and experts know what this step leaves alone,
+        also where a run is resumed."""
         for layer in conversion_of(model).layers:
+            layer.experts.at_step(self.state.global_step, self.args.seed)
             if layer.router is not None:
                 layer.router.at_step(self.state.global_step)
 
@@ -203,6 +206,14 @@ class LogsWhatEnds(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
+
+
+class TellsExperts(TrainerCallback):
+    """Let experts know that gradients are complete: some leave parameters out of a step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        for layer in conversion_of(model).layers:
+            layer.experts.before_update()
 
 
 class OurTrainerMixin(WatchedTrainerMixin, MicroBatchMixin, RoutedTrainerMixin, StatesMixin):

@@ -161,6 +161,12 @@ def _parts(edit: Edit) -> tuple:
 
 def _why_not_standard(edit: Edit) -> str | None:
     """Why no linear top-k mixture of feed-forward networks is this edit."""
+    if edit.experts.materializes:
+        return (
+            f"its {edit.experts.kind!r} experts share tensors, and those of a standard "
+            "architecture do not; `sparsecraft export --materialize`, or "
+            "sparsecraft.interop.materialize.materialize(model), makes them full networks."
+        )
     if not (edit.experts.standard and (edit.replaces or edit.adds)):
         return (
             f"its {edit.experts.kind!r} experts stand {edit.place} a dense module, and a standard "

@@ -154,6 +154,18 @@ class Experts(nn.Module, ABC):
         """`mixed`, and the routing with what losses read of the bank itself."""
         return self.mixed(x_TI, routing), routing
 
+    # ----------------------------------------------------------------------------------- training
+
+    def at_step(self, step: int, seed: int) -> None:
+        """Note how many steps of training there were, before each pass of one.
+
+        Args:
+            seed: of the training, one in all processes.
+        """
+
+    def before_update(self) -> None:
+        """Take gradients away from what this step leaves as it is, before the optimizer's step."""
+
     # --------------------------------------------------------------------------------------- cost
 
     def active(self, slots: float) -> int:
@@ -221,6 +233,11 @@ class Experts(nn.Module, ABC):
             SparsecraftError: the experts are no whole networks.
         """
         raise SparsecraftError(f"{type(self).__name__} are no networks of which one could leave.")
+
+    def materialized(self, donor: Donor) -> Experts | None:
+        """A bank of full networks that computes the same, of those that
+        `ExpertsSpec.materializes`; None of others."""
+        return None
 
     # ------------------------------------------------------------------------ fewer experts of them
 

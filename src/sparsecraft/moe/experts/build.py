@@ -13,6 +13,7 @@ from sparsecraft.moe.experts.base import Experts
 from sparsecraft.moe.experts.ffn import FFNExperts
 from sparsecraft.moe.experts.ffn_lora import FFNLoRAExperts
 from sparsecraft.moe.experts.lora import LoRAExperts
+from sparsecraft.moe.experts.mpo import MPOExperts
 from sparsecraft.moe.experts.split import SplitExperts
 from sparsecraft.moe.experts.vector import VectorExperts
 from sparsecraft.recipe.edits import Place
@@ -23,6 +24,7 @@ from sparsecraft.recipe.experts import (
     FFNLoRASpec,
     FFNSpec,
     LoRASpec,
+    MPOSpec,
     SplitSpec,
     VectorSpec,
 )
@@ -35,6 +37,7 @@ BANKS: dict[type[ExpertsSpec], type[Experts]] = {
     LoRASpec: LoRAExperts,
     VectorSpec: VectorExperts,
     FFNLoRASpec: FFNLoRAExperts,
+    MPOSpec: MPOExperts,
     SplitSpec: SplitExperts,
 }
 

@@ -105,6 +105,8 @@ def choose_path(bank: Experts, x_TI: Tensor, routing: Routing) -> str:
     if bank.dispatch != "auto":
         return bank.dispatch
     tokens, slots = routing.indices_TK.shape
+    if not tokens and bank.two_layer(x_TI.dtype) is None:
+        return "loop"
     small = tokens <= bank.dense_tokens
     if small and not x_TI.is_cuda:
         small = tokens * sum(p.numel() for p in bank.parameters()) <= CPU_DENSE_PRODUCTS
