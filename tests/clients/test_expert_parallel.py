@@ -20,13 +20,12 @@ pytestmark = [
 ]
 
 PROGRAM = """
-import sys, torch, transformers
-from transformers.distributed import DistributedConfig
+import sys, torch
+from benchmarks.scale.experts import loaded
 from tests.clients.starting import IDS
-config = DistributedConfig(fsdp_size=2, ep_size=2, ep_implementation="all_to_all")
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], distributed_config=config)
+model = loaded(sys.argv[1], torch.float32, processes=2)
 with torch.no_grad():
-    logits = model.eval()(IDS).logits
+    logits = model(IDS).logits
 experts = [p for name, p in model.named_parameters() if ".experts." in name]
 assert experts and all(getattr(p, "_local_tensor", p).shape[0] == 2 for p in experts)
 if torch.distributed.get_rank() == 0:

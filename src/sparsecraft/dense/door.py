@@ -6,7 +6,6 @@ of there is one of our errors that names the file.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -113,10 +112,8 @@ def check_ids(folder: Path, error: type[SparsecraftError] = HubError) -> None:
         SparsecraftError: of the given kind; names the token.
     """
     for path in (folder / name for name in VOCABULARIES):
-        if path.is_file() and _LARGE.search(content := read_bytes(path, error, MOST_TEXT)):
-            with guarded(path, error):
-                data = json.loads(content)
-            for token, number in values(data):
+        if path.is_file() and _LARGE.search(read_bytes(path, error, MOST_TEXT)):
+            for token, number in values(read_object(path, error)):
                 if isinstance(number, int) and number > MOST_TOKENS and token != "max_length":
                     raise error(
                         f"{path} gives {token!r:.80} the number {number}, and a vocabulary has at "

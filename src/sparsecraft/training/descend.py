@@ -150,7 +150,7 @@ def descend(
 def _sized(trainer: Any, run: Run, settings: TrainOptions, folder: Path) -> TrainOptions:
     """The settings with a micro-batch that fits, if it was left open; says what the run needs.
 
-    A run that is resumed goes on with what it began with, so that it ends in the same bits.
+    A run that is resumed and leaves it open goes on with what it had, to end in the same bits.
     """
     args, model = trainer.args, run.model
     disk, most = disk_of(model), args.per_device_train_batch_size

@@ -96,7 +96,7 @@ def without_gradient(trainer: Any) -> list[str]:
 def tried(trainer: Any) -> Iterator[None]:
     """Let passes in training be tried in the block; then nothing is left of them."""
     model, tally = trainer.model, trainer.tally
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    give_back = kept_buffers(model)
     # Hooks of the user's may draw by these.
     drawn = random.getstate(), np.random.get_state()  # noqa: NPY002
     trainer.tally = Tally()
@@ -108,10 +108,20 @@ def tried(trainer: Any) -> Iterator[None]:
         trainer.tally = tally
         random.setstate(drawn[0])
         np.random.set_state(drawn[1])  # noqa: NPY002
-        with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
+        give_back()
         model.zero_grad()
+
+
+def kept_buffers(model: nn.Module) -> Callable[[], None]:
+    """Copy a model's buffers; what gives them their values back."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    @torch.no_grad()
+    def give_back() -> None:
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+    return give_back
 
 
 def share_again(model: nn.Module) -> None:

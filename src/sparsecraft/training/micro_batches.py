@@ -14,6 +14,7 @@ from sparsecraft.data.batches import halves
 from sparsecraft.dense.memory import is_out_of_memory, what_was_missing
 from sparsecraft.errors import ResourceError
 from sparsecraft.training.arguments import processes
+from sparsecraft.training.engine import kept_buffers
 
 log = logging.getLogger("sparsecraft")
 
@@ -43,7 +44,7 @@ class MicroBatchMixin:
         """
         if not self._in_step:
             self._tally_before = self.tally.copy()
-            self._buffers_before = [buffer.clone() for buffer in model.buffers()]
+            self._give_buffers_back = kept_buffers(model)
         done = [batch for batch, _ in self._in_step]
         try:
             return self._passes(model, inputs, num_items_in_batch)
@@ -103,9 +104,7 @@ class MicroBatchMixin:
         """Let go of what the step has left so far."""
         model.zero_grad()
         self.tally = self._tally_before
-        with torch.no_grad():
-            for buffer, before in zip(model.buffers(), self._buffers_before, strict=True):
-                buffer.copy_(before)
+        self._give_buffers_back()
         gc.collect()
         if self.args.device.type == "cuda":
             torch.cuda.empty_cache()
