@@ -25,6 +25,7 @@ from sparsecraft.recipe.experts import (
     FFNLoRASpec,
     FFNSpec,
     LoRASpec,
+    MPOSpec,
     SplitSpec,
     VectorSpec,
     stands,
@@ -38,6 +39,7 @@ E, T, D = 4, 6, 32
 CASES = {
     "ffn": (FFNSpec(num_experts=E), "ffn", "replace"),
     "ffn shards": (FFNSpec(num_experts=E, granularity=2), "ffn", "replace"),
+    "mpo": (MPOSpec(num_experts=E), "ffn", "replace"),
     "attention": (AttentionSpec(num_experts=E), "attention", "replace"),
     "attention shared": (AttentionSpec(num_experts=E, kv="shared"), "attention", "replace"),
     "adapter": (AdapterSpec(num_experts=E, dim=8, scale=0.5), "ffn", "after"),
@@ -50,7 +52,7 @@ CASES = {
 }
 cases = pytest.mark.parametrize("case", CASES)
 TOKENWISE = [name for name in CASES if not name.startswith("attention")]
-NETWORKS = ("ffn", "attention", "attention shared")
+NETWORKS = ("ffn", "mpo", "attention", "attention shared")
 
 
 def made(case: str, family: str = "llama") -> tuple[Experts, nn.Module, object, Edit]:
@@ -132,6 +134,12 @@ def _weights(weights_TE: torch.Tensor) -> Routing:
     return Routing(weights_TE, indices_TE, torch.zeros_like(weights_TE), in_order=True)
 
 
+def held_once(bank: Experts) -> list[str]:
+    """Names of the parameters that are no expert's own."""
+    held = dict(bank.named_parameters())
+    return [name for name in bank.one_for_all if name in held]
+
+
 @cases
 def test_active_parameters_follow_the_slots(case):
     bank, *_ = made(case)
@@ -142,9 +150,12 @@ def test_active_parameters_follow_the_slots(case):
     elif case in ("split", "imitation"):
         assert bank.active(1) == total - bank.products * (E - 1) // E
     else:
-        assert bank.active(1) == total - total * (E - 1) // E
-    inside = case == "ffn_lora"
-    assert bank.repeated(3) == (2 * total if inside else 0)
+        shared = sum(getattr(bank, name).numel() for name in held_once(bank))
+        assert bank.active(1) == shared + (total - shared) // E
+    if case == "mpo":  # three whole matrices, 32 by 48, in each of three slots; biases for all
+        assert bank.active(3) + bank.repeated(3) == 3 * (3 * 32 * 48) + (2 * 48 + 32)
+    else:
+        assert bank.repeated(3) == (2 * total if case == "ffn_lora" else 0)
 
 
 @cases
