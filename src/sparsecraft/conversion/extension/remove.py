@@ -42,7 +42,7 @@ def remove(model: nn.Module, expert: int) -> None:
     recounted(record, count - 1)
     for layer in record.layers:
         layer.experts.remove(expert)
-        layer.router.scorer.remove(expert)
+        layer.router.remove(expert)
     recount(record)
     stands_nowhere(model)
     note(record, {"removed": expert})
