@@ -59,15 +59,11 @@ def grouped(
 
     biased = net.first_bias_EM is not None or net.second_bias_EO is not None
     filled_TK = indices_TK < num_experts
-    # Beyond the last offset grouped_mm leaves what was in memory, which must reach no gradient of
-    # a bias or of an expert's own activation.
+    # What grouped_mm leaves in memory beyond the last offset must reach no gradient of a bias.
     empty = empty and not (biased or net.by_expert)
     if not empty:  # slots without an expert go to the last one, with weight zero
         indices_TK = indices_TK.clamp(max=num_experts - 1)
-        ends_E, order_S, slot_TK = plan(indices_TK, num_experts)
-    else:  # they stand behind all others, where the products end
-        ends_E, order_S, slot_TK = plan(indices_TK, num_experts + 1)
-        ends_E, slot_TK = ends_E[:-1].contiguous(), slot_TK.where(filled_TK.flatten(), -1)
+    ends_E, order_S, slot_TK = (_plan_filled if empty else plan)(indices_TK, num_experts)
     weights_TK = weights_TK * filled_TK
     scaled_TK = weights_TK if net.scale == 1.0 else weights_TK * net.scale
     weight_S1 = _Permute.apply(scaled_TK.flatten(), order_S, slot_TK, empty)[:, None].to(x_TI.dtype)
@@ -100,6 +96,14 @@ def grouped(
         return _Combine.apply(y_SO, x_TI, order_S, slot_TK, K, empty)
     y_TO = _Combine.apply(y_SO, None, order_S, slot_TK, K, empty)
     return add_residual(y_TO, x_TI, weights_TK, sums_to_one) if net.residual else y_TO
+
+
+def _plan_filled(indices_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`plan`, of which slots without an expert stand behind all others, where the products end;
+    their own place is -1."""
+    ends_E, order_S, slot_TK = plan(indices_TK, num_experts + 1)
+    filled_TK = indices_TK.flatten() < num_experts
+    return ends_E[:-1].contiguous(), order_S, slot_TK.where(filled_TK, -1)
 
 
 def add_residual(y_TO: Tensor, x_TO: Tensor, weights_TK: Tensor, sums_to_one: bool) -> Tensor:

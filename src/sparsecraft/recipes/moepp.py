@@ -51,12 +51,10 @@ def moepp(
     Args:
         num_experts: feed-forward experts; None: the preset's.
         top_k: experts per token, of all kinds.
-        tau: a feed-forward expert is meant to get tau times the tokens of a zero-computation
-            expert, by the balance loss and the capacities; the smaller, the cheaper.
+        tau: times the tokens of a zero-computation expert that a feed-forward one is meant to get.
         variant: `released` scores by two layers instead of one row for each expert, and gives the
             weight of a token's zero expert to its others.
-        preset: feed-forward + zero-computation experts of the paper's models; None: 8+4, or what
-            the other numbers say.
+        preset: numbers of the paper's models, feed-forward + others; None: 8+4 if none is given.
         constant: constant experts; None: num_experts / 4 less copies and zeros, but one at least.
         copy: experts that copy the token.
         zero: experts that give nothing.
@@ -67,19 +65,15 @@ def moepp(
         paths: glob over the paths of the feed-forward networks.
     """
     check_variant(variant, VARIANTS)
-    networks, constant, copy, zero = _counts(preset, num_experts, constant, copy, zero)
-    counts = {"constant": constant, "copy": copy, "zero": zero}
-    counts |= {"num_experts": networks + constant + copy + zero}
-    shared = "shared" if variant == "released" else "lost"
+    counts = _counts(preset, num_experts, constant, copy, zero)
+    released = variant == "released"
+    shared = "shared" if released else "lost"
     experts = HeterogeneousSpec(**counts, tau=tau, zero_weight=shared)
+    limits = {"capacity": Capacity(factor=capacity) if capacity else None}
+    limits |= {"balance": Hold(steps=hold_steps) if hold_steps else None}
     router = RouterSpec(
-        scorer=Residual(start=Normal(0.02), hidden=None if variant == "paper" else 8),
-        select=TopK(
-            top_k,
-            renormalize=renormalize,
-            balance=Hold(steps=hold_steps) if hold_steps else None,
-            capacity=Capacity(factor=capacity) if capacity else None,
-        ),
+        scorer=Residual(start=Normal(0.02), hidden=8 if released else None),
+        select=TopK(top_k, renormalize=renormalize, **limits),
     )
     return Recipe(
         name="moepp",
@@ -94,8 +88,8 @@ def moepp(
 
 def _counts(
     preset: str | None, networks: int | None, constant: int | None, copy: int, zero: int
-) -> tuple[int, int, int, int]:
-    """Feed-forward, constant, copy and zero experts.
+) -> dict[str, int]:
+    """How many experts there are of all kinds, and of those that compute nothing.
 
     Raises:
         RecipeError: an unknown preset, or numbers that are not its own.
@@ -112,12 +106,13 @@ def _counts(
                 f"constant={of_preset[1]}, copy={of_preset[2]} and zero={of_preset[3]}; leave "
                 "these out, or the preset."
             )
-        return of_preset
+        networks, constant, copy, zero = of_preset
     networks = 8 if networks is None else networks
     check_whole("num_experts", networks)
     if constant is None:
         constant = max(networks // 4 - copy - zero, 1)
-    return networks, constant, copy, zero
+    counts = {"constant": constant, "copy": copy, "zero": zero}
+    return counts | {"num_experts": networks + sum(counts.values())}
 
 
 def _stage(balance_coef: float) -> Stage:
