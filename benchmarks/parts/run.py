@@ -1,0 +1,86 @@
+"""One training of an arm by `sc.train`, and its measures; workers that share a queue of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import sparsecraft as sc
+from benchmarks.lab.clocks import about
+from benchmarks.lab.queue import Queue
+from benchmarks.parts.arms import ARMS, plan
+from sparsecraft.dense import hub
+from sparsecraft.dense.loading import load_tokenizer
+from tests import tiny
+
+DOMAINS = ("general", "math", "code")
+SIZES = {"steps": 180, "batch": 64, "length": 512}
+TINY = {"steps": 6, "batch": 4, "length": 64}
+
+
+def work(args, gpu: int | None) -> None:
+    """Runs of the queue until the time is up."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    logging.disable(logging.INFO)
+    queue, last = Queue(args.results, plan), None
+    while time.time() < args.deadline and (next_run := queue.take(last)):
+        last = next_run.method
+        queue.put(one(args, next_run))
+
+
+def one(args, asked) -> dict:
+    """One training and its measures."""
+    sizes, begun = TINY if args.tiny else SIZES, time.time()
+    rows = tiny_rows(args.work) if args.tiny else args.work
+    model, tokenizer = dense(args)
+    stage = {"schedule": "cosine", "warmup_steps": 0, "warmup_ratio": 0.05}
+    recipe = sc.override(ARMS[asked.method](), stage)
+    sc.convert(model, recipe, certify=False, seed=asked.seed)
+    cost = sc.count(model)
+    with tempfile.TemporaryDirectory() as folder:
+        report = sc.train(
+            model, [rows / f"{d}.train.jsonl" for d in DOMAINS], Path(folder) / "out",
+            tokenizer=tokenizer, steps=sizes["steps"], batch_size=sizes["batch"],
+            max_length=sizes["length"], learning_rate=asked.lr, seed=asked.seed,
+            log_every=sizes["steps"], progress=False,
+        )  # fmt: skip
+    held_out = {d: str(rows / f"{d}.valid.jsonl") for d in DOMAINS}
+    options = {"tokenizer": tokenizer, "limit": 8 if args.tiny else None}
+    found = sc.evaluate(model, list(held_out.values()), **options)["loss"]
+    line = model.sparsecraft.report["training"][-1]["log"][-1]
+    counts = report.counts
+    seen = sizes["steps"] * sizes["batch"] / counts["packs"]
+    row = {field: getattr(asked, field) for field in ("method", "schedule", "lr", "seed")}
+    row |= {"loss": {d: found[path]["loss"] for d, path in held_out.items()}}
+    row |= {"train_loss": report.loss, "tokens_per_second": report.tokens_per_second}
+    row |= {"trained_tokens": round(seen * counts["trained_tokens"]), "passes": seen}
+    row |= {name: line.get(name) for name in ("computing_experts", "dropped", "load_entropy")}
+    row |= {"total": cost.total, "active": cost.active, "seconds": time.time() - begun}
+    print(json.dumps(row), flush=True)
+    return row | about("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dense(args) -> tuple[torch.nn.Module, object]:
+    """The model that every run begins with, in bfloat16 as it is published, and its tokenizer."""
+    if args.tiny:
+        return tiny.llama(), tiny.tokenizer()
+    folder = hub.resolve("smollm2")
+    model = sc.hub.load_dense(folder)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(folder)
+
+
+def tiny_rows(folder: Path) -> Path:
+    """Rows that the tiny model can read."""
+    folder = folder / "tiny"
+    folder.mkdir(parents=True, exist_ok=True)
+    for domain in DOMAINS:
+        for part in ("train", "valid"):
+            tiny.write_rows(folder / f"{domain}.{part}.jsonl", tiny.chat_rows())
+    return folder
