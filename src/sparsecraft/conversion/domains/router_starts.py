@@ -105,7 +105,7 @@ def check_given(
     Raises:
         RecipeError: so it is.
     """
-    edits = [edit for edit in recipe.edits if edit.router is not None]
+    edits = [edit for edit in recipe.layers if edit.router is not None]
     by_domain = [edit for edit in edits if edit.router.of_domains]
     hidden, kmeans = (
         [edit for edit in edits if edit.router.starts_from == what] for what in ("domains", "data")

@@ -12,8 +12,9 @@ from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.record import Conversion
 
 
-def count_experts(recipe: Recipe) -> int:
-    """How many experts each layer has; refuse what is not made of whole networks."""
+def count_experts(recipe: Recipe) -> tuple[int, ...]:
+    """How many experts the layers have, one number where all have as many; refuse what is not made
+    of whole networks."""
     for edit in recipe.edits:
         spec, router = edit.experts, edit.router
         if spec.comes_from != "network" or router is None:
@@ -31,13 +32,15 @@ def count_experts(recipe: Recipe) -> int:
                 f"The experts of recipe {recipe.name!r} are shards of networks, or share rows of "
                 "their routers; a whole network is none of them."
             )
-    counts = {edit.experts.num_experts for edit in recipe.edits}
+    counts = {tuple(e.experts.num_experts for e in edit.layers) for edit in recipe.edits}
     if len(counts) > 1:
+        said = " and ".join(", ".join(map(str, numbers)) for numbers in sorted(counts))
         raise RecipeError(
-            f"The layers of recipe {recipe.name!r} have {sorted(counts)} experts; one that is "
-            "added or removed must have the same number in all."
+            f"The edits of recipe {recipe.name!r} have {said} experts; one that is added or "
+            "removed must be in all of them, which needs as many in each."
         )
-    return counts.pop()
+    numbers = counts.pop()
+    return numbers if len(set(numbers)) > 1 else numbers[:1]
 
 
 def check_domains(
