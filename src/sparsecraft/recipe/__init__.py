@@ -31,6 +31,7 @@ from sparsecraft.recipe.scorers import (
     Norm,
     Normal,
     Oracle,
+    Ridge,
     Similarity,
     Uniform,
     Zeros,
@@ -54,7 +55,7 @@ __all__ = [
     "MLP", "Above", "AdapterSpec", "Analytic", "AttentionSpec", "Deal", "Difference", "Domain",
     "Edit", "ExpansionSpec", "FFNLoRASpec", "FFNSpec", "Fit", "GateSpec", "Head", "Hidden",
     "KMeans", "KaimingUniform", "Linear", "LinearParts", "LoRASpec", "MPOSpec", "Norm", "Normal",
-    "Oracle", "Quantize", "Recipe", "Relative", "RouterSpec", "Sample", "Sentence", "Sequence",
-    "Share", "Similarity", "Slots", "Soft", "SplitSpec", "Stage", "Token", "TopK", "Uniform",
-    "VectorSpec", "Zeros", "check_variant",
+    "Oracle", "Quantize", "Recipe", "Relative", "Ridge", "RouterSpec", "Sample", "Sentence",
+    "Sequence", "Share", "Similarity", "Slots", "Soft", "SplitSpec", "Stage", "Token", "TopK",
+    "Uniform", "VectorSpec", "Zeros", "check_variant",
 ]  # fmt: skip

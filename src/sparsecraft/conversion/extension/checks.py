@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sparsecraft.conversion.extension.router_row import FITS
 from sparsecraft.errors import DataError, RecipeError
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.record import Conversion
@@ -50,8 +51,8 @@ def check_domains(
     routers = [edit.router for edit in record.recipe.edits]
     by_domain = any(router.of_domains for router in routers)
     linear = [router for router in routers if not router.of_domains]
-    if rows not in ("calibrated", "reset"):
-        raise RecipeError(f"rows is {rows!r}; it must be 'calibrated' or 'reset'.")
+    if rows not in (*FITS, "reset"):
+        raise RecipeError(f"rows is {rows!r}; it must be 'calibrated', 'ridge' or 'reset'.")
     if embedding is not None and not by_domain:
         raise RecipeError(
             f"An embedding is given and the routers of {record.recipe.name!r} are linear; give "
@@ -72,7 +73,7 @@ def check_domains(
             "The model was converted without domains, so that its routers know random embeddings "
             "and no data fits in among them; convert with domains, or give an embedding."
         )
-    if linear and rows == "calibrated":
+    if linear and rows in FITS:
         if data is None or old_data is None:
             raise DataError(
                 "The new row of a linear router is fitted to new and old data; give both (--data, "

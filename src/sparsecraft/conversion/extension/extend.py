@@ -23,6 +23,7 @@ from sparsecraft.conversion.domains.domain import Domain
 from sparsecraft.conversion.extension.checks import check_domains, count_experts, share_of_source
 from sparsecraft.conversion.extension.router_row import (
     BATCHES,
+    FITS,
     embedding_of,
     inputs_of,
     row_of,
@@ -52,7 +53,7 @@ from sparsecraft.surgery.rollback import atomic
 
 log = logging.getLogger("sparsecraft")
 
-Rows = Literal["calibrated", "reset"]
+Rows = Literal["calibrated", "ridge", "reset"]
 # What every layer's router reads of the new and of the old tokens, (T, D) each; None without data.
 Seen = Sequence[list[Tensor] | None]
 
@@ -70,7 +71,7 @@ class Extension:
             one for each layer.
         mixed: lambda, the dense model's share of all tensors that are no expert's.
         rows: how routers know the new expert: `projected` from its domain's embedding,
-            `calibrated` on data, or `reset` with all others.
+            `calibrated` on data, by `ridge` regression on data, or `reset` with all others.
         share_new: share of the new tokens that the new expert gets before any training, by
             weight, mean over layers; None without data, or where routers do not decide by token.
         share_old: of the old tokens.
@@ -129,7 +130,7 @@ def extend(
         tokenizer: of the model, for texts; None takes that of its base.
         embedding: (M,) of the domain, instead of one from `data`.
         base: the dense model, where it embedded the domains and its folder is not known any more.
-        rows: of linear routers; `reset` draws those of all experts anew (Nexus's baseline).
+        rows: of linear routers; `ridge` is in closed form, `reset` draws all anew (Nexus).
         mix: lambda; None is 1 / (n + 1), with n experts so far (Nexus, 3.3), the most of a layer.
         unrelated: let a model without a common ancestor pass.
         seed: of `reset`.
@@ -172,8 +173,7 @@ def _new_rows(
     record: Conversion, seen: Seen, embedding: Tensor | None, rows: Rows
 ) -> list[Tensor | None]:
     """What each layer's router knows the new expert by; None where all of it is drawn anew."""
-    reset = rows == "reset"
-    return [row_of(layer, n, seen, embedding, reset) for n, layer in enumerate(record.layers)]
+    return [row_of(layer, n, seen, embedding, rows) for n, layer in enumerate(record.layers)]
 
 
 def _shares(record: Conversion, seen: Seen) -> list[float | None]:
@@ -273,7 +273,7 @@ def recount(record: Conversion) -> None:
 def _noted(record: Conversion, result: Extension) -> Extension:
     """The result, remembered on the model; warns where routers hardly know new tokens from old."""
     new, old = result.share_new, result.share_old
-    if result.rows == "calibrated" and new is not None and new - old < LEAST_DIFFERENCE:
+    if result.rows in FITS and new is not None and new - old < LEAST_DIFFERENCE:
         log.warning(
             f"The new expert gets {new:.0%} of the new tokens and {old:.0%} of the old ones: the "
             "routers cannot tell these data apart. Are they two domains?"
