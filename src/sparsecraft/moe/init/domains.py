@@ -47,7 +47,7 @@ class Regression(OfDomains):
     a bias, divides each row by its length and the logits by a temperature of 0.1, and reads what
     the mixture's routers get when each domain goes to its own expert. Not as there: rows have no
     bias, as linear scorers have none, and keep their lengths, since dividing by those would then
-    move the borders between experts; what routers read is the dense model's; padding does not count.
+    move the borders between experts; routers read what the dense model gives; no padding counts.
 
     X^T X and Y^T X are all that is kept. A domain that comes later adds its own, and the rows are
     then those of all tokens at once; until it has tokens its row is zero.
