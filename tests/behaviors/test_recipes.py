@@ -422,6 +422,7 @@ def test_the_state_holds_no_surprise_names(family, recipe):
     scorers = ("first", "second", "rows", "bias", "centers", "domains")
     leaves |= {"router.gain", "router._extra_state", "experts._extra_state"}
     leaves |= {f"router.scorer.{x}" for x in scorers}
+    leaves |= {"router.balance.values_E", "router.coefficient.value"}
     shared = set()
     for name in model.state_dict():
         origin = dense_name(model, name)

@@ -109,6 +109,25 @@ RECIPES = {
         lambda m: m.ffns * 2 * D * H + lora(m),
         routed=False,
     ),
+    "upcycling_bias": RecipeCase(
+        lambda: sc.override(sc.recipes.upcycling(E, K), {"router.select.balance": "bias"}),
+        upcycled,
+        **COPIES,
+    ),
+    "upcycling_relu": RecipeCase(
+        lambda: sc.override(
+            sc.recipes.upcycling(E, K),
+            {
+                "router.select": "relu",
+                "coefficient.start": 0.1,
+                "exact_at_start": False,
+                "losses": {"remoe": 1.0},
+            },
+        ),
+        upcycled,
+        exact=False,
+        **COPIES,
+    ),
     "upcycling_router": RecipeCase(
         lambda: sc.override(
             sc.recipes.upcycling(num_experts=E, top_k=K),

@@ -27,10 +27,11 @@ def routing_of(logits_TE: torch.Tensor, k: int) -> Routing:
 
 
 def recorded(routing: Routing) -> Routing:
-    """With what the activations of a split network read, for the losses of activations."""
+    """With what the activations of a split network read, for the losses of activations, and the
+    number of experts that a token is to have, for that of ReLU routing."""
     generator = torch.Generator().manual_seed(6)
     pre_TF = 5 * torch.randn(len(routing.logits_TE), 12, generator=generator)
-    return dataclasses.replace(routing, pre_TF=pre_TF)
+    return dataclasses.replace(routing, pre_TF=pre_TF, k=2)
 
 
 def balanced(E: int, k: int) -> Routing:

@@ -23,6 +23,7 @@ FIELDS = ("attention_mask", "mm_token_type_ids", *OURS)
 HELD = tuple(name for name in FIELDS if name != "expert_ids")
 MASKS = ("attention_mask", "mm_token_type_ids", "prefix_mask")
 INPUTS = ("input_ids", "inputs_embeds")
+IGNORED = -100  # the label of what is no item
 CACHES = ("cache", "past_key_values")  # the name since transformers 5.24, and before
 
 
@@ -42,6 +43,7 @@ class Batch:
         prefix_mask: (B, S), 1 on the tokens that slots may mix in a causal model.
         expert_ids: (B, S), the expert that each token goes to, whatever its router's scores are;
             of a training stage alone, see `sparsecraft.training.deal.directed`.
+        decoder_mask: (B, S), of a decoder beside an encoder: true on its tokens, or labels.
         shape: (B, S), for families that flatten their tokens (OPT).
         held: which of these values stay for all forward passes of a `context`.
         grows: whether generation adds tokens to the sequence that masks cover.
@@ -55,6 +57,7 @@ class Batch:
     sentence_ids: Tensor | None = None
     prefix_mask: Tensor | None = None
     expert_ids: Tensor | None = None
+    decoder_mask: Tensor | None = None
     shape: torch.Size | None = None
     held: dict[str, Tensor] = field(default_factory=dict)
     grows: bool = False
@@ -65,11 +68,22 @@ class Batch:
         for name in FIELDS:
             if values.get(name) is not None:
                 setattr(self, name, values[name])
+        labels, given = values.get("labels"), values.get("decoder_attention_mask")
+        if labels is not None and labels.ndim == 2:
+            given = labels != IGNORED
+        self.decoder_mask = self.decoder_mask if given is None else given
         inputs = next((values[n] for n in INPUTS if values.get(n) is not None), None)
         self.shape = None if inputs is None else inputs.shape[:2]
         cache, self.past = next((values[n] for n in CACHES if values.get(n) is not None), None), 0
         if self.grows and cache is not None and any(getattr(self, n) is not None for n in MASKS):
             self.past = int(cache.get_seq_length())
+
+    def real_tokens(self, reads: Reads) -> Tensor | None:
+        """Which of the tokens that a layer reads are no padding, (B, S) bool; None where the batch
+        says nothing of them."""
+        masks = {"input": self.attention_mask, "decoder": self.decoder_mask}
+        mask = masks.get(reads)
+        return None if mask is None or mask.ndim != 2 else mask.bool()
 
     def seen_by(self, reads: Reads, sequence_first: bool) -> Batch:
         """What of it is true of a layer's tokens: a tower has others than all masks cover."""

@@ -30,6 +30,11 @@ def sentences_of(model: nn.Module) -> Sentence | None:
 
 def asks_for_batch(edit: Edit) -> bool:
     """Whether the layers of an edit need to know more than their tokens."""
+    return looks_at_sequences(edit) or (edit.router is not None and edit.router.limited)
+
+
+def looks_at_sequences(edit: Edit) -> bool:
+    """Whether they need to know which tokens are of a sequence, or of a modality."""
     if edit.modality is not None or edit.router is None:
         return edit.modality is not None
     return edit.router.by_sequence or edit.router.mixes_tokens

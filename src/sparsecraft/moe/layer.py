@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from sparsecraft.dense.tokens import Reads
 from sparsecraft.errors import SurgeryError
+from sparsecraft.moe.batch import Batch
 from sparsecraft.moe.batches import Batches
 from sparsecraft.moe.experts.base import Experts
 from sparsecraft.moe.experts.slots import slots
 from sparsecraft.moe.fusions import faster
+from sparsecraft.moe.masks import of_rows
 from sparsecraft.moe.places import PLACES, flat
 from sparsecraft.moe.routers.router import Router
 from sparsecraft.moe.routing import Routing, combined
@@ -121,10 +123,20 @@ class MoELayer(nn.Module):
             routing = router(read, batch) if scores_TE is None else router(read, batch, scores_TE)
         if self.modality is not None:
             routing = routing.only(self._of_modality(x))
+        if self.training and batch is not None and router is not None and router.spec.limited:
+            routing = self._limited(routing, batch, x)
         if router is not None:
             for record in records_of(self):
                 record.note(self, routing, x.shape[:-1])
         return routing
+
+    def _limited(self, routing: Routing, batch: Batch, x: Tensor) -> Routing:
+        """What is left of it by the capacity of experts."""
+        if batch.expert_ids is not None:
+            return routing
+        mask = batch.real_tokens(self.reads)
+        mask_T = None if mask is None else of_rows(mask, x.shape[:-1], self.sequence_first)
+        return self.router.limited(routing, mask_T, passes=self.place in ("after", "before"))
 
     def mix(self, x: Tensor, routing: Routing | None, *args, **kwargs) -> Tensor | tuple:
         """The experts' mixture on x."""

@@ -38,8 +38,8 @@ def switch_balance(
     loss = routing.num_experts * (routing.load_E(mask_T) * probs_E).sum()
     if normalize_by_topk:
         return loss
-    filled_T = (routing.indices_TK < routing.num_experts).sum(-1, dtype=torch.float32)
-    return loss * _mean(filled_T, routing, mask_T)
+    chosen_T = (routing.chosen_TK < routing.num_experts).sum(-1, dtype=torch.float32)
+    return loss * _mean(chosen_T, routing, mask_T)
 
 
 def switch_balance_unnormalized(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
@@ -53,6 +53,17 @@ def btx_balance(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     weights_E = _mean(routing.weights_TE().float(), routing, mask_T)
     probs_E = _mean(routing.logits_TE.float().softmax(-1), routing, mask_T)
     return routing.num_experts * (weights_E * probs_E).sum()
+
+
+def relu_balance(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """sum_e f_e r_e, with r the mean weight of each expert and f_e = E / k times the share of
+    tokens that it has a weight for (ReMoE, Wang et al. 2025, L1 with load balance): of routers
+    that select by `relu`, whose coefficient adapts; see `BySparsity`."""
+    if routing.k is None:
+        raise RecipeError("The loss 'remoe' is of routers with select='relu'; use 'switch'.")
+    weights_TE = routing.weights_TE().float()
+    shares_E = _mean((weights_TE > 0).float(), routing, mask_T) * (routing.num_experts / routing.k)
+    return (shares_E * _mean(weights_TE, routing, mask_T)).sum()
 
 
 def router_z(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
@@ -134,6 +145,7 @@ LOSSES: dict[str, Loss] = {
     "switch": switch_balance,
     "switch_unnormalized": switch_balance_unnormalized,
     "btx": btx_balance,
+    "remoe": relu_balance,
     "z": router_z,
     "pesc_released": pesc_released_balance,
     "relu_hoyer": relu_hoyer,
@@ -144,6 +156,10 @@ LOSSES: dict[str, Loss] = {
     "lte_efficiency": lte_efficiency,
     "lte_separability": lte_separability,
 }
+
+
+# What the state of a router may scale; see `Routing.loss_scale`.
+BALANCES = ("switch", "switch_unnormalized", "btx", "remoe")
 
 
 def auxiliary_loss(
@@ -162,7 +178,8 @@ def auxiliary_loss(
             D2DMoE sums those of feed-forward networks and of attention.
 
     Returns:
-        The sum (None when there is nothing to add) and each unweighted loss by name.
+        The sum (None when there is nothing to add) and each unweighted loss by name. In the sum,
+        layers whose coefficients adapt have these as factors of their balance losses.
 
     Raises:
         RecipeError: an unknown loss.
@@ -170,13 +187,21 @@ def auxiliary_loss(
     check_names(coefficients)
     if not traced or not coefficients:
         return None, {}
-    parts = {}
-    for name in coefficients:
-        found = defaultdict(list)
+    parts, total = {}, 0.0
+    for name, coefficient in coefficients.items():
+        plain, scaled = defaultdict(list), defaultdict(list)
         for layer, routing in traced.items():
-            found[groups(layer)].append(LOSSES[name](routing, masks(layer)))
-        parts[name] = sum(torch.stack(values).mean() for values in found.values())
-    return sum(coefficients[name] * value for name, value in parts.items()), parts
+            value = LOSSES[name](routing, masks(layer))
+            plain[groups(layer)].append(value)
+            scale = routing.loss_scale if name in BALANCES else None
+            scaled[groups(layer)].append(value if scale is None else value * scale)
+        parts[name] = _summed(plain)
+        total = total + coefficient * _summed(scaled)
+    return total, parts
+
+
+def _summed(groups: Mapping[str, list[Tensor]]) -> Tensor:
+    return sum(torch.stack(values).mean() for values in groups.values())
 
 
 def latest(model: nn.Module, num_items_in_batch: Tensor | int | None = None) -> Tensor:

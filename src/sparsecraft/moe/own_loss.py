@@ -25,6 +25,7 @@ from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.losses import auxiliary_loss as sum_of_losses
 from sparsecraft.moe.routing import Routing
 from sparsecraft.moe.scopes import Blocks, PerThread
+from sparsecraft.moe.steps import Step, has_moving
 from sparsecraft.moe.traces import Trace
 from sparsecraft.moe.tracing import trace
 from sparsecraft.recipe.stages import Stage
@@ -88,6 +89,7 @@ class OwnLoss:
             stage at their full value, {} for none.
         shifts: whether the model's loss shifts its labels; None until a pass has shown it.
         warned: whether it was said that a backward pass went without them.
+        step: what routers have done since the last optimizer step, where they move with it.
     """
 
     def __init__(self, stage: Callable[[], Stage | None]):
@@ -96,11 +98,13 @@ class OwnLoss:
         self.shifts: bool | None = None
         self.warned = False
         self.handles: list[Any] = []
+        self.step, self.moves = Step(), False
         self._passes = PerThread(_Passes)
 
     def attach(self, model: nn.Module) -> None:
         """Listen to `model`, and to its trunk, which may be called without the head."""
         trunk = getattr(model, "base_model", model)
+        self.moves = has_moving(model)
         for module in dict.fromkeys((model, trunk)):
             before = partial(self._before, whole=module is model)
             self.handles += [
@@ -130,7 +134,10 @@ class OwnLoss:
         num_items = None if labels is None else kwargs.pop("num_items_in_batch", None)
         losses = self.in_force(module)
         passes.call, passes.latest, passes.items = None, None, None
-        if losses or num_items is not None:
+        moves = self.moves and not self.is_off
+        if moves:
+            self.step.move_if_trained(module)
+        if losses or num_items is not None or moves:
             traced = trace(module)
             opened = traced.__enter__()
             passes.call = _Call(module, inputs, losses, labels, num_items, traced, opened)
@@ -166,6 +173,8 @@ class OwnLoss:
         if output is None:  # the pass has failed
             return None
         masks = layer_masks(module, call.inputs, None, routings)
+        if not self.is_off:
+            self.step.note(module, routings, masks)
         passes.latest, _ = balance_of(module, routings, call.losses, masks)
         if passes.latest is not None and not self.warned:
             _Watch(self, _reached(passes.latest)).listen(output)
@@ -213,13 +222,18 @@ class OwnLoss:
         """In this block the model's loss is the task's alone, for a trainer that adds the rest."""
         return OFF.opened(self)
 
+    @property
+    def is_off(self) -> bool:
+        """Whether a trainer does in its place what is to be done."""
+        return any(own is self for own in OFF.now())
+
     def in_force(self, model: nn.Module) -> Mapping[str, float]:
         """The coefficients that count now.
 
         Raises:
             SparsecraftError: the model runs as one of several copies, whose routing is not seen.
         """
-        if any(own is self for own in OFF.now()):
+        if self.is_off:
             return {}
         stage = self.stage()
         losses = self.losses

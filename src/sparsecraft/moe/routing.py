@@ -28,6 +28,9 @@ class Routing:
         outputs_TEO: what every expert gives for each token, where the router has read that.
         through_TE: in training, the weights of all experts, for a gradient that passes by those
             that a token does not go to.
+        wanted_TK: the experts that were chosen, where capacity left some of their slots empty.
+        loss_scale: (), what the balance losses of the layer are multiplied by; None for one.
+        k: experts that a token is meant to take, where the slots do not say it.
         pre_TF: in training of a split network whose experts all run, the activation's input.
         soft: every token has all experts, which differ in weight alone: a count of slots says
             nothing of them.
@@ -44,6 +47,9 @@ class Routing:
     every: bool = False
     outputs_TEO: Tensor | None = None
     through_TE: Tensor | None = None
+    wanted_TK: Tensor | None = None
+    loss_scale: Tensor | None = None
+    k: int | None = None
     pre_TF: Tensor | None = None
     soft: bool = False
     acts_T: Tensor | None = None
@@ -107,23 +113,28 @@ class Routing:
         )
         return real_T if self.acts_T is None else real_T & self.acts_T
 
+    @property
+    def chosen_TK(self) -> Tensor:
+        """The expert that each slot was for, whether or not capacity filled it."""
+        return self.indices_TK if self.wanted_TK is None else self.wanted_TK
+
     def amounts_E(self, mask_T: Tensor | None = None) -> Tensor:
-        """What each expert received of the counted tokens, float32: filled slots or, of a soft
-        routing, the sum of its weights (the importance of Shazeer et al. 2017)."""
+        """How much each expert was chosen by the counted tokens, float32: in slots or, of a soft
+        routing, in the sum of its weights (the importance of Shazeer et al. 2017)."""
         if self.soft:
             received_TE = self.weights_TE().detach().float()
         else:
             empty_TE = torch.zeros_like(self.logits_TE, dtype=torch.float32)
             empty_TE = torch.cat([empty_TE, empty_TE[:, :1]], dim=-1)  # last column: no expert
-            ones_TK = torch.ones_like(self.indices_TK, dtype=torch.float32)
-            received_TE = empty_TE.scatter_add(-1, self.indices_TK, ones_TK)[:, :-1]
+            ones_TK = torch.ones_like(self.chosen_TK, dtype=torch.float32)
+            received_TE = empty_TE.scatter_add(-1, self.chosen_TK, ones_TK)[:, :-1]
         counted_T = self.counted(mask_T)
         if counted_T is not None:
             received_TE = received_TE * counted_T[:, None]
         return received_TE.sum(0)
 
     def load_E(self, mask_T: Tensor | None = None) -> Tensor:
-        """Share of the work that each expert received, float32, summing to one: of the filled
+        """Share of the work that each expert was chosen for, float32, summing to one: of the
         slots or, where every token has all experts, of their weights; see `amounts_E`.
 
         Args:

@@ -5,6 +5,7 @@ It is data. It knows no tensor, no model and no paper, and imports no torch; `sp
 says the published methods in it.
 """
 
+from sparsecraft.recipe.balancing import Bias, ByDropRate, BySparsity, Capacity
 from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.experts import (
     AdapterSpec,
@@ -40,6 +41,7 @@ from sparsecraft.recipe.selections import (
     Above,
     Head,
     Relative,
+    ReLU,
     Sample,
     Sentence,
     Sequence,
@@ -52,10 +54,11 @@ from sparsecraft.recipe.selections import (
 from sparsecraft.recipe.stages import Deal, Fit, Stage
 
 __all__ = [
-    "MLP", "Above", "AdapterSpec", "Analytic", "AttentionSpec", "Deal", "Difference", "Domain",
-    "Edit", "ExpansionSpec", "FFNLoRASpec", "FFNSpec", "Fit", "GateSpec", "Head", "Hidden",
-    "KMeans", "KaimingUniform", "Linear", "LinearParts", "LoRASpec", "MPOSpec", "Norm", "Normal",
-    "Oracle", "Quantize", "Recipe", "Relative", "Ridge", "RouterSpec", "Sample", "Sentence",
-    "Sequence", "Share", "Similarity", "Slots", "Soft", "SplitSpec", "Stage", "Token", "TopK",
-    "Uniform", "VectorSpec", "Zeros", "check_variant",
+    "MLP", "Above", "AdapterSpec", "Analytic", "AttentionSpec", "Bias", "ByDropRate",
+    "BySparsity", "Capacity", "Deal", "Difference", "Domain", "Edit", "ExpansionSpec",
+    "FFNLoRASpec", "FFNSpec", "Fit", "GateSpec", "Head", "Hidden", "KMeans", "KaimingUniform",
+    "Linear", "LinearParts", "LoRASpec", "MPOSpec", "Norm", "Normal", "Oracle", "Quantize",
+    "ReLU", "Recipe", "Relative", "Ridge", "RouterSpec", "Sample", "Sentence", "Sequence",
+    "Share", "Similarity", "Slots", "Soft", "SplitSpec", "Stage", "Token", "TopK", "Uniform",
+    "VectorSpec", "Zeros", "check_variant",
 ]  # fmt: skip

@@ -169,6 +169,12 @@ def _check_reads(edit: Edit) -> None:
             "router.select.through is True at site 'attention'; attention experts read whole "
             "sequences, and run only where they were chosen."
         )
+    if router.may_be_empty and edit.site == "attention":
+        raise RecipeError(
+            f"router.select is {router.select.kind!r}, which may leave a token without experts, at "
+            "site 'attention', where each token needs one; leave its capacity out, or select "
+            "'top_k'."
+        )
     if router.reads == "experts" and (edit.opens or edit.site == "attention"):
         raise RecipeError(
             f"router.reads is 'experts' with place={edit.place!r} at site {edit.site!r}; only "

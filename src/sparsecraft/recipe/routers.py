@@ -44,6 +44,8 @@ class AnyRouterSpec(ABC):
         of_domains: the rows of its experts are made from embeddings of their domains.
         gates_base: the dense module is multiplied by a gate of its own.
         through: its gradient passes by experts that a token does not go to.
+        limited: in training an expert takes a limited number of tokens.
+        may_be_empty: a token may be left without experts.
     """
 
     __slots__ = ()
@@ -61,6 +63,8 @@ class AnyRouterSpec(ABC):
     can_be_directed: bool = False
     gates_base: bool = False
     through: bool = False
+    limited: bool = False
+    may_be_empty: bool = False
     starts_from: Literal["domains", "data"] | None = None
     of_domains: bool = False
 
@@ -138,6 +142,14 @@ class RouterSpec(AnyRouterSpec):
     @property
     def through(self) -> bool:
         return self.select.through
+
+    @property
+    def limited(self) -> bool:
+        return self.select.capacity is not None
+
+    @property
+    def may_be_empty(self) -> bool:
+        return self.select.may_be_empty
 
     @property
     def sums_to_one(self) -> bool:
@@ -234,6 +246,12 @@ class GateSpec(AnyRouterSpec):
                     "select.through is True for the parts of a split network; give "
                     "weighting='straight_through', or leave it out."
                 )
+            for name in ("balance", "capacity"):
+                if (option := getattr(self.select, name)) is not None:
+                    raise RecipeError(
+                        f"select.{name} is {option.kind!r} for the parts of a split network, whose "
+                        "sum is the dense function; leave it out."
+                    )
         elif self.weighting in ("scaled", "straight_through"):
             raise RecipeError(
                 f"router.weighting is {self.weighting!r}, which counts on k experts; it needs "

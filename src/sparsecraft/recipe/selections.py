@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from sparsecraft.errors import RecipeError
+from sparsecraft.recipe.balancing import Balance, ByDropRate, BySparsity, Capacity
 from sparsecraft.recipe.kinds import add_kind, family
 from sparsecraft.recipe.numbers import check_whole
 from sparsecraft.recipe.typed import check_types
@@ -23,11 +24,21 @@ class Selection(ABC):
         in_order: every token has all experts, expert e in slot e.
         mixes_tokens: experts work on means of several tokens.
         through: in training the router learns from experts that a token does not take, too.
+        balance: what evens out the experts' loads without a loss; None for nothing.
+        capacity: how many tokens an expert takes in training; None for all that come.
+        coefficient: what the balance losses of its layer are multiplied by; None for one.
+        may_be_empty: a token may have fewer experts than slots.
+        wanted: experts that a token is to have on the average, where slots do not say it.
     """
 
     __slots__ = ()
     kind: str
     through: ClassVar[bool] = False
+    balance: ClassVar[Balance | None] = None
+    capacity: ClassVar[Capacity | None] = None
+    coefficient: ClassVar[ByDropRate | BySparsity | None] = None
+    may_be_empty: ClassVar[bool] = False
+    wanted: ClassVar[int | None] = None
     sums_to_one: ClassVar[bool] = False
     in_order: ClassVar[bool] = True
     mixes_tokens: ClassVar[bool] = False
@@ -74,11 +85,23 @@ class TopK(Selection, Rule):
     """Whether the gradient of the weights passes straight through the choice, as if a token had
     taken all experts (DenseMixer, Yao et al. 2025): all of them run in training; of whole experts
     alone."""
+    balance: Balance | None = field(default=None, kw_only=True)
+    """Of whole experts alone."""
+    capacity: Capacity | None = field(default=None, kw_only=True)
+    """Of whole experts alone."""
     in_order = False
 
     def __post_init__(self) -> None:
         check_types(self)
         check_whole("top_k", self.k)
+
+    @property
+    def may_be_empty(self) -> bool:
+        return self.capacity is not None
+
+    @property
+    def coefficient(self) -> ByDropRate | None:
+        return None if self.capacity is None else self.capacity.coefficient
 
     @property
     def slots(self) -> int | None:
@@ -112,6 +135,29 @@ class Soft(Selection):
 
     kind: Literal["soft"] = "soft"
     sums_to_one = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReLU(Selection):
+    """Every expert whose logit is positive, with the logit as its weight (ReMoE, Wang et al. 2025);
+    the loss `remoe` keeps k of them for a token on the average."""
+
+    kind: Literal["relu"] = "relu"
+    k: int = 2
+    coefficient: BySparsity = BySparsity()
+    may_be_empty = True
+
+    @property
+    def wanted(self) -> int:
+        return self.k
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_whole("top_k", self.k)
+
+    @property
+    def slots(self) -> int | None:
+        return self.k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +266,6 @@ class Sentence(Decides):
 
 
 for option in (
-    TopK, Sample, Soft, Slots, Share, Relative, Above, Token, Head, Sequence, Sentence,
+    TopK, Sample, Soft, ReLU, Slots, Share, Relative, Above, Token, Head, Sequence, Sentence,
 ):  # fmt: skip
     add_kind(option)

@@ -15,7 +15,7 @@ from sparsecraft.dense.once import looked_at_once
 from sparsecraft.dense.sites import Site, find_sites
 from sparsecraft.dense.tokens import Reads, is_causal, is_sequence_first, reads
 from sparsecraft.errors import RecipeError, SparsecraftError, SurgeryError
-from sparsecraft.moe.context import asks_for_batch
+from sparsecraft.moe.context import looks_at_sequences
 from sparsecraft.recipe.by_layer import has_number, together
 from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.recipe import Recipe
@@ -184,7 +184,7 @@ def _check_tokens(model: nn.Module, item: PlannedEdit) -> None:
             "covers the text model's tokens; give paths without it, such as "
             "'*language_model*', or leave out the modality there."
         )
-    if asks_for_batch(item.edit) and is_sequence_first(model, item.site.path):
+    if looks_at_sequences(item.edit) and is_sequence_first(model, item.site.path):
         raise SurgeryError(
             f"The edit looks at sequences or modalities, and at {item.site.path!r} of "
             f"{type(model).__name__} tokens come as (positions, batch, width); use a router by "

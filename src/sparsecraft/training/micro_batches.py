@@ -13,6 +13,8 @@ from torch import Tensor
 from sparsecraft.data.batches import halves
 from sparsecraft.dense.memory import is_out_of_memory, what_was_missing
 from sparsecraft.errors import ResourceError
+from sparsecraft.moe.own_loss import OwnLoss
+from sparsecraft.surgery.record import conversion_of
 from sparsecraft.training.arguments import processes
 from sparsecraft.training.engine import kept_buffers
 
@@ -44,6 +46,7 @@ class MicroBatchMixin:
         """
         if not self._in_step:
             self._tally_before = self.tally.copy()
+            self._step_before = self._own_loss(model).step.copy()
             self._give_buffers_back = kept_buffers(model)
         done = [batch for batch, _ in self._in_step]
         try:
@@ -82,6 +85,9 @@ class MicroBatchMixin:
         self.args.gradient_accumulation_steps = batch // rows
         self._train_batch_size = self.args.train_batch_size
 
+    def _own_loss(self, model: Any) -> OwnLoss:
+        return conversion_of(self.accelerator.unwrap_model(model)).own_loss
+
     def _passes(self, model: Any, inputs: dict[str, Any], num_items: Any) -> Tensor:
         step = super().training_step
         return sum(step(model, part, num_items) for part in self.parts(inputs))
@@ -104,6 +110,7 @@ class MicroBatchMixin:
         """Let go of what the step has left so far."""
         model.zero_grad()
         self.tally = self._tally_before
+        self._own_loss(model).step = self._step_before
         self._give_buffers_back()
         gc.collect()
         if self.args.device.type == "cuda":

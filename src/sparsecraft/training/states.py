@@ -25,6 +25,7 @@ from sparsecraft.dense.jsonfile import MEASURED, check_regular, read_bytes
 from sparsecraft.dense.sharing import gathered
 from sparsecraft.errors import CheckpointError, SparsecraftError, first_line
 from sparsecraft.moe.names import unique_tensors
+from sparsecraft.moe.routers.moving import moving_tensors
 from sparsecraft.training.engine import load_state, whole_state
 from sparsecraft.training.resume import keep_alone
 
@@ -35,10 +36,12 @@ class StatesMixin:
     """Put before a Trainer class; its states are read by `training.resume` too."""
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """Only what trains: a state holds these tensors and Trainer's own files."""
+        """Only what trains, and what moves with it: a state holds these tensors and Trainer's own
+        files."""
         model = self.accelerator.unwrap_model(self.model)
-        known = unique_tensors(model).items()
-        trained = {name: gathered(p.detach()) for name, p in known if p.requires_grad}
+        known, moving = unique_tensors(model).items(), moving_tensors(model)
+        kept = {name: p for name, p in known if p.requires_grad or name in moving}
+        trained = {name: gathered(p.detach()) for name, p in kept.items()}
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)

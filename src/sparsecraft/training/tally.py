@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sparsecraft.moe.routers.moving import Seen
 from sparsecraft.moe.routing import Routing, shares
 
 
@@ -41,6 +42,10 @@ class Tally:
     @torch.no_grad()
     def add_routing(self, layer: str, routing: Routing, mask_T: Tensor | None) -> None:
         """One layer's decisions for a micro-batch; `mask_T` is True on real tokens."""
+        if routing.wanted_TK is not None:
+            seen = Seen.of(routing, mask_T)
+            wanted = seen.wanted_E.sum()
+            self.add(f"dropped/{layer}", 1 - seen.filled / wanted.clamp_min(1), wanted)
         self._loads[layer] = self._loads.get(layer, 0) + routing.amounts_E(mask_T)
         entropy_T = torch.special.entr(routing.logits_TE.float().softmax(-1)).sum(-1)
         counted_T = routing.counted(mask_T)
@@ -68,7 +73,7 @@ class Tally:
             means[f"max_load/{layer}"] = load_E.max().item() * len(load_E)
             entropy = torch.special.entr(load_E).sum().item()
             means[f"load_entropy/{layer}"] = entropy / _log(len(load_E))
-        for kind in ("load_entropy", "router_entropy"):
+        for kind in ("load_entropy", "router_entropy", "dropped"):
             layers = [value for key, value in means.items() if key.startswith(f"{kind}/")]
             if layers:
                 means[kind] = sum(layers) / len(layers)

@@ -22,6 +22,7 @@ from sparsecraft.errors import SparsecraftError
 from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.items import count_items, weighed
 from sparsecraft.moe.own_loss import balance_of
+from sparsecraft.moe.steps import Step
 from sparsecraft.moe.tracing import trace
 from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.record import conversion_of
@@ -57,7 +58,7 @@ class RoutedTrainerMixin:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # the same, before transformers 5.19
         self.add_callback(LogsWhatEnds())
-        self.add_callback(TellsExperts())
+        self.add_callback(TellsParts())
         self.tally = Tally()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -101,6 +102,7 @@ class RoutedTrainerMixin:
         num_items = items if num_items_in_batch is None else num_items_in_batch
         loss = result[0] if return_outputs else result
         if model.training:
+            conversion_of(unwrapped).own_loss.step.note(unwrapped, routings, masks)
             share = items / num_items.clamp_min(1)
             auxiliary = self._auxiliary(unwrapped, routings, masks, share)
             loss = loss if auxiliary is None else loss + auxiliary.to(loss.device)
@@ -208,12 +210,18 @@ class LogsWhatEnds(TrainerCallback):
             control.should_log = True
 
 
-class TellsExperts(TrainerCallback):
-    """Let experts know that gradients are complete: some leave parameters out of a step."""
+class TellsParts(TrainerCallback):
+    """Let experts know that gradients are complete: some leave parameters out of a step; and
+    routers that have states which move with it."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        conversion_of(model).own_loss.step = Step()  # passes that measured memory are of no step
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        for layer in conversion_of(model).layers:
+        record = conversion_of(model)
+        for layer in record.layers:
             layer.experts.before_update()
+        record.own_loss.step.move(model)
 
 
 class OurTrainerMixin(WatchedTrainerMixin, MicroBatchMixin, RoutedTrainerMixin, StatesMixin):

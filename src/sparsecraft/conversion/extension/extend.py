@@ -236,7 +236,7 @@ def _join(
 def _take_row(layer: MoELayer, row: Tensor | None) -> None:
     router, count = layer.router, layer.experts.num_experts
     if row is not None:
-        router.scorer.append(row)
+        router.append(row)
         return
     old = router.scorer
     like = next(old.parameters())
@@ -244,6 +244,8 @@ def _take_row(layer: MoELayer, row: Tensor | None) -> None:
     where = {"outputs": outputs, "device": like.device, "dtype": like.dtype}
     new = build_router(router.spec.with_extended(0), old.width, count, **where).scorer
     router.scorer = new.train(old.training).requires_grad_(like.requires_grad)
+    for state in router.moving:
+        state.append()
 
 
 def recounted(record: Conversion, more: int) -> list[Edit]:

@@ -44,7 +44,7 @@ def remove(model: nn.Module, expert: int) -> None:
     recounted(record, more=-1)
     for layer in record.layers:
         layer.experts.remove(expert)
-        layer.router.scorer.remove(expert)
+        layer.router.remove(expert)
     recount(record)
     stands_nowhere(model)
     note(record, {"removed": expert})

@@ -187,6 +187,7 @@ def _why_not_standard(edit: Edit) -> str | None:
         f"decides={router.decides.kind!r}": router.decides != Token(),
         f"reads={router.reads!r}": router.reads != "input",
         f"standardize={router.standardize!r}": router.standardize is not None,
+        f"select.balance={router.select.balance!r}": router.select.balance is not None,
     }
     if found := next((words for words, differs in odd.items() if differs), None):
         return f"its router has {found}, which no standard router has."

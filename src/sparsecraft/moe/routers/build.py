@@ -11,13 +11,14 @@ from typing import Any
 
 from sparsecraft.errors import RecipeError
 from sparsecraft.moe.routers.domain import DomainScorer
+from sparsecraft.moe.routers.moving import SCALES, Moves, SelectionBias
 from sparsecraft.moe.routers.part_scorers import PART_SCORERS
 from sparsecraft.moe.routers.router import BaseGate, Router
 from sparsecraft.moe.routers.scorer import Scorer
 from sparsecraft.moe.routers.scorers import LinearScorer
-from sparsecraft.moe.routers.selectors import Sample, Selector, soft, top_k
+from sparsecraft.moe.routers.selectors import Sample, Selector, relu, soft, top_k
 from sparsecraft.moe.routers.starts import DOOR, STARTS
-from sparsecraft.recipe import scorers, selections
+from sparsecraft.recipe import balancing, scorers, selections
 from sparsecraft.recipe.kinds import called, enter, families_of, named
 from sparsecraft.recipe.routers import RouterSpec
 
@@ -33,14 +34,19 @@ SELECTORS: dict[type[selections.Selection], Callable[[Any], Selector]] = {
     selections.TopK: lambda spec: partial(top_k, k=spec.k, renormalize=spec.renormalize),
     selections.Sample: lambda spec: Sample(),
     selections.Soft: lambda spec: soft,
+    selections.ReLU: lambda spec: relu,
     selections.Slots: lambda spec: soft,  # combined by the same softmax
 }
+
+# Called with (its options, number of experts, device=).
+BALANCES: dict[type[balancing.Balance], Callable[..., Moves]] = {balancing.Bias: SelectionBias}
 
 TABLES: dict[type, dict[type, Callable]] = {
     scorers.ScorerSpec: SCORERS,
     scorers.PartScorerSpec: PART_SCORERS,
     scorers.Start: STARTS,
     selections.Selection: SELECTORS,
+    balancing.Balance: BALANCES,
 }
 
 
@@ -49,9 +55,9 @@ def register(option: type, made: Callable) -> None:
 
     Args:
         option: a frozen dataclass with a `kind` of its own, below `ScorerSpec`, `PartScorerSpec`,
-            `Start` or `Selection` of `sparsecraft.recipe`.
+            `Start`, `Selection` or `Balance` of `sparsecraft.recipe`.
         made: what the table of its family here holds: the class of a scorer, the function that
-            fills a new weight, or the one that gives a selector.
+            fills a new weight, the one that gives a selector, or the class of a state.
 
     Raises:
         RecipeError: it is no dataclass of such a family with a `kind` of its own, its kind is there
@@ -95,4 +101,10 @@ def build_router(
     scorer = named(SCORERS, spec.scorer, "scorer", DOOR)(spec.scorer, width, num_experts, **given)
     select = named(SELECTORS, spec.select, "selector", DOOR)(spec.select)
     gate = BaseGate(width, **where) if spec.gates_base else None
-    return Router(scorer, spec, select, gate)
+    balance, coefficient = spec.select.balance, spec.select.coefficient
+    if balance is not None:
+        balance = named(BALANCES, balance, "state", DOOR)(balance, num_experts, device=device)
+    if coefficient is not None:
+        made = SCALES[type(coefficient)]
+        coefficient = made(coefficient, spec.select.k, num_experts, device=device)
+    return Router(scorer, spec, select, gate, balance, coefficient)

@@ -118,6 +118,11 @@ class Gate(nn.Module):
         """Start the scorer anew from the bank's weights, which are in another order now."""
         self.scorer.begin(bank, representatives_R)
 
+    @property
+    def moving(self) -> list:
+        """None of its states moves with optimizer steps."""
+        return []
+
     def at_step(self, step: int) -> None:
         """Note how many steps of training there were; its rules do not depend on that."""
 

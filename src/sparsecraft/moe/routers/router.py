@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.kernels.projections import float32_product
 from sparsecraft.moe.batch import Batch
+from sparsecraft.moe.routers.capacity import limited
+from sparsecraft.moe.routers.moving import LossScale, Moves, SelectionBias
 from sparsecraft.moe.routers.scorer import Scorer
 from sparsecraft.moe.routers.selectors import Sample, Selector
 from sparsecraft.moe.routing import Routing
@@ -38,6 +40,8 @@ class Router(nn.Module):
 
     Attributes:
         base_gate: what the dense network is multiplied by; see `RouterSpec.gates_base`.
+        balance: the bias that experts are chosen by beside their scores.
+        coefficient: what the layer's balance losses are multiplied by.
         runs: whole experts always run as their router selects them.
     """
 
@@ -49,15 +53,19 @@ class Router(nn.Module):
         spec: RouterSpec,
         select: Selector,
         base_gate: BaseGate | None = None,
+        balance: SelectionBias | None = None,
+        coefficient: LossScale | None = None,
     ):
         super().__init__()
         self.scorer = scorer
         self.spec = spec
         self.select = select
         self.base_gate = base_gate
+        self.balance, self.coefficient = balance, coefficient
         # What the spec answers to every call, asked once.
         self.by_head, self.by_sequence = spec.by_head, spec.by_sequence
         self.in_order, self.sums_to_one = spec.select.in_order, spec.sums_to_one
+        self.capacity, self.wanted = spec.select.capacity, spec.select.wanted
 
     def forward(
         self,
@@ -85,16 +93,42 @@ class Router(nn.Module):
             logits = self._for_tokens(logits, x, batch)
         if batch is not None and batch.expert_ids is not None:
             return _directed(batch.expert_ids, logits, self.sums_to_one)
-        weights_TK, indices_TK = self.select(logits)
+        chosen_by = {} if self.balance is None else {"balance": self.balance}
+        weights_TK, indices_TK = self.select(logits, **chosen_by)
         through_TE = None
         if self.spec.through and self.training:
             through_TE = through_the_choice(logits, indices_TK, self.sums_to_one)
             weights_TK = weights_TK.detach()
         facts = self.sums_to_one, self.in_order
-        soft = weights_TK.shape == logits.shape  # also top-k of all experts
+        # Also top-k of all experts.
+        soft = weights_TK.shape == logits.shape and self.wanted is None
         rest = {"outputs_TEO": outputs_TEO, "soft": soft, "heads": self.heads(x.shape[-1])}
         rest["through_TE"] = through_TE
-        return Routing(weights_TK, indices_TK, logits, *facts, **rest)
+        if self.coefficient is not None:
+            rest["loss_scale"] = self.coefficient()
+        return Routing(weights_TK, indices_TK, logits, *facts, k=self.wanted, **rest)
+
+    def limited(self, routing: Routing, mask_T: Tensor | None, passes: bool) -> Routing:
+        """The routing without the slots for which its experts have no room, in training; see
+        `sparsecraft.moe.routers.capacity.limited`."""
+        return limited(routing, self.capacity, mask_T, passes=passes)
+
+    @property
+    def moving(self) -> list[Moves]:
+        """Its states that move with every optimizer step."""
+        return [state for state in (self.balance, self.coefficient) if state is not None]
+
+    def append(self, row: Tensor) -> None:
+        """One more expert, the last; see `Scorer.append`."""
+        self.scorer.append(row)
+        for state in self.moving:
+            state.append()
+
+    def remove(self, e: int) -> None:
+        """Take expert `e` away; see `Scorer.remove`."""
+        self.scorer.remove(e)
+        for state in self.moving:
+            state.remove(e)
 
     def scores_of_input(self) -> Tensor | None:
         """The matrix (E, D) whose product with each token of the layer's input is all that the

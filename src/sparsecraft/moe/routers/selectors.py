@@ -11,14 +11,21 @@ from torch import Tensor, nn
 Selector = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def top_k(logits_TE: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+def top_k(
+    logits_TE: Tensor, k: int, renormalize: bool, balance: Callable | None = None
+) -> tuple[Tensor, Tensor]:
     """The k largest logits, weighted by their softmax.
 
     Args:
         renormalize: softmax over the k kept (PESC Eq. 9, Mixtral); otherwise their share of the
             softmax over all experts (Switch, sparse upcycling), which sums to less than one.
+        balance: the softmax over all experts -> what they are chosen by; None for the logits.
     """
-    top_TK, indices_TK = logits_TE.topk(k, dim=-1)
+    if balance is None:
+        top_TK, indices_TK = logits_TE.topk(k, dim=-1)
+    else:
+        indices_TK = balance(logits_TE.detach().softmax(-1)).topk(k, dim=-1).indices
+        top_TK = logits_TE.gather(-1, indices_TK)
     if renormalize:
         return top_TK.softmax(-1), indices_TK
     return logits_TE.softmax(-1).gather(-1, indices_TK), indices_TK
@@ -28,6 +35,13 @@ def soft(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     """Every expert, weighted by the softmax (MoV and MoLORA Eq. 1)."""
     weights_TE = logits_TE.softmax(-1)
     return weights_TE, _count(logits_TE).expand_as(weights_TE)
+
+
+def relu(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """Every expert whose logit is positive, weighted by it (ReMoE)."""
+    weights_TE = logits_TE.relu()
+    E = logits_TE.shape[-1]
+    return weights_TE, _count(logits_TE).where(weights_TE > 0, E)
 
 
 class Sample(nn.Module):
