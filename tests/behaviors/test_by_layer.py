@@ -11,6 +11,7 @@ import sparsecraft as sc
 from sparsecraft.conversion.stream import convert_files
 from sparsecraft.errors import ExportError, MergeError, RecipeError
 from sparsecraft.evaluation.report import edit_lines
+from sparsecraft.evaluation.split_report import split_lines
 from sparsecraft.interop.materialize import materialize
 from sparsecraft.moe import cost
 from sparsecraft.moe.names import dense_name
@@ -311,6 +312,7 @@ def test_a_budget_is_a_share_of_each_layers_own_experts():
     sc.convert(model, sc.recipes.moefication(num_experts=[4, 8], top_k=[1, 2]))
     assert torch.allclose(logits(model, inputs), whole, atol=1e-5)
     set_budget(model, 0.5)
+    assert "Budget: 0.5, 2 of 4 experts or 4 of 8 experts." in split_lines(model)
     assert [layer.router.k for layer in conversion_of(model).layers] == [2, 4]
 
 
