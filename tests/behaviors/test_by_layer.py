@@ -184,6 +184,19 @@ def test_tensor_by_tensor_it_is_the_same_folder(family, name, tmp_path):
         assert (tmp_path / "files" / file).read_bytes() == (tmp_path / "memory" / file).read_bytes()
 
 
+def test_routers_go_on_from_the_logits_of_a_layer_with_another_number_of_experts(tmp_path):
+    model, inputs = dense("t5"), batch("t5")
+    sc.convert(model, sc.recipes.moepp([2, 4, 1, 3], top_k=1))
+    previous = [layer.router.scorer.previous for layer in conversion_of(model).layers]
+    # W_g (experts, those of the layer before), of either stack: three of them compute nothing.
+    assert [None if w is None else tuple(w.shape) for w in previous] == [
+        None, (4 + 3, 2 + 3), None, (3 + 3, 1 + 3),
+    ]  # fmt: skip
+    randomize_new(model)
+    sc.save(model, tmp_path / "saved")
+    assert torch.equal(logits(sc.load(tmp_path / "saved"), inputs), logits(model, inputs))
+
+
 def test_active_parameters_count_each_layers_own_k():
     model = dense("llama")
     total = sum(p.numel() for p in model.parameters())

@@ -19,6 +19,7 @@ from sparsecraft.conversion.needs import needs
 from sparsecraft.conversion.stream import _check_recipe, convert_files
 from sparsecraft.errors import RecipeError
 from sparsecraft.interop.peft.configs import why_no_adapter
+from sparsecraft.moe.experts.base import Experts
 from sparsecraft.surgery.record import is_converted
 from sparsecraft.surgery.revert import replaced_tensors
 from tests import tiny
@@ -188,7 +189,9 @@ def test_writing_to_one_expert_changes_it_alone(recipe, train):
     model = converted(recipe, train=train)
     before = {name: t.clone() for name, t in tensors(model)}
     bank = layers(model)[0].experts
-    written = [p for p in bank.parameters() if len(p) == bank.num_experts > 1]
+    banks = [part for part in bank.modules() if isinstance(part, Experts)]
+    by_id = {id(p): p for b in banks for p in b.parameters() if len(p) == b.num_experts > 1}
+    written = by_id.values()
     with torch.no_grad():
         for parameter in written:
             parameter[0] += 1

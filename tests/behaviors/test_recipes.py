@@ -422,7 +422,10 @@ def test_the_state_holds_no_surprise_names(family, recipe):
     scorers = ("first", "second", "rows", "bias", "centers", "domains")
     leaves |= {"router.gain", "router._extra_state", "experts._extra_state"}
     leaves |= {f"router.scorer.{x}" for x in scorers}
-    leaves |= {"router.balance.values_E", "router.coefficient.value"}
+    leaves |= {"router.balance.values_E", "router.balance.value", "router.coefficient.value"}
+    leaves |= {"experts.mix", "experts.constants", "router.scorer.previous"}
+    leaves |= {f"experts.networks.{x}" for x in ("gate_up", "up", "down")}
+    leaves |= {f"experts.networks.{x}_bias" for x in ("gate_up", "up", "down")}
     shared = set()
     for name in model.state_dict():
         origin = dense_name(model, name)

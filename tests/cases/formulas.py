@@ -129,3 +129,24 @@ def attentions(family: Family) -> int:
     one = D * widths + family.q * D + biases.get(name, 0)
     norms = 2 * family.head if name == "qwen3" else 0
     return family.attentions * (E * one + norms + E * D)
+
+
+def moepp(family: Family) -> int:
+    """Two networks, a constant expert and a zero; every router but the first of a stack goes on
+    from the one before it."""
+    return _networks(family) + family.ffns * (E * D + 3 * D) + _links(family)
+
+
+def moepp_released(family: Family) -> int:
+    """Two networks, a copy and a zero; routers of two layers."""
+    return _networks(family) + family.ffns * (8 * E * D + E * 8 * E) + _links(family)
+
+
+def _networks(family: Family) -> int:
+    """Two copies of every network, by the formula of E of them and their router."""
+    return (upcycled(family) - family.ffns * E * D) * 2 // E
+
+
+def _links(family: Family) -> int:
+    stacks = 2 if family.ffns > LAYERS else 1
+    return (family.ffns - stacks) * E * E

@@ -29,6 +29,8 @@ from tests.cases.formulas import (
     hydralora,
     lora,
     mixlora,
+    moepp,
+    moepp_released,
     molora,
     molora_released,
     mov,
@@ -219,6 +221,22 @@ RECIPES = {
     "mpoe_cut": RecipeCase(
         lambda: sc.recipes.mpoe(E, K, bond=4),
         mpoe_cut,
+        exact=False,
+        paths=(),
+        **COPIES,
+    ),
+    "moepp": RecipeCase(
+        lambda: sc.recipes.moepp(2, K, constant=1, copy=0, zero=1, hold_steps=0, capacity=0),
+        moepp,
+        exact=False,
+        paths=(),
+        **COPIES,
+    ),
+    "moepp_released": RecipeCase(
+        lambda: sc.recipes.moepp(
+            2, K, variant="released", constant=0, hold_steps=0, capacity=0, renormalize=False
+        ),
+        moepp_released,
         exact=False,
         paths=(),
         **COPIES,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import sparsecraft as sc
+from sparsecraft.recipe.balancing import Capacity
 from sparsecraft.recipe.selections import Share, Soft, TopK
 
 r = sc.recipes
@@ -68,6 +69,42 @@ PUBLISHED: dict[str, tuple[sc.Recipe, dict[str, Any]]] = {
     "mpoe, released": (
         r.mpoe(variant="released"),
         {f"{ADAPTERS}.mask": 0.0},  # its code has none
+    ),
+    "moepp": (
+        r.moepp(renormalize=False, hold_steps=0),
+        {
+            "edits.0.site": "ffn",
+            "edits.0.place": "replace",
+            f"{ADAPTERS}.num_experts": 12,
+            f"{ADAPTERS}.networks": 8,
+            f"{ADAPTERS}.constant": 2,
+            f"{ADAPTERS}.copy": 1,
+            f"{ADAPTERS}.zero": 1,
+            f"{ADAPTERS}.tau": 0.75,
+            f"{ADAPTERS}.zero_weight": "lost",
+            f"{ROUTER}.scorer.hidden": None,
+            f"{ROUTER}.select": TopK(2, renormalize=False, capacity=Capacity(factor=1.1)),
+            "stages.0.losses": {"heterogeneous": 0.01},
+            "stages.0.learning_rate": 5e-4,
+            "stages.0.schedule": "cosine",
+            "stages.0.ends_at": 0.1,
+            "stages.0.warmup_steps": 2000,
+            "stages.0.weight_decay": 0.1,
+            "stages.0.max_grad_norm": 1.0,
+            "stages.0.max_length": 2048,
+        },
+    ),
+    "moepp 16+4": (
+        r.moepp(preset="16+4"),
+        {f"{ADAPTERS}.networks": 16, f"{ADAPTERS}.constant": 2, f"{ADAPTERS}.num_experts": 20},
+    ),
+    "moepp 32+8": (
+        r.moepp(preset="32+8"),
+        {f"{ADAPTERS}.networks": 32, f"{ADAPTERS}.constant": 6, f"{ADAPTERS}.num_experts": 40},
+    ),
+    "moepp, released": (
+        r.moepp(variant="released"),
+        {f"{ROUTER}.scorer.hidden": 8, f"{ADAPTERS}.zero_weight": "shared"},
     ),
     "camelidae": (
         r.camelidae(),

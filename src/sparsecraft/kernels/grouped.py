@@ -43,22 +43,33 @@ def why_no_product(x: Tensor, widths: Iterable[int]) -> str | None:
 
 
 def grouped(
-    net: TwoLayer, x_TI: Tensor, weights_TK: Tensor, indices_TK: Tensor, sums_to_one: bool
+    net: TwoLayer,
+    x_TI: Tensor,
+    weights_TK: Tensor,
+    indices_TK: Tensor,
+    sums_to_one: bool,
+    empty: bool = False,
 ) -> Tensor:
-    """Two grouped GEMMs; the base model's own tensors are never repeated K times."""
+    """Two grouped GEMMs; the base model's own tensors are never repeated K times.
+
+    Args:
+        empty: many slots may have no expert, and are to cost no product.
+    """
     num_experts, K = net.E, indices_TK.shape[1]
 
-    # "No expert" slots go to the last expert with weight zero: rows beyond the last offset would
-    # be left uninitialized by grouped_mm, and a compaction would need a host synchronization.
-    weights_TK = weights_TK * (indices_TK < num_experts)
-    expert_TK = indices_TK.clamp(max=num_experts - 1)
-    ends_E, order_S, slot_TK = plan(expert_TK, num_experts)
-    scaled_TK = weights_TK if net.scale == 1.0 else weights_TK * net.scale
-    weight_S1 = _Permute.apply(scaled_TK.flatten(), order_S, slot_TK)[:, None].to(x_TI.dtype)
     biased = net.first_bias_EM is not None or net.second_bias_EO is not None
-    expert_S = expert_TK.flatten()[order_S] if biased else None
+    filled_TK = indices_TK < num_experts
+    # What grouped_mm leaves in memory beyond the last offset must reach no gradient of a bias.
+    empty = empty and not (biased or net.by_expert)
+    if not empty:  # slots without an expert go to the last one, with weight zero
+        indices_TK = indices_TK.clamp(max=num_experts - 1)
+    ends_E, order_S, slot_TK = (_plan_filled if empty else plan)(indices_TK, num_experts)
+    weights_TK = weights_TK * filled_TK
+    scaled_TK = weights_TK if net.scale == 1.0 else weights_TK * net.scale
+    weight_S1 = _Permute.apply(scaled_TK.flatten(), order_S, slot_TK, empty)[:, None].to(x_TI.dtype)
+    expert_S = indices_TK.flatten()[order_S] if biased else None
 
-    x_SI = _Scatter.apply(x_TI, order_S, slot_TK, K)
+    x_SI = _Scatter.apply(x_TI, order_S, slot_TK, K, empty)
     if net.input_dropout:
         x_SI = F.dropout(x_SI, net.input_dropout)
     hidden_SM = F.grouped_mm(x_SI, net.first_EMI.transpose(-2, -1), offs=ends_E)
@@ -82,9 +93,17 @@ def grouped(
         y_SO = F.dropout(y_SO, net.output_dropout)
     y_SO = y_SO if early else y_SO * weight_S1
     if net.residual and sums_to_one:
-        return _Combine.apply(y_SO, x_TI, order_S, slot_TK, K)
-    y_TO = _Combine.apply(y_SO, None, order_S, slot_TK, K)
+        return _Combine.apply(y_SO, x_TI, order_S, slot_TK, K, empty)
+    y_TO = _Combine.apply(y_SO, None, order_S, slot_TK, K, empty)
     return add_residual(y_TO, x_TI, weights_TK, sums_to_one) if net.residual else y_TO
+
+
+def _plan_filled(indices_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`plan`, of which slots without an expert stand behind all others, where the products end;
+    their own place is -1."""
+    ends_E, order_S, slot_TK = plan(indices_TK, num_experts + 1)
+    filled_TK = indices_TK.flatten() < num_experts
+    return ends_E[:-1].contiguous(), order_S, slot_TK.where(filled_TK, -1)
 
 
 def add_residual(y_TO: Tensor, x_TO: Tensor, weights_TK: Tensor, sums_to_one: bool) -> Tensor:
@@ -98,18 +117,20 @@ class _Permute(torch.autograd.Function):
     """w_S -> w_S[order]. Its gradient is the inverse gather, not an accumulating index_put."""
 
     @staticmethod
-    def forward(w_S, order_S, slot_TK):
+    def forward(w_S, order_S, slot_TK, empty):
         return w_S[order_S]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, order_S, slot_TK = inputs
+        _, order_S, slot_TK, ctx.empty = inputs
         ctx.save_for_backward(order_S, slot_TK)
 
     @staticmethod
     def backward(ctx, grad_S):
         order_S, slot_TK = ctx.saved_tensors
-        return _Permute.apply(grad_S, slot_TK, order_S), None, None
+        if not ctx.empty:
+            return _Permute.apply(grad_S, slot_TK, order_S, False), None, None, None
+        return grad_S[slot_TK.clamp_min(0)].where(slot_TK >= 0, 0), None, None, None
 
 
 class _Scatter(torch.autograd.Function):
@@ -120,33 +141,34 @@ class _Scatter(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x_TI, order_S, slot_TK, K):
+    def forward(x_TI, order_S, slot_TK, K, empty):
         return x_TI[order_S // K]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, order_S, slot_TK, ctx.K = inputs
+        _, order_S, slot_TK, ctx.K, ctx.empty = inputs
         ctx.save_for_backward(order_S, slot_TK)
 
     @staticmethod
     def backward(ctx, grad_SI):
-        return _Combine.apply(grad_SI, None, *ctx.saved_tensors, ctx.K), None, None, None
+        grad_TI = _Combine.apply(grad_SI, None, *ctx.saved_tensors, ctx.K, ctx.empty)
+        return grad_TI, None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
     """y_SO -> y_TO, the sum of each token's K slots, plus x_TO. Its gradient is `_Scatter`."""
 
     @staticmethod
-    def forward(y_SO, x_TO, order_S, slot_TK, K):
-        return combine(y_SO, slot_TK, K, x_TO)
+    def forward(y_SO, x_TO, order_S, slot_TK, K, empty):
+        return combine(y_SO, slot_TK, K, x_TO, empty)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, x_TO, order_S, slot_TK, ctx.K = inputs
+        _, x_TO, order_S, slot_TK, ctx.K, ctx.empty = inputs
         ctx.residual = x_TO is not None
         ctx.save_for_backward(order_S, slot_TK)
 
     @staticmethod
     def backward(ctx, grad_TO):
-        grad_SO = _Scatter.apply(grad_TO, *ctx.saved_tensors, ctx.K)
-        return grad_SO, grad_TO if ctx.residual else None, None, None, None
+        grad_SO = _Scatter.apply(grad_TO, *ctx.saved_tensors, ctx.K, ctx.empty)
+        return grad_SO, grad_TO if ctx.residual else None, None, None, None, None

@@ -45,11 +45,20 @@ def plan(indices_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return ends_E, order_S, torch.empty_like(order_S).scatter_(0, order_S, places_S)
 
 
-def combine(y_SO: Tensor, slot_TK: Tensor, K: int, x_TO: Tensor | None = None) -> Tensor:
-    """The sum of each token's K rows of y_SO, plus x_TO where given, summed in float32."""
+def combine(
+    y_SO: Tensor, slot_TK: Tensor, K: int, x_TO: Tensor | None = None, empty: bool = False
+) -> Tensor:
+    """The sum of each token's K rows of y_SO, plus x_TO where given, summed in float32.
+
+    Args:
+        empty: there may be slots below zero, which have no row.
+    """
     O = y_SO.shape[-1]
     if not (usable(y_SO) and y_SO.is_contiguous() and (x_TO is None or x_TO.is_contiguous())):
-        y_TO = y_SO[slot_TK].view(-1, K, O).sum(1)
+        rows_TKO = y_SO[slot_TK.clamp_min(0)] if empty else y_SO[slot_TK]
+        if empty:  # whatever stands in the row that is read in their place
+            rows_TKO = rows_TKO.where(slot_TK[:, None] >= 0, 0)
+        y_TO = rows_TKO.view(-1, K, O).sum(1)
         return y_TO if x_TO is None else y_TO + x_TO
     out_TO = y_SO.new_empty(slot_TK.numel() // K, O)
     if out_TO.numel():
@@ -84,7 +93,8 @@ if triton is not None:
         total = tl.zeros((BLOCK,), tl.float32)
         for k in tl.static_range(K):
             row = tl.load(slot + t * K + k)
-            total += tl.load(y + row * O + column, mask=inside, other=0.0).to(tl.float32)
+            filled = inside & (row >= 0)
+            total += tl.load(y + row * O + column, mask=filled, other=0.0).to(tl.float32)
         if RESIDUAL:
             total += tl.load(x + t * O + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + t * O + column, total.to(out.dtype.element_ty), mask=inside)

@@ -30,7 +30,10 @@ def sentences_of(model: nn.Module) -> Sentence | None:
 
 def asks_for_batch(edit: Edit) -> bool:
     """Whether the layers of an edit need to know more than their tokens."""
-    return looks_at_sequences(edit) or (edit.router is not None and edit.router.limited)
+    router = edit.router
+    return looks_at_sequences(edit) or (
+        router is not None and (router.limited or router.reads_previous)
+    )
 
 
 def looks_at_sequences(edit: Edit) -> bool:

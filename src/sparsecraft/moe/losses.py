@@ -55,6 +55,18 @@ def btx_balance(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     return routing.num_experts * (weights_E * probs_E).sum()
 
 
+def heterogeneous_balance(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """sum_e eta_e f_e p_e, with f_e the share of tokens that chose expert e, p_e its mean
+    probability, and eta_e one for feed-forward experts and tau for zero-computation experts, the
+    inverse of the loads that they are meant to have (MoE++, Jin et al. 2025, Eq. 7-8)."""
+    probs_E = _mean(routing.logits_TE.float().softmax(-1), routing, mask_T)
+    chosen_T = (routing.chosen_TK < routing.num_experts).sum(-1, dtype=torch.float32)
+    fractions_E = routing.load_E(mask_T) * _mean(chosen_T, routing, mask_T)
+    load = routing.target_load or (1.0,) * routing.num_experts
+    eta_E = probs_E.new_tensor([load[0] / share for share in load])
+    return (eta_E * fractions_E * probs_E).sum()
+
+
 def relu_balance(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """sum_e f_e r_e, with r the mean weight of each expert and f_e = E / k times the share of
     tokens that it has a weight for (ReMoE, Wang et al. 2025, L1 with load balance): of routers
@@ -145,6 +157,7 @@ LOSSES: dict[str, Loss] = {
     "switch": switch_balance,
     "switch_unnormalized": switch_balance_unnormalized,
     "btx": btx_balance,
+    "heterogeneous": heterogeneous_balance,
     "remoe": relu_balance,
     "z": router_z,
     "pesc_released": pesc_released_balance,
@@ -159,7 +172,7 @@ LOSSES: dict[str, Loss] = {
 
 
 # What the state of a router may scale; see `Routing.loss_scale`.
-BALANCES = ("switch", "switch_unnormalized", "btx", "remoe")
+BALANCES = ("switch", "switch_unnormalized", "btx", "heterogeneous", "remoe")
 
 
 def auxiliary_loss(

@@ -31,7 +31,10 @@ class Routing:
         wanted_TK: the experts that were chosen, where capacity left some of their slots empty.
         loss_scale: (), what the balance losses of the layer are multiplied by; None for one.
         k: experts that a token is meant to take, where the slots do not say it.
+        target_load: parts of all slots that experts are meant to have; None for equal ones.
+        free: how many of the experts, the last ones, compute nothing.
         pre_TF: in training of a split network whose experts all run, the activation's input.
+        empty: many slots may have no expert.
         soft: every token has all experts, which differ in weight alone: a count of slots says
             nothing of them.
         acts_T: the tokens that the layer acts on, where it does not act on all.
@@ -50,7 +53,10 @@ class Routing:
     wanted_TK: Tensor | None = None
     loss_scale: Tensor | None = None
     k: int | None = None
+    target_load: tuple[float, ...] | None = None
+    free: int = 0
     pre_TF: Tensor | None = None
+    empty: bool = False
     soft: bool = False
     acts_T: Tensor | None = None
     heads: int = 1
@@ -76,6 +82,18 @@ class Routing:
         through_TE = None if self.through_TE is None else self.through_TE * keep_T[:, None]
         changed = {"weights_TK": weights_TK, "through_TE": through_TE, "acts_T": keep_T}
         return replace(self, sums_to_one=False, **changed)
+
+    def of_first(self, count: int) -> Routing:
+        """The same for the first `count` experts alone; slots of the others are empty."""
+        weights_TK, indices_TK = self.weights_TK, self.indices_TK
+        if self.in_order:
+            weights_TK, indices_TK = weights_TK[:, :count], indices_TK[:, :count]
+        changed = {
+            "indices_TK": indices_TK.clamp(max=count),
+            "logits_TE": self.logits_TE[:, :count],
+        }
+        changed |= {"weights_TK": weights_TK * (indices_TK < count), "wanted_TK": None}
+        return replace(self, sums_to_one=False, soft=False, empty=True, **changed)
 
     @classmethod
     def of_one(cls, x_TI: Tensor) -> Routing:

@@ -5,7 +5,7 @@ It is data. It knows no tensor, no model and no paper, and imports no torch; `sp
 says the published methods in it.
 """
 
-from sparsecraft.recipe.balancing import Bias, ByDropRate, BySparsity, Capacity
+from sparsecraft.recipe.balancing import Bias, ByDropRate, BySparsity, Capacity, Hold
 from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.experts import (
     AdapterSpec,
@@ -18,7 +18,9 @@ from sparsecraft.recipe.experts import (
     SplitSpec,
     VectorSpec,
 )
+from sparsecraft.recipe.heterogeneous import HeterogeneousSpec
 from sparsecraft.recipe.recipe import ExpansionSpec, Quantize, Recipe, check_variant
+from sparsecraft.recipe.residual import Residual
 from sparsecraft.recipe.routers import GateSpec, RouterSpec
 from sparsecraft.recipe.scorers import (
     MLP,
@@ -56,9 +58,9 @@ from sparsecraft.recipe.stages import Deal, Fit, Stage
 __all__ = [
     "MLP", "Above", "AdapterSpec", "Analytic", "AttentionSpec", "Bias", "ByDropRate",
     "BySparsity", "Capacity", "Deal", "Difference", "Domain", "Edit", "ExpansionSpec",
-    "FFNLoRASpec", "FFNSpec", "Fit", "GateSpec", "Head", "Hidden", "KMeans", "KaimingUniform",
-    "Linear", "LinearParts", "LoRASpec", "MPOSpec", "Norm", "Normal", "Oracle", "Quantize",
-    "ReLU", "Recipe", "Relative", "Ridge", "RouterSpec", "Sample", "Sentence", "Sequence",
-    "Share", "Similarity", "Slots", "Soft", "SplitSpec", "Stage", "Token", "TopK", "Uniform",
-    "VectorSpec", "Zeros", "check_variant",
+    "FFNLoRASpec", "FFNSpec", "Fit", "GateSpec", "Head", "HeterogeneousSpec", "Hidden", "Hold",
+    "KMeans", "KaimingUniform", "Linear", "LinearParts", "LoRASpec", "MPOSpec", "Norm",
+    "Normal", "Oracle", "Quantize", "ReLU", "Recipe", "Relative", "Residual", "Ridge",
+    "RouterSpec", "Sample", "Sentence", "Sequence", "Share", "Similarity", "Slots", "Soft",
+    "SplitSpec", "Stage", "Token", "TopK", "Uniform", "VectorSpec", "Zeros", "check_variant",
 ]  # fmt: skip

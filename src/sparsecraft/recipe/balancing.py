@@ -13,6 +13,7 @@ from typing import Literal
 
 from sparsecraft.errors import RecipeError
 from sparsecraft.recipe.kinds import add_kind, family
+from sparsecraft.recipe.numbers import check_whole
 from sparsecraft.recipe.typed import check_types
 
 
@@ -48,6 +49,19 @@ class Bias(Balance):
         check_types(self)
         if not 0 < self.rate < math.inf:
             raise RecipeError(f"select.balance.rate is {self.rate}; it must be positive.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold(Balance):
+    """Zero-computation experts are not chosen at first, so that a model starts as the dense one:
+    b_e, added to their softmax, rises from -1 to 0 over `steps` optimizer steps (ours)."""
+
+    kind: Literal["hold"] = "hold"
+    steps: int = 500
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_whole("select.balance.steps", self.steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,4 +125,5 @@ class Capacity:
             raise RecipeError(f"select.capacity.factor is {self.factor}; it must be positive.")
 
 
-add_kind(Bias)
+for option in (Bias, Hold):
+    add_kind(option)

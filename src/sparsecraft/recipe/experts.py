@@ -74,6 +74,16 @@ class ExpertsSpec(ABC):
         return self.num_experts
 
     @property
+    def free(self) -> int:
+        """How many of the experts, the last ones, compute nothing."""
+        return 0
+
+    @property
+    def load(self) -> tuple[float, ...] | None:
+        """Parts of all slots that experts are meant to have; None for equal ones."""
+        return None
+
+    @property
     def blends(self) -> bool:
         """Whether each expert takes a shard of every source."""
         return False

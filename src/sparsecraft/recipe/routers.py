@@ -46,6 +46,7 @@ class AnyRouterSpec(ABC):
         through: its gradient passes by experts that a token does not go to.
         limited: in training an expert takes a limited number of tokens.
         may_be_empty: a token may be left without experts.
+        reads_previous: it reads the logits of the layer before.
     """
 
     __slots__ = ()
@@ -65,6 +66,7 @@ class AnyRouterSpec(ABC):
     through: bool = False
     limited: bool = False
     may_be_empty: bool = False
+    reads_previous: bool = False
     starts_from: Literal["domains", "data"] | None = None
     of_domains: bool = False
 
@@ -121,6 +123,12 @@ class RouterSpec(AnyRouterSpec):
                 f"{self.decides.kind!r} and reads={self.reads!r}; it is for routers by token that "
                 "read the layer's input."
             )
+        if self.reads_previous and not self.by_token:
+            raise RecipeError(
+                f"router.scorer is {self.scorer.kind!r}, which goes on from the layer before, with "
+                f"decides={self.decides.kind!r} and reads={self.reads!r}; it is for "
+                "routers by token that read the layer's input."
+            )
         if isinstance(self.decides, Sentence) and getattr(self.scorer, "encoder", "") == "self":
             raise RecipeError(
                 "router.scorer.encoder is 'self' with decides='sentence'; the model itself embeds "
@@ -150,6 +158,10 @@ class RouterSpec(AnyRouterSpec):
     @property
     def may_be_empty(self) -> bool:
         return self.select.may_be_empty
+
+    @property
+    def reads_previous(self) -> bool:
+        return self.scorer.reads_previous
 
     @property
     def sums_to_one(self) -> bool:

@@ -137,11 +137,13 @@ class ScorerSpec(ABC):
     Attributes:
         of_domains: the rows of its experts are made from embeddings of their domains.
         reads_experts: it reads what every expert gives for a token.
+        reads_previous: it reads the logits of the layer before.
     """
 
     __slots__ = ()
     kind: str
     of_domains: ClassVar[bool] = False
+    reads_previous: ClassVar[bool] = False
     reads_experts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

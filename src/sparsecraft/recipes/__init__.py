@@ -27,6 +27,7 @@ from sparsecraft.recipes.lora import lora
 from sparsecraft.recipes.lte import lte
 from sparsecraft.recipes.mixlora import mixlora
 from sparsecraft.recipes.moefication import moefication
+from sparsecraft.recipes.moepp import moepp
 from sparsecraft.recipes.molora import molora
 from sparsecraft.recipes.mov import mov
 from sparsecraft.recipes.mpoe import mpoe
@@ -53,6 +54,7 @@ __all__ = [
     "lte",
     "mixlora",
     "moefication",
+    "moepp",
     "molora",
     "mov",
     "mpoe",

@@ -59,7 +59,10 @@ def build_parts(
     elif edit.router is not None:
         width, count, spec = router_width(model, item), edit.experts.num_experts, edit.router
         where = {"outputs": experts.out_features, "device": device, "dtype": dtype}
+        key, before = item.previous or (None, None)
+        where |= {"previous": before, "experts": edit.experts}
         router = build_router(spec.in_layer(item.layer), width, count, **where)
+        router.key, router.previous = item.claim, key
     return experts, router
 
 

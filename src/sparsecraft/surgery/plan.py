@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -31,6 +32,8 @@ class PlannedEdit:
         edit: with the numbers of the layer.
         source: the edit as the recipe has it, for all layers.
         layer: the number of the layer, see `sparsecraft.dense.layers`.
+        previous: claim of the layer before it in its stack, and the number of its experts, where
+            the router goes on from its logits; None in the first one.
     """
 
     site: Site
@@ -39,6 +42,7 @@ class PlannedEdit:
     layer: int
     donor: Donor
     reads: Reads
+    previous: tuple[Hashable, int] | None = None
 
     @property
     def claim(self) -> tuple:
@@ -87,9 +91,22 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
             )
         _check_tokens(model, item)
     # A site inside another one has the deeper path, except where the outer one spans siblings.
-    return sorted(
-        planned, key=lambda p: sum(other.site.contains(p.site) for other in planned), reverse=True
-    )
+    depth = {id(p): sum(other.site.contains(p.site) for other in planned) for p in planned}
+    return _linked(sorted(planned, key=lambda p: depth[id(p)], reverse=True))
+
+
+def _linked(planned: list[PlannedEdit]) -> list[PlannedEdit]:
+    """With the layer before each whose router goes on from one: of the same edit, in the same stack
+    of layers."""
+    last: dict[tuple[int, str], tuple[Hashable, int]] = {}
+    linked = []
+    for item in planned:
+        if item.edit.router is not None and item.edit.router.reads_previous:
+            key = id(item.source), re.split(r"\.\d+(?:\.|$)", item.site.path)[0]
+            item = replace(item, previous=last.get(key))
+            last[key] = item.claim, item.edit.experts.num_experts
+        linked.append(item)
+    return linked
 
 
 def _sites(model: nn.Module, edit: Edit) -> list[Site]:

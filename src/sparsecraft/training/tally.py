@@ -14,6 +14,9 @@ from torch import Tensor
 from sparsecraft.moe.routers.moving import Seen
 from sparsecraft.moe.routing import Routing, shares
 
+# What is said of each layer, and of all of them.
+KINDS = ("load_entropy", "router_entropy", "dropped", "computing_experts")
+
 
 class Tally:
     """Weighted means, and the load of every layer, of which nothing depends on how the steps'
@@ -42,6 +45,10 @@ class Tally:
     @torch.no_grad()
     def add_routing(self, layer: str, routing: Routing, mask_T: Tensor | None) -> None:
         """One layer's decisions for a micro-batch; `mask_T` is True on real tokens."""
+        if routing.free:
+            computing = Seen.of(routing.of_first(routing.num_experts - routing.free), mask_T)
+            mean = computing.filled / computing.rows.clamp_min(1)
+            self.add(f"computing_experts/{layer}", mean, computing.rows)
         if routing.wanted_TK is not None:
             seen = Seen.of(routing, mask_T)
             wanted = seen.wanted_E.sum()
@@ -73,7 +80,7 @@ class Tally:
             means[f"max_load/{layer}"] = load_E.max().item() * len(load_E)
             entropy = torch.special.entr(load_E).sum().item()
             means[f"load_entropy/{layer}"] = entropy / _log(len(load_E))
-        for kind in ("load_entropy", "router_entropy", "dropped"):
+        for kind in KINDS:
             layers = [value for key, value in means.items() if key.startswith(f"{kind}/")]
             if layers:
                 means[kind] = sum(layers) / len(layers)

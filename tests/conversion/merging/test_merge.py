@@ -422,13 +422,20 @@ def test_weights_that_name_one_expert_pick_that_network():
 # ----------------------------------------------------------------------------------------- average
 
 
-AVERAGED = [r for r in ROUTED if r not in ("smola_modalities", "nexus", "nexus_linear")]
+NOT_AVERAGED = ("smola_modalities", "nexus", "nexus_linear", "moepp", "moepp_released")
+AVERAGED = [r for r in ROUTED if r not in NOT_AVERAGED]
 
 
 @pytest.mark.parametrize("recipe", ["nexus", "nexus_linear"])
 def test_networks_beside_the_dense_one_are_refused(recipe):
     model = converted("llama", RECIPES[recipe].make())
     with pytest.raises(MergeError, match="beside the dense network cannot take its place"):
+        sc.merge(model, "average")
+
+
+def test_what_computes_nothing_is_no_part_of_an_average():
+    model = converted("llama", RECIPES["moepp"].make())
+    with pytest.raises(MergeError, match="no feed-forward network"):
         sc.merge(model, "average")
 
 

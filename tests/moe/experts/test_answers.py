@@ -31,6 +31,7 @@ from sparsecraft.recipe.experts import (
     stands,
 )
 from sparsecraft.recipe.formats import from_json, to_json
+from sparsecraft.recipe.heterogeneous import HeterogeneousSpec
 from tests.cases import dense
 
 E, T, D = 4, 6, 32
@@ -40,6 +41,11 @@ CASES = {
     "ffn": (FFNSpec(num_experts=E), "ffn", "replace"),
     "ffn shards": (FFNSpec(num_experts=E, granularity=2), "ffn", "replace"),
     "mpo": (MPOSpec(num_experts=E), "ffn", "replace"),
+    "heterogeneous": (
+        HeterogeneousSpec(num_experts=E, constant=1, copy=1, zero=0),
+        "ffn",
+        "replace",
+    ),
     "attention": (AttentionSpec(num_experts=E), "attention", "replace"),
     "attention shared": (AttentionSpec(num_experts=E, kv="shared"), "attention", "replace"),
     "adapter": (AdapterSpec(num_experts=E, dim=8, scale=0.5), "ffn", "after"),
@@ -149,6 +155,9 @@ def test_active_parameters_follow_the_slots(case):
         assert bank.active(1) == total, "all are mixed before they meet a token"
     elif case in ("split", "imitation"):
         assert bank.active(1) == total - bank.products * (E - 1) // E
+    elif case == "heterogeneous":  # .75 of a slot in 2 * .75 + 2 is a network's, one of two
+        network = 3 * 32 * 48 + 2 * 48 + 32
+        assert bank.active(1) == 3 * 32 + network * 2 - int(network * 2 * (2 - 1.5 / 3.5) / 2)
     else:
         shared = sum(getattr(bank, name).numel() for name in held_once(bank))
         assert bank.active(1) == shared + (total - shared) // E

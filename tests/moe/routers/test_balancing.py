@@ -97,9 +97,8 @@ def test_capacities_sum_to_the_factor_times_all_slots():
 def test_a_token_keeps_its_place_whatever_comes_later():
     _, routing = routed(TopK(K))
     part = Routing(routing.weights_TK[:20], routing.indices_TK[:20], routing.logits_TE[:20])
-    shares = {"shares_E": torch.full((E,), 1 / E, dtype=torch.float64)}
-    whole = limited(routing, Capacity(factor=0.5 * 20 / T), **shares)
-    found = limited(part, Capacity(factor=0.5), **shares)
+    whole = limited(routing, Capacity(factor=0.5 * 20 / T))
+    found = limited(part, Capacity(factor=0.5))
     assert torch.equal(found.indices_TK, whole.indices_TK[:20])
 
 

@@ -12,6 +12,7 @@ from sparsecraft.moe.experts.attention import AttentionExperts
 from sparsecraft.moe.experts.base import Experts
 from sparsecraft.moe.experts.ffn import FFNExperts
 from sparsecraft.moe.experts.ffn_lora import FFNLoRAExperts
+from sparsecraft.moe.experts.heterogeneous import HeterogeneousExperts
 from sparsecraft.moe.experts.lora import LoRAExperts
 from sparsecraft.moe.experts.mpo import MPOExperts
 from sparsecraft.moe.experts.split import SplitExperts
@@ -28,6 +29,7 @@ from sparsecraft.recipe.experts import (
     SplitSpec,
     VectorSpec,
 )
+from sparsecraft.recipe.heterogeneous import HeterogeneousSpec
 from sparsecraft.recipe.kinds import called, enter, families_of, named
 
 BANKS: dict[type[ExpertsSpec], type[Experts]] = {
@@ -38,6 +40,7 @@ BANKS: dict[type[ExpertsSpec], type[Experts]] = {
     VectorSpec: VectorExperts,
     FFNLoRASpec: FFNLoRAExperts,
     MPOSpec: MPOExperts,
+    HeterogeneousSpec: HeterogeneousExperts,
     SplitSpec: SplitExperts,
 }
 

@@ -48,7 +48,7 @@ def grouped(bank: Experts, x_TI: Tensor, routing: Routing) -> Tensor:
     """Tokens sorted by expert, two grouped products."""
     x_TI = x_TI.to(compute_dtype(x_TI))
     net = bank.two_layer(x_TI.dtype)
-    decided = routing.weights_TK, routing.indices_TK, routing.sums_to_one
+    decided = routing.weights_TK, routing.indices_TK, routing.sums_to_one, routing.empty
     return grouped_kernel.grouped(net, x_TI, *decided)
 
 

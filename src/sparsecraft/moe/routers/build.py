@@ -11,22 +11,26 @@ from typing import Any
 
 from sparsecraft.errors import RecipeError
 from sparsecraft.moe.routers.domain import DomainScorer
-from sparsecraft.moe.routers.moving import SCALES, Moves, SelectionBias
+from sparsecraft.moe.routers.moving import BALANCES, SCALES
 from sparsecraft.moe.routers.part_scorers import PART_SCORERS
+from sparsecraft.moe.routers.residual import ResidualScorer
 from sparsecraft.moe.routers.router import BaseGate, Router
 from sparsecraft.moe.routers.scorer import Scorer
 from sparsecraft.moe.routers.scorers import LinearScorer
 from sparsecraft.moe.routers.selectors import Sample, Selector, relu, soft, top_k
 from sparsecraft.moe.routers.starts import DOOR, STARTS
 from sparsecraft.recipe import balancing, scorers, selections
+from sparsecraft.recipe.experts import ExpertsSpec
 from sparsecraft.recipe.kinds import called, enter, families_of, named
+from sparsecraft.recipe.residual import Residual
 from sparsecraft.recipe.routers import RouterSpec
 
 # Called with (its options, width, number of experts, device=, dtype=), and outputs= where it reads
-# what experts give.
+# what experts give, previous= where it reads the logits of the layer before.
 SCORERS: dict[type[scorers.ScorerSpec], Callable[..., Scorer]] = {
     scorers.Linear: LinearScorer,
     scorers.Domain: DomainScorer,
+    Residual: ResidualScorer,
 }
 
 # Options -> logits_TE -> weights_TK, indices_TK.
@@ -37,9 +41,6 @@ SELECTORS: dict[type[selections.Selection], Callable[[Any], Selector]] = {
     selections.ReLU: lambda spec: relu,
     selections.Slots: lambda spec: soft,  # combined by the same softmax
 }
-
-# Called with (its options, number of experts, device=).
-BALANCES: dict[type[balancing.Balance], Callable[..., Moves]] = {balancing.Bias: SelectionBias}
 
 TABLES: dict[type, dict[type, Callable]] = {
     scorers.ScorerSpec: SCORERS,
@@ -84,27 +85,38 @@ def build_router(
     num_experts: int,
     *,
     outputs: int | None = None,
-    device=None,
-    dtype=None,
+    previous: int | None = None,
+    experts: ExpertsSpec | None = None,
+    **where: Any,
 ) -> Router:
     """The router that `spec` describes, for tokens of `width` features; of whole experts, that is:
     the parts of a split network have a `Gate`.
 
     Args:
         outputs: O, features of what experts give, where the scorer reads that.
+        previous: experts of the layer before, where there is one and the scorer reads its logits.
+        experts: what it chooses among, where they are not all alike.
+        where: device and dtype.
 
     Raises:
         RecipeError: nothing says what computes one of its parts.
     """
-    where = {"device": device, "dtype": dtype}
-    given = where | {"outputs": outputs} if spec.reads == "experts" else where
-    scorer = named(SCORERS, spec.scorer, "scorer", DOOR)(spec.scorer, width, num_experts, **given)
-    select = named(SELECTORS, spec.select, "selector", DOOR)(spec.select)
-    gate = BaseGate(width, **where) if spec.gates_base else None
+    device, given = where.get("device"), {}
+    if spec.reads == "experts":
+        given["outputs"] = outputs
+    if spec.reads_previous:
+        given["previous"] = previous
+    made = named(SCORERS, spec.scorer, "scorer", DOOR)
+    scorer = made(spec.scorer, width, num_experts, **given, **where)
+    router = Router(scorer, spec, named(SELECTORS, spec.select, "selector", DOOR)(spec.select))
+    router.base_gate = BaseGate(width, **where) if spec.gates_base else None
+    unlike = (None, 0) if experts is None else (experts.load, experts.free)
     balance, coefficient = spec.select.balance, spec.select.coefficient
     if balance is not None:
-        balance = named(BALANCES, balance, "state", DOOR)(balance, num_experts, device=device)
+        made = named(BALANCES, balance, "state", DOOR)
+        router.balance = made(balance, num_experts, *unlike, device=device)
     if coefficient is not None:
         made = SCALES[type(coefficient)]
-        coefficient = made(coefficient, spec.select.k, num_experts, device=device)
-    return Router(scorer, spec, select, gate, balance, coefficient)
+        router.coefficient = made(coefficient, spec.select.k, num_experts, device=device)
+    router.target_load, router.free = unlike
+    return router

@@ -53,19 +53,17 @@ def limited(
     capacity: Capacity,
     mask_T: Tensor | None = None,
     *,
-    shares_E: Tensor | None = None,
     passes: bool = False,
 ) -> Routing:
     """The routing without the slots that find no room.
 
     Args:
-        shares_E: parts of all slots that experts are meant to have; None for equal ones.
         passes: where experts change a token, one that found no room passes as it is, because the
             weights are taken for ones that sum to one still.
     """
     E = routing.num_experts
-    if shares_E is None:
-        shares_E = torch.full((E,), 1 / E, dtype=torch.float64, device=routing.logits_TE.device)
+    load = routing.target_load or (1 / E,) * E
+    shares_E = torch.tensor(load, dtype=torch.float64, device=routing.logits_TE.device)
     kept_TK = kept(routing, capacity, shares_E, mask_T)
     return replace(
         routing,
@@ -74,4 +72,5 @@ def limited(
         wanted_TK=routing.indices_TK,
         sums_to_one=routing.sums_to_one and passes,
         soft=False,
+        empty=True,
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.moe.routing import Routing
-from sparsecraft.recipe.balancing import Bias, ByDropRate, BySparsity, Moving
+from sparsecraft.recipe.balancing import Balance, Bias, ByDropRate, BySparsity, Hold, Moving
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +85,21 @@ class SelectionBias(Moves):
     """See `sparsecraft.recipe.balancing.Bias`.
 
     Attributes:
-        shares: parts of all slots that experts are meant to have; None for equal ones.
+        load: parts of all slots that experts are meant to have; None for equal ones.
         values_E: added to the scores that experts are chosen by.
     """
 
     def __init__(
-        self, option: Bias, num_experts: int, shares: Sequence[float] | None = None, *, device=None
+        self,
+        option: Bias,
+        num_experts: int,
+        load: Sequence[float] | None,
+        free: int,
+        *,
+        device=None,
     ):
         super().__init__()
-        self.rate, self.shares = option.rate, shares
+        self.rate, self.load = option.rate, load
         zeros_E = torch.zeros(num_experts, dtype=torch.float32, device=device)
         self.register_buffer("values_E", zeros_E)
 
@@ -104,8 +110,8 @@ class SelectionBias(Moves):
     @torch.no_grad()
     def move(self, own: Seen, every: Sequence[Seen]) -> None:
         wanted_E, fair_E = own.wanted_E, own.wanted_E.mean()
-        if self.shares is not None:
-            fair_E = wanted_E.sum() * wanted_E.new_tensor(self.shares)
+        if self.load is not None:
+            fair_E = wanted_E.sum() * wanted_E.new_tensor(self.load)
         missing_E = fair_E - wanted_E
         self.values_E += self.rate * missing_E.sign().to(self.values_E.device)
 
@@ -114,6 +120,36 @@ class SelectionBias(Moves):
 
     def remove(self, e: int) -> None:
         self.values_E = torch.cat([self.values_E[:e], self.values_E[e + 1 :]])
+
+
+class HoldBack(Moves):
+    """See `sparsecraft.recipe.balancing.Hold`.
+
+    Attributes:
+        value: (), added to the scores of the last `free` experts.
+    """
+
+    def __init__(
+        self,
+        option: Hold,
+        num_experts: int,
+        load: Sequence[float] | None,
+        free: int,
+        *,
+        device=None,
+    ):
+        super().__init__()
+        self.steps, self.free = option.steps, free
+        self.register_buffer("value", torch.tensor(-1.0, dtype=torch.float32, device=device))
+
+    def forward(self, scores_TE: Tensor) -> Tensor:
+        E = scores_TE.shape[-1]
+        held_E = torch.arange(E, device=scores_TE.device) >= E - self.free
+        return scores_TE + held_E * self.value
+
+    @torch.no_grad()
+    def move(self, own: Seen, every: Sequence[Seen]) -> None:
+        self.value.add_(1 / self.steps).clamp_(max=0)
 
 
 class LossScale(Moves):
@@ -159,6 +195,8 @@ class SparsityScale(LossScale):
         self.value.mul_(self.factor ** (self.wanted - mean).sign())
 
 
+# Called with (its options, number of experts, their target load, how many are free, device=).
+BALANCES: dict[type[Balance], Callable[..., Moves]] = {Bias: SelectionBias, Hold: HoldBack}
 SCALES: dict[type[Moving], Callable[..., LossScale]] = {
     ByDropRate: DropRateScale,
     BySparsity: SparsityScale,

@@ -5,6 +5,7 @@ Shapes: B sequences, S positions, T tokens, D width, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from sparsecraft.errors import SparsecraftError
 from sparsecraft.kernels.projections import float32_product
 from sparsecraft.moe.batch import Batch
 from sparsecraft.moe.routers.capacity import limited
-from sparsecraft.moe.routers.moving import LossScale, Moves, SelectionBias
+from sparsecraft.moe.routers.moving import LossScale, Moves
 from sparsecraft.moe.routers.scorer import Scorer
 from sparsecraft.moe.routers.selectors import Sample, Selector
 from sparsecraft.moe.routing import Routing
@@ -40,8 +41,11 @@ class Router(nn.Module):
 
     Attributes:
         base_gate: what the dense network is multiplied by; see `RouterSpec.gates_base`.
-        balance: the bias that experts are chosen by beside their scores.
+        balance: softmax -> what experts are chosen by.
         coefficient: what the layer's balance losses are multiplied by.
+        target_load, free: see `sparsecraft.moe.routing.Routing`.
+        key, previous: what a batch calls the logits of this router and of the one before it, where
+            the scorer reads those.
         runs: whole experts always run as their router selects them.
     """
 
@@ -52,16 +56,18 @@ class Router(nn.Module):
         scorer: Scorer,
         spec: RouterSpec,
         select: Selector,
-        base_gate: BaseGate | None = None,
-        balance: SelectionBias | None = None,
-        coefficient: LossScale | None = None,
     ):
         super().__init__()
         self.scorer = scorer
         self.spec = spec
         self.select = select
-        self.base_gate = base_gate
-        self.balance, self.coefficient = balance, coefficient
+        self.base_gate: BaseGate | None = None
+        self.balance: Moves | None = None
+        self.coefficient: LossScale | None = None
+        self.target_load: Sequence[float] | None = None
+        self.free = 0
+        self.key: Hashable = None
+        self.previous: Hashable = None
         # What the spec answers to every call, asked once.
         self.by_head, self.by_sequence = spec.by_head, spec.by_sequence
         self.in_order, self.sums_to_one = spec.select.in_order, spec.sums_to_one
@@ -83,6 +89,8 @@ class Router(nn.Module):
         # float32 throughout: bf16 logits tie often enough to change which experts are chosen.
         if outputs_TEO is not None:
             logits = self.scorer(x.reshape(-1, x.shape[-1]), outputs_TEO)
+        elif self.spec.reads_previous:
+            logits = self._going_on(x.reshape(-1, x.shape[-1]), batch)
         else:
             logits = self.scorer(self._scored(x, batch)) if scores_TE is None else scores_TE
         if self.spec.standardize is not None:
@@ -103,10 +111,20 @@ class Router(nn.Module):
         # Also top-k of all experts.
         soft = weights_TK.shape == logits.shape and self.wanted is None
         rest = {"outputs_TEO": outputs_TEO, "soft": soft, "heads": self.heads(x.shape[-1])}
-        rest["through_TE"] = through_TE
+        rest |= {"through_TE": through_TE, "target_load": self.target_load, "free": self.free}
         if self.coefficient is not None:
             rest["loss_scale"] = self.coefficient()
-        return Routing(weights_TK, indices_TK, logits, *facts, k=self.wanted, **rest)
+        if self.wanted is not None:
+            rest |= {"k": self.wanted, "empty": True}
+        return Routing(weights_TK, indices_TK, logits, *facts, **rest)
+
+    def _going_on(self, x_TD: Tensor, batch: Batch | None) -> Tensor:
+        """Logits that go on from those of the layer before in the pass of the batch."""
+        if batch is None:
+            return self.scorer(x_TD)
+        logits_TE = self.scorer(x_TD, batch.logits.get(self.previous))
+        batch.logits[self.key] = logits_TE
+        return logits_TE
 
     def limited(self, routing: Routing, mask_T: Tensor | None, passes: bool) -> Routing:
         """The routing without the slots for which its experts have no room, in training; see
