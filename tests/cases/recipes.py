@@ -130,6 +130,12 @@ RECIPES = {
         exact=False,
         **COPIES,
     ),
+    "upcycling_layers": RecipeCase(
+        lambda: sc.recipes.upcycling(num_experts=[2, E], top_k=[1, K]),
+        lambda m: upcycled(m) // E * (2 + E) // 2,  # two blocks
+        families=tuple(name for name, family in FAMILIES.items() if family.ffns == 2),
+        **COPIES,
+    ),
     "upcycling_router": RecipeCase(
         lambda: sc.override(
             sc.recipes.upcycling(num_experts=E, top_k=K),

@@ -56,6 +56,18 @@ def test_recipe_parameters_are_flags_and_deeper_fields_are_set(run, dense, tmp_p
     assert (router.select.k, router.temperature, recipe.variant) == (3, 0.5, "released")
 
 
+def test_numbers_by_layer_are_several_words_of_a_flag(run, fails, dense, tmp_path):
+    out, base = tmp_path / "layers", ("convert", "upcycling", "--model", dense, "--out")
+    run(*base, out, "--num-experts", "2", "4", "--set", "top_k=1,2", "--no-certify")
+    assert sc.load(out).sparsecraft.recipe == sc.recipes.upcycling([2, 4], [1, 2])
+    assert "experts.num_experts by layer: 2, 4" in run("inspect", out)
+    none = tmp_path / "none"
+    assert "has 3 numbers" in fails(*base, none, "--num-experts", "2", "4", "8")
+    assert "In layer 0, --top-k is 3" in fails(*base, none, "--num-experts", "2", "4", "--top-k=3")
+    assert "give one number for each layer" in fails(*base, none, "--num-experts")
+    assert not none.exists()
+
+
 def test_a_repeated_option_adds_to_the_first(run, dense, tmp_path):
     out = tmp_path / "molora"
     changes = ["--set", "router.temperature=0.5", "--seed=1", "--set", "experts.alpha=3"]

@@ -286,6 +286,14 @@ def test_experts_that_no_token_chose_are_run_all_the_same():
     assert "tokens chose 4 of 8 experts; 4 of the others were run" in str(found)
 
 
+def test_shards_that_no_token_chose_are_not_run_alone():
+    """A shard of a network is not the dense function, and the model starts exactly all the same."""
+    recipe = sc.recipes.virtual_groups(num_experts=5, granularity=2, top_k=2)
+    found = sc.convert(dense("gpt2"), recipe).certificate
+    assert found.exact and found.forced == 0
+    assert found.chosen < found.experts
+
+
 def test_layers_that_no_probe_reached_are_counted_and_named():
     """A decoder-only probe does not run what reads images."""
     vision = transformers.CLIPVisionConfig(**VISION)

@@ -95,7 +95,7 @@ def test_from_json_refuses_what_it_does_not_know():
         (
             "edits.0.router.select.K",
             2,
-            ["recipe.edits.0.router.select has no field 'K'", "Known: k, kind"],
+            ["recipe.edits.0.router.select has no field 'K'", "capacity, k, kind"],
         ),
         ("edits.0.router.select", "soft", ["recipe.edits.0.router.select is 'soft'"]),
         ("edits.0.router.select.kind", "softly", ["'softly'", "Did you mean 'soft'"]),

@@ -59,7 +59,7 @@ class AdapterType:
             RecipeError: a field has another value, or the recipe keeps no such value.
         """
         for name, found in self.values(recipe).items():
-            if given.get(name) not in (None, found):
+            if given.get(name) is not None and not _same(given[name], found):
                 raise RecipeError(
                     f"{name} is {given[name]!r} and its recipe has {found!r}; make a new "
                     "configuration instead of changing one of them."
@@ -71,9 +71,21 @@ class AdapterType:
         return {name: _at(data, path) for name, (_, path) in self.fields.items()}
 
 
+def _same(given: Any, found: Any) -> bool:
+    """Whether two values, or numbers by layer, say the same."""
+    lists = [list(value) for value in (given, found) if isinstance(value, (list, tuple))]
+    if not lists:
+        return given == found
+    count = len(lists[0])
+    return all(
+        (list(value) if isinstance(value, (list, tuple)) else [value] * count) == lists[0]
+        for value in (given, found)
+    )
+
+
 def _at(recipe: dict[str, Any], path: str) -> Any:
-    """The value at a dotted path of a recipe's JSON; 0 where PESC's recipe has no LoRA, None where
-    experts are mixed and not selected.
+    """The value at a dotted path of a recipe's JSON, or its numbers by layer; 0 where PESC's recipe
+    has no LoRA, None where experts are mixed and not selected.
 
     Raises:
         RecipeError: the recipe was made by hand and keeps no such value.
@@ -82,6 +94,10 @@ def _at(recipe: dict[str, Any], path: str) -> Any:
         return 0
     data: Any = recipe
     try:
+        number, _, field = path.removeprefix("edits.").partition(".")
+        for by in recipe["edits"][int(number)]["by_layer"] if number.isdigit() else ():
+            if by["field"] == field:
+                return list(by["numbers"])
         for key in path.split("."):
             if key == "k" and data["kind"] == "soft":
                 return None

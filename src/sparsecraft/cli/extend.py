@@ -33,8 +33,9 @@ class ExtendCommand(Command, TrainOptions):
     """Files of the domains that the model knows."""
     out: Path
     """Checkpoint folder to write."""
-    rows: Literal["calibrated", "reset"] = "calibrated"
-    """Of linear routers: the new row is fitted to new against old data; or all are drawn anew."""
+    rows: Literal["calibrated", "ridge", "reset"] = "calibrated"
+    """Of linear routers: the new row is fitted to new against old data, by logistic regression or
+    in closed form by ridge regression; or all are drawn anew."""
     mix: float | None = None
     """Share of the dense model in all tensors that are no expert's; None is 1 / (n + 1)."""
     unrelated: bool = False

@@ -160,7 +160,7 @@ def _extension_line(entry: dict[str, Any]) -> str:
     if "removed" in entry:
         return f"Expert {entry['removed']} was removed; those behind it moved up."
     return (
-        f"Extended by {entry['expert']}: expert {entry['number']}, its routers' rows "
+        f"Extended by {entry['expert']}: expert {words(entry['number'])}, its routers' rows "
         f"{entry['rows']}, {entry['mixed']:.3f} of all other tensors."
     )
 

@@ -258,8 +258,9 @@ class Comparison:
     ) -> None:
         """Run each expert that no token has chosen as if all tokens had."""
         measured, item = self.found[layer], self.layers[layer]
-        if layer.router is None or item.edit.experts.parts or layer.mixes_slots:
-            return
+        experts = item.edit.experts
+        if layer.router is None or experts.parts or experts.shards or layer.mixes_slots:
+            return  # one of them alone is not the dense function
         idle = sorted(set(range(measured.experts)) - measured.chosen)
         if len(args) == 1 and not kwargs and layer.batches is None:  # tokens know of no other
             few = (slice(None),) * (args[0].ndim - 2) + (slice(FEW_TOKENS),)

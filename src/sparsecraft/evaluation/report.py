@@ -16,7 +16,7 @@ from sparsecraft.evaluation.history import history_lines
 from sparsecraft.evaluation.split_report import split_lines
 from sparsecraft.moe import cost
 from sparsecraft.recipe.recipe import Recipe
-from sparsecraft.recipe.words import router_words
+from sparsecraft.recipe.words import count_words, routers_words
 from sparsecraft.surgery.record import conversion_of
 
 
@@ -43,9 +43,10 @@ def describe(folder: str | Path, base: str | None = None) -> list[str]:
 def edit_lines(recipe: Recipe) -> list[str]:
     """One line for each edit of a recipe."""
     return [
-        f"  {e.experts.num_experts} {e.experts.kind} {e.place} "
+        f"  {count_words(e)} {e.experts.kind} {e.place} "
         + (f"every {e.site}" if e.paths == "*" else f"{e.site} at {e.paths}")
-        + (f", router {router_words(e.router)}" if e.router else "")
+        + "".join(f", router {words}" for words in routers_words([e]))
+        + "".join(f"; {numbers}" for numbers in e.by_layer)
         for e in recipe.edits
     ]
 

@@ -65,9 +65,13 @@ def _budget(layers: list[MoELayer], running: Running) -> str:
         return "1.0, every expert runs, which is the dense function"
     words = "the recipe's own rule" if running.budget is None else f"{running.budget:g}"
     if gate.spec.k is not None:
-        beside = f" beside {gate.spec.shared} shared" if gate.spec.shared else ""
-        return f"{words}, {gate.k} of {gate.num_experts} experts{beside}"
+        return f"{words}, {' or '.join(dict.fromkeys(_chosen(layer.router) for layer in layers))}"
     return f"{words}, {gate.spec.select.kind} at threshold {gate.threshold:.4g}"
+
+
+def _chosen(gate: Gate) -> str:
+    beside = f" beside {gate.spec.shared} shared" if gate.spec.shared else ""
+    return f"{gate.k} of {gate.num_experts} experts{beside}"
 
 
 def _calibration(gate: Gate, running: Running) -> str:

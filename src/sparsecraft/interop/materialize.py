@@ -16,7 +16,7 @@ from sparsecraft.moe.layer import MoELayer
 from sparsecraft.surgery.elsewhere import remember
 from sparsecraft.surgery.identity import stands_nowhere
 from sparsecraft.surgery.plan import PlannedEdit
-from sparsecraft.surgery.record import check_stands, conversion_of
+from sparsecraft.surgery.record import check_stands, conversion_of, rewrite
 from sparsecraft.surgery.rollback import atomic
 
 
@@ -50,12 +50,8 @@ def materialize(model: nn.Module) -> Certificate:
     exact: dict[Tensor, Tensor] = {}
     for item, layer in zip(record.plan, record.layers, strict=True):
         exact |= _replaced(item, layer)
-    edits = {
-        item.edit: replace(item.edit, experts=layer.experts.spec)
-        for item, layer in zip(record.plan, record.layers, strict=True)
-    }
-    record.plan = [replace(item, edit=edits[item.edit]) for item in record.plan]
-    record.recipe = replace(record.recipe, edits=tuple(edits[e] for e in record.recipe.edits))
+    full = (layer.experts.spec for layer in record.layers)
+    rewrite(record, [replace(i.edit, experts=s) for i, s in zip(record.plan, full, strict=True)])
     rounded = wide_outputs(model, probes, dtype, exact) if exact and dtype else None
     certificate = compared(before, wide_outputs(model, probes, dtype), rounded, model.dtype)
     if not certificate.exact:

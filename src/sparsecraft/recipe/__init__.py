@@ -34,6 +34,7 @@ from sparsecraft.recipe.scorers import (
     Norm,
     Normal,
     Oracle,
+    Ridge,
     Similarity,
     Uniform,
     Zeros,
@@ -59,7 +60,7 @@ __all__ = [
     "BySparsity", "Capacity", "Deal", "Difference", "Domain", "Edit", "ExpansionSpec",
     "FFNLoRASpec", "FFNSpec", "Fit", "GateSpec", "Head", "HeterogeneousSpec", "Hidden", "Hold",
     "KMeans", "KaimingUniform", "Linear", "LinearParts", "LoRASpec", "MPOSpec", "Norm",
-    "Normal", "Oracle", "Quantize", "ReLU", "Recipe", "Relative", "Residual", "RouterSpec",
-    "Sample", "Sentence", "Sequence", "Share", "Similarity", "Slots", "Soft", "SplitSpec",
-    "Stage", "Token", "TopK", "Uniform", "VectorSpec", "Zeros", "check_variant",
+    "Normal", "Oracle", "Quantize", "ReLU", "Recipe", "Relative", "Residual", "Ridge",
+    "RouterSpec", "Sample", "Sentence", "Sequence", "Share", "Similarity", "Slots", "Soft",
+    "SplitSpec", "Stage", "Token", "TopK", "Uniform", "VectorSpec", "Zeros", "check_variant",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparsecraft.errors import RecipeError
+from sparsecraft.recipe.by_layer import ByLayer, check_by_layer, in_layer
 from sparsecraft.recipe.experts import ExpertsSpec
 from sparsecraft.recipe.numbers import check_whole
 from sparsecraft.recipe.routers import GateSpec, RouterSpec
@@ -51,10 +52,16 @@ class Edit:
     router: RouterSpec | GateSpec | None = None
     modality: Literal["text", "visual"] | None = None
     """Act on the tokens of one modality only, see `mm_token_type_ids` (0 is text)."""
+    by_layer: tuple[ByLayer, ...] = ()
+    """Numbers that differ from layer to layer; the fields themselves say the first layer's."""
 
     def __post_init__(self) -> None:
         check_types(self)
         check_types(self.experts)
+        if self.by_layer:
+            in_order = sorted(self.by_layer, key=lambda by: by.field)
+            object.__setattr__(self, "by_layer", tuple(in_order))
+            check_by_layer(self)
         experts, router = self.experts, self.router
         check_whole("num_experts", experts.num_experts, MOST_EXPERTS)
         _check_place(self)
@@ -73,6 +80,13 @@ class Edit:
             )
         router.check(experts.num_experts)
         _check_reads(self)
+
+    @property
+    def layers(self) -> tuple[Edit, ...]:
+        """What it is in each layer; one for all of them where its numbers are the same."""
+        if not self.by_layer:
+            return (self,)
+        return tuple(in_layer(self, n) for n in range(len(self.by_layer[0].numbers)))
 
     # What a place means, for those who ask; what a layer computes there, `sparsecraft.moe.places`.
 

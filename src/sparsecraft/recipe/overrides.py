@@ -12,6 +12,7 @@ from sparsecraft.recipe.typed import (
     hints_of,
     kind_in,
     kinds_of,
+    options_of,
     parse,
     read,
     shown,
@@ -39,8 +40,9 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
         changes: dotted path -> value. A path is the whole way (`edits.0.router.temperature`), its
             end, or words that occur on it in their order and end as it does (`router.k`, of
             `edits.0.router.select.k`), if they are those of one way only; see also `WORDS`. Text is
-            parsed by the field's type. Options with a kind are given by its word, which keeps
-            those of their fields that the new kind has too, or whole, as JSON.
+            parsed by the field's type. A number of an edit may be a list, one for each layer (as
+            text `4,4,8,8`). Options with a kind are given by its word, which keeps those of their
+            fields that the new kind has too, or whole, as JSON.
 
     Raises:
         RecipeError: no field, or more than one, has that path; or the value does not fit.
@@ -59,10 +61,42 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
         path = min(whole, key=lambda p: found[p][0].count("."), default=next(iter(left)))
         way, value = _only(recipe, fields, path, found[path]), left.pop(path)
         hint = fields[way]
-        value = parse(hint, value) if isinstance(value, str) else value
+        value = _parsed(hint, value)
+        value = _by_layer(data, way, hint, value)
         _put(data, way, _whole(hint, value, _at(data, way)) if specs_of(hint) else value)
     # Checked once, when all changes are made: some values can only change together.
     return read(Recipe, data, "recipe")
+
+
+def _parsed(hint: Any, value: Any) -> Any:
+    """Text by the field's type; where that is a number, numbers between commas are several."""
+    if not isinstance(value, str):
+        return value
+    found = parse(hint, value)
+    if isinstance(found, str) and "," in found and _is_number(hint):
+        return [parse(hint, part) for part in found.strip("[]").split(",")]
+    return found
+
+
+def _is_number(hint: Any) -> bool:
+    options = options_of(hint)
+    return not {int, float}.isdisjoint(options) and not any(map(typing.get_origin, options))
+
+
+def _by_layer(data: dict[str, Any], way: str, hint: Any, value: Any) -> Any:
+    """The value to put there: of numbers for each layer of an edit, which go to its `by_layer`, the
+    first. What that said before of the field, or of fields below it, goes away."""
+    head, number, field = [*way.split(".", 2), "", ""][:3]
+    if head != "edits" or not field or field.startswith("by_layer"):
+        return value
+    edit = data["edits"][int(number)]
+    edit["by_layer"] = [
+        by for by in edit["by_layer"] if not f"{by['field']}.".startswith(f"{field}.")
+    ]
+    if not (_is_number(hint) and isinstance(value, (list, tuple)) and value):
+        return value
+    edit["by_layer"].append({"field": field, "numbers": list(value)})
+    return value[0]
 
 
 def _listed(value: Any) -> Any:

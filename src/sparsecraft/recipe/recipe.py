@@ -71,6 +71,11 @@ class Recipe:
             )
 
     @property
+    def layers(self) -> tuple[Edit, ...]:
+        """Every edit as it is in each layer; see `Edit.layers`."""
+        return tuple(layer for edit in self.edits for layer in edit.layers)
+
+    @property
     def quantization(self) -> str | None:
         """How the weights of the dense model are packed: `nf4`, `fp4`, `int8`, or None."""
         return self.backbone.kind if isinstance(self.backbone, Quantize) else None

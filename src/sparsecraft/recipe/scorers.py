@@ -6,6 +6,7 @@ below its base, and one line: `sparsecraft.moe.routers.build.register(it, what c
 
 from __future__ import annotations
 
+import math
 from abc import ABC
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -34,6 +35,10 @@ class Start(ABC):
     def __post_init__(self) -> None:
         check_types(self)
 
+    def factor(self, deviation: float) -> float:
+        """What rows that were found in data, of this standard deviation, are multiplied by."""
+        return 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class KaimingUniform(Start):
@@ -58,6 +63,9 @@ class Spread(Start):
     def __post_init__(self) -> None:
         check_types(self)
         check_deviation(self.std, "start.std")
+
+    def factor(self, deviation: float) -> float:
+        return self.std / deviation
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +100,31 @@ class KMeans(Spread):
     kind: Literal["kmeans"] = field(default="kmeans", kw_only=True)
     std: float = 0.02
     reads = "data"
+
+
+@dataclass(frozen=True, slots=True)
+class Ridge(Start):
+    """A ridge regression on which domain a token is of (DUME), centered over the experts; see
+    `sparsecraft.moe.init.domains.Regression`."""
+
+    kind: Literal["ridge"] = field(default="ridge", kw_only=True)
+    scale: float = 10.0
+    """Factor on the regression's scores, which lie about 0 and 1, so that their softmax would be
+    flat: one over a temperature (0.1 in the released code)."""
+    penalty: float = 0.01
+    """Lambda, the weight of the squares of the rows (0.01 in the released code)."""
+    reads = "domains"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("scale", "penalty"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise RecipeError(
+                    f"start.{name} is {getattr(self, name)}; it must be a positive number."
+                )
+
+    def factor(self, deviation: float) -> float:
+        return self.scale
 
 
 # ------------------------------------------------------------------------- scorers of whole experts
@@ -301,7 +334,7 @@ class Oracle(PartScorerSpec):
 
 
 for option in (
-    KaimingUniform, Zeros, Normal, Uniform, Hidden, KMeans, Linear, Domain,
+    KaimingUniform, Zeros, Normal, Uniform, Hidden, KMeans, Ridge, Linear, Domain,
     LinearParts, Similarity, MLP, Norm, Analytic, Oracle,
 ):  # fmt: skip
     add_kind(option)

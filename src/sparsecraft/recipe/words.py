@@ -27,14 +27,26 @@ def router_words(router: RouterSpec | GateSpec) -> str:
     return f"{scorer}, top-{select.k}{' renormalized' if select.renormalize else ''}"
 
 
+def routers_words(edits: Iterable[Edit]) -> list[str]:
+    """The routers of some edits in all their layers, each once."""
+    layers = (layer for edit in edits for layer in edit.layers)
+    return list(dict.fromkeys(router_words(e.router) for e in layers if e.router))
+
+
+def count_words(edit: Edit) -> str:
+    """How many experts stand at a site: `8`, or `2 to 8` where layers differ."""
+    counts = sorted({layer.experts.num_experts for layer in edit.layers})
+    return " to ".join(dict.fromkeys((str(counts[0]), str(counts[-1]))))
+
+
 def facts(recipe: Recipe) -> dict[str, str]:
     """What distinguishes a recipe from another, in a few words each."""
     edits = recipe.edits
     return {
         "paper": recipe.paper,
         "placement": _once(f"{e.place} {e.site}" for e in edits),
-        "experts": _once(f"{e.experts.num_experts} {e.experts.kind}" for e in edits),
-        "router": _once(router_words(e.router) for e in edits if e.router) or "none",
+        "experts": _once(f"{count_words(e)} {e.experts.kind}" for e in edits),
+        "router": ", ".join(routers_words(edits)) or "none",
         "exact_at_start": "yes" if recipe.exact_at_start else "no",
     }
 
@@ -63,8 +75,8 @@ def experts_words(edits: Iterable[Edit]) -> str:
     sites: dict[tuple, list[str]] = {}
     for edit in edits:
         one, several = edit.experts.words
-        count = edit.experts.num_experts
-        key = (count, one if count == 1 else several, edit.place, edit.modality)
+        count = count_words(edit)
+        key = (count, one if count == "1" else several, edit.place, edit.modality)
         sites.setdefault(key, []).append(SITES[edit.site])
     said = []
     for (count, experts, place, modality), names in sites.items():
@@ -92,14 +104,13 @@ def in_table(recipes: Mapping[str, Callable[..., Recipe]], pages: str | None = N
     for name, recipe in sorted(((n, make()) for n, make in recipes.items()), key=order):
         variants = typing.get_args(typing.get_type_hints(recipes[name]).get("variant"))
         also = f"; variants {', '.join(f'`{v}`' for v in variants)}" if variants else ""
-        routers = dict.fromkeys(router_words(e.router) for e in recipe.edits if e.router)
         rows.append(
             (
                 f"`{name}`" if pages is None else f"[`{name}`]({pages}{name}.md)",
                 recipe.title,
                 recipe.paper + also,
                 experts_words(recipe.edits),
-                "; ".join(routers) or "none",
+                "; ".join(routers_words(recipe.edits)) or "none",
                 "yes" if recipe.exact_at_start else "no",
             )
         )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from sparsecraft.errors import RecipeError, did_you_mean
 from sparsecraft.recipe import Recipe
+from sparsecraft.recipe.lists import takes_lists
 from sparsecraft.recipes.adapter import adapter
 from sparsecraft.recipes.bam import bam
 from sparsecraft.recipes.btx import btx
@@ -63,6 +64,8 @@ __all__ = [
     "upit",
     "virtual_groups",
 ]
+
+globals().update({name: takes_lists(globals()[name]) for name in __all__})
 
 
 def __dir__() -> list[str]:

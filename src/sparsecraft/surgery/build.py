@@ -26,7 +26,7 @@ def build_layer(
     """The layer for one planned edit, without its base, on the donor's device by default.
 
     Args:
-        number: of the layer, so that random partitions differ, and the first may be soft.
+        number: of the planned edit, so that random partitions differ.
     """
     edit, site = item.edit, item.site
     experts, router = build_parts(model, item, number=number, device=device)
@@ -61,7 +61,7 @@ def build_parts(
         where = {"outputs": experts.out_features, "device": device, "dtype": dtype}
         key, before = item.previous or (None, None)
         where |= {"previous": before, "experts": edit.experts}
-        router = build_router(spec.in_layer(number), width, count, **where)
+        router = build_router(spec.in_layer(item.layer), width, count, **where)
         router.key, router.previous = item.claim, key
     return experts, router
 

@@ -56,7 +56,7 @@ def left_out(
     linears, found = placed_linears(model), {}
     experts = [mixture.path for mixture in mixtures(model)]
     for edit in recipe.edits:
-        reached = [path for item in edits if item.edit == edit for path in _reached(item.site)]
+        reached = [path for item in edits if item.source == edit for path in _reached(item.site)]
         for reason, path in _missed(edit, reached, linears, experts):
             if fnmatch.fnmatch(path, edit.paths):
                 found.setdefault(reason, {})[path] = None

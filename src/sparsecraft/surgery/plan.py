@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from sparsecraft.dense.donors import Attention, Donor, view
+from sparsecraft.dense.layers import layers_at
 from sparsecraft.dense.mixtures import inside, mixtures
 from sparsecraft.dense.once import looked_at_once
 from sparsecraft.dense.sites import Site, find_sites
 from sparsecraft.dense.tokens import Reads, is_causal, is_sequence_first, reads
-from sparsecraft.errors import SparsecraftError, SurgeryError
+from sparsecraft.errors import RecipeError, SparsecraftError, SurgeryError
 from sparsecraft.moe.context import looks_at_sequences
+from sparsecraft.recipe.by_layer import has_number, together
 from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.attention_proof import prove
@@ -27,12 +29,17 @@ class PlannedEdit:
     tokens arrive there.
 
     Attributes:
+        edit: with the numbers of the layer.
+        source: the edit as the recipe has it, for all layers.
+        layer: the number of the layer, see `sparsecraft.dense.layers`.
         previous: claim of the layer before it in its stack, and the number of its experts, where
             the router goes on from its logits; None in the first one.
     """
 
     site: Site
     edit: Edit
+    source: Edit
+    layer: int
     donor: Donor
     reads: Reads
     previous: tuple[Hashable, int] | None = None
@@ -52,12 +59,13 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
         DonorError: the model's family has no feed-forward network that we can read.
         SurgeryError: no site matches an edit, two edits claim one site, or an edit lies inside a
             module that another edit replaces.
-        RecipeError: an unknown component, or a model that is quantized differently.
+        RecipeError: an unknown component, a model that is quantized differently, or numbers by
+            layer for a model that has fewer or more.
     """
     planned = [
-        PlannedEdit(site, edit, view(model, site), reads(model, site.path))
+        PlannedEdit(site, layer, edit, number, view(model, site), reads(model, site.path))
         for edit in recipe.edits
-        for site in _sites(model, edit)
+        for site, layer, number in _by_layer(model, edit, _sites(model, edit))
     ]
     for item in planned:
         if isinstance(item.donor, Attention):
@@ -94,7 +102,7 @@ def _linked(planned: list[PlannedEdit]) -> list[PlannedEdit]:
     linked = []
     for item in planned:
         if item.edit.router is not None and item.edit.router.reads_previous:
-            key = id(item.edit), re.split(r"\.\d+(?:\.|$)", item.site.path)[0]
+            key = id(item.source), re.split(r"\.\d+(?:\.|$)", item.site.path)[0]
             item = replace(item, previous=last.get(key))
             last[key] = item.claim, item.edit.experts.num_experts
         linked.append(item)
@@ -119,6 +127,45 @@ def _sites(model: nn.Module, edit: Edit) -> list[Site]:
             raise
         found = []
     return [site for site in found if not inside(site.path, owners)] + blocks
+
+
+def _by_layer(model: nn.Module, edit: Edit, sites: list[Site]) -> Iterator[tuple[Site, Edit, int]]:
+    """Each site, the edit with the numbers of its layer, and the number of that."""
+    paths, numbers = layers_at(model, [site.path for site in sites])
+    layers = edit.layers
+    if edit.by_layer and len(layers) != len(paths):
+        around = " to ".join(dict.fromkeys((paths[0], paths[-1])))
+        raise RecipeError(
+            f"{edit.by_layer[0].field} has {len(layers)} numbers, and {type(model).__name__} has "
+            f"{len(paths)} layers at {edit.site!r} sites ({around}); give one number for each."
+        )
+    for site, number in zip(sites, numbers, strict=True):
+        yield site, layers[number if edit.by_layer else 0], number
+
+
+def rewritten(recipe: Recipe, parts: Iterable[tuple[PlannedEdit, Edit]]) -> dict[Edit, Edit]:
+    """What edits of a recipe become when the layers that they are planned for get others.
+
+    Args:
+        parts: planned edits, and what each shall be.
+
+    Returns:
+        old -> new, for those edits of the recipe that are planned at all.
+    """
+    found: dict[Edit, dict[int, Edit]] = {}
+    for item, edit in parts:
+        found.setdefault(item.source, {})[item.layer] = edit
+    new = {}
+    for old in (edit for edit in recipe.edits if edit in found):
+        layers = found[old]
+        first = next(iter(layers.values()))  # also of layers where it has no site
+        if not old.by_layer:
+            new[old] = first
+            continue
+        edits = [layers.get(number, first) for number in range(len(old.layers))]
+        also = [by.field for by in old.by_layer if has_number(first, by.field)]
+        new[old] = together(edits, also)
+    return new
 
 
 def _check_nesting(outer: PlannedEdit, inner: PlannedEdit) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from sparsecraft.errors import SurgeryError
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.own_loss import OwnLoss
 from sparsecraft.moe.routers.running import Running
+from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.recipe.stages import Stage
-from sparsecraft.surgery.plan import PlannedEdit
+from sparsecraft.surgery.plan import PlannedEdit, rewritten
 
 
 @dataclass(slots=True)
@@ -148,6 +150,20 @@ def conversion_of(model: nn.Module) -> Conversion:
     if not is_converted(model):
         raise SurgeryError(f"This {type(model).__name__} is dense; call sc.convert first.")
     return model.sparsecraft
+
+
+def rewrite(record: Conversion, edits: Sequence[Edit]) -> None:
+    """Let the record say that these edits are what stands at the sites of its plan, one for each.
+
+    Raises:
+        RecipeError: the recipe would make no sense; nothing is changed.
+    """
+    new = rewritten(record.recipe, zip(record.plan, edits, strict=True))
+    record.recipe = replace(record.recipe, edits=tuple(new.values()))
+    record.plan = [
+        replace(item, edit=edit, source=new[item.source])
+        for item, edit in zip(record.plan, edits, strict=True)
+    ]
 
 
 def check_stands(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 
+import numpy
 import pytest
 import torch
 from torch.nn import functional as F
@@ -20,7 +21,7 @@ from sparsecraft.errors import DataError, RecipeError, SparsecraftError
 from sparsecraft.evaluation.report import describe
 from sparsecraft.moe.init.centers import Centers
 from tests import tiny
-from tests.cases import VOCAB, dense, layers
+from tests.cases import VOCAB, dense, layers, moved
 
 SUBJECTS = {
     "sums": ["add three and four", "what is nine times two", "divide ten by five"],
@@ -226,8 +227,52 @@ def test_rows_start_from_the_centered_means_of_what_the_router_reads(recipe):
         assert weight_ED.square().mean().sqrt().item() == pytest.approx(0.05, rel=1e-4)
 
 
+def test_rows_start_from_a_regression_on_the_real_tokens():
+    """By numpy, on the inputs of every sequence alone: padding does not count."""
+    model, given = dense("llama"), [batches(seed) for seed in range(3)]
+    read = [inputs_of_ffns(model, domain) for domain in given]
+    recipe = sc.override(
+        sc.recipes.upcycling(num_experts=3), {"router.start": "ridge", "start.scale": 4.0}
+    )
+    sc.convert(model, recipe, domains=given)
+    for n, layer in enumerate(layers(model)):
+        x = [torch.stack(of_layers[n]).double().numpy() for of_layers in read]
+        y = [numpy.repeat(numpy.eye(3)[[e]], len(of_domain), 0) for e, of_domain in enumerate(x)]
+        x, y = numpy.concatenate(x), numpy.concatenate(y)
+        wanted = numpy.linalg.solve(x.T @ x + 0.01 * numpy.eye(x.shape[1]), x.T @ y).T
+        wanted = 4.0 * (wanted - wanted.mean(0))
+        found = layer.router.scorer.weight.detach().double().numpy()
+        numpy.testing.assert_allclose(found, wanted, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+def test_without_training_tokens_go_to_the_expert_of_their_domain(family):
+    """Two dense models, each of other words: held-out sequences of each."""
+    halves = [{"low": 3, "high": 20}, {"low": VOCAB - 17, "high": VOCAB}]
+    sizes = ((8, 12),) * 8
+    domains = [batches(seed, sizes, **half) for seed, half in enumerate(halves)]
+    shares = {}
+    for start in ("ridge", "normal"):
+        model = dense(family)
+        recipe = sc.override(sc.recipes.btx(2), {"router.start": start, "router.select.k": 1})
+        given = {"domains": domains} if start == "ridge" else {}
+        sc.convert(model, recipe, sources=[moved(family, 1, 0.01), moved(family, 2, 0.01)], **given)
+        for e, half in enumerate(halves):
+            for batch in batches(10 + e, ((4, 10),), **half):
+                inputs = {"input_ids": batch["input_ids"]}
+                if family == "t5":
+                    inputs["decoder_input_ids"] = batch["input_ids"]
+                with torch.no_grad(), sc.trace(model) as routing:
+                    model(**inputs)
+                chosen = torch.cat([r.indices_TK.flatten() for r in routing.values()])
+                shares[start, e] = (chosen == e).double().mean().item()
+    assert min(shares["ridge", 0], shares["ridge", 1]) > 0.7
+    assert shares["ridge", 0] + shares["ridge", 1] > 1.65
+    assert shares["normal", 0] + shares["normal", 1] < 1.4
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bert", "t5"])
-@pytest.mark.parametrize("init", ["hidden", "kmeans"])
+@pytest.mark.parametrize("init", ["hidden", "kmeans", "ridge"])
 def test_other_families_start_from_data_too(family, init):
     recipe = sc.override(sc.recipes.upcycling(num_experts=2), {"router.init": init})
     model = dense(family)
@@ -235,8 +280,9 @@ def test_other_families_start_from_data_too(family, init):
     assert report.certificate.exact
     for layer in layers(model):
         weight_ED = layer.router.scorer.weight
-        assert weight_ED.square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-4)
-        if init == "hidden":
+        if init != "ridge":  # which keeps the regression's own size
+            assert weight_ED.square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-4)
+        if init != "kmeans":
             torch.testing.assert_close(weight_ED.sum(0), torch.zeros(32), atol=1e-6, rtol=0)
 
 
@@ -298,6 +344,10 @@ def test_what_does_not_fit_is_refused_and_the_model_stays_dense(tmp_path, encode
     refused("start='hidden' .* give domains=", (), hidden)
     refused("start='hidden' .* give domains=", torch.randn(3, 384), hidden)
     refused("start='kmeans' .* data=", (), kmeans)
+    ridge = sc.override(sc.recipes.upcycling(num_experts=3), {"router.start": "ridge"})
+    refused("start='ridge' .* give domains=", (), ridge)
+    with pytest.raises(RecipeError, match="penalty is 0"):
+        sc.override(ridge, {"start.penalty": 0.0})
     for recipe, domains in ((sc.recipes.upcycling(), ()), (kmeans, TEXTS)):
         unread = {"data": "nowhere.jsonl", "certify": False, "tokenizer": tiny.tokenizer()}
         refused("certify=False .* compares nothing", domains, recipe, **unread)

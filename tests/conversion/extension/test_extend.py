@@ -6,6 +6,7 @@ import copy
 import json
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch.nn import functional as F
@@ -13,7 +14,13 @@ from torch.nn import functional as F
 import sparsecraft as sc
 from sparsecraft.cli.main import main
 from sparsecraft.conversion.domains.domain import Domain
-from sparsecraft.conversion.extension.router_row import RIDGE, fit_row, inputs_of
+from sparsecraft.conversion.extension.router_row import (
+    RIDGE,
+    SURE,
+    fit_row,
+    inputs_of,
+    ridge_row,
+)
 from sparsecraft.conversion.sources.gather import donor_tensors
 from sparsecraft.errors import DataError, RecipeError, SourceError, SurgeryError
 from sparsecraft.moe.layer import MoELayer
@@ -228,6 +235,42 @@ def test_the_row_is_the_minimum_of_a_logistic_regression(wanted):
     (gradient,) = torch.autograd.grad(loss, row_D)
     assert gradient.abs().max() < 1e-4
     assert probability(own_TD, own_TE).mean() > probability(other_TD, other_TE).mean()
+
+
+@pytest.mark.parametrize("wanted", [1.0, 0.6])
+def test_the_row_by_ridge_is_the_least_squares_of_numpy(wanted):
+    """Each token asks for its margin over the others' logits; both kinds weigh the same."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    own_TD, other_TD = draw(300, 8) + 0.5, 3 * draw(100, 8)
+    own_TE, other_TE = draw(300, 3), draw(100, 3)
+    found = ridge_row(own_TD, own_TE, other_TD, other_TE, wanted)
+    size = numpy.sqrt(torch.cat([own_TD, other_TD]).double().square().mean().item())
+    rows, targets = [], []
+    for x_TD, z_TE, p in ((own_TD, own_TE, min(wanted, SURE)), (other_TD, other_TE, 1 - SURE)):
+        for x, z in zip(x_TD.double().tolist(), z_TE.double().tolist(), strict=True):
+            root = (1 / (2 * len(x_TD))) ** 0.5
+            rows.append([root * value / size for value in x])
+            offset = numpy.log(sum(numpy.exp(value) for value in z))
+            targets.append(root * (offset + numpy.log(p / (1 - p))))
+    rows += (RIDGE**0.5 * numpy.eye(8)).tolist()
+    targets += [0.0] * 8
+    wanted_D = numpy.linalg.lstsq(numpy.array(rows), numpy.array(targets), rcond=None)[0] / size
+    numpy.testing.assert_allclose(found.numpy(), wanted_D, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["btx", "switch", "upcycling", "linear"])
+def test_a_new_expert_by_ridge_gets_its_own_tokens_and_leaves_the_others_their_bits(name):
+    model = mixture(name)
+    x_TD = tokens(layers(model)[0])
+    before_TE = layers(model)[0].router(x_TD).logits_TE
+    report = sc.extend(model, moved("llama", 3), NEW, OLD, rows="ridge")
+    assert report.rows == "ridge"
+    assert report.share_new > 0.6 and report.share_old < 0.25
+    assert torch.equal(layers(model)[0].router(x_TD).logits_TE[:, :2], before_TE)
 
 
 def test_a_calibrated_new_expert_gets_its_own_tokens():

@@ -7,8 +7,9 @@ Shapes: B sequences, S positions, T tokens, D width, E experts, M width of the e
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -28,7 +29,9 @@ from sparsecraft.data.batches import as_batches
 from sparsecraft.data.sentences import embed
 from sparsecraft.errors import DataError, RecipeError
 from sparsecraft.moe.init.centers import Centers
+from sparsecraft.moe.init.domains import Means, OfDomains
 from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.routers.starts import gathering
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.plan import PlannedEdit
 from sparsecraft.surgery.record import tokenizer_of
@@ -90,7 +93,7 @@ def find_starts(
     given = [Domain.of(domain) for domain in domains]
     found = (
         _embeddings(model, plan, given, tokenizer)
-        | _mean_inputs(model, plan, given, tokenizer)
+        | _from_domains(model, plan, given, tokenizer)
         | _centers(model, plan, given, data, tokenizer, seed)
     )
     tensors = tuple(found.get(n) for n in range(len(plan)))
@@ -105,7 +108,7 @@ def check_given(
     Raises:
         RecipeError: so it is.
     """
-    edits = [edit for edit in recipe.edits if edit.router is not None]
+    edits = [edit for edit in recipe.layers if edit.router is not None]
     by_domain = [edit for edit in edits if edit.router.of_domains]
     hidden, kmeans = (
         [edit for edit in edits if edit.router.starts_from == what] for what in ("domains", "data")
@@ -125,8 +128,9 @@ def check_given(
             )
     if hidden and (isinstance(domains, Tensor) or not count):
         raise RecipeError(
-            "router.start='hidden' is the mean of what the router reads of each expert's domain; "
-            "give domains=[...] (--domains, --prompts): a data set or texts for each expert."
+            f"router.start={hidden[0].router.scorer.start.kind!r} is made of what the router reads "
+            "of each expert's domain; give domains=[...] (--domains, --prompts): a data set or "
+            "texts for each expert."
         )
     if kmeans and (isinstance(domains, Tensor) or (not count and data is None)):
         raise RecipeError(
@@ -175,30 +179,36 @@ def embed_domains(
     """
     given = [Domain.of(domain) for domain in domains]
     if encoder == "self":
-        last_EM = _means(model, [], given, tokenizer)[-1]
-        return nn.functional.normalize(last_EM, dim=-1).float().cpu()
+        means = Means(len(given))
+        _read(model, [], given, tokenizer, lambda tensors, e: means.take(tensors[-1], e))
+        return nn.functional.normalize(_rows(means, given), dim=-1).float().cpu()
     return torch.stack([embed(domain.texts(), encoder).mean(0) for domain in given])
 
 
-def _means(
-    model: nn.Module, items: Sequence[PlannedEdit], domains: Sequence[Domain], tokenizer: Any
-) -> list[Tensor]:
-    """For each item the mean of what its router reads of each domain, (E, D) float64, and behind
-    them that of the last hidden states."""
-    means: list[list[Tensor]] = []
-    for domain in domains:
-        sums, counts = [0.0] * (len(items) + 1), [0] * (len(items) + 1)
+def _read(
+    model: nn.Module,
+    items: Sequence[PlannedEdit],
+    domains: Sequence[Domain],
+    tokenizer: Any,
+    take: Callable[[list[Tensor], int], None],
+) -> None:
+    """Give `take`, with the domain's number, for each item what its router reads of the domain's
+    tokens, (T, D), and behind them the last hidden states."""
+    for e, domain in enumerate(domains):
+        batches = domain_batches(model, domain, tokenizer)
+        read_inputs(model, items, batches, partial(lambda e, tensors: take(tensors, e), e))
 
-        def take(tensors: list[Tensor], sums=sums, counts=counts) -> None:
-            for n, x_TD in enumerate(tensors):
-                sums[n] = sums[n] + x_TD.double().sum(0)
-                counts[n] += len(x_TD)
 
-        read_inputs(model, items, domain_batches(model, domain, tokenizer), take)
-        if not all(counts):
-            raise DataError(f"The domain {domain.name} gave no token.")
-        means.append([total / count for total, count in zip(sums, counts, strict=True)])
-    return [torch.stack(of_domains) for of_domains in zip(*means, strict=True)]
+def _rows(found: OfDomains, domains: Sequence[Domain]) -> Tensor:
+    """What it makes of the domains.
+
+    Raises:
+        DataError: a domain had no token.
+    """
+    if 0 in found.counts:
+        name = domains[found.counts.index(0)].name
+        raise DataError(f"The domain {name} gave no token.")
+    return found.rows()
 
 
 def _starting_from(what: str, plan: Sequence[PlannedEdit]) -> dict[int, PlannedEdit]:
@@ -224,16 +234,23 @@ def _embeddings(
     return found
 
 
-def _mean_inputs(
+def _from_domains(
     model: nn.Module, plan: Sequence[PlannedEdit], domains: Sequence[Domain], tokenizer: Any
 ) -> dict[int, Tensor]:
-    """For each router that starts from domains the mean of what it reads of each, (E, D)."""
+    """For each router that starts from domains what it makes of what it reads of them, (E, D)."""
     items = _starting_from("domains", plan)
     if not items:
         return {}
+    starts = [item.edit.router.scorer.start for item in items.values()]
+    found = [gathering(start, len(domains)) for start in starts]
+
+    def take(tensors: list[Tensor], e: int) -> None:
+        for each, x_TD in zip(found, tensors[:-1], strict=True):
+            each.take(x_TD, e)
+
+    _read(model, list(items.values()), domains, tokenizer, take)
     names = [domain.name for domain in domains]
-    means = _means(model, list(items.values()), domains, tokenizer)[:-1]
-    return {n: distinct(mean_ED, names) for n, mean_ED in zip(items, means, strict=True)}
+    return {n: distinct(_rows(each, domains), names) for n, each in zip(items, found, strict=True)}
 
 
 def _centers(

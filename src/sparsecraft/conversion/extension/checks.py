@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
+from sparsecraft.conversion.extension.router_row import FITS
 from sparsecraft.errors import DataError, RecipeError
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.surgery.record import Conversion
 
 
-def count_experts(recipe: Recipe) -> int:
-    """How many experts each layer has; refuse what is not made of whole networks."""
+def count_experts(recipe: Recipe) -> tuple[int, ...]:
+    """How many experts the layers have, one number where all have as many; refuse what is not made
+    of whole networks."""
     for edit in recipe.edits:
         spec, router = edit.experts, edit.router
         if spec.comes_from != "network" or router is None:
@@ -31,13 +33,15 @@ def count_experts(recipe: Recipe) -> int:
                 f"The experts of recipe {recipe.name!r} are shards of networks, or share rows of "
                 "their routers; a whole network is none of them."
             )
-    counts = {edit.experts.num_experts for edit in recipe.edits}
+    counts = {tuple(e.experts.num_experts for e in edit.layers) for edit in recipe.edits}
     if len(counts) > 1:
+        said = " and ".join(", ".join(map(str, numbers)) for numbers in sorted(counts))
         raise RecipeError(
-            f"The layers of recipe {recipe.name!r} have {sorted(counts)} experts; one that is "
-            "added or removed must have the same number in all."
+            f"The edits of recipe {recipe.name!r} have {said} experts; one that is added or "
+            "removed must be in all of them, which needs as many in each."
         )
-    return counts.pop()
+    numbers = counts.pop()
+    return numbers if len(set(numbers)) > 1 else numbers[:1]
 
 
 def check_domains(
@@ -47,8 +51,8 @@ def check_domains(
     routers = [edit.router for edit in record.recipe.edits]
     by_domain = any(router.of_domains for router in routers)
     linear = [router for router in routers if not router.of_domains]
-    if rows not in ("calibrated", "reset"):
-        raise RecipeError(f"rows is {rows!r}; it must be 'calibrated' or 'reset'.")
+    if rows not in (*FITS, "reset"):
+        raise RecipeError(f"rows is {rows!r}; it must be 'calibrated', 'ridge' or 'reset'.")
     if embedding is not None and not by_domain:
         raise RecipeError(
             f"An embedding is given and the routers of {record.recipe.name!r} are linear; give "
@@ -69,7 +73,7 @@ def check_domains(
             "The model was converted without domains, so that its routers know random embeddings "
             "and no data fits in among them; convert with domains, or give an embedding."
         )
-    if linear and rows == "calibrated":
+    if linear and rows in FITS:
         if data is None or old_data is None:
             raise DataError(
                 "The new row of a linear router is fitted to new and old data; give both (--data, "

@@ -23,6 +23,7 @@ from sparsecraft.conversion.domains.domain import Domain
 from sparsecraft.conversion.extension.checks import check_domains, count_experts, share_of_source
 from sparsecraft.conversion.extension.router_row import (
     BATCHES,
+    FITS,
     embedding_of,
     inputs_of,
     row_of,
@@ -35,18 +36,24 @@ from sparsecraft.conversion.sources.source import Source, open_source
 from sparsecraft.dense.digests import combine, digest
 from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import SurgeryError
-from sparsecraft.evaluation.history import arrived_lines
+from sparsecraft.evaluation.history import arrived_lines, words
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import dense_tensors
 from sparsecraft.moe.routers.build import build_router
 from sparsecraft.recipe.edits import Edit
 from sparsecraft.surgery.identity import stands_nowhere
-from sparsecraft.surgery.record import Conversion, check_stands, conversion_of, is_converted
+from sparsecraft.surgery.record import (
+    Conversion,
+    check_stands,
+    conversion_of,
+    is_converted,
+    rewrite,
+)
 from sparsecraft.surgery.rollback import atomic
 
 log = logging.getLogger("sparsecraft")
 
-Rows = Literal["calibrated", "reset"]
+Rows = Literal["calibrated", "ridge", "reset"]
 # What every layer's router reads of the new and of the old tokens, (T, D) each; None without data.
 Seen = Sequence[list[Tensor] | None]
 
@@ -60,10 +67,11 @@ class Extension:
 
     Attributes:
         expert: name of the dense model.
-        number: of the new expert, in every layer.
+        number: of the new expert, in every layer; where they have different numbers of experts,
+            one for each layer.
         mixed: lambda, the dense model's share of all tensors that are no expert's.
         rows: how routers know the new expert: `projected` from its domain's embedding,
-            `calibrated` on data, or `reset` with all others.
+            `calibrated` on data, by `ridge` regression on data, or `reset` with all others.
         share_new: share of the new tokens that the new expert gets before any training, by
             weight, mean over layers; None without data, or where routers do not decide by token.
         share_old: of the old tokens.
@@ -71,7 +79,7 @@ class Extension:
     """
 
     expert: str
-    number: int
+    number: int | tuple[int, ...]
     mixed: float
     rows: str
     share_new: float | None = None
@@ -79,8 +87,9 @@ class Extension:
     arrived: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        which = self.number if isinstance(self.number, int) else f"the last ({words(self.number)})"
         text = (
-            f"{self.expert} is expert {self.number} of every layer, its router's row {self.rows}; "
+            f"{self.expert} is expert {which} of every layer, its router's row {self.rows}; "
             f"of all other tensors {self.mixed:.3f} is its own."
         )
         shares = (("new", self.share_new), ("old", self.share_old))
@@ -121,8 +130,8 @@ def extend(
         tokenizer: of the model, for texts; None takes that of its base.
         embedding: (M,) of the domain, instead of one from `data`.
         base: the dense model, where it embedded the domains and its folder is not known any more.
-        rows: of linear routers; `reset` draws those of all experts anew (Nexus's baseline).
-        mix: lambda; None is 1 / (n + 1), with n experts so far (Nexus, 3.3).
+        rows: of linear routers; `ridge` is in closed form, `reset` draws all anew (Nexus).
+        mix: lambda; None is 1 / (n + 1), with n experts so far (Nexus, 3.3), the most of a layer.
         unrelated: let a model without a common ancestor pass.
         seed: of `reset`.
 
@@ -136,7 +145,7 @@ def extend(
     count = count_experts(record.recipe)
     by_domain = check_domains(record, data, old_data, embedding, rows)
     source = _opened(model, record, expert, unrelated)
-    share = share_of_source(mix, count)
+    share = share_of_source(mix, max(count))
     given = [None if d is None else Domain.of(d, BATCHES) for d in (data, old_data)]
     if by_domain:
         embedding = embedding_of(model, record, given[0], embedding, base, tokenizer)
@@ -145,8 +154,13 @@ def extend(
     _join(model, record, source, _new_rows(record, seen, embedding, rows), seed)
     check_weights(model, SurgeryError)
     how = "projected" if by_domain else rows
-    result = Extension(source.name, count, share, how, *_shares(record, seen))
+    result = Extension(source.name, _number(count), share, how, *_shares(record, seen))
     return _noted(record, replace(result, arrived=_arrived(model, record, source)))
+
+
+def _number(count: tuple[int, ...]) -> int | tuple[int, ...]:
+    """Of an expert that comes to as many as `count_experts` found."""
+    return count if len(count) > 1 else count[0]
 
 
 def _arrived(model: nn.Module, record: Conversion, source: Source) -> dict[str, Any]:
@@ -159,8 +173,7 @@ def _new_rows(
     record: Conversion, seen: Seen, embedding: Tensor | None, rows: Rows
 ) -> list[Tensor | None]:
     """What each layer's router knows the new expert by; None where all of it is drawn anew."""
-    reset = rows == "reset"
-    return [row_of(layer, n, seen, embedding, reset) for n, layer in enumerate(record.layers)]
+    return [row_of(layer, n, seen, embedding, rows) for n, layer in enumerate(record.layers)]
 
 
 def _shares(record: Conversion, seen: Seen) -> list[float | None]:
@@ -208,7 +221,7 @@ def _join(
     model: nn.Module, record: Conversion, source: Source, rows: Sequence[Tensor | None], seed: int
 ) -> None:
     """One more expert and row in every layer, and in the recipe."""
-    recounted(record, record.layers[0].experts.num_experts + 1)
+    recounted(record, more=1)
     cuda = {p.device for p in model.parameters() if p.is_cuda}
     for item, layer in zip(record.plan, record.layers, strict=True):
         layer.experts.append(item.donor.of(source.tensor))
@@ -235,38 +248,34 @@ def _take_row(layer: MoELayer, row: Tensor | None) -> None:
         state.append()
 
 
-def recounted(record: Conversion, count: int) -> dict[int, Edit]:
-    """The edits of the recipe with `count` experts each, by the identity of those there are.
+def recounted(record: Conversion, more: int) -> list[Edit]:
+    """What is planned, one for each layer, with `more` experts than the layer has.
 
     Raises:
-        RecipeError: the recipe would make no sense.
+        RecipeError: it would make no sense.
     """
-    edits = {}
+    edits = []
     for item, layer in zip(record.plan, record.layers, strict=True):
+        count = layer.experts.num_experts + more
         extended = min(layer.router.scorer.extended, count - 1)
-        edits[id(item.edit)] = replace(
-            item.edit,
-            experts=replace(item.edit.experts, num_experts=count),
-            router=item.edit.router.with_extended(extended),
-        )
+        experts = replace(item.edit.experts, num_experts=count)
+        router = item.edit.router.with_extended(extended)
+        edits.append(replace(item.edit, experts=experts, router=router))
     return edits
 
 
 def recount(record: Conversion) -> None:
     """Let the recipe say what the layers have."""
-    edits = recounted(record, record.layers[0].experts.num_experts)
-    for item, layer in zip(record.plan, record.layers, strict=True):
-        scorer = edits[id(item.edit)].router.scorer
-        layer.router.spec = replace(layer.router.spec, scorer=scorer)
-    record.plan = [replace(item, edit=edits[id(item.edit)]) for item in record.plan]
-    changed = tuple(edits[id(edit)] for edit in record.recipe.edits)
-    record.recipe = replace(record.recipe, edits=changed)
+    edits = recounted(record, more=0)
+    for edit, layer in zip(edits, record.layers, strict=True):
+        layer.router.spec = replace(layer.router.spec, scorer=edit.router.scorer)
+    rewrite(record, edits)
 
 
 def _noted(record: Conversion, result: Extension) -> Extension:
     """The result, remembered on the model; warns where routers hardly know new tokens from old."""
     new, old = result.share_new, result.share_old
-    if result.rows == "calibrated" and new is not None and new - old < LEAST_DIFFERENCE:
+    if result.rows in FITS and new is not None and new - old < LEAST_DIFFERENCE:
         log.warning(
             f"The new expert gets {new:.0%} of the new tokens and {old:.0%} of the old ones: the "
             "routers cannot tell these data apart. Are they two domains?"

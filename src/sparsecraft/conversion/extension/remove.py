@@ -22,7 +22,7 @@ def remove(model: nn.Module, expert: int) -> None:
     added by `extend`; otherwise they are the same but for rounding.
 
     Args:
-        expert: its number, from 0.
+        expert: its number, from 0, in every layer.
 
     Raises:
         SurgeryError, RecipeError: the model is dense, its experts are no whole networks, there is
@@ -30,16 +30,18 @@ def remove(model: nn.Module, expert: int) -> None:
     """
     record = conversion_of(model)
     count = count_experts(record.recipe)
-    if not 0 <= expert < count:
-        raise RecipeError(f"There is no expert {expert}; this model has 0 to {count - 1}.")
-    least = max(edit.router.slots or 1 for edit in record.recipe.edits)
-    if count <= least:
-        raise RecipeError(
-            f"Expert {expert} of {count} cannot be removed: each token takes {least}. Convert "
-            "again with fewer, or keep it."
-        )
+    if not 0 <= expert < min(count):
+        every = "every layer of this model" if len(count) > 1 else "this model"
+        raise RecipeError(f"There is no expert {expert}; {every} has 0 to {min(count) - 1}.")
+    for edit in record.recipe.layers:
+        have, least = edit.experts.num_experts, edit.router.slots or 1
+        if have <= least:
+            raise RecipeError(
+                f"Expert {expert} of {have} cannot be removed: each token takes {least}. Convert "
+                "again with fewer, or keep it."
+            )
     check_stands(model)
-    recounted(record, count - 1)
+    recounted(record, more=-1)
     for layer in record.layers:
         layer.experts.remove(expert)
         layer.router.remove(expert)

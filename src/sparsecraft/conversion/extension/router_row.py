@@ -6,6 +6,7 @@ Shapes: T tokens, D width, E experts that are there already, M width of a domain
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -33,6 +34,9 @@ TOKENS, BATCHES, STRIDE = 8192, 64, 2
 # Weight of |r|^2 / 2, with inputs of mean square one.
 RIDGE = 1e-2
 STEPS = 200
+
+# The probability that a regression in closed form aims at; certainty would need endless logits.
+SURE = 0.95
 
 
 @torch.enable_grad()
@@ -75,6 +79,38 @@ def fit_row(
 
     optimizer.step(loss)
     return row_D.detach() / size
+
+
+def ridge_row(
+    own_TD: Tensor,
+    own_logits_TE: Tensor,
+    other_TD: Tensor,
+    other_logits_TE: Tensor,
+    wanted: float = 1.0,
+) -> Tensor:
+    """As `fit_row`, in closed form: a ridge regression on the row's logits.
+
+    The added expert has probability p of a token where x . r = logsumexp(z) + logit(p). r is the
+    minimum of the squares of what is missing to that, p being `wanted` of its own tokens (`SURE` at
+    most) and 1 - `SURE` of the others, with both kinds weighing the same, and `RIDGE` |r|^2. DUME
+    (arXiv:2603.29765) regresses all rows anew on whose tokens they are, which would change the
+    other experts' logits; here these stay, and the targets are relative to them (ours).
+    """
+    inputs = [x_TD.detach().double() for x_TD in (own_TD, other_TD)]
+    offsets = [z_TE.detach().double().logsumexp(-1) for z_TE in (own_logits_TE, other_logits_TE)]
+    size = torch.cat(inputs).square().mean().sqrt().clamp_min(1e-12)
+    margins = [math.log(p / (1 - p)) for p in (min(wanted, SURE), 1 - SURE)]
+    gram_DD = RIDGE * torch.eye(inputs[0].shape[-1]).to(inputs[0])
+    sum_D = torch.zeros_like(gram_DD[0])
+    for x_TD, offset_T, margin in zip(inputs, offsets, margins, strict=True):
+        x_TD = x_TD / size
+        gram_DD += x_TD.T @ x_TD / (2 * len(x_TD))
+        sum_D += x_TD.T @ (offset_T + margin) / (2 * len(x_TD))
+    return (torch.linalg.solve(gram_DD, sum_D) / size).float()
+
+
+# How the row of a linear router is found, by the word that `extend` takes.
+FITS = {"calibrated": fit_row, "ridge": ridge_row}
 
 
 def embedding_of(
@@ -150,20 +186,24 @@ def row_of(
     number: int,
     seen: Sequence[list[Tensor] | None],
     embedding: Tensor | None,
-    reset: bool,
+    rows: str,
 ) -> Tensor | None:
-    """The added expert's row or embedding in a router; None where all rows are drawn anew."""
+    """The added expert's row or embedding in a router; None where all rows are drawn anew.
+
+    Args:
+        rows: how it is found, see `FITS`; `reset` draws all anew.
+    """
     router = layer.router
     if router.spec.of_domains:
         return embedding
-    if reset:
+    if rows == "reset":
         return None
     own_TD, other_TD = (of_domain[number] for of_domain in seen)
     own_TE, other_TE = (router(x_TD).logits_TE for x_TD in (own_TD, other_TD))
     # Where weights need not sum to one, outputs grow with the router's confidence: the added
     # expert's probability on its tokens shall equal the others' on theirs.
     sure = 1.0 if router.spec.sums_to_one else other_TE.softmax(-1).amax(-1).mean().item()
-    row_D = fit_row(own_TD, own_TE, other_TD, other_TE, wanted=sure)
+    row_D = FITS[rows](own_TD, own_TE, other_TD, other_TE, wanted=sure)
     return row_D * router.spec.temperature
 
 

@@ -43,12 +43,13 @@ from sparsecraft.moe import cost
 from sparsecraft.moe.cost import Cost
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.names import dense_tensors
+from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.elsewhere import remember
 from sparsecraft.surgery.fold import Ledger, fold, scales_the_next
 from sparsecraft.surgery.install import apply
-from sparsecraft.surgery.plan import plan
+from sparsecraft.surgery.plan import plan, rewritten
 from sparsecraft.surgery.record import Conversion, check_stands, conversion_of, is_converted
 from sparsecraft.surgery.rectify import Setting, holders, setting_of
 from sparsecraft.surgery.revert import take_out
@@ -305,14 +306,8 @@ def _rebuild(
 
 def _recipe_left(recipe: Recipe, steps: list[Step], how: How) -> Recipe:
     """The recipe of the layers that stay."""
-    actions = {step.item.edit: step.action for step in steps}
-    edits = []
-    for edit in recipe.edits:
-        if actions[edit] == "keep":
-            edits.append(edit)
-        elif actions[edit] == "join":
-            single = edit.experts.joined(edit.experts.num_experts if how == "fixed" else 1)
-            edits.append(replace(edit, experts=single, router=None))
+    left = [step for step in steps if step.action != "fold"]
+    edits = rewritten(recipe, [(step.item, _left(step, how)) for step in left]).values()
     recipe = replace(recipe, edits=tuple(edits))
     if not any(edit.experts.parts for edit in edits):
         stages = [s for s in recipe.stages if isinstance(s, Stage)] or [Stage(losses={})]
@@ -332,6 +327,15 @@ def _recipe_left(recipe: Recipe, steps: list[Step], how: How) -> Recipe:
         title = f"One {name} after every FFN, merged from {recipe.name}"
         recipe = replace(recipe, name=name, variant=how, title=title)
     return recipe
+
+
+def _left(step: Step, how: How) -> Edit:
+    """The edit of a layer that stays."""
+    edit = step.item.edit
+    if step.action == "keep":
+        return edit
+    single = edit.experts.joined(edit.experts.num_experts if how == "fixed" else 1)
+    return replace(edit, experts=single, router=None)
 
 
 def _install(

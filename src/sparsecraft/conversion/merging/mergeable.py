@@ -134,8 +134,8 @@ def check_steps(model: nn.Module, steps: list[Step], how: How, partial: bool) ->
         )
     if not done:
         raise MergeError("There is nothing to merge: every layer is a single adapter already.")
-    for edit in dict.fromkeys(step.item.edit for step in steps):
-        actions = {step.action for step in steps if step.item.edit == edit}
+    for edit in dict.fromkeys(step.item.source for step in steps):
+        actions = {step.action for step in steps if step.item.source == edit}
         if len(actions) > 1:
             raise MergeError(
                 f"With these weights some {edit.experts.kind} experts of site {edit.site!r} can be "

@@ -95,11 +95,11 @@ def expand(
 
 
 def _wanted(recipe: Recipe, given: int) -> int:
-    counts = {edit.experts.networks for edit in recipe.edits}
+    counts = {edit.experts.networks for edit in recipe.layers}
     wanted = max(counts)
     if len(counts) > 1:
         raise RecipeError(
-            f"The edits of recipe {recipe.name!r} have {sorted(counts)} experts; what is mixed "
+            f"The layers of recipe {recipe.name!r} have {sorted(counts)} experts; what is mixed "
             "from sources is the same in all of them, so that they need as many each."
         )
     if wanted < given:

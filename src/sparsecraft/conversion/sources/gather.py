@@ -44,7 +44,7 @@ def opened(
 
 
 def _check_counts(recipe: Recipe, count: int) -> None:
-    for edit in recipe.edits:
+    for edit in recipe.layers:
         if edit.experts.comes_from != "network":
             raise RecipeError(
                 f"Recipe {recipe.name!r} has {edit.experts.kind} experts, which come from one "

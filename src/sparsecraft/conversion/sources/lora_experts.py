@@ -119,7 +119,7 @@ def _check_recipe(recipe: Recipe, count: int) -> None:
             f"others={recipe.others!r} with LoRAs as experts, which change nothing else; "
             "use others='base'."
         )
-    for edit in recipe.edits:
+    for edit in recipe.layers:
         experts, router = edit.experts, edit.router
         if experts.num_experts % count:
             raise RecipeError(
@@ -195,7 +195,7 @@ def _check_rows(lora: LoraFolder, name: str, up_OR: Tensor, linears: list[Linear
 
 
 def _check_ranks(recipe: Recipe, sources: Sequence[Source]) -> None:
-    rank = min(edit.experts.rank for edit in recipe.edits)
+    rank = min(edit.experts.rank for edit in recipe.layers)
     largest = {
         source.name: max((len(t) for n, t in source.lora.tensors.items() if n.endswith(LORA_A)))
         for source in sources

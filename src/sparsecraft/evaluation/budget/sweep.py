@@ -26,6 +26,7 @@ from sparsecraft.evaluation.budget.latency import CONTEXT, ROUNDS, latencies
 from sparsecraft.evaluation.budget.loads import Batch, Source, ffn_flops, model_flops, observe
 from sparsecraft.evaluation.budget.plots import sweep_png
 from sparsecraft.evaluation.budget.thresholds import Search
+from sparsecraft.recipe.words import count_words
 from sparsecraft.surgery.budget import set_budget, split_layers, unchanged
 from sparsecraft.surgery.record import conversion_of, tokenizer_of
 
@@ -342,7 +343,7 @@ def _write(model: nn.Module, result: Sweep, out: Path, context: int, rounds: int
     recipe = conversion_of(model).recipe
     (out / "sweep.md").write_text(f"# {recipe.name} ({recipe.variant})\n\n{result.markdown()}")
     timed = f"Latency: one eager pass, cache of {context} tokens if causal, {rounds} rounds."
-    experts = next(iter(split_layers(model).values())).router.num_experts
+    experts = next(count_words(edit) for edit in recipe.edits if edit.experts.parts)
     sweep_png(
         out / "sweep.png",
         result.rows,

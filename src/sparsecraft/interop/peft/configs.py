@@ -86,7 +86,8 @@ class SparsecraftConfig(PeftConfig):
 class PescConfig(SparsecraftConfig):
     """PESC: the top-k of E adapters after every feed-forward network (`sc.recipes.camelidae`).
 
-    What is not given is as in the recipe, but for LoRA.
+    What is not given is as in the recipe, but for LoRA. A whole number may be a list, one for each
+    layer.
 
     Args:
         num_experts: adapters per feed-forward network.
@@ -99,10 +100,10 @@ class PescConfig(SparsecraftConfig):
         paths: glob over the paths of the feed-forward networks.
     """
 
-    num_experts: int | None = None
-    top_k: int | None = None
-    adapter_dim: int | None = None
-    lora_r: int | None = None
+    num_experts: int | list[int] | None = None
+    top_k: int | list[int] | None = None
+    adapter_dim: int | list[int] | None = None
+    lora_r: int | list[int] | None = None
     lora_alpha: float | None = None
     adapter_scale: float | None = None
     dropout: float | None = None
@@ -128,7 +129,7 @@ class PescConfig(SparsecraftConfig):
 class MovConfig(SparsecraftConfig):
     """MoV: mixtures of E vectors on keys, values and feed-forward activations (`sc.recipes.mov`).
 
-    What is not given is as in the recipe.
+    What is not given is as in the recipe. A whole number may be a list, one for each layer.
 
     Args:
         num_experts: vectors at each site.
@@ -137,8 +138,8 @@ class MovConfig(SparsecraftConfig):
         paths: glob over the paths of the scaled modules.
     """
 
-    num_experts: int | None = None
-    top_k: int | None = None
+    num_experts: int | list[int] | None = None
+    top_k: int | list[int] | None = None
     variant: str | None = None
     paths: str | None = None
 
@@ -149,7 +150,7 @@ class MovConfig(SparsecraftConfig):
 class MoloraConfig(SparsecraftConfig):
     """MoLORA: a mixture of E LoRAs on every Linear (`sc.recipes.molora`).
 
-    What is not given is as in the recipe.
+    What is not given is as in the recipe. A whole number may be a list, one for each layer.
 
     Args:
         num_experts: LoRAs at each Linear.
@@ -161,10 +162,10 @@ class MoloraConfig(SparsecraftConfig):
         paths: glob over the paths of the Linears.
     """
 
-    num_experts: int | None = None
-    r: int | None = None
+    num_experts: int | list[int] | None = None
+    r: int | list[int] | None = None
     lora_alpha: float | None = None
-    top_k: int | None = None
+    top_k: int | list[int] | None = None
     variant: str | None = None
     dropout: float | None = None
     paths: str | None = None

@@ -115,8 +115,10 @@ def form_of(model: nn.Module) -> Form | str:
     edits = record.recipe.edits
     if reason := next(filter(None, map(_why_not_standard, edits)), None):
         return reason
-    if any(_parts(edit) != _parts(edits[0]) for edit in edits):
-        return "its layers differ from each other, and those of a standard architecture are alike."
+    if any(_parts(edit) != _parts(edits[0]) for edit in record.recipe.layers):
+        by_layer = "; ".join(str(by) for edit in edits for by in edit.by_layer)
+        which = f" ({by_layer})" if by_layer else ""
+        return f"its layers differ from each other{which}, and those of a standard one are alike."
     if isinstance(reason := attention_of(model.config), str):
         return reason
     if model.get_output_embeddings() is None:

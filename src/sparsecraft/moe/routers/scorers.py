@@ -28,12 +28,12 @@ class LinearScorer(Scorer):
         self.weight = nn.Parameter(weight.repeat_interleave(spec.repeat, dim=0))
 
     @torch.no_grad()
-    def begin(self, means_ED: Tensor) -> None:
-        """Start from what tokens are like for each expert: the means' distances to the mean of all,
-        scaled to the start's standard deviation around zero."""
-        rows_ED = means_ED.double() - means_ED.double().mean(0)
-        size = rows_ED.square().mean().sqrt()
-        self.weight.copy_(rows_ED * (self.spec.start.std / size) if size > 0 else rows_ED)
+    def begin(self, rows_ED: Tensor) -> None:
+        """Start from what data say of each expert: the rows' distances to their mean, as large as
+        the start wants them."""
+        rows_ED = rows_ED.double() - rows_ED.double().mean(0)
+        size = rows_ED.square().mean().sqrt().item()
+        self.weight.copy_(rows_ED * self.spec.start.factor(size) if size > 0 else rows_ED)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         if not self.extended:

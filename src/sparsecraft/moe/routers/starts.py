@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparsecraft.moe.init.domains import Means, OfDomains, Regression
 from sparsecraft.recipe.kinds import named
 from sparsecraft.recipe.scorers import (
     Hidden,
     KaimingUniform,
     KMeans,
     Normal,
+    Ridge,
     Start,
     Uniform,
     Zeros,
@@ -49,7 +51,19 @@ STARTS: dict[type[Start], Callable[[Any, Tensor], None]] = {
     Zeros: zeros,
     Hidden: zeros,
     KMeans: zeros,
+    Ridge: zeros,
 }
+
+# What gathers the tokens of domains for a start that reads them; means for all others.
+GATHERS: dict[type[Start], Callable[[Any, int], OfDomains]] = {
+    Ridge: lambda start, num_experts: Regression(num_experts, start.penalty),
+}
+
+
+def gathering(start: Start, num_experts: int) -> OfDomains:
+    """What makes of the tokens of domains the rows of such a start."""
+    gather = GATHERS.get(type(start))
+    return Means(num_experts) if gather is None else gather(start, num_experts)
 
 
 def draw(start: Start, weight_ED: Tensor) -> Tensor:
