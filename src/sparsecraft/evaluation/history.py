@@ -147,7 +147,7 @@ def _training_line(run: dict[str, Any]) -> str:
     last = [entry for entry in run["log"] if "loss" in entry][-1]
     routing = "".join(
         f", {key.replace('_', ' ')} {last[key]:.3f}"
-        for key in ("load_entropy", "router_entropy")
+        for key in ("load_entropy", "router_entropy", "computing_experts", "dropped")
         if key in last
     )
     return (
