@@ -17,6 +17,7 @@ COMPILED = (
     "molora",
     "mov_top2",
     "upcycling_raw",
+    "attentive",
     "mpoe",
     "nexus",
     "mixlora",

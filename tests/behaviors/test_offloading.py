@@ -23,6 +23,7 @@ SOME = [
     "mixlora",
     "smola_slots",
     "upcycling",
+    "attentive",
     "mpoe",
     "d2dmoe_sparse",
     "bam",

@@ -48,7 +48,7 @@ ALL = RECIPES | RUNNING
 SOME_RUNNING = ["gmoefication_sparse", "d2dmoe_sparse", "lte_sparse", "cmoe_tuned_sparse"]
 states = pytest.mark.parametrize("recipe", [*KINDS_OF_RECIPES, *SOME_RUNNING])
 METHODS_RUNNING = pytest.mark.parametrize(
-    "recipe", [*METHODS.args[1], "mpoe", "nexus", *SOME_RUNNING]
+    "recipe", [*METHODS.args[1], "attentive_samples", "mpoe", "nexus", *SOME_RUNNING]
 )
 
 
@@ -72,7 +72,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 def losses_of(recipe: sc.Recipe, model: torch.nn.Module, inputs: dict) -> torch.Tensor:
     """The task loss plus the recipe's auxiliary losses, as the trainer adds them."""
-    with sc.trace(model) as routing:
+    with sc.trace(model, inputs=True) as routing:
         loss = model(**inputs).loss
         auxiliary, _ = auxiliary_loss(routing, recipe.stages[0].losses)
     return loss if auxiliary is None else loss + auxiliary
@@ -287,7 +287,16 @@ def test_same_seed_gives_the_same_bits(family, recipe):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert", "t5"])
 @pytest.mark.parametrize(
-    "recipe", [*METHODS.args[1], "mpoe", "nexus", "lte", "d2dmoe", "gmoefication_sparse"]
+    "recipe",
+    [
+        *METHODS.args[1],
+        "attentive_samples",
+        "mpoe",
+        "nexus",
+        "lte",
+        "d2dmoe",
+        "gmoefication_sparse",
+    ],
 )
 def test_activation_checkpointing_changes_nothing(family, recipe):
     """Losses, auxiliary losses, gradients and routing are the same bits with dropout on."""
@@ -303,7 +312,7 @@ def test_activation_checkpointing_changes_nothing(family, recipe):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
             assert model.is_gradient_checkpointing
         torch.manual_seed(0)
-        with sc.trace(model) as routing:
+        with sc.trace(model, inputs=True) as routing:
             loss = model(**inputs).loss
             auxiliary, _ = auxiliary_loss(routing, spec.stages[0].losses or {"switch": 0.01})
             count = len(routing)
@@ -358,7 +367,7 @@ def test_padding_changes_nothing(family, recipe, side):
         ({"input_ids": ids, "position_ids": positions}, None),
         ({"input_ids": padded, "position_ids": shifted, "attention_mask": real.long()}, real),
     ):
-        with sc.trace(model) as routing, torch.no_grad():
+        with sc.trace(model, inputs=True) as routing, torch.no_grad():
             output = model(**inputs).logits
             coefficients = {**losses, "switch": 1.0, "z": 1.0}
             _, parts = auxiliary_loss(routing, coefficients, lambda _, mask=mask: mask)
@@ -382,7 +391,7 @@ def test_bf16_is_finite_forward_and_backward(family, recipe):
     randomize_new(model)
     ALL[recipe].ready(model)
     model.requires_grad_(True)  # the first stage of some is fitted and has no gradient
-    with sc.trace(model) as routing:
+    with sc.trace(model, inputs=True) as routing:
         output = model(**inputs)
         output.loss.backward()
     assert output.logits.isfinite().all()
@@ -413,6 +422,7 @@ def test_the_state_holds_no_surprise_names(family, recipe):
     leaves = {"experts.lora_A", "experts.lora_B", "experts.down", "experts.up"}
     leaves |= {"experts.gate_up", "experts.up_bias", "experts.down_bias", "experts.gate_up_bias"}
     leaves |= {"router.scorer.weight", "experts.vectors"}
+    leaves |= {"router.scorer.query", "router.scorer.key"}
     leaves |= {f"experts.{p}.lora_{x}" for p in ("gate", "up", "down") for x in "AB"}
     leaves |= {f"experts.{x}" for x in ("first", "first_bias", "neurons", "mean")}
     cores = ("1", "2", "central", "4", "5", "bias")

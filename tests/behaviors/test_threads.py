@@ -45,6 +45,7 @@ FEW = (
     "slots",
     "sequences",
     "camelidae",
+    "attentive",
     "mpoe",
     "bam",
     "d2dmoe_sparse",

@@ -36,6 +36,11 @@ def upcycled(family: Family) -> int:
     return family.ffns * E * (ffn_parameters(family) + D)
 
 
+def attentive(family: Family, dim: int = 8) -> int:
+    """E copies of every network, W_q (dim, D) and W_k (dim, D)."""
+    return family.ffns * (E * ffn_parameters(family) + 2 * dim * D)
+
+
 def grouped(family: Family) -> int:
     """E copies of every network in G shards, each with the second bias, and G router rows each."""
     biases = (G - 1) * D if family.biased else 0

@@ -24,6 +24,7 @@ from tests.cases.formulas import (
     R,
     attention_lora,
     attentions,
+    attentive,
     cmoe_router,
     grouped,
     hydralora,
@@ -216,6 +217,12 @@ RECIPES = {
         upcycled,
         trains_base=True,
         dropout=False,
+    ),
+    "attentive": RecipeCase(lambda: sc.recipes.attentive(E, K, dim=8), attentive, **COPIES),
+    "attentive_samples": RecipeCase(
+        lambda: sc.recipes.attentive(E, K, dim=8, similarity_coef=0.1, dissimilarity_coef=0.1),
+        attentive,
+        **COPIES,
     ),
     "mpoe": RecipeCase(lambda: sc.recipes.mpoe(E, K), mpoe, paths=(), **COPIES),
     "mpoe_cut": RecipeCase(

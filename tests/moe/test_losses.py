@@ -27,11 +27,12 @@ def routing_of(logits_TE: torch.Tensor, k: int) -> Routing:
 
 
 def recorded(routing: Routing) -> Routing:
-    """With what the activations of a split network read, for the losses of activations, and the
-    number of experts that a token is to have, for that of ReLU routing."""
+    """With what the activations of a split network read and what the layer read, for the losses of
+    these, and the number of experts that a token is to have, for that of ReLU routing."""
     generator = torch.Generator().manual_seed(6)
     pre_TF = 5 * torch.randn(len(routing.logits_TE), 12, generator=generator)
-    return dataclasses.replace(routing, pre_TF=pre_TF, k=2)
+    inputs_TD = torch.randn(len(routing.logits_TE), 6, generator=generator)
+    return dataclasses.replace(routing, pre_TF=pre_TF, inputs_TD=inputs_TD, k=2)
 
 
 def balanced(E: int, k: int) -> Routing:

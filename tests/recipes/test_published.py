@@ -51,6 +51,19 @@ def lora(at: str, rank: int, alpha: float, dropout: float) -> dict[str, Any]:
 
 
 PUBLISHED: dict[str, tuple[sc.Recipe, dict[str, Any]]] = {
+    "attentive": (
+        r.attentive(),
+        {
+            f"{ADAPTERS}.num_experts": 5,  # and 10, 20
+            f"{ROUTER}.reads": "experts",
+            f"{ROUTER}.select": Soft(),
+            "stages.0.losses": {"importance": 0.2},
+            "stages.1.trains": ("router",),
+            "stages.1.losses": {},
+            "stages.1.router.scorer.kind": "linear",
+            "stages.1.learning_rate": 1e-3,
+        },
+    ),
     "mpoe": (
         r.mpoe(),
         {

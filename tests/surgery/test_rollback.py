@@ -20,6 +20,7 @@ from sparsecraft.checkpoint.load import load
 from sparsecraft.errors import SparsecraftError, StateError, SurgeryError
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.surgery import rollback
+from sparsecraft.surgery.exchange import exchange_routers
 from sparsecraft.surgery.record import is_converted
 from sparsecraft.training.descend import prepare_parameters
 from tests import tiny
@@ -114,6 +115,9 @@ VERBS = {
     "revert networks": Verb(converted("upcycling"), sc.revert),
     "extend": Verb(converted("upcycling"), lambda m: sc.extend(m, moved("llama", 1), [IDS], [IDS])),
     "remove": Verb(converted("upcycling"), lambda m: sc.remove(m, 1)),
+    "exchange_routers": Verb(
+        converted("attentive"), lambda m: exchange_routers(m, m.sparsecraft.recipe.stages[1])
+    ),
     "merge exact": Verb(converted("lora"), sc.merge),
     "merge fixed": Verb(converted("molora"), lambda m: sc.merge(m, "fixed", weights=EVEN)),
     "merge average": Verb(converted("camelidae"), lambda m: sc.merge(m, "average", partial=True)),

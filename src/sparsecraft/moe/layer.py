@@ -127,7 +127,7 @@ class MoELayer(nn.Module):
             routing = self._limited(routing, batch, x)
         if router is not None:
             for record in records_of(self):
-                record.note(self, routing, x.shape[:-1])
+                record.note(self, routing, x)
         return routing
 
     def _limited(self, routing: Routing, batch: Batch, x: Tensor) -> Routing:
@@ -148,7 +148,7 @@ class MoELayer(nn.Module):
         elif self.training and self.runs_whole and (records := records_of(self)):
             mixed_TO, routing = experts(flat(x), routing, way=type(experts).recorded)
             for record in records:
-                record.note(self, routing, x.shape[:-1])
+                record.note(self, routing, x)
         else:
             mixed_TO = experts(flat(x), routing, **kwargs)
         if routing is not None and routing.through_TE is not None:

@@ -7,7 +7,7 @@ only. T tokens, K slots per token, E experts.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +153,82 @@ def own_expert(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     return _mean(F.softplus(-own_T), routing, mask_T)
 
 
+def importance(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """CV^2 of the experts' importance, the sum of their probabilities over the tokens (Shazeer et
+    al. 2017, Eq. 7): the squared standard deviation over the experts divided by the squared mean.
+
+    It is 0 where all experts are used alike and E - 1 where one is used alone. A loss of a
+    micro-batch: that of a batch is no more than the mean of those of its parts.
+    """
+    # Probabilities of a token sum to one: the mean over the experts is 1 / E.
+    probs_E = _mean(routing.logits_TE.float().softmax(-1), routing, mask_T)
+    return routing.num_experts**2 * probs_E.var(correction=0)
+
+
+def sample_similarity(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """How far samples lie apart that go to one expert, the first term of L_s (Krishnamurthy et al.
+    2023): (1/E) sum_e sum_xx' p(e|x) p(e|x') D(x, x') / (N^2 - N).
+
+    D is the Euclidean distance divided by the largest one, of what the router's layer reads of a
+    token, without a gradient. At most 1024 tokens enter, evenly spaced. A loss of a micro-batch:
+    samples of two of them are never compared.
+
+    Raises:
+        RecipeError: the trace has not kept the layer's inputs.
+    """
+    same, _, count = _similarity(routing, mask_T)
+    return same / (count.square() - count).clamp_min(1)
+
+
+def sample_dissimilarity(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """How near samples are that go to different experts, the second term of L_s with its sign:
+    -sum_e!=e' sum_xx' p(e|x) p(e'|x') D(x, x') / ((E^2 - E) (N^2 - N)); see `sample_similarity`.
+
+    As probabilities sum to one, it is `sample_similarity` / (E - 1) less a number that no router
+    changes.
+    """
+    _, different, count = _similarity(routing, mask_T)
+    return -different / (count.square() - count).clamp_min(1)
+
+
+def sample_similarity_released(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """`sample_similarity` as the paper's code has it: a sum, divided by no number of pairs."""
+    return _similarity(routing, mask_T)[0]
+
+
+def sample_dissimilarity_released(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """`sample_dissimilarity` as the paper's code has it: divided by N^2."""
+    _, different, count = _similarity(routing, mask_T)
+    return -different / count.square().clamp_min(1)
+
+
+# Of a layer's tokens, those whose distances to each other are computed.
+MOST_SAMPLES = 1024
+
+
+def _similarity(routing: Routing, mask_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """tr(M) / E and (sum(M) - tr(M)) / (E^2 - E) of M = P^T D P (E, E), with probabilities P (N, E)
+    and distances D (N, N), and the number N of samples."""
+    if routing.inputs_TD is None:
+        raise RecipeError(
+            "A loss of samples reads what the layer read, and this routing has not kept it; open "
+            "the trace by sc.trace(model, inputs=True)."
+        )
+    E, every = routing.num_experts, -(-len(routing.logits_TE) // MOST_SAMPLES) or 1
+    x_ND = routing.inputs_TD[::every].detach().float()
+    probs_NE = routing.logits_TE[::every].float().softmax(-1)
+    counted_N = routing.counted(mask_T)
+    counted_N = x_ND.new_ones(len(x_ND)) if counted_N is None else counted_N[::every].float()
+    with torch.autocast(x_ND.device.type, enabled=False):  # which would multiply in bf16
+        # Without products of x, whose rounding would move equal samples apart.
+        distance_NN = torch.cdist(x_ND, x_ND, compute_mode="donot_use_mm_for_euclid_dist")
+        distance_NN = distance_NN * counted_N[:, None] * counted_N
+        distance_NN = distance_NN / distance_NN.max().clamp_min(torch.finfo(torch.float32).tiny)
+        pairs_EE = probs_NE.t() @ distance_NN @ probs_NE
+    same = pairs_EE.trace()
+    return same / E, (pairs_EE.sum() - same) / max(1, E * E - E), counted_N.sum()
+
+
 LOSSES: dict[str, Loss] = {
     "switch": switch_balance,
     "switch_unnormalized": switch_balance_unnormalized,
@@ -168,7 +244,26 @@ LOSSES: dict[str, Loss] = {
     "own_expert": own_expert,
     "lte_efficiency": lte_efficiency,
     "lte_separability": lte_separability,
+    "importance": importance,
+    "sample_similarity": sample_similarity,
+    "sample_dissimilarity": sample_dissimilarity,
+    "sample_similarity_released": sample_similarity_released,
+    "sample_dissimilarity_released": sample_dissimilarity_released,
 }
+
+
+# Those that read what the layers read.
+OF_SAMPLES = {
+    "sample_similarity",
+    "sample_dissimilarity",
+    "sample_similarity_released",
+    "sample_dissimilarity_released",
+}
+
+
+def of_samples(names: Iterable[str]) -> bool:
+    """Whether any of the named losses reads what the layers read, so that a trace must keep it."""
+    return not OF_SAMPLES.isdisjoint(names)
 
 
 # What the state of a router may scale; see `Routing.loss_scale`.

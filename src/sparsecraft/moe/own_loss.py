@@ -23,6 +23,7 @@ from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.items import count_items, shifts, shifts_labels, weighed
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.losses import auxiliary_loss as sum_of_losses
+from sparsecraft.moe.losses import of_samples
 from sparsecraft.moe.routing import Routing
 from sparsecraft.moe.scopes import Blocks, PerThread
 from sparsecraft.moe.steps import Step, has_moving
@@ -104,13 +105,17 @@ class OwnLoss:
     def attach(self, model: nn.Module) -> None:
         """Listen to `model`, and to its trunk, which may be called without the head."""
         trunk = getattr(model, "base_model", model)
-        self.moves = has_moving(model)
+        self.meet_routers(model)
         for module in dict.fromkeys((model, trunk)):
             before = partial(self._before, whole=module is model)
             self.handles += [
                 module.register_forward_pre_hook(before, with_kwargs=True),
                 module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
             ]
+
+    def meet_routers(self, model: nn.Module) -> None:
+        """Know whether the state of any router moves, and forget what was noted of others."""
+        self.step, self.moves = Step(), has_moving(model)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -138,7 +143,7 @@ class OwnLoss:
         if moves:
             self.step.move_if_trained(module)
         if losses or num_items is not None or moves:
-            traced = trace(module)
+            traced = trace(module, inputs=of_samples(losses))
             opened = traced.__enter__()
             passes.call = _Call(module, inputs, losses, labels, num_items, traced, opened)
         return args, kwargs

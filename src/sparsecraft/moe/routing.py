@@ -40,6 +40,7 @@ class Routing:
         acts_T: the tokens that the layer acts on, where it does not act on all.
         heads: rows of each token: a router by head has several.
         shape: of a traced one's tokens, (B, S) or as they came to the layer.
+        inputs_TD: of one that was traced with its inputs, what the layer read of each row.
     """
 
     weights_TK: Tensor
@@ -61,6 +62,7 @@ class Routing:
     acts_T: Tensor | None = None
     heads: int = 1
     shape: torch.Size | None = None
+    inputs_TD: Tensor | None = None
 
     @property
     def num_experts(self) -> int:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsecraft.moe.routing import Routing
 from sparsecraft.moe.scopes import Blocks
@@ -20,10 +19,12 @@ class Record:
     Attributes:
         names: layer -> name.
         routings: name -> routing; None where there was no pass.
+        inputs: whether what the layers read is kept beside it.
         closed: whatever still runs in the block's context, such as a task that outlives it.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]):
+    def __init__(self, layers: Mapping[str, nn.Module], inputs: bool = False):
+        self.inputs = inputs
         self.names = {layer: name for name, layer in layers.items()}
         self.routings: dict[str, Routing | None] = dict.fromkeys(layers)
         self.closed = False
@@ -32,9 +33,12 @@ class Record:
         """Whether the block is open for the code that asks."""
         return not self.closed and any(record is self for record in RECORDS.now())
 
-    def note(self, layer: nn.Module, routing: Routing, shape: torch.Size) -> None:
-        """Keep the routing of tokens of this shape."""
-        self.routings[self.names[layer]] = replace(routing, shape=shape)
+    def note(self, layer: nn.Module, routing: Routing, x: Tensor) -> None:
+        """Keep the routing of tokens x (..., D)."""
+        rows = len(routing.logits_TE)
+        inputs_TD = x.detach().reshape(rows, -1) if self.inputs else None
+        kept = replace(routing, shape=x.shape[:-1], inputs_TD=inputs_TD)
+        self.routings[self.names[layer]] = kept
 
 
 def records_of(layer: nn.Module) -> list[Record]:

@@ -25,6 +25,7 @@ from sparsecraft.recipe.routers import GateSpec, RouterSpec
 from sparsecraft.recipe.scorers import (
     MLP,
     Analytic,
+    Attentive,
     Domain,
     Hidden,
     KaimingUniform,
@@ -56,7 +57,7 @@ from sparsecraft.recipe.selections import (
 from sparsecraft.recipe.stages import Deal, Fit, Stage
 
 __all__ = [
-    "MLP", "Above", "AdapterSpec", "Analytic", "AttentionSpec", "Bias", "ByDropRate",
+    "MLP", "Above", "AdapterSpec", "Analytic", "AttentionSpec", "Attentive", "Bias", "ByDropRate",
     "BySparsity", "Capacity", "Deal", "Difference", "Domain", "Edit", "ExpansionSpec",
     "FFNLoRASpec", "FFNSpec", "Fit", "GateSpec", "Head", "HeterogeneousSpec", "Hidden", "Hold",
     "KMeans", "KaimingUniform", "Linear", "LinearParts", "LoRASpec", "MPOSpec", "Norm",

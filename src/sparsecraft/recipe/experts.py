@@ -118,8 +118,15 @@ class Difference:
     """Standard deviation of noise on each expert's matrices and first bias."""
     noise_share: float = 1.0
     """Share of the neurons of each matrix that the noise is on."""
+    pairs: int | None = None
+    """Of the experts 2 i and 2 i + 1 one has every number w of its second matrix raised, and the
+    other lowered, by 2^-pairs of the largest power of two in |w|, drawn for each number which: the
+    mean of the two is the dense network, exactly, also in bfloat16. From 1 to 7; None leaves them
+    alike."""
 
     def __post_init__(self) -> None:
+        if self.pairs not in (None, *range(1, 8)):
+            raise RecipeError(f"pairs is {self.pairs!r}; it must be 1 to 7, or None.")
         for name in ("redraw", "noise_share"):
             if not (is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; it must lie in [0, 1].")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sparsecraft.errors import RecipeError, did_you_mean
 from sparsecraft.recipe.edits import Edit
 from sparsecraft.recipe.kinds import add_kind, family
 from sparsecraft.recipe.numbers import is_number
+from sparsecraft.recipe.routers import RouterSpec
 from sparsecraft.recipe.stages import Fit, Stage
 from sparsecraft.recipe.typed import check_types
 
@@ -62,6 +63,9 @@ class Recipe:
             missing = "stages" if self.edits else "edits"
             raise RecipeError(f"Recipe {self.name!r} has no {missing}; at least one is needed.")
         check_types(self)
+        for stage in self.stages:
+            if stage.router is not None:
+                self.with_router_of(stage)
         encoders = {e.router.sentences for e in self.edits if e.router} - {None}
         if len(encoders) > 1:
             raise RecipeError(
@@ -69,6 +73,28 @@ class Recipe:
                 f"{sorted((s.encoder, s.dim) for s in encoders)}; give them all the same "
                 "decides=Sentence(encoder, dim)."
             )
+
+    def with_router_of(self, stage: Stage) -> Recipe:
+        """What a model's recipe is once a stage has put in its router: that router, and the stage
+        itself with what comes after it.
+
+        Raises:
+            RecipeError: no edit has a router of whole experts, or it does not fit there.
+        """
+        routed = [edit.router is not None and not edit.router.splits for edit in self.edits]
+        if not any(routed):
+            raise RecipeError(
+                f"Stage {stage.name!r} of recipe {self.name!r} puts in a router, and no edit has "
+                "one of whole experts whose place it could take."
+            )
+        edits = tuple(
+            _with_router(edit, stage.router) if has else edit
+            for edit, has in zip(self.edits, routed, strict=True)
+        )
+        later = [s.name for s in self.stages].index(stage.name) + 1
+        stages = (replace(stage, router=None), *self.stages[later:])
+        exact = self.exact_at_start and stage.router.sums_to_one
+        return replace(self, edits=edits, stages=stages, exact_at_start=exact)
 
     @property
     def layers(self) -> tuple[Edit, ...]:
@@ -79,6 +105,12 @@ class Recipe:
     def quantization(self) -> str | None:
         """How the weights of the dense model are packed: `nf4`, `fp4`, `int8`, or None."""
         return self.backbone.kind if isinstance(self.backbone, Quantize) else None
+
+
+def _with_router(edit: Edit, router: RouterSpec) -> Edit:
+    """The edit with another router, which has no numbers by layer."""
+    by_layer = tuple(by for by in edit.by_layer if not by.field.startswith("router."))
+    return replace(edit, router=router, by_layer=by_layer)
 
 
 def check_variant(variant: str, known: tuple[str, ...]) -> None:

@@ -230,6 +230,30 @@ class Domain(ScorerSpec):
         check_deviation(self.std, "scorer.std")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attentive(ScorerSpec):
+    """A query of the token against a key of what every expert gives for it (Krishnamurthy et al.
+    2023); both are products without a bias."""
+
+    kind: Literal["attentive"] = "attentive"
+    dim: int = 32
+    """Width of queries and keys."""
+    start: Start = KaimingUniform()
+    """How the keys' matrix starts."""
+    query: Start = KaimingUniform()
+    """How the queries' does; with zeros all experts begin with the same weight."""
+    reads_experts = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_whole("scorer.dim", self.dim)
+        if reads := self.start.reads or self.query.reads:
+            raise RecipeError(
+                f"scorer.start or scorer.query starts from {reads}, which have no rows in an "
+                "attentive scorer; use kaiming_uniform, normal, uniform or zeros."
+            )
+
+
 # --------------------------------------------------------------- scorers of parts of split networks
 
 
@@ -335,6 +359,7 @@ class Oracle(PartScorerSpec):
 
 for option in (
     KaimingUniform, Zeros, Normal, Uniform, Hidden, KMeans, Ridge, Linear, Domain,
+    Attentive,
     LinearParts, Similarity, MLP, Norm, Analytic, Oracle,
 ):  # fmt: skip
     add_kind(option)

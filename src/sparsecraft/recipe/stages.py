@@ -11,6 +11,7 @@ from typing import Literal, Self
 
 from sparsecraft.errors import RecipeError
 from sparsecraft.recipe.numbers import check_whole, is_number
+from sparsecraft.recipe.routers import RouterSpec
 from sparsecraft.recipe.typed import check_types
 
 
@@ -32,6 +33,9 @@ class Stage:
     is the dense function; or every one, weighted by its score."""
     activation: Literal["relu"] | None = None
     """Put this activation into split networks when the stage begins."""
+    router: RouterSpec | None = None
+    """When the stage begins, a new router of this kind takes the place of every router of whole
+    experts, for good: what the model's recipe says from then on. None leaves those there are."""
     deal: Deal | None = None
     """Train on rows that are assigned to the experts first (causal models)."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
@@ -83,6 +87,8 @@ class Stage:
                 f"warmup_ratio is {self.warmup_ratio} and warmup_steps {self.warmup_steps}; the "
                 "ratio must lie between 0 and 1, the steps must not be negative."
             )
+        if self.router is not None:
+            _check_new(self.router)
         for name, coefficient in self.losses.items():
             if not 0 <= coefficient < math.inf:
                 raise RecipeError(f"losses.{name} is {coefficient}; it must be a number from 0.")
@@ -96,6 +102,21 @@ class Stage:
     def makes_routers(self) -> bool:
         """Whether routers of split networks are made by it, and run no sooner."""
         return self.runs == "soft"
+
+
+def _check_new(router: RouterSpec) -> None:
+    """Refuse a router that a stage cannot put in.
+
+    Raises:
+        RecipeError: it reads something else than the layer's input, or starts from data.
+    """
+    if not router.by_token or router.starts_from or router.reads_previous:
+        raise RecipeError(
+            f"stage.router has a {router.scorer.kind!r} scorer, decides by "
+            f"{router.decides.kind!r}, reads {router.reads!r} and starts from "
+            f"{router.starts_from}; one that a stage puts in reads the layer's input alone, by "
+            "token, and starts from no data."
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,6 +157,11 @@ class Fit:
             raise RecipeError(f"sparsity is {self.sparsity}; it must be a number from 0.")
         if not 0 <= self.dropout < 1:
             raise RecipeError(f"dropout is {self.dropout}; it must be at least 0 and less than 1.")
+
+    @property
+    def router(self) -> None:
+        """The router that it puts in: none."""
+        return None
 
     @property
     def deals(self) -> bool:

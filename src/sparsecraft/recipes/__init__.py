@@ -12,6 +12,7 @@ from sparsecraft.errors import RecipeError, did_you_mean
 from sparsecraft.recipe import Recipe
 from sparsecraft.recipe.lists import takes_lists
 from sparsecraft.recipes.adapter import adapter
+from sparsecraft.recipes.attentive import attentive
 from sparsecraft.recipes.bam import bam
 from sparsecraft.recipes.btx import btx
 from sparsecraft.recipes.camel import camel
@@ -39,6 +40,7 @@ from sparsecraft.recipes.virtual_groups import virtual_groups
 
 __all__ = [
     "adapter",
+    "attentive",
     "bam",
     "btx",
     "camel",

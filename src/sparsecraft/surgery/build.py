@@ -13,6 +13,7 @@ from sparsecraft.moe.init.banks import partition_of_weights
 from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routers.build import build_router
 from sparsecraft.moe.routers.gate import Gate
+from sparsecraft.moe.routers.router import Router
 from sparsecraft.surgery.plan import PlannedEdit
 
 
@@ -57,13 +58,24 @@ def build_parts(
             experts.arrange(partition_of_weights(experts, number))
         router = edit.router and Gate(edit.router, experts)
     elif edit.router is not None:
-        width, count, spec = router_width(model, item), edit.experts.num_experts, edit.router
-        where = {"outputs": experts.out_features, "device": device, "dtype": dtype}
-        key, before = item.previous or (None, None)
-        where |= {"previous": before, "experts": edit.experts}
-        router = build_router(spec.in_layer(item.layer), width, count, **where)
-        router.key, router.previous = item.claim, key
+        router = _router(model, item, experts, device=device, dtype=dtype)
     return experts, router
+
+
+def new_router(model: nn.Module, item: PlannedEdit, layer: MoELayer) -> Router:
+    """A new router of the planned edit for a layer that stands, like the one that it has."""
+    like = next(layer.router.parameters())
+    at = {"device": like.device, "dtype": like.dtype}
+    return _router(model, item, layer.experts, **at).train(layer.router.training)
+
+
+def _router(model: nn.Module, item: PlannedEdit, experts: Experts, **at) -> Router:
+    width, spec = router_width(model, item), item.edit.router.in_layer(item.layer)
+    key, before = item.previous or (None, None)
+    at |= {"outputs": experts.out_features, "previous": before, "experts": item.edit.experts}
+    router = build_router(spec, width, experts.num_experts, **at)
+    router.key, router.previous = item.claim, key
+    return router
 
 
 def router_width(model: nn.Module, item: PlannedEdit) -> int:

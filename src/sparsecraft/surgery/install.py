@@ -58,7 +58,7 @@ def apply(
     run(model, "every")  # until a stage has made their routers
     for layer in split_layers(model).values():
         layer.router.running = record.running
-    if any(asks_for_batch(item.edit) for item in edits):
+    if _asks_for_batch(recipe):
         batches = Batches()
         record.hooks = attach(model, batches)
         for layer in record.layers:
@@ -66,6 +66,12 @@ def apply(
     record.own_loss.attach(model)
     set_trainable(model, recipe.stages[0].trains)
     return record
+
+
+def _asks_for_batch(recipe: Recipe) -> bool:
+    """Whether any edit asks what a batch says of its tokens, now or with the router of a stage."""
+    later = [recipe.with_router_of(stage) for stage in recipe.stages if stage.router]
+    return any(asks_for_batch(edit) for each in (recipe, *later) for edit in each.edits)
 
 
 def _vocabulary(model: nn.Module) -> int | None:

@@ -20,6 +20,7 @@ from sparsecraft.surgery.budget import (
     unmade,
     untrained,
 )
+from sparsecraft.surgery.exchange import exchange_routers
 from sparsecraft.surgery.record import conversion_of
 
 
@@ -80,13 +81,21 @@ def end_stage(model: nn.Module, stage: Stage | Fit) -> None:
 
 
 @contextmanager
-def staged(model: nn.Module, stage: Stage | Fit) -> Iterator[None]:
-    """One stage of training; if it fails, the model runs as it did before."""
+def staged(model: nn.Module, stage: Stage | Fit, seed: int = 0) -> Iterator[None]:
+    """One stage of training; if it fails, the model runs as it did before.
+
+    Args:
+        seed: of routers that it puts in.
+    """
     gates = [layer.router for layer in split_layers(model).values()]
     before = [(gate, gate.runs, gate.k, gate.share, gate.threshold) for gate in gates]
-    training, running = model.training, conversion_of(model).running
+    record = conversion_of(model)
+    training, running = model.training, record.running
     rectified, budget = running.rectified, running.budget
+    recipe, plan, routers = record.recipe, record.plan, [layer.router for layer in record.layers]
     try:
+        if stage.router is not None:
+            exchange_routers(model, stage, seed)
         begin_stage(model, stage)
         yield
     except BaseException:
@@ -95,6 +104,10 @@ def staged(model: nn.Module, stage: Stage | Fit) -> Iterator[None]:
         running.budget = budget
         for gate, *state in before:
             gate.runs, gate.k, gate.share, gate.threshold = state
+        record.recipe, record.plan = recipe, plan
+        for layer, router in zip(record.layers, routers, strict=True):
+            layer.router = router
+        record.own_loss.meet_routers(model)
         model.train(training)
         raise
     end_stage(model, stage)

@@ -113,7 +113,7 @@ def _run_stages(
     for number, stage in stages:
         settings = fill(run.model, stage, asked)
         dataset, counts = _dataset(run, data, settings, whole=stage.deals)
-        with staged(run.model, stage):
+        with staged(run.model, stage, settings.seed):
             if isinstance(stage, Fit):
                 report = _fit(run, stage, settings, dataset, counts)
             else:

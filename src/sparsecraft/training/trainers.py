@@ -21,6 +21,7 @@ from sparsecraft.data.encoding import IGNORED
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.items import count_items, weighed
+from sparsecraft.moe.losses import of_samples
 from sparsecraft.moe.own_loss import balance_of
 from sparsecraft.moe.steps import Step
 from sparsecraft.moe.tracing import trace
@@ -93,7 +94,8 @@ class RoutedTrainerMixin:
         unwrapped = self.accelerator.unwrap_model(model)
         self._tell_step(unwrapped)
         items = count_items(inputs["labels"], self.shifts_labels)
-        with trace(unwrapped) as traced, conversion_of(unwrapped).own_loss.off():
+        traces = trace(unwrapped, inputs=model.training and of_samples(self.stage.losses))
+        with traces as traced, conversion_of(unwrapped).own_loss.off():
             masks = layer_masks(unwrapped, inputs, token_mask, traced)
             # Without a number of items: the mean over these, in all of transformers' models.
             with self.accelerator.autocast():  # accelerate puts none around what FSDP2 shares

@@ -114,7 +114,9 @@ def form_of(model: nn.Module) -> Form | str:
         )
     edits = record.recipe.edits
     if reason := next(filter(None, map(_why_not_standard, edits)), None):
-        return reason
+        later = next((stage.name for stage in record.recipe.stages if stage.router), None)
+        more = f" A stage puts in another: sparsecraft train --stages {later}." if later else ""
+        return reason + more
     if any(_parts(edit) != _parts(edits[0]) for edit in record.recipe.layers):
         by_layer = "; ".join(str(by) for edit in edits for by in edit.by_layer)
         which = f" ({by_layer})" if by_layer else ""

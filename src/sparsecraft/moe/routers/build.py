@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from sparsecraft.errors import RecipeError
+from sparsecraft.moe.routers.attentive import AttentiveScorer
 from sparsecraft.moe.routers.domain import DomainScorer
 from sparsecraft.moe.routers.moving import BALANCES, SCALES
 from sparsecraft.moe.routers.part_scorers import PART_SCORERS
@@ -30,6 +31,7 @@ from sparsecraft.recipe.routers import RouterSpec
 SCORERS: dict[type[scorers.ScorerSpec], Callable[..., Scorer]] = {
     scorers.Linear: LinearScorer,
     scorers.Domain: DomainScorer,
+    scorers.Attentive: AttentiveScorer,
     Residual: ResidualScorer,
 }
 

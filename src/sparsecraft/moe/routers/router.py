@@ -224,8 +224,9 @@ class Router(nn.Module):
 
     def repeated(self, width: int) -> int:
         """Multiplications for a token of `width` features beyond one for each parameter: those of
-        every head but the first."""
-        return (self.heads(width) - 1) * sum(p.numel() for p in self.scorer.parameters())
+        every head but the first, and what the scorer says."""
+        heads = (self.heads(width) - 1) * sum(p.numel() for p in self.scorer.parameters())
+        return heads + self.scorer.repeated
 
     def extra_repr(self) -> str:
         return router_words(self.spec)

@@ -62,9 +62,16 @@ class Scorer(nn.Module, ABC):
         return 0
 
     @property
+    def repeated(self) -> int:
+        """Multiplications for one token beyond one for each parameter."""
+        return 0
+
+    @property
     def products(self) -> int:
         """Multiplications for one token."""
-        return _numel(self.named_parameters(), self.named_buffers()) - self.precomputed
+        return (
+            _numel(self.named_parameters(), self.named_buffers()) - self.precomputed + self.repeated
+        )
 
 
 class PartScorer(Scorer):
