@@ -29,6 +29,7 @@ ARMS: dict[str, Callable[[], sc.Recipe]] = {
     "upcycling": _with(),
     "moepp": lambda: sc.recipes.moepp(EXPERTS, 2, constant=2, hold_steps=STEPS_HELD),
     "moepp tau .25": lambda: sc.recipes.moepp(EXPERTS, 2, 0.25, constant=2, hold_steps=STEPS_HELD),
+    "attentive": lambda: sc.recipes.attentive(EXPERTS, 2),
     "mpoe": lambda: sc.recipes.mpoe(EXPERTS, 2),
     "+ bias": _with(router__select__balance="bias", losses={}),
     "+ through": _with(router__select__through=True),

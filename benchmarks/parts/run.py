@@ -40,17 +40,23 @@ def one(args, asked) -> dict:
     sizes, begun = TINY if args.tiny else SIZES, time.time()
     rows = tiny_rows(args.work) if args.tiny else args.work
     model, tokenizer = dense(args)
-    stage = {"schedule": "cosine", "warmup_steps": 0, "warmup_ratio": 0.05}
-    recipe = sc.override(ARMS[asked.method](), stage)
+    recipe = ARMS[asked.method]()
+    schedule = {"schedule": "cosine", "warmup_steps": 0, "warmup_ratio": 0.05}
+    changes = {f"stages.{n}.{k}": v for n in range(len(recipe.stages)) for k, v in schedule.items()}
+    recipe = sc.override(recipe, changes)
     sc.convert(model, recipe, certify=False, seed=asked.seed)
     cost = sc.count(model)
+    # A stage that trains the router alone has a sixth of the steps, at its recipe's own rate.
+    last = sizes["steps"] // 6
+    shares = [sizes["steps"]] if len(recipe.stages) == 1 else [sizes["steps"] - last, last]
     with tempfile.TemporaryDirectory() as folder:
-        report = sc.train(
-            model, [rows / f"{d}.train.jsonl" for d in DOMAINS], Path(folder) / "out",
-            tokenizer=tokenizer, steps=sizes["steps"], batch_size=sizes["batch"],
-            max_length=sizes["length"], learning_rate=asked.lr, seed=asked.seed,
-            log_every=sizes["steps"], progress=False,
-        )  # fmt: skip
+        for number, (stage, steps) in enumerate(zip(recipe.stages, shares, strict=True)):
+            report = sc.train(
+                model, [rows / f"{d}.train.jsonl" for d in DOMAINS], Path(folder) / stage.name,
+                tokenizer=tokenizer, stages=(stage.name,), steps=steps, batch_size=sizes["batch"],
+                max_length=sizes["length"], learning_rate=None if number else asked.lr,
+                seed=asked.seed, log_every=steps, progress=False,
+            )  # fmt: skip
     held_out = {d: str(rows / f"{d}.valid.jsonl") for d in DOMAINS}
     options = {"tokenizer": tokenizer, "limit": 8 if args.tiny else None}
     found = sc.evaluate(model, list(held_out.values()), **options)["loss"]
