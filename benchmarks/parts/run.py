@@ -45,7 +45,6 @@ def one(args, asked) -> dict:
     changes = {f"stages.{n}.{k}": v for n in range(len(recipe.stages)) for k, v in schedule.items()}
     recipe = sc.override(recipe, changes)
     sc.convert(model, recipe, certify=False, seed=asked.seed)
-    cost = sc.count(model)
     # A stage that trains the router alone has a sixth of the steps, at its recipe's own rate.
     last = sizes["steps"] // 6
     shares = [sizes["steps"]] if len(recipe.stages) == 1 else [sizes["steps"] - last, last]
@@ -60,7 +59,8 @@ def one(args, asked) -> dict:
     held_out = {d: str(rows / f"{d}.valid.jsonl") for d in DOMAINS}
     options = {"tokenizer": tokenizer, "limit": 8 if args.tiny else None}
     found = sc.evaluate(model, list(held_out.values()), **options)["loss"]
-    line = model.sparsecraft.report["training"][-1]["log"][-1]
+    cost = sc.count(model)
+    line = [e for e in model.sparsecraft.report["training"][-1]["log"] if "loss" in e][-1]
     counts = report.counts
     seen = sizes["steps"] * sizes["batch"] / counts["packs"]
     row = {field: getattr(asked, field) for field in ("method", "schedule", "lr", "seed")}
