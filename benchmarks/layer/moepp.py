@@ -94,7 +94,8 @@ def router_call(args, router: nn.Module) -> Callable[[], object]:
     """A forward pass of the router behind another, with its capacity where it has one."""
     x_TD = torch.randn(args.tokens, args.width, device=args.device, dtype=torch.bfloat16)
     E = router.scorer(x_TD[:1]).shape[-1]
-    batch = Batch(logits={router.previous: torch.randn(args.tokens, E, device=args.device)})
+    before_TE = torch.randn(args.tokens, E, device=args.device)
+    batch = Batch(logits={router.previous: (before_TE, False)})
 
     def call() -> Routing:
         with torch.no_grad():

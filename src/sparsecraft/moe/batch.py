@@ -44,7 +44,8 @@ class Batch:
         expert_ids: (B, S), the expert that each token goes to, whatever its router's scores are;
             of a training stage alone, see `sparsecraft.training.deal.directed`.
         decoder_mask: (B, S), of a decoder beside an encoder: true on its tokens, or labels.
-        logits: what routers have scored in the pass, for those that go on from it; their keys.
+        logits: a router's key -> what it has scored in the pass, for one that goes on from it, and
+            whether it trains.
         shape: (B, S), for families that flatten their tokens (OPT).
         held: which of these values stay for all forward passes of a `context`.
         grows: whether generation adds tokens to the sequence that masks cover.
@@ -59,7 +60,7 @@ class Batch:
     prefix_mask: Tensor | None = None
     expert_ids: Tensor | None = None
     decoder_mask: Tensor | None = None
-    logits: dict[Any, Tensor] = field(default_factory=dict)
+    logits: dict[Any, tuple[Tensor, bool]] = field(default_factory=dict)
     shape: torch.Size | None = None
     held: dict[str, Tensor] = field(default_factory=dict)
     grows: bool = False

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import sparsecraft as sc
 from sparsecraft.dense.donors import view
 from sparsecraft.dense.sites import find_sites
-from sparsecraft.errors import ExportError, RecipeError
+from sparsecraft.errors import ExportError, RecipeError, SparsecraftError
 from sparsecraft.kernels import grouped as grouped_kernel
 from sparsecraft.moe.experts.dispatch import loop
 from sparsecraft.moe.experts.heterogeneous import HeterogeneousExperts
@@ -308,6 +308,15 @@ def test_the_residual_is_right_under_activation_checkpointing():
     assert residual and all(gradients[0][n].abs().max() > 0 for n in residual)
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
+
+
+def test_reentrant_checkpointing_would_lose_the_residuals_gradient():
+    model = moepp(balance_coef=0.0).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    ids = batch("llama")["input_ids"]
+    with pytest.raises(SparsecraftError, match="use_reentrant=False"):
+        model(input_ids=ids, labels=ids).loss.backward()
 
 
 def test_threads_do_not_meet_in_the_residual():

@@ -119,11 +119,23 @@ class Router(nn.Module):
         return Routing(weights_TK, indices_TK, logits, *facts, **rest)
 
     def _going_on(self, x_TD: Tensor, batch: Batch | None) -> Tensor:
-        """Logits that go on from those of the layer before in the pass of the batch."""
+        """Logits that go on from those of the layer before in the pass of the batch.
+
+        Raises:
+            SparsecraftError: those have lost a gradient that they should have.
+        """
         if batch is None:
             return self.scorer(x_TD)
-        logits_TE = self.scorer(x_TD, batch.logits.get(self.previous))
-        batch.logits[self.key] = logits_TE
+        before_TP, trains = batch.logits.get(self.previous, (None, False))
+        if trains and torch.is_grad_enabled() and not before_TP.requires_grad:
+            raise SparsecraftError(
+                "The logits of the layer before have no gradient, which this router goes on from: "
+                "reentrant activation checkpointing runs the layers without one. Use "
+                "use_reentrant=False."
+            )
+        logits_TE = self.scorer(x_TD, before_TP)
+        trains = any(p.requires_grad for p in self.scorer.parameters())
+        batch.logits[self.key] = logits_TE, self.training and trains
         return logits_TE
 
     def limited(self, routing: Routing, mask_T: Tensor | None, passes: bool) -> Routing:
