@@ -57,7 +57,8 @@ def what_was_missing(error: BaseException) -> str:
     if asked is None or asked[2] not in UNITS:
         return f"{gigabytes(free)} {where} are free"
     size = round(float(asked[1]) * UNITS[asked[2]])
-    return f"{gigabytes(size)} more were asked for, and {gigabytes(free)} {where} are free"
+    asked = gigabytes(size) if size >= 1e7 else f"{size / 1e6:.2f} MB"
+    return f"{asked} more were asked for, and {gigabytes(free)} {where} are free"
 
 
 @contextmanager

@@ -82,11 +82,8 @@ def fill(model: nn.Module, stage: Stage | Fit, asked: TrainOptions) -> TrainOpti
         "schedule": "constant" if isinstance(stage, Fit) else stage.schedule,
         "epochs": 1.0 if stage.epochs is None else float(stage.epochs),
     }
-    if on_cpu() and (asked.batch_size is None or asked.max_length is None):
-        log.info(
-            f"On a CPU, by default: {CPU_BATCH_SIZE} sequences of up to {CPU_MAX_LENGTH} tokens "
-            f"a step; the recipe says {stage.batch_size} of {stage.max_length}."
-        )
+    if on_cpu():
+        _say_smaller(stage, asked)
     filled = {key: value for key, value in defaults.items() if getattr(asked, key) is None}
     settings = dataclasses.replace(asked, **filled)
     router = settings.router_learning_rate
@@ -113,6 +110,17 @@ def objective_of(model: nn.Module) -> str:
         f"{loading.without_objective(model, 'sc.train')} Train others in a loop or trainer of your "
         "own, where the model's own loss holds the recipe's auxiliary losses."
     )
+
+
+def _say_smaller(stage: Stage | Fit, asked: TrainOptions) -> None:
+    """Say which of the recipe's values a CPU has others for."""
+    smaller = []
+    if asked.batch_size is None:
+        smaller.append(f"{CPU_BATCH_SIZE} sequences a step, and not {stage.batch_size}")
+    if asked.max_length is None:
+        smaller.append(f"at most {CPU_MAX_LENGTH} tokens a sequence, and not {stage.max_length}")
+    if smaller:
+        log.info(f"On a CPU, by default: {'; '.join(smaller)} as the recipe says.")
 
 
 def stages_of(recipe: Recipe, asked: tuple[str, ...]) -> list[tuple[int, Stage | Fit]]:
