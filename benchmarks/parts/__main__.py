@@ -23,7 +23,12 @@ from sparsecraft.dense.loading import load_tokenizer
 
 HERE = Path(__file__).parent
 GENERAL = 4000
-NETWORKS = {"dense": 1.0, "+ relu": None}  # for a token, where no count of them is logged
+NETWORKS = {
+    "dense": 1.0,
+    "+ relu": None,
+    "+ capacity": None,
+    "+ capacity, adaptive": None,
+}  # for a token, where no count of them is logged
 
 
 def data(args) -> None:

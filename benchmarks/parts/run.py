@@ -48,14 +48,16 @@ def one(args, asked) -> dict:
     # A stage that trains the router alone has a sixth of the steps, at its recipe's own rate.
     last = sizes["steps"] // 6
     shares = [sizes["steps"]] if len(recipe.stages) == 1 else [sizes["steps"] - last, last]
+    reports = []
     with tempfile.TemporaryDirectory() as folder:
         for number, (stage, steps) in enumerate(zip(recipe.stages, shares, strict=True)):
             report = sc.train(
                 model, [rows / f"{d}.train.jsonl" for d in DOMAINS], Path(folder) / stage.name,
                 tokenizer=tokenizer, stages=(stage.name,), steps=steps, batch_size=sizes["batch"],
                 max_length=sizes["length"], learning_rate=None if number else asked.lr,
-                seed=asked.seed, log_every=steps, progress=False,
+                seed=asked.seed, log_every=max(1, steps // 10), progress=False,
             )  # fmt: skip
+            reports.append(report)
     held_out = {d: str(rows / f"{d}.valid.jsonl") for d in DOMAINS}
     options = {"tokenizer": tokenizer, "limit": 8 if args.tiny else None}
     found = sc.evaluate(model, list(held_out.values()), **options)["loss"]
@@ -65,7 +67,9 @@ def one(args, asked) -> dict:
     seen = sizes["steps"] * sizes["batch"] / counts["packs"]
     row = {field: getattr(asked, field) for field in ("method", "schedule", "lr", "seed")}
     row |= {"loss": {d: found[path]["loss"] for d, path in held_out.items()}}
-    row |= {"train_loss": report.loss, "tokens_per_second": report.tokens_per_second}
+    seconds = sum(r.seconds for r in reports)
+    tokens = sum(r.tokens_per_second * r.seconds for r in reports)
+    row |= {"train_loss": report.loss, "tokens_per_second": tokens / seconds}
     row |= {"trained_tokens": round(seen * counts["trained_tokens"]), "passes": seen}
     row |= {name: line.get(name) for name in ("computing_experts", "dropped", "load_entropy")}
     row |= {"total": cost.total, "active": cost.active, "seconds": time.time() - begun}

@@ -18,6 +18,7 @@ COMPILED = (
     "mov_top2",
     "upcycling_raw",
     "attentive",
+    "moepp",
     "mpoe",
     "nexus",
     "mixlora",

@@ -24,6 +24,7 @@ SOME = [
     "smola_slots",
     "upcycling",
     "attentive",
+    "moepp",
     "mpoe",
     "d2dmoe_sparse",
     "bam",

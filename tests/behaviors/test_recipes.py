@@ -48,7 +48,7 @@ ALL = RECIPES | RUNNING
 SOME_RUNNING = ["gmoefication_sparse", "d2dmoe_sparse", "lte_sparse", "cmoe_tuned_sparse"]
 states = pytest.mark.parametrize("recipe", [*KINDS_OF_RECIPES, *SOME_RUNNING])
 METHODS_RUNNING = pytest.mark.parametrize(
-    "recipe", [*METHODS.args[1], "attentive_samples", "mpoe", "nexus", *SOME_RUNNING]
+    "recipe", [*METHODS.args[1], "attentive_samples", "moepp", "mpoe", "nexus", *SOME_RUNNING]
 )
 
 

@@ -46,6 +46,7 @@ FEW = (
     "sequences",
     "camelidae",
     "attentive",
+    "moepp",
     "mpoe",
     "bam",
     "d2dmoe_sparse",

@@ -39,9 +39,14 @@ def test_a_recipe_whose_routers_change_is_written_and_read():
 
 
 def test_the_claim_of_an_exact_start_goes_with_weights_that_sum_to_one():
-    recipe = RECIPES["attentive"].make()
-    assert recipe.with_router_of(recipe.stages[1]).exact_at_start
-    raw = sc.override(recipe, {"stages.1.router.select.renormalize": False})
+    parted = sc.recipes.attentive(4)
+    assert parted.exact_at_start
+    after = parted.with_router_of(parted.stages[1])
+    assert not after.exact_at_start, "copies that are parted are the dense network in their mean"
+    assert not sc.convert(dense("llama"), after).certificate.exact
+    alike = sc.recipes.attentive(4, pairs=None)
+    assert alike.with_router_of(alike.stages[1]).exact_at_start
+    raw = sc.override(alike, {"stages.1.router.select.renormalize": False})
     assert not raw.with_router_of(raw.stages[1]).exact_at_start
 
 

@@ -59,8 +59,6 @@ def grouped(
 
     biased = net.first_bias_EM is not None or net.second_bias_EO is not None
     filled_TK = indices_TK < num_experts
-    # What grouped_mm leaves in memory beyond the last offset must reach no gradient of a bias.
-    empty = empty and not (biased or net.by_expert)
     if not empty:  # slots without an expert go to the last one, with weight zero
         indices_TK = indices_TK.clamp(max=num_experts - 1)
     ends_E, order_S, slot_TK = (_plan_filled if empty else plan)(indices_TK, num_experts)
@@ -74,10 +72,12 @@ def grouped(
         x_SI = F.dropout(x_SI, net.input_dropout)
     hidden_SM = F.grouped_mm(x_SI, net.first_EMI.transpose(-2, -1), offs=ends_E)
     if net.first_bias_EM is not None:
-        hidden_SM = hidden_SM + net.first_bias_EM[expert_S]
+        hidden_SM = hidden_SM + _rows(net.first_bias_EM, expert_S, empty)
     if net.by_expert:  # where one expert's tokens end is read from the device
-        hidden_E = hidden_SM.tensor_split(ends_E[:-1].tolist())
-        hidden_SH = torch.cat(net.activated(hidden_E))
+        *hidden_E, rest_SM = hidden_SM.tensor_split(ends_E.tolist())
+        hidden_E = net.activated(hidden_E)
+        rest_SH = rest_SM.new_zeros(len(rest_SM), hidden_E[0].shape[-1])
+        hidden_SH = torch.cat([*hidden_E, rest_SH])
     else:
         hidden_SH = net.activate(hidden_SM)
     # Weigh on the narrower side: the mixing weight commutes with the second product.
@@ -88,7 +88,7 @@ def grouped(
         offs=ends_E,
     )
     if net.second_bias_EO is not None:
-        y_SO = y_SO + net.second_bias_EO[expert_S]
+        y_SO = y_SO + _rows(net.second_bias_EO, expert_S, empty)
     if net.output_dropout:
         y_SO = F.dropout(y_SO, net.output_dropout)
     y_SO = y_SO if early else y_SO * weight_S1
@@ -104,6 +104,12 @@ def _plan_filled(indices_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     ends_E, order_S, slot_TK = plan(indices_TK, num_experts + 1)
     filled_TK = indices_TK.flatten() < num_experts
     return ends_E[:-1].contiguous(), order_S, slot_TK.where(filled_TK, -1)
+
+
+def _rows(bias_EO: Tensor, expert_S: Tensor, empty: bool) -> Tensor:
+    """The bias of each slot's expert. What grouped_mm leaves in memory beyond its last offset meets
+    a row of zeros that no expert has, so that no gradient of a bias is of that."""
+    return (F.pad(bias_EO, (0, 0, 0, 1)) if empty else bias_EO)[expert_S]
 
 
 def add_residual(y_TO: Tensor, x_TO: Tensor, weights_TK: Tensor, sums_to_one: bool) -> Tensor:

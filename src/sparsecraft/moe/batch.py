@@ -43,6 +43,7 @@ class Batch:
         prefix_mask: (B, S), 1 on the tokens that slots may mix in a causal model.
         expert_ids: (B, S), the expert that each token goes to, whatever its router's scores are;
             of a training stage alone, see `sparsecraft.training.deal.directed`.
+        token_mask: (B, S), what a trainer knows of padding where the model is given no mask.
         decoder_mask: (B, S), of a decoder beside an encoder: true on its tokens, or labels.
         logits: a router's key -> what it has scored in the pass, for one that goes on from it, and
             whether it trains.
@@ -59,6 +60,7 @@ class Batch:
     sentence_ids: Tensor | None = None
     prefix_mask: Tensor | None = None
     expert_ids: Tensor | None = None
+    token_mask: Tensor | None = None
     decoder_mask: Tensor | None = None
     logits: dict[Any, tuple[Tensor, bool]] = field(default_factory=dict)
     shape: torch.Size | None = None
@@ -84,8 +86,8 @@ class Batch:
     def real_tokens(self, reads: Reads) -> Tensor | None:
         """Which of the tokens that a layer reads are no padding, (B, S) bool; None where the batch
         says nothing of them."""
-        masks = {"input": self.attention_mask, "decoder": self.decoder_mask}
-        mask = masks.get(reads)
+        given = self.attention_mask if self.token_mask is None else self.token_mask
+        mask = {"input": given, "decoder": self.decoder_mask}.get(reads)
         return None if mask is None or mask.ndim != 2 else mask.bool()
 
     def seen_by(self, reads: Reads, sequence_first: bool) -> Batch:

@@ -82,6 +82,18 @@ def context(model: nn.Module, **values: Tensor) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def real_tokens(model: nn.Module, token_mask: Tensor | None) -> Iterator[None]:
+    """Let the layers know in the block which tokens (B, S) are no padding, where the model itself
+    is given no mask of them, as of packed rows."""
+    batches = batches_of(model)
+    if batches is None or token_mask is None:
+        yield
+        return
+    with CONTEXTS.opened(Held(batches, {"token_mask": token_mask})):
+        yield
+
+
 # What processors give for the tokens of towers.
 TOWERS = ("pixel_attention_mask", "pixel_mask", "input_features_mask", "feature_attention_mask")
 

@@ -59,7 +59,10 @@ def heterogeneous_balance(routing: Routing, mask_T: Tensor | None = None) -> Ten
     """sum_e eta_e f_e p_e, with f_e the share of tokens that chose expert e, p_e its mean
     probability, and eta_e one for feed-forward experts and tau for zero-computation experts, the
     inverse of the loads that they are meant to have (MoE++, Jin et al. 2025, Eq. 7-8)."""
-    probs_E = _mean(routing.logits_TE.float().softmax(-1), routing, mask_T)
+    logits_TE, in_use_E = routing.logits_TE.float(), routing.in_use_E()
+    if in_use_E is not None:  # of experts that are held back, what they are chosen by
+        logits_TE = logits_TE + in_use_E.log()
+    probs_E = _mean(logits_TE.softmax(-1), routing, mask_T)
     chosen_T = (routing.chosen_TK < routing.num_experts).sum(-1, dtype=torch.float32)
     fractions_E = routing.load_E(mask_T) * _mean(chosen_T, routing, mask_T)
     load = routing.target_load or (1.0,) * routing.num_experts
@@ -266,10 +269,6 @@ def of_samples(names: Iterable[str]) -> bool:
     return not OF_SAMPLES.isdisjoint(names)
 
 
-# What the state of a router may scale; see `Routing.loss_scale`.
-BALANCES = ("switch", "switch_unnormalized", "btx", "heterogeneous", "remoe")
-
-
 def auxiliary_loss(
     traced: Mapping[str, Routing],
     coefficients: Mapping[str, float],
@@ -301,7 +300,7 @@ def auxiliary_loss(
         for layer, routing in traced.items():
             value = LOSSES[name](routing, masks(layer))
             plain[groups(layer)].append(value)
-            scale = routing.loss_scale if name in BALANCES else None
+            scale = routing.loss_scale if name in routing.scaled else None
             scaled[groups(layer)].append(value if scale is None else value * scale)
         parts[name] = _summed(plain)
         total = total + coefficient * _summed(scaled)

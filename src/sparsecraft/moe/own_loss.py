@@ -26,7 +26,7 @@ from sparsecraft.moe.losses import auxiliary_loss as sum_of_losses
 from sparsecraft.moe.losses import of_samples
 from sparsecraft.moe.routing import Routing
 from sparsecraft.moe.scopes import Blocks, PerThread
-from sparsecraft.moe.steps import Step, has_moving
+from sparsecraft.moe.steps import Step
 from sparsecraft.moe.traces import Trace
 from sparsecraft.moe.tracing import trace
 from sparsecraft.recipe.stages import Stage
@@ -99,7 +99,7 @@ class OwnLoss:
         self.shifts: bool | None = None
         self.warned = False
         self.handles: list[Any] = []
-        self.step, self.moves = Step(), False
+        self.step = Step()
         self._passes = PerThread(_Passes)
 
     def attach(self, model: nn.Module) -> None:
@@ -115,7 +115,7 @@ class OwnLoss:
 
     def meet_routers(self, model: nn.Module) -> None:
         """Know whether the state of any router moves, and forget what was noted of others."""
-        self.step, self.moves = Step(), has_moving(model)
+        self.step = Step(model)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -139,9 +139,9 @@ class OwnLoss:
         num_items = None if labels is None else kwargs.pop("num_items_in_batch", None)
         losses = self.in_force(module)
         passes.call, passes.latest, passes.items = None, None, None
-        moves = self.moves and not self.is_off
+        moves = bool(self.step.layers) and not self.is_off
         if moves:
-            self.step.move_if_trained(module)
+            self.step.move_if_trained()
         if losses or num_items is not None or moves:
             traced = trace(module, inputs=of_samples(losses))
             opened = traced.__enter__()
@@ -245,10 +245,11 @@ class OwnLoss:
         if losses is None:
             losses = {} if stage is None else stage.losses
         losses = {name: coefficient for name, coefficient in losses.items() if coefficient}
-        if losses and getattr(model, "_is_replica", False):
+        if (losses or self.step.layers) and getattr(model, "_is_replica", False):
             raise SparsecraftError(
-                "The recipe has routing losses, and the model runs as copies on several GPUs, "
-                "where they are not seen. Launch one process for each GPU with torchrun."
+                "The recipe has routing losses, or routers that move with each step, and the model "
+                "runs as copies on several GPUs, where they are not seen. Launch one process for "
+                "each GPU with torchrun."
             )
         why = self.losses is None and losses and needs_train(model, stage)
         if not why:

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from sparsecraft.errors import SparsecraftError
 
+# Losses that even out the experts, which the state of a router may scale.
+BALANCE_LOSSES = ("switch", "switch_unnormalized", "btx", "heterogeneous", "importance")
+
 
 @dataclass(frozen=True, slots=True)
 class Routing:
@@ -29,10 +32,12 @@ class Routing:
         through_TE: in training, the weights of all experts, for a gradient that passes by those
             that a token does not go to.
         wanted_TK: the experts that were chosen, where capacity left some of their slots empty.
-        loss_scale: (), what the balance losses of the layer are multiplied by; None for one.
+        loss_scale: (), what some losses of the layer are multiplied by; None for one.
+        scaled: the names of these.
         k: experts that a token is meant to take, where the slots do not say it.
         target_load: parts of all slots that experts are meant to have; None for equal ones.
         free: how many of the experts, the last ones, compute nothing.
+        of_free: (), how far these are in use yet, from 0 to 1; None where they are.
         pre_TF: in training of a split network whose experts all run, the activation's input.
         empty: many slots may have no expert.
         soft: every token has all experts, which differ in weight alone: a count of slots says
@@ -53,9 +58,11 @@ class Routing:
     through_TE: Tensor | None = None
     wanted_TK: Tensor | None = None
     loss_scale: Tensor | None = None
+    scaled: tuple[str, ...] = ()
     k: int | None = None
     target_load: tuple[float, ...] | None = None
     free: int = 0
+    of_free: Tensor | None = None
     pre_TF: Tensor | None = None
     empty: bool = False
     soft: bool = False
@@ -76,6 +83,19 @@ class Routing:
         weights_TK = self.weights_TK * (self.indices_TK < E)
         weights_TE = weights_TK.new_zeros(T, E + 1)  # the last column takes "no expert"
         return weights_TE.scatter_add(1, self.indices_TK, weights_TK)[:, :E]
+
+    def in_use_E(self) -> Tensor | None:
+        """How far each expert is in use, (E,) from 0 to 1; None where all are."""
+        if self.of_free is None:
+            return None
+        return of_last(self.free, self.of_free, self.num_experts)
+
+    def load_to_have_E(self) -> Tensor:
+        """Parts of all slots that experts are meant to have now, (E,) float64."""
+        E = self.num_experts
+        load_E = self.logits_TE.new_tensor(self.target_load or (1 / E,) * E, dtype=torch.float64)
+        in_use_E = self.in_use_E()
+        return load_E if in_use_E is None else shares(load_E * in_use_E)
 
     def only(self, keep_T: Tensor) -> Routing:
         """The same decision with weight zero for all other tokens."""
@@ -166,6 +186,12 @@ class Routing:
 def shares(amounts_E: Tensor) -> Tensor:
     """Amounts from 0 as parts of their sum; zeros where there are none."""
     return amounts_E / amounts_E.sum().clamp_min(torch.finfo(amounts_E.dtype).tiny)
+
+
+def of_last(count: int, value: Tensor, num_experts: int) -> Tensor:
+    """Ones (E,), and `value` in the places of the last experts."""
+    places_E = torch.arange(num_experts, device=value.device)
+    return torch.where(places_E >= num_experts - count, value, 1.0)
 
 
 def spread(mask_T: Tensor, rows: int, heads: int) -> Tensor:

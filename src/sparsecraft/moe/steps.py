@@ -22,19 +22,26 @@ SAMPLE = 512  # of each parameter
 class Step:
     """What the routers whose states move have done since they last did.
 
+    Args:
+        model: None for one without such routers.
+
     Attributes:
+        layers: theirs, in the model's order, which is the same in all processes.
         sums: layer -> the vector of a `Seen`, summed over the passes of the step.
-        before: numbers of one layer's parameters when that began.
+        before: numbers of a layer's parameters when that began.
     """
 
-    def __init__(self):
-        self.sums: dict[str, Tensor] = {}
+    def __init__(self, model: nn.Module | None = None):
+        modules = () if model is None else model.modules()
+        layers = (m for m in modules if isinstance(m, MoELayer) and m.router is not None)
+        self.layers = [layer for layer in layers if layer.router.moving]
+        self.sums: dict[nn.Module, Tensor] = {}
         self.before: Tensor | None = None
 
     def copy(self) -> Step:
         """What is noted until now, in one of its own."""
         other = Step()
-        other.sums, other.before = dict(self.sums), self.before
+        other.layers, other.sums, other.before = self.layers, dict(self.sums), self.before
         return other
 
     def note(
@@ -46,44 +53,46 @@ class Step:
         """One forward pass in training.
 
         Args:
+            model: what the names are of: a whole model, or its trunk.
             routings: layer -> what it decided.
             masks: layer -> True on its real tokens.
         """
-        for name, routing in routings.items():
-            router = model.get_submodule(name).router
-            if router.moving:
+        for name, routing in routings.items() if self.layers else ():
+            layer = model.get_submodule(name)
+            if layer.router.moving:
                 if self.before is None:
-                    self.before = _numbers(model.get_submodule(name))
-                self.sums[name] = self.sums.get(name, 0) + Seen.of(routing, masks(name)).vector
+                    self.before = _numbers(self.layers[0])
+                self.sums[layer] = self.sums.get(layer, 0) + Seen.of(routing, masks(name)).vector
 
-    def move_if_trained(self, model: nn.Module) -> None:
+    def move_if_trained(self) -> None:
         """`move`, if an optimizer has changed what was noted of; all processes ask alike."""
         if self.before is None:
             return
-        now = _numbers(model.get_submodule(next(iter(self.sums))))
-        changed = now.new_tensor(not torch.equal(self.before, now))
-        if _everywhere(changed) > 0:
-            self.move(model)
+        now = _numbers(self.layers[0])
+        if _everywhere(now.new_tensor(not torch.equal(self.before, now))) > 0:
+            self.move()
 
-    def move(self, model: nn.Module) -> None:
+    def move(self) -> None:
         """Let the states move by what all processes have noted; then nothing is."""
-        names = [*self.sums]
-        if not names:
+        if self.before is None:
             return
-        lengths = [len(self.sums[name]) for name in names]
-        device = self.sums[names[0]].device
-        total = _everywhere(torch.cat([self.sums[name].to(device) for name in names]))
+        device = next(iter(self.sums.values())).device
+        sizes = [layer.experts.num_experts + 2 for layer in self.layers]
+        parts = [self._sum(layer, size) for layer, size in zip(self.layers, sizes, strict=True)]
+        total = _everywhere(torch.cat([part.to(device) for part in parts]))
         self.sums, self.before = {}, None
-        seen = dict(zip(names, map(Seen.read, total.split(lengths)), strict=True))
-        for name, own in seen.items():
-            for state in model.get_submodule(name).router.moving:
-                state.move(own, [*seen.values()])
+        every = [
+            Seen.read(vector, layer.router.wanted)
+            for vector, layer in zip(total.split(sizes), self.layers, strict=True)
+        ]
+        for layer, own in zip(self.layers, every, strict=True):
+            for state in layer.router.moving:
+                state.move(own, every)
 
-
-def has_moving(model: nn.Module) -> bool:
-    """Whether the state of any router moves."""
-    layers = (m for m in model.modules() if isinstance(m, MoELayer) and m.router is not None)
-    return any(layer.router.moving for layer in layers)
+    def _sum(self, layer: MoELayer, size: int) -> Tensor:
+        """What is noted of a layer; zeros where it did not run, or has other experts now."""
+        found = self.sums.get(layer)
+        return torch.zeros(size) if found is None or len(found) != size else found
 
 
 def _everywhere(vector: Tensor) -> Tensor:

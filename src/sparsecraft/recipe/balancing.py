@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from sparsecraft.errors import RecipeError
 from sparsecraft.recipe.kinds import add_kind, family
@@ -30,9 +30,14 @@ class Moving(ABC):
 
 @family
 class Balance(Moving):
-    """What evens out the loads of experts without a loss."""
+    """What evens out the loads of experts without a loss.
+
+    Attributes:
+        needs_free: it is for experts of which some compute nothing.
+    """
 
     __slots__ = ()
+    needs_free: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +58,13 @@ class Bias(Balance):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hold(Balance):
-    """Zero-computation experts are not chosen at first, so that a model starts as the dense one:
-    b_e, added to their softmax, rises from -1 to 0 over `steps` optimizer steps (ours)."""
+    """Zero-computation experts come into use over `steps` optimizer steps, so that a model starts
+    as the dense one: their softmax is multiplied in the choice by what rises from 0 to 1, and so
+    are the loads that they are meant to have (ours)."""
 
     kind: Literal["hold"] = "hold"
     steps: int = 500
+    needs_free = True
 
     def __post_init__(self) -> None:
         check_types(self)

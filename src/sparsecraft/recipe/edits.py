@@ -80,6 +80,8 @@ class Edit:
             )
         router.check(experts.num_experts)
         _check_reads(self)
+        if not router.splits:
+            _check_free(self)
 
     @property
     def layers(self) -> tuple[Edit, ...]:
@@ -179,4 +181,23 @@ def _check_reads(edit: Edit) -> None:
         raise RecipeError(
             f"router.reads is 'experts' with place={edit.place!r} at site {edit.site!r}; only "
             "experts that give one output for each token on their own can be read."
+        )
+
+
+def _check_free(edit: Edit) -> None:
+    """Refuse what makes no sense with experts that compute nothing, or without them.
+
+    Raises:
+        RecipeError: so it is.
+    """
+    experts, balance = edit.experts, edit.router.select.balance
+    if balance is not None and balance.needs_free and not experts.free:
+        raise RecipeError(
+            f"router.select.balance is {balance.kind!r} with {experts.kind} experts, none of which "
+            "computes nothing; it is for those of `moepp`."
+        )
+    if edit.router.through and experts.free:
+        raise RecipeError(
+            f"router.select.through is True with {experts.kind} experts, whose weights are not "
+            "those of the router alone; leave it out."
         )

@@ -79,6 +79,11 @@ class ExpertsSpec(ABC):
         return 0
 
     @property
+    def parted(self) -> bool:
+        """Whether they give what the dense network gives in their mean alone."""
+        return False
+
+    @property
     def load(self) -> tuple[float, ...] | None:
         """Parts of all slots that experts are meant to have; None for equal ones."""
         return None
@@ -178,6 +183,10 @@ class FFNSpec(ExpertsSpec):
     @property
     def blends(self) -> bool:
         return self.blend
+
+    @property
+    def parted(self) -> bool:
+        return self.differ.pairs is not None
 
     @property
     def shards(self) -> bool:

@@ -31,8 +31,8 @@ class HeterogeneousSpec(ExpertsSpec):
     tau: float = 0.75
     """A feed-forward expert is meant to get tau times the tokens of a zero-computation expert."""
     zero_weight: Literal["lost", "shared"] = "lost"
-    """The weight of a zero expert is lost, or goes to the token's other experts in equal
-    proportion (MoE++'s code)."""
+    """The weight of a zero expert is lost, or the weights of the token's other experts are scaled
+    to sum to one (MoE++'s code)."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -66,6 +66,8 @@ class Recipe:
         for stage in self.stages:
             if stage.router is not None:
                 self.with_router_of(stage)
+        for stage in self.stages:
+            _check_relu(self, stage)
         encoders = {e.router.sentences for e in self.edits if e.router} - {None}
         if len(encoders) > 1:
             raise RecipeError(
@@ -94,6 +96,7 @@ class Recipe:
         later = [s.name for s in self.stages].index(stage.name) + 1
         stages = (replace(stage, router=None), *self.stages[later:])
         exact = self.exact_at_start and stage.router.sums_to_one
+        exact = exact and not any(edit.experts.parted for edit in edits)
         return replace(self, edits=edits, stages=stages, exact_at_start=exact)
 
     @property
@@ -105,6 +108,22 @@ class Recipe:
     def quantization(self) -> str | None:
         """How the weights of the dense model are packed: `nf4`, `fp4`, `int8`, or None."""
         return self.backbone.kind if isinstance(self.backbone, Quantize) else None
+
+
+def _check_relu(recipe: Recipe, stage: Stage | Fit) -> None:
+    """Refuse to train routers that select by ReLU without the loss that keeps them sparse.
+
+    Raises:
+        RecipeError: so it is.
+    """
+    routers = [edit.router for edit in recipe.edits if edit.router and not edit.router.splits]
+    relu = any(router.select.wanted is not None for router in routers)
+    if relu and isinstance(stage, Stage) and stage.router is None and "remoe" not in stage.losses:
+        raise RecipeError(
+            f"router.select is 'relu' and stage {stage.name!r} of recipe {recipe.name!r} has no "
+            "loss 'remoe', without which nothing keeps experts from running; give "
+            "losses={'remoe': 1.0} (--set losses=remoe=1)."
+        )
 
 
 def _with_router(edit: Edit, router: RouterSpec) -> Edit:

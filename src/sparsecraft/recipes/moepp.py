@@ -109,8 +109,8 @@ def _counts(
         networks, constant, copy, zero = of_preset
     networks = 8 if networks is None else networks
     check_whole("num_experts", networks)
-    if constant is None:
-        constant = max(networks // 4 - copy - zero, 1)
+    if constant is None:  # 8 + 4 has one more than the paper's formula gives
+        constant = 2 if networks == 8 else max(networks // 4 - copy - zero, 1)
     counts = {"constant": constant, "copy": copy, "zero": zero}
     return counts | {"num_experts": networks + sum(counts.values())}
 

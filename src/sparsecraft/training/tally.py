@@ -53,7 +53,7 @@ class Tally:
             seen = Seen.of(routing, mask_T)
             wanted = seen.wanted_E.sum()
             self.add(f"dropped/{layer}", 1 - seen.filled / wanted.clamp_min(1), wanted)
-        self._loads[layer] = self._loads.get(layer, 0) + routing.amounts_E(mask_T)
+        self._loads[layer] = self._loads.get(layer, 0) + _against_target(routing, mask_T)
         entropy_T = torch.special.entr(routing.logits_TE.float().softmax(-1)).sum(-1)
         counted_T = routing.counted(mask_T)
         weight_T = torch.ones_like(entropy_T) if counted_T is None else counted_T.float()
@@ -87,6 +87,15 @@ class Tally:
         self._sums.clear()
         self._loads.clear()
         return means
+
+
+def _against_target(routing: Routing, mask_T: Tensor | None) -> Tensor:
+    """What each expert received, for as much as an expert is meant to have."""
+    amounts_E = routing.amounts_E(mask_T)
+    if routing.target_load is None:
+        return amounts_E
+    meant_E = routing.load_to_have_E().float() * routing.num_experts
+    return (amounts_E / meant_E).where(meant_E > 0, 0.0)
 
 
 def _log(experts: int) -> float:

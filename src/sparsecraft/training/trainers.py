@@ -19,11 +19,10 @@ from trl import SFTTrainer
 
 from sparsecraft.data.encoding import IGNORED
 from sparsecraft.errors import SparsecraftError
-from sparsecraft.moe.context import layer_masks
+from sparsecraft.moe.context import layer_masks, real_tokens
 from sparsecraft.moe.items import count_items, weighed
 from sparsecraft.moe.losses import of_samples
 from sparsecraft.moe.own_loss import balance_of
-from sparsecraft.moe.steps import Step
 from sparsecraft.moe.tracing import trace
 from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.record import conversion_of
@@ -98,7 +97,8 @@ class RoutedTrainerMixin:
         with traces as traced, conversion_of(unwrapped).own_loss.off():
             masks = layer_masks(unwrapped, inputs, token_mask, traced)
             # Without a number of items: the mean over these, in all of transformers' models.
-            with self.accelerator.autocast():  # accelerate puts none around what FSDP2 shares
+            with self.accelerator.autocast(), real_tokens(unwrapped, token_mask):
+                # accelerate puts no autocast around what FSDP2 shares
                 result = self._task_loss(model, inputs, return_outputs)
             routings = dict(traced)
         num_items = items if num_items_in_batch is None else num_items_in_batch
@@ -217,13 +217,19 @@ class TellsParts(TrainerCallback):
     routers that have states which move with it."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        conversion_of(model).own_loss.step = Step()  # passes that measured memory are of no step
+        conversion_of(model).own_loss.meet_routers(model)  # what measured memory is of no step
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         record = conversion_of(model)
         for layer in record.layers:
             layer.experts.before_update()
-        record.own_loss.step.move(model)
+        record.own_loss.step.move()
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        layers = (layer for layer in conversion_of(model).layers if layer.router is not None)
+        unfinished = (state.unfinished() for layer in layers for state in layer.router.moving)
+        for words in dict.fromkeys(filter(None, unfinished)):
+            log.warning(words)
 
 
 class OurTrainerMixin(WatchedTrainerMixin, MicroBatchMixin, RoutedTrainerMixin, StatesMixin):

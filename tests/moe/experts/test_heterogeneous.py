@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
+from itertools import pairwise
 
 import pytest
 import torch
@@ -21,14 +22,16 @@ from sparsecraft.kernels import grouped as grouped_kernel
 from sparsecraft.moe.experts.dispatch import loop
 from sparsecraft.moe.experts.heterogeneous import HeterogeneousExperts
 from sparsecraft.moe.losses import heterogeneous_balance, switch_balance
+from sparsecraft.moe.routers.build import build_router
 from sparsecraft.moe.routers.capacity import limited, room
 from sparsecraft.moe.routers.selectors import top_k
 from sparsecraft.moe.routing import Routing
-from sparsecraft.recipe.balancing import Capacity
+from sparsecraft.recipe.balancing import Capacity, Hold
 from sparsecraft.recipe.heterogeneous import HeterogeneousSpec
 from sparsecraft.recipe.residual import Residual
 from sparsecraft.recipe.routers import RouterSpec
 from sparsecraft.recipe.scorers import Linear
+from sparsecraft.recipe.selections import TopK
 from tests import tiny
 from tests.cases import D, batch, dense, randomize_new
 
@@ -78,9 +81,8 @@ def test_the_mixture_is_the_papers_token_by_token(counts, family, zero_weight):
         x, y = x_TD[t], torch.zeros(D)
         chosen = list(zip(routing.weights_TK[t], routing.indices_TK[t].tolist(), strict=True))
         if zero_weight == "shared":
-            whole = sum(w for w, _ in chosen)
             rest = sum(w for w, e in chosen if e < 7 - zeros)
-            chosen = [(w * whole / rest, e) for w, e in chosen if e < 7 - zeros]
+            chosen = [(w / rest, e) for w, e in chosen if e < 7 - zeros]
         for weight, e in chosen:
             if e < networks:
                 y = y + weight * bank.networks.expert(e, x[None])[0]
@@ -105,9 +107,10 @@ def test_a_zero_expert_adds_exactly_nothing():
 
 
 @pytest.mark.parametrize("dispatch", ["grouped", "dense", "loop"])
-def test_the_networks_see_their_own_tokens_alone(dispatch, monkeypatch):
+@pytest.mark.parametrize("family", ["t5", "gpt2", "opt", "llama"])
+def test_the_networks_see_their_own_tokens_alone(family, dispatch, monkeypatch):
     """Counted in the grouped product's offsets, and in the loop's calls."""
-    bank = bank_of("t5")  # without biases, so that no slot need be in the product
+    bank = bank_of(family)
     bank.dispatch = dispatch
     x_TD, routing = torch.randn(T, D, requires_grad=True), routing_of(7)
     ends, rows = [], []
@@ -376,7 +379,74 @@ def test_zero_computation_experts_come_into_use(tmp_path):
     lines = [e for e in model.sparsecraft.report["training"][-1]["log"] if "loss" in e]
     assert lines[0]["computing_experts"] == 2, "held back at first"
     assert lines[-1]["computing_experts"] < 2
-    assert all(layer.router.balance.value == 0 for layer in model.sparsecraft.layers)
+    assert all(layer.router.balance.value == 1 for layer in model.sparsecraft.layers)
+
+
+def test_they_come_into_use_little_by_little():
+    torch.manual_seed(0)
+    router = build_router(RouterSpec(select=TopK(K, balance=Hold())), D, 7, experts=spec_of(0.5))
+    x_TD, used = torch.randn(2000, D), []
+    for value in (0, 0.2, 0.4, 0.6, 0.8, 1):
+        router.balance.value.fill_(value)
+        routing = router(x_TD)
+        used.append((routing.indices_TK >= 3).float().mean().item())
+        assert torch.equal(routing.logits_TE, x_TD @ router.scorer.weight.T)
+    assert used[0] == 0 and 0.45 < used[-1] < 0.7
+    steps = [after - before for before, after in pairwise(used)]
+    assert all(0.01 < step < 0.25 for step in steps), used
+
+
+def spec_of(tau: float) -> HeterogeneousSpec:
+    return HeterogeneousSpec(num_experts=7, constant=2, copy=1, zero=1, tau=tau)
+
+
+def test_held_experts_are_meant_to_have_nothing():
+    """Capacity and loss are those of the plain mixture at the start, and tau's at the end."""
+    torch.manual_seed(0)
+    router = build_router(RouterSpec(select=TopK(K, balance=Hold())), D, 7, experts=spec_of(0.75))
+    with torch.no_grad():
+        router.scorer.weight.mul_(8)
+    plain = build_router(RouterSpec(select=TopK(K)), D, 3)
+    plain.scorer.weight.data = router.scorer.weight.data[:3]
+    x_TD, capacity = torch.randn(300, D), Capacity(factor=1.1)
+    held, wanted = router(x_TD), plain(x_TD)
+    assert torch.equal(held.indices_TK, wanted.indices_TK)
+    dropped = limited(held, capacity).indices_TK.clamp(max=3)
+    assert torch.equal(dropped, limited(wanted, capacity).indices_TK)
+    loss = heterogeneous_balance(held)
+    assert loss.item() == pytest.approx(switch_balance(wanted).item() * K / 3, rel=1e-5)
+    loss.backward()
+    assert router.scorer.weight.grad.isfinite().all()
+    assert (router.scorer.weight.grad[3:] == 0).all(), "nothing is said of the held ones"
+    router.balance.value.fill_(1)
+    assert router(x_TD).load_to_have_E().tolist() == pytest.approx(spec_of(0.75).load)
+
+
+def test_a_training_that_ends_too_soon_says_so(tmp_path, caplog):
+    model = tiny.llama()
+    sc.convert(model, sc.recipes.moepp(3, **(SMALL | {"hold_steps": 50})))
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.chat_rows())
+    options = {"batch_size": 4, "max_length": 48, "tokenizer": tiny.tokenizer()}
+    sc.train(model, rows, tmp_path / "run", steps=2, progress=False, **options)
+    assert caplog.text.count("for 48 of 50 steps") == 1
+
+
+def test_the_defaults_train_as_they_start(tmp_path):
+    """Held back, networks have the room of a plain mixture: the first steps drop no more."""
+    dropped = {}
+    for name, recipe in {
+        "moepp": sc.recipes.moepp(4, hold_steps=100),
+        "plain": sc.override(
+            sc.recipes.upcycling(4), {"router.select.capacity": Capacity(factor=1.1)}
+        ),
+    }.items():
+        model = tiny.llama()
+        sc.convert(model, recipe)
+        rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.chat_rows())
+        options = {"batch_size": 8, "max_length": 48, "tokenizer": tiny.tokenizer()}
+        sc.train(model, rows, tmp_path / name, steps=1, log_every=1, progress=False, **options)
+        dropped[name] = model.sparsecraft.report["training"][-1]["log"][0]["dropped"]
+    assert dropped["moepp"] < dropped["plain"] + 0.1
 
 
 def test_the_distance_from_the_dense_model_is_printed():
@@ -419,6 +489,17 @@ def test_no_standard_architecture_has_such_experts(tmp_path):
         sc.export(model, "mixtral", tmp_path / "out")
     with pytest.raises(RecipeError, match="heterogeneous"):
         sc.extend(model, tiny.llama(), rows="reset")
+
+
+def test_eight_networks_have_the_presets_others():
+    assert sc.recipes.moepp(8) == sc.recipes.moepp(preset="8+4") == sc.recipes.moepp()
+
+
+def test_options_that_make_no_sense_together_are_refused():
+    with pytest.raises(RecipeError, match="none of which computes nothing"):
+        sc.override(sc.recipes.upcycling(4), {"router.select.balance": "hold"})
+    with pytest.raises(RecipeError, match="through"):
+        sc.override(sc.recipes.moepp(4), {"router.select.through": True})
 
 
 def test_a_residual_is_of_routers_by_token():

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import Trainer, TrainingArguments
 
 import sparsecraft as sc
@@ -22,7 +23,8 @@ from sparsecraft.moe.losses import auxiliary_loss, relu_balance, router_z, switc
 from sparsecraft.moe.routers.build import build_router
 from sparsecraft.moe.routers.capacity import limited, room
 from sparsecraft.moe.routers.moving import Seen
-from sparsecraft.moe.routing import Routing
+from sparsecraft.moe.routers.router import Router
+from sparsecraft.moe.routing import BALANCE_LOSSES, Routing
 from sparsecraft.recipe.balancing import Bias, ByDropRate, BySparsity, Capacity
 from sparsecraft.recipe.routers import GateSpec, RouterSpec
 from sparsecraft.recipe.selections import ReLU, TopK
@@ -134,6 +136,22 @@ def test_nothing_is_dropped_at_inference():
     plain = upcycled({}).eval()
     plain.load_state_dict(model.state_dict())
     assert torch.equal(model(**batch("llama")).logits, plain(**batch("llama")).logits)
+
+
+def test_padding_of_packed_rows_takes_no_room(tmp_path):
+    """Packed, the model is given no mask, and the trainer knows what is padding."""
+    seen, limit = [], Router.limited
+
+    def noted(self, routing, mask_T, passes):
+        seen.append(mask_T)
+        return limit(self, routing, mask_T, passes)
+
+    model = upcycled({"router.select.capacity": HALF}, "tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Router, "limited", noted)
+        train(model, tmp_path, steps=2, packing=True)
+    masks = [mask_T for mask_T in seen if mask_T is not None]
+    assert len(masks) == len(seen) and any(not mask_T.all() for mask_T in masks)
 
 
 @pytest.mark.parametrize("place", ["replace", "after", "beside", "inside", "vectors"])
@@ -254,7 +272,9 @@ def test_its_coefficient_follows_the_zeros_of_all_layers():
         sparse.scorer.weight.copy_(-sparse.scorer.weight.abs())
         dense_.scorer.weight.copy_(dense_.scorer.weight.abs())
     x_TD = torch.rand(T, D)
-    few, many = Seen.of(sparse(x_TD), None), Seen.of(dense_(x_TD), None)
+    few, many = (Seen.of(router(x_TD), None) for router in (sparse, dense_))
+    wider = Seen.of(build_router(RouterSpec(select=ReLU(k=4)), D, E)(x_TD), None)
+    assert (few.k, wider.k) == (2, 4)
     state = sparse.coefficient
     state.move(few, [many, many])  # no zeros at all: larger
     assert state.value.item() == pytest.approx(1.2e-8)
@@ -262,11 +282,38 @@ def test_its_coefficient_follows_the_zeros_of_all_layers():
     assert state.value.item() == pytest.approx(1e-8)
     state.move(few, [few, many])  # half are zeros, 1 - 2 / 5 are wanted
     assert state.value.item() == pytest.approx(1.2e-8)
+    other = replace(few, k=5)  # of a layer that takes all of its experts
+    state.move(many, [few, many, other])  # two thirds are zeros, 1 - 3 / 5 are wanted
+    assert state.value.item() == pytest.approx(1e-8)
+    state.move(many, [replace(many, k=None), few])  # what routes otherwise does not count
+    assert state.value.item() == pytest.approx(1e-8 / 1.2)
+    for _ in range(200):
+        state.move(few, [few])
+    state.move(many, [many])
+    assert state.value.item() == pytest.approx(1.2e-12), "it comes back from next to nothing"
 
 
 def test_the_loss_is_refused_for_other_routers():
     with pytest.raises(RecipeError, match="select='relu'"):
         relu_balance(routed(TopK(K))[1])
+
+
+def test_relu_needs_its_loss_and_it_alone_is_scaled():
+    with pytest.raises(RecipeError, match="losses=remoe=1"):
+        sc.override(sc.recipes.upcycling(4), {"router.select": "relu"})
+    _, routing = routed(ReLU(k=2))
+    total, parts = auxiliary_loss({"a": routing}, {"switch": 0.01, "remoe": 1.0})
+    assert torch.allclose(total, 0.01 * parts["switch"] + 1e-8 * parts["remoe"])
+
+
+def test_layers_with_other_numbers_keep_one_coefficient(tmp_path):
+    changes = {"router.select": ReLU(k=2, coefficient=BySparsity(start=0.1, factor=1.5))}
+    changes |= {"exact_at_start": False, "losses": {"remoe": 1.0}}
+    recipe = sc.override(sc.override(sc.recipes.upcycling(6), changes), {"top_k": [1, 4]})
+    model = upcycled({}, "tiny", recipe)
+    train(model, tmp_path, steps=5)
+    values = {layer.router.coefficient.value.item() for layer in model.sparsecraft.layers}
+    assert len(values) == 1
 
 
 def test_a_model_by_relu_trains_and_comes_back(tmp_path):
@@ -304,7 +351,8 @@ def test_the_coefficient_of_a_layer_follows_what_it_drops():
 
 def test_it_scales_the_balance_losses_of_its_layer_alone():
     _, routing = routed(TopK(K))
-    traced = {"a": replace(routing, loss_scale=torch.tensor(0.25)), "b": routing}
+    scaled = {"loss_scale": torch.tensor(0.25), "scaled": BALANCE_LOSSES}
+    traced = {"a": replace(routing, **scaled), "b": routing}
     total, parts = auxiliary_loss(traced, {"switch": 0.01, "z": 0.1})
     balance, z = switch_balance(routing), router_z(routing)
     assert torch.allclose(parts["switch"], balance) and torch.allclose(parts["z"], z)
@@ -356,6 +404,45 @@ def test_a_loop_of_ones_own_moves_them_once_a_step():
     model(input_ids=ids, labels=ids)
     model.eval()(input_ids=ids)
     assert torch.equal(state.values_E, before), "no step, no move"
+
+
+def two_steps(rank: int, world: int, folder: str) -> None:
+    """A loop of one's own on this process's part of the rows."""
+    torch.set_num_threads(1)
+    if world > 1:
+        store = dist.FileStore(f"{folder}/store", world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    model, ids = upcycled(BIASED), batch("llama")["input_ids"].repeat(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)  # so that all have the same weights
+    for _ in range(2):
+        model(input_ids=ids[rank::world], labels=ids[rank::world]).loss.backward()
+        optimizer.step()
+    model(input_ids=ids[rank::world])
+    values = [layer.router.balance.values_E for layer in model.sparsecraft.layers]
+    torch.save(values, f"{folder}/{world} {rank}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def test_two_processes_move_them_as_one_does(tmp_path):
+    torch.multiprocessing.spawn(two_steps, (2, str(tmp_path)), nprocs=2)
+    two_steps(0, 1, str(tmp_path))
+    found = [torch.load(tmp_path / name) for name in ("1 0", "2 0", "2 1")]
+    assert all(values.abs().max() > 0 for values in found[0])
+    for layer in zip(*found, strict=True):
+        assert torch.equal(layer[0], layer[1]) and torch.equal(layer[0], layer[2])
+
+
+def test_trunk_and_model_may_take_turns():
+    model, ids = upcycled(BIASED), batch("llama")["input_ids"]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    state = model.sparsecraft.layers[0].router.balance
+    for run in (model.model, model, model.model):
+        run(input_ids=ids)[0].square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model(input_ids=ids, labels=ids)
+    assert 0 < state.values_E.abs().max() <= 0.03 + 1e-7
 
 
 def test_a_trainer_of_transformers_moves_them(tmp_path):

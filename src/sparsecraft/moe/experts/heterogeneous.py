@@ -112,15 +112,13 @@ class HeterogeneousExperts(Experts):
         return logits_TC2.softmax(-1).to(x_TD.dtype)
 
     def _without_zeros(self, routing: Routing) -> Routing:
-        """The weights of zero experts given to the others of each token."""
+        """The weights of each token's other experts, which sum to one."""
         first = self.num_experts - self.counts[3]
-        zeros_TK = (routing.indices_TK >= first) & (routing.indices_TK < self.num_experts)
-        rest_TK = routing.weights_TK.masked_fill(zeros_TK, 0)
-        left_T1 = rest_TK.sum(-1, keepdim=True)
-        whole_T1 = routing.weights_TK.sum(-1, keepdim=True)
+        kept_TK = routing.indices_TK < first
+        rest_TK = routing.weights_TK * kept_TK
         # A token that has zero experts alone has nothing to give its weight to.
-        tiny = torch.finfo(rest_TK.dtype).tiny
-        return replace(routing, weights_TK=rest_TK * (whole_T1 / left_T1.clamp_min(tiny)))
+        left_T1 = rest_TK.sum(-1, keepdim=True).clamp_min(torch.finfo(rest_TK.dtype).tiny)
+        return replace(routing, weights_TK=rest_TK / left_T1)
 
     # --------------------------------------------------------------------------------------- cost
 

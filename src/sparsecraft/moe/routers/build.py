@@ -112,13 +112,13 @@ def build_router(
     scorer = made(spec.scorer, width, num_experts, **given, **where)
     router = Router(scorer, spec, named(SELECTORS, spec.select, "selector", DOOR)(spec.select))
     router.base_gate = BaseGate(width, **where) if spec.gates_base else None
-    unlike = (None, 0) if experts is None else (experts.load, experts.free)
     balance, coefficient = spec.select.balance, spec.select.coefficient
     if balance is not None:
         made = named(BALANCES, balance, "state", DOOR)
-        router.balance = made(balance, num_experts, *unlike, device=device)
+        router.balance = made(balance, num_experts, experts, device=device)
     if coefficient is not None:
         made = SCALES[type(coefficient)]
         router.coefficient = made(coefficient, spec.select.k, num_experts, device=device)
-    router.target_load, router.free = unlike
+    if experts is not None:
+        router.target_load, router.free = experts.load, experts.free
     return router

@@ -61,9 +61,7 @@ def limited(
         passes: where experts change a token, one that found no room passes as it is, because the
             weights are taken for ones that sum to one still.
     """
-    E = routing.num_experts
-    load = routing.target_load or (1 / E,) * E
-    shares_E = torch.tensor(load, dtype=torch.float64, device=routing.logits_TE.device)
+    E, shares_E = routing.num_experts, routing.load_to_have_E()
     kept_TK = kept(routing, capacity, shares_E, mask_T)
     return replace(
         routing,

@@ -8,13 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from sparsecraft.moe.routing import Routing
+from sparsecraft.moe.routing import BALANCE_LOSSES, Routing, of_last
 from sparsecraft.recipe.balancing import Balance, Bias, ByDropRate, BySparsity, Hold, Moving
+from sparsecraft.recipe.experts import ExpertsSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,13 @@ class Seen:
         wanted_E: slots that each expert was chosen for; of soft routings its weights.
         filled: slots that were filled.
         rows: decisions.
+        k: experts that a decision is meant to take, where slots do not say it.
     """
 
     wanted_E: Tensor
     filled: Tensor
     rows: Tensor
+    k: int | None = None
 
     @classmethod
     @torch.no_grad()
@@ -41,12 +44,12 @@ class Seen:
             filled_TK = filled_TK & counted_T[:, None]
         filled = filled_TK.sum().float()
         rows = torch.full_like(filled, len(filled_TK)) if counted_T is None else counted_T.sum()
-        return cls(routing.amounts_E(mask_T), filled, rows.float())
+        return cls(routing.amounts_E(mask_T), filled, rows.float(), routing.k)
 
     @classmethod
-    def read(cls, vector: Tensor) -> Self:
+    def read(cls, vector: Tensor, k: int | None = None) -> Self:
         """What `vector` holds."""
-        return cls(vector[:-2], vector[-2], vector[-1])
+        return cls(vector[:-2], vector[-2], vector[-1], k)
 
     @property
     def vector(self) -> Tensor:
@@ -65,6 +68,14 @@ class Moves(nn.Module, ABC):
             own: what the router did in it.
             every: what each of the model's did whose states move.
         """
+
+    def unfinished(self) -> str | None:
+        """What is to be said if a training ends with the state as it is; None for nothing."""
+        return None
+
+    def of_free(self) -> Tensor | None:
+        """(), how far zero-computation experts are in use, from 0 to 1; None where they are."""
+        return None
 
     def append(self) -> None:
         """One more expert, the last."""
@@ -90,16 +101,10 @@ class SelectionBias(Moves):
     """
 
     def __init__(
-        self,
-        option: Bias,
-        num_experts: int,
-        load: Sequence[float] | None,
-        free: int,
-        *,
-        device=None,
+        self, option: Bias, num_experts: int, experts: ExpertsSpec | None = None, *, device=None
     ):
         super().__init__()
-        self.rate, self.load = option.rate, load
+        self.rate, self.load = option.rate, None if experts is None else experts.load
         zeros_E = torch.zeros(num_experts, dtype=torch.float32, device=device)
         self.register_buffer("values_E", zeros_E)
 
@@ -126,38 +131,47 @@ class HoldBack(Moves):
     """See `sparsecraft.recipe.balancing.Hold`.
 
     Attributes:
-        value: (), added to the scores of the last `free` experts.
+        free: how many of the experts, the last ones, compute nothing.
+        value: (), which their scores are multiplied by.
     """
 
     def __init__(
-        self,
-        option: Hold,
-        num_experts: int,
-        load: Sequence[float] | None,
-        free: int,
-        *,
-        device=None,
+        self, option: Hold, num_experts: int, experts: ExpertsSpec | None = None, *, device=None
     ):
         super().__init__()
-        self.steps, self.free = option.steps, free
-        self.register_buffer("value", torch.tensor(-1.0, dtype=torch.float32, device=device))
+        self.steps, self.free = option.steps, 0 if experts is None else experts.free
+        self.register_buffer("value", torch.tensor(0.0, dtype=torch.float32, device=device))
 
     def forward(self, scores_TE: Tensor) -> Tensor:
-        E = scores_TE.shape[-1]
-        held_E = torch.arange(E, device=scores_TE.device) >= E - self.free
-        return scores_TE + held_E * self.value
+        """What experts are chosen by."""
+        return scores_TE * of_last(self.free, self.value, scores_TE.shape[-1])
 
     @torch.no_grad()
     def move(self, own: Seen, every: Sequence[Seen]) -> None:
-        self.value.add_(1 / self.steps).clamp_(max=0)
+        self.value.add_(1 / self.steps).clamp_(max=1)
+
+    def of_free(self) -> Tensor:
+        return self.value
+
+    def unfinished(self) -> str | None:
+        left = round((1 - self.value.item()) * self.steps)
+        if not left:
+            return None
+        return (
+            f"Zero-computation experts are held back still, for {left} of {self.steps} steps: the "
+            "model hardly uses them. Train on, or convert with fewer hold_steps (--hold-steps)."
+        )
 
 
 class LossScale(Moves):
-    """What the balance losses of a layer are multiplied by.
+    """What losses of a layer are multiplied by.
 
     Attributes:
+        losses: names of these.
         value: (), from 0.
     """
+
+    losses: ClassVar[tuple[str, ...]] = BALANCE_LOSSES
 
     def __init__(self, start: float, *, device=None):
         super().__init__()
@@ -182,20 +196,34 @@ class DropRateScale(LossScale):
 
 
 class SparsityScale(LossScale):
-    """See `sparsecraft.recipe.balancing.BySparsity`."""
+    """See `sparsecraft.recipe.balancing.BySparsity`; all layers that route so move alike.
+
+    It stays between numbers that mean no loss and nothing but loss, so that it comes back from
+    either.
+    """
+
+    losses = ("remoe",)
+    LEAST, MOST = 1e-12, 1e3
 
     def __init__(self, option: BySparsity, k: int, num_experts: int, *, device=None):
         super().__init__(option.start, device=device)
-        self.factor, self.wanted = option.factor, 1 - k / num_experts
+        self.factor = option.factor
 
     @torch.no_grad()
     def move(self, own: Seen, every: Sequence[Seen]) -> None:
-        zeros = [1 - seen.filled / (seen.rows.clamp_min(1) * len(seen.wanted_E)) for seen in every]
-        mean = torch.stack([share.to(self.value.device) for share in zeros]).mean()
-        self.value.mul_(self.factor ** (self.wanted - mean).sign())
+        missing = [_missing_zeros(seen).to(self.value.device) for seen in every if seen.k]
+        self.value.mul_(self.factor ** torch.stack(missing).mean().sign())
+        self.value.clamp_(self.LEAST, self.MOST)
 
 
-# Called with (its options, number of experts, their target load, how many are free, device=).
+def _missing_zeros(seen: Seen) -> Tensor:
+    """The share of zero weights that there should be, less that which there is."""
+    E = len(seen.wanted_E)
+    zeros = 1 - seen.filled / (seen.rows.clamp_min(1) * E)
+    return (1 - seen.k / E) - zeros
+
+
+# Called with (its options, number of experts, what they are, device=).
 BALANCES: dict[type[Balance], Callable[..., Moves]] = {Bias: SelectionBias, Hold: HoldBack}
 SCALES: dict[type[Moving], Callable[..., LossScale]] = {
     ByDropRate: DropRateScale,

@@ -112,8 +112,10 @@ class Router(nn.Module):
         soft = weights_TK.shape == logits.shape and self.wanted is None
         rest = {"outputs_TEO": outputs_TEO, "soft": soft, "heads": self.heads(x.shape[-1])}
         rest |= {"through_TE": through_TE, "target_load": self.target_load, "free": self.free}
+        if self.balance is not None:
+            rest["of_free"] = self.balance.of_free()
         if self.coefficient is not None:
-            rest["loss_scale"] = self.coefficient()
+            rest |= {"loss_scale": self.coefficient(), "scaled": self.coefficient.losses}
         if self.wanted is not None:
             rest |= {"k": self.wanted, "empty": True}
         return Routing(weights_TK, indices_TK, logits, *facts, **rest)
