@@ -405,3 +405,11 @@ def test_overrides_take_and_drop_lists():
         sc.override(recipe, {"learning_rate": [0.1, 0.2]})
     with pytest.raises(RecipeError, match=r"numbers\.1 is 'x'"):
         sc.override(recipe, {"top_k": "1,x"})
+
+
+def test_another_selection_keeps_the_numbers_that_it_has():
+    recipe = sc.recipes.upcycling([2, 4], [1, 2])
+    changes = {"router.select": "relu", "exact_at_start": False, "losses": {"remoe": 1.0}}
+    changed = sc.override(recipe, changes)
+    assert [edit.router.select.k for edit in changed.edits[0].layers] == [1, 2]
+    assert len(sc.override(recipe, {"router.select": "soft"}).edits[0].by_layer) == 1

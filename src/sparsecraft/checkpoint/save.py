@@ -71,7 +71,7 @@ def save(
         ResourceError: the disk is too small.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    conversion_of(model)
+    conversion_of(model).own_loss.step.move_alone()
     check_loadable(model)
     check_agrees(model)
     warn_untrained(model)

@@ -88,7 +88,8 @@ class Batch:
         says nothing of them."""
         given = self.attention_mask if self.token_mask is None else self.token_mask
         mask = {"input": given, "decoder": self.decoder_mask}.get(reads)
-        return None if mask is None or mask.ndim != 2 else mask.bool()
+        # One that says which token sees which has four dimensions, or is one of several.
+        return mask.bool() if getattr(mask, "ndim", 0) == 2 else None
 
     def seen_by(self, reads: Reads, sequence_first: bool) -> Batch:
         """What of it is true of a layer's tokens: a tower has others than all masks cover."""

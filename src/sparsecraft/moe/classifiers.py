@@ -8,6 +8,7 @@ features of an expert's last hidden layer, C classes.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -20,6 +21,7 @@ from sparsecraft.errors import SparsecraftError
 from sparsecraft.moe.losses import auxiliary_loss, check_names
 from sparsecraft.moe.routers.build import build_router
 from sparsecraft.moe.routing import Routing
+from sparsecraft.recipe.numbers import is_number
 from sparsecraft.recipe.routers import RouterSpec
 from sparsecraft.recipe.scorers import Attentive
 from sparsecraft.recipe.selections import Soft, TopK
@@ -93,6 +95,15 @@ class MixtureOfClassifiers(nn.Module):
         if mixture not in ("paper", "released"):
             raise SparsecraftError(f"mixture is {mixture!r}; it must be 'paper' or 'released'.")
         check_names(self.losses)
+        for name, coefficient in self.losses.items():
+            if not (is_number(coefficient) and 0 <= coefficient < math.inf):
+                raise SparsecraftError(
+                    f"losses[{name!r}] is {coefficient!r}; it must be a number from 0."
+                )
+        if not (isinstance(example, Tensor) and example.ndim):
+            raise SparsecraftError(
+                f"example is {_shape(example)}; pass a tensor of samples, one at least."
+            )
         self.width, self.hidden, self.classes = self._sizes(example)
         self.router = self._router(gate)
 
@@ -172,9 +183,11 @@ class MixtureOfClassifiers(nn.Module):
         """Features of the trunk, of hidden layers if they are alike, and classes."""
         modes = {module: module.training for module in self.modules()}
         self.eval()
-        features_BD, given = self._features(x), self._run_all(x)
-        for module, mode in modes.items():
-            module.training = mode
+        try:
+            features_BD, given = self._features(x), self._run_all(x)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
         hidden = {hidden_BH.shape[-1] for hidden_BH, _ in given}
         classes = [logits_BC.shape[-1] for _, logits_BC in given]
         for e, count in enumerate(classes):
@@ -231,6 +244,11 @@ class MixtureOfClassifiers(nn.Module):
                 f"Expert {e} gives {_shape(given)}; it should give its last hidden layer and its "
                 "logits."
             )
+        if not all(isinstance(part, Tensor) for part in given):
+            raise SparsecraftError(
+                f"Expert {e} gives {' and '.join(map(_shape, given))}; it should give two tensors, "
+                "its last hidden layer and its logits."
+            )
         if any(part.ndim != 2 or len(part) != len(x) for part in given):
             raise SparsecraftError(
                 f"Expert {e} gives a hidden layer {_shape(given[0])} and logits "
@@ -256,7 +274,8 @@ class MixtureOfClassifiers(nn.Module):
             probs = self._run(e, x[rows])[1].float().softmax(-1)
             if mixed_BC is None:
                 mixed_BC = probs.new_zeros(len(x), probs.shape[-1])
-            mixed_BC = mixed_BC.index_add(0, rows, weights_BE[rows, e, None] * probs)
+            weighed = weights_BE[rows, e, None].to(probs.dtype) * probs
+            mixed_BC = mixed_BC.index_add(0, rows, weighed)
         return mixed_BC
 
     def _loss(
@@ -282,7 +301,7 @@ class MixtureOfClassifiers(nn.Module):
         loss = F.nll_loss(log_probs_BC, labels.long())
         if not (self.training and self.losses):
             return loss
-        routing = replace(routing, inputs_TD=x.detach().flatten(1))
+        routing = replace(routing, inputs_TD=x.detach().reshape(len(x), -1).float())
         auxiliary, _ = auxiliary_loss({"gate": routing}, self.losses)
         return loss + auxiliary
 

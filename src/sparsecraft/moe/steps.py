@@ -6,7 +6,7 @@ training, by parameters that are no longer what they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, distributed, nn
@@ -16,7 +16,7 @@ from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routers.moving import Seen
 from sparsecraft.moe.routing import Routing
 
-SAMPLE = 512  # of each parameter
+WATCHED, SAMPLE = 32, 512  # parameters, and numbers of each
 
 
 class Step:
@@ -28,7 +28,8 @@ class Step:
     Attributes:
         layers: theirs, in the model's order, which is the same in all processes.
         sums: layer -> the vector of a `Seen`, summed over the passes of the step.
-        before: numbers of a layer's parameters when that began.
+        watched: some parameters that train.
+        before: numbers of theirs when that began.
     """
 
     def __init__(self, model: nn.Module | None = None):
@@ -36,12 +37,14 @@ class Step:
         layers = (m for m in modules if isinstance(m, MoELayer) and m.router is not None)
         self.layers = [layer for layer in layers if layer.router.moving]
         self.sums: dict[nn.Module, Tensor] = {}
+        self.watched: list[nn.Parameter] = []
         self.before: Tensor | None = None
 
     def copy(self) -> Step:
         """What is noted until now, in one of its own."""
         other = Step()
-        other.layers, other.sums, other.before = self.layers, dict(self.sums), self.before
+        other.layers, other.sums = self.layers, dict(self.sums)
+        other.watched, other.before = self.watched, self.before
         return other
 
     def note(
@@ -61,15 +64,19 @@ class Step:
             layer = model.get_submodule(name)
             if layer.router.moving:
                 if self.before is None:
-                    self.before = _numbers(self.layers[0])
+                    self._watch(model)
                 self.sums[layer] = self.sums.get(layer, 0) + Seen.of(routing, masks(name)).vector
 
     def move_if_trained(self) -> None:
         """`move`, if an optimizer has changed what was noted of; all processes ask alike."""
         if self.before is None:
             return
-        now = _numbers(self.layers[0])
-        if _everywhere(now.new_tensor(not torch.equal(self.before, now))) > 0:
+        if _everywhere(self.before.new_tensor(self._is_trained())) > 0:
+            self.move()
+
+    def move_alone(self) -> None:
+        """The same before a model is saved, in one process: of several, one may be that saves."""
+        if self.before is not None and not _several() and self._is_trained():
             self.move()
 
     def move(self) -> None:
@@ -89,21 +96,35 @@ class Step:
             for state in layer.router.moving:
                 state.move(own, every)
 
+    def _watch(self, model: nn.Module) -> None:
+        """Note the parameters of these layers; of a model in which they are frozen, any."""
+        of_layers = [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
+        trained = of_layers or [p for p in model.parameters() if p.requires_grad]
+        self.watched = trained[:: max(1, len(trained) // WATCHED)]
+        self.before = _numbers(self.watched)
+
+    def _is_trained(self) -> bool:
+        return not torch.equal(self.before, _numbers(self.watched))
+
     def _sum(self, layer: MoELayer, size: int) -> Tensor:
         """What is noted of a layer; zeros where it did not run, or has other experts now."""
         found = self.sums.get(layer)
         return torch.zeros(size) if found is None or len(found) != size else found
 
 
+def _several() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def _everywhere(vector: Tensor) -> Tensor:
     """Its sum over all processes."""
-    if distributed.is_available() and distributed.is_initialized():
+    if _several():
         distributed.all_reduce(vector)
     return vector
 
 
-def _numbers(module: nn.Module) -> Tensor:
-    """Some of every parameter that trains; a fused optimizer leaves torch's count of changes."""
-    parts = [own_part(p.detach()).flatten() for p in module.parameters() if p.requires_grad]
+def _numbers(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Some numbers of each; a fused optimizer leaves torch's count of changes as it is."""
+    parts = [own_part(parameter.detach()).flatten() for parameter in parameters]
     some = [part[:: max(1, len(part) // SAMPLE)].float() for part in parts]
     return torch.cat([part.to(some[0].device) for part in some]) if some else torch.empty(0)

@@ -196,6 +196,13 @@ def _check_free(edit: Edit) -> None:
             f"router.select.balance is {balance.kind!r} with {experts.kind} experts, none of which "
             "computes nothing; it is for those of `moepp`."
         )
+    networks = experts.num_experts - experts.free
+    if balance is not None and balance.needs_free and (edit.router.slots or 0) > networks:
+        raise RecipeError(
+            f"top_k is {edit.router.slots} and {networks} of the experts compute anything; while "
+            "the others are held back, a token has no other experts: give a lower top_k, or "
+            "hold_steps=0."
+        )
     if edit.router.through and experts.free:
         raise RecipeError(
             f"router.select.through is True with {experts.kind} experts, whose weights are not "

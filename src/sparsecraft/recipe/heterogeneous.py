@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +10,8 @@ from sparsecraft.recipe.experts import ExpertsSpec, stands
 from sparsecraft.recipe.kinds import add_kind
 from sparsecraft.recipe.numbers import check_whole, is_number
 from sparsecraft.recipe.typed import check_types
+
+MOST_TAU = 1e12  # beyond, float32 has no shares of both kinds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,9 +47,10 @@ class HeterogeneousSpec(ExpertsSpec):
                 f"copy={self.copy} and zero={self.zero}; one at least must be a feed-forward "
                 "network."
             )
-        if not (is_number(self.tau) and 0 < self.tau < math.inf):
+        if not (is_number(self.tau) and 1 / MOST_TAU <= self.tau <= MOST_TAU):
             raise RecipeError(
-                f"tau is {self.tau}; it must be positive (the paper: 0.1 to 1; 0.75)."
+                f"tau is {self.tau}; it must be positive and at most {MOST_TAU:g} (the paper: 0.1 "
+                "to 1; 0.75)."
             )
 
     @property

@@ -7,6 +7,7 @@ import typing
 from typing import Any
 
 from sparsecraft.errors import RecipeError, did_you_mean
+from sparsecraft.recipe.by_layer import leaves
 from sparsecraft.recipe.recipe import Recipe
 from sparsecraft.recipe.typed import (
     hints_of,
@@ -64,6 +65,7 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
         value = _parsed(hint, value)
         value = _by_layer(data, way, hint, value)
         _put(data, way, _whole(hint, value, _at(data, way)) if specs_of(hint) else value)
+        _keep_numbers(data, way)
     # Checked once, when all changes are made: some values can only change together.
     return read(Recipe, data, "recipe")
 
@@ -85,18 +87,31 @@ def _is_number(hint: Any) -> bool:
 
 def _by_layer(data: dict[str, Any], way: str, hint: Any, value: Any) -> Any:
     """The value to put there: of numbers for each layer of an edit, which go to its `by_layer`, the
-    first. What that said before of the field, or of fields below it, goes away."""
-    head, number, field = [*way.split(".", 2), "", ""][:3]
-    if head != "edits" or not field or field.startswith("by_layer"):
+    first. What that said before of the field goes away."""
+    edit, field = _edit_of(data, way)
+    if edit is None or not _is_number(hint):
         return value
-    edit = data["edits"][int(number)]
-    edit["by_layer"] = [
-        by for by in edit["by_layer"] if not f"{by['field']}.".startswith(f"{field}.")
-    ]
-    if not (_is_number(hint) and isinstance(value, (list, tuple)) and value):
+    edit["by_layer"] = [by for by in edit["by_layer"] if by["field"] != field]
+    if not (isinstance(value, (list, tuple)) and value):
         return value
     edit["by_layer"].append({"field": field, "numbers": list(value)})
     return value[0]
+
+
+def _keep_numbers(data: dict[str, Any], way: str) -> None:
+    """Let numbers by layer below an option that was replaced stay where the new one has them."""
+    edit, _ = _edit_of(data, way)
+    if edit is not None:
+        known = leaves(edit)
+        edit["by_layer"] = [by for by in edit["by_layer"] if by["field"] in known]
+
+
+def _edit_of(data: dict[str, Any], way: str) -> tuple[dict[str, Any] | None, str]:
+    """The edit that a path leads into, and the rest of the path; None where it leads elsewhere."""
+    head, number, field = [*way.split(".", 2), "", ""][:3]
+    if head != "edits" or not field or field.startswith("by_layer"):
+        return None, ""
+    return data["edits"][int(number)], field
 
 
 def _listed(value: Any) -> Any:

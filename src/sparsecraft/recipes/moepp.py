@@ -94,7 +94,7 @@ def _counts(
     Raises:
         RecipeError: an unknown preset, or numbers that are not its own.
     """
-    if preset is None and networks is None and constant is None:
+    if preset is None and (networks, constant, copy, zero) == (None, None, 1, 1):
         preset = "8+4"
     if preset is not None:
         check_variant(preset, tuple(PRESETS))

@@ -32,7 +32,9 @@ def load_state_dict(
             key = f"{path}.{EXTRA}" if path else EXTRA
             if key in state_dict and key in own:
                 module.set_extra_state(state_dict[key])
-    return type(model).load_state_dict(model, state_dict, strict=strict, assign=assign)
+    found = type(model).load_state_dict(model, state_dict, strict=strict, assign=assign)
+    model.sparsecraft.own_loss.meet_routers(model)  # what was noted is of other weights
+    return found
 
 
 def _check(own: Mapping[str, Any], state_dict: Mapping[str, Any], strict: bool) -> None:

@@ -465,6 +465,8 @@ def test_the_distance_from_the_dense_model_is_printed():
         ({"tau": 0.0}, "tau is 0.0"),
         ({"tau": -1.0}, "tau"),
         ({"tau": math.nan}, "tau"),
+        ({"tau": 1e300}, "tau"),
+        ({"copy": -1}, "copy is -1"),
         ({"preset": "8+3"}, "8\\+4"),
         ({"preset": "8+4", "num_experts": 16}, "num_experts=8"),
         ({"preset": "32+8", "constant": 2}, "constant=6"),
@@ -489,6 +491,10 @@ def test_no_standard_architecture_has_such_experts(tmp_path):
         sc.export(model, "mixtral", tmp_path / "out")
     with pytest.raises(RecipeError, match="heterogeneous"):
         sc.extend(model, tiny.llama(), rows="reset")
+    other = tiny.llama()
+    sc.convert(other, sc.override(sc.recipes.upcycling(4), {"router.scorer": "residual"}))
+    with pytest.raises(RecipeError, match="layer before"):
+        sc.extend(other, tiny.llama(), rows="reset")
 
 
 def test_eight_networks_have_the_presets_others():
@@ -498,6 +504,8 @@ def test_eight_networks_have_the_presets_others():
 def test_options_that_make_no_sense_together_are_refused():
     with pytest.raises(RecipeError, match="none of which computes nothing"):
         sc.override(sc.recipes.upcycling(4), {"router.select.balance": "hold"})
+    with pytest.raises(RecipeError, match="lower top_k"):
+        sc.recipes.moepp(2, 4)
     with pytest.raises(RecipeError, match="through"):
         sc.override(sc.recipes.moepp(4), {"router.select.through": True})
 

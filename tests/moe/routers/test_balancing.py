@@ -530,6 +530,62 @@ def test_experts_come_and_go_with_their_biases():
     model(**batch("llama"))
 
 
+def test_what_was_noted_goes_with_the_experts_and_weights_it_was_of():
+    ids = batch("llama")["input_ids"]
+    for change in ("remove", "extend", "load"):
+        model = upcycled(BIASED)
+        start = copy.deepcopy(model.state_dict())
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        for _ in range(2):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        if change == "remove":
+            remove(model, 1)
+        elif change == "extend":
+            sc.extend(model, dense("llama"), rows="reset")
+        else:
+            model.load_state_dict(start)
+        before = model.sparsecraft.layers[0].router.balance.values_E.clone()
+        model(input_ids=ids, labels=ids)
+        assert torch.equal(model.sparsecraft.layers[0].router.balance.values_E, before), change
+
+
+def test_a_save_has_the_last_step_and_frozen_layers_have_theirs(tmp_path):
+    model, ids = upcycled(BIASED), batch("llama")["input_ids"]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("self_attn" in name)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-3)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    again = come_back(model, tmp_path / "saved")
+    assert again.sparsecraft.layers[0].router.balance.values_E.abs().max() > 0
+    model(input_ids=ids, labels=ids)
+    for one, other in zip(model.sparsecraft.layers, again.sparsecraft.layers, strict=True):
+        assert torch.equal(one.router.balance.values_E, other.router.balance.values_E)
+
+
+def test_relu_routing_takes_a_further_expert(tmp_path):
+    changes = {"router.select": ReLU(k=2), "exact_at_start": False, "losses": {"remoe": 1.0}}
+    model = upcycled(changes, "tiny")
+    with torch.no_grad():
+        for layer in model.sparsecraft.layers:
+            layer.router.scorer.weight.copy_(-layer.router.scorer.weight.abs())
+    data = {"data": ["say red"], "old_data": ["say blue"], "tokenizer": tokenizer()}
+    found = sc.extend(model, tiny.llama(), unrelated=True, **data)
+    assert math.isfinite(found.share_new)
+    sc.save(model, tmp_path / "out", standalone=True)
+
+
+def test_masks_that_are_no_table_of_tokens_say_nothing_of_padding():
+    model, ids = upcycled({"router.select.capacity": HALF}, "qwen3"), batch("qwen3")["input_ids"]
+    whole = model(input_ids=ids).logits
+    size = ids.shape[1]
+    seen = torch.ones(size, size).tril().bool()[None, None].expand(len(ids), 1, size, size)
+    found = model(input_ids=ids, attention_mask={"full_attention": seen}).logits
+    assert torch.allclose(found, whole, atol=1e-4)
+
+
 def test_two_threads_limit_each_its_own_batch():
     model = upcycled({"router.select.capacity": Capacity(factor=0.5), "stages.0.losses": {}})
     ids = batch("llama")["input_ids"]

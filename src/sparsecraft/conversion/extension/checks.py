@@ -28,6 +28,11 @@ def count_experts(recipe: Recipe) -> tuple[int, ...]:
                 f"router.standardize is {router.standardize}: what an added expert scores would "
                 "change the weights of all others. Convert without it to extend later."
             )
+        if router.reads_previous:
+            raise RecipeError(
+                f"The routers of recipe {recipe.name!r} go on from the logits of the layer before, "
+                "which have a number of experts; none can come or go. Convert with a linear scorer."
+            )
         if spec.shards or router.scorer.shares_rows:
             raise RecipeError(
                 f"The experts of recipe {recipe.name!r} are shards of networks, or share rows of "

@@ -230,6 +230,7 @@ def _join(
         for layer, row in zip(record.layers, rows, strict=True):
             _take_row(layer, row)
     recount(record)
+    record.own_loss.meet_routers(model)
     stands_nowhere(model)
 
 

@@ -46,5 +46,6 @@ def remove(model: nn.Module, expert: int) -> None:
         layer.experts.remove(expert)
         layer.router.remove(expert)
     recount(record)
+    record.own_loss.meet_routers(model)
     stands_nowhere(model)
     note(record, {"removed": expert})

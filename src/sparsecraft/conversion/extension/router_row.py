@@ -214,5 +214,7 @@ def share_of(layers: Sequence[MoELayer], seen: list[Tensor] | None) -> float | N
     shares = []
     for layer, x_TD in zip(layers, seen, strict=True):
         weights_TE = layer.router(x_TD).weights_TE()
-        shares.append((weights_TE[:, -1] / weights_TE.sum(-1)).mean().item())
+        # A token without experts, as ReLU routing may leave it, gives the last one nothing.
+        sums_T = weights_TE.sum(-1).clamp_min(torch.finfo(weights_TE.dtype).tiny)
+        shares.append((weights_TE[:, -1] / sums_T).mean().item())
     return sum(shares) / len(shares)
