@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -95,6 +97,7 @@ def test_no_token_at_all_is_no_loss(name):
     logits_TE = torch.randn(6, 4, requires_grad=True)
     pre_TF = torch.randn(6, 8, requires_grad=True)
     routing = Routing(*top_k(logits_TE, 2, renormalize=True), logits_TE, pre_TF=pre_TF, k=2)
+    routing = replace(routing, inputs_TD=torch.randn(6, 3))
     if name == "pesc_released":
         pytest.skip("masks nothing, as its code")
     loss = LOSSES[name](routing, torch.zeros(6, dtype=torch.bool))
@@ -110,9 +113,12 @@ def test_tokens_of_another_modality_do_not_count(name):
         pytest.skip("masks nothing, as its code")
     logits_TE, pre_TF = torch.randn(12, 4), torch.randn(12, 8)
     acts_T = torch.arange(12) % 3 == 0
+    inputs_TD = torch.randn(12, 3)
     whole = Routing(*top_k(logits_TE, 2, renormalize=True), logits_TE, pre_TF=pre_TF, k=2)
+    whole = replace(whole, inputs_TD=inputs_TD)
     kept_TE = logits_TE[acts_T]
     part = Routing(*top_k(kept_TE, 2, renormalize=True), kept_TE, pre_TF=pre_TF[acts_T], k=2)
+    part = replace(part, inputs_TD=inputs_TD[acts_T])
     found = whole.only(acts_T.reshape(3, 4))
     assert LOSSES[name](found, None).item() == pytest.approx(LOSSES[name](part, None).item())
     assert torch.allclose(found.load_E(), part.load_E())

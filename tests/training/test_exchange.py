@@ -102,9 +102,9 @@ def test_the_new_routers_have_what_states_and_masks_they_ask_for(tmp_path, rows)
     model = tiny.llama()
     changes = {f"stages.1.router.select.{name}": value for name, value in select.items()}
     sc.convert(model, sc.override(sc.recipes.attentive(4, 2, dim=8), changes))
-    assert not model.sparsecraft.own_loss.moves
+    assert not model.sparsecraft.own_loss.step.layers
     train(model, rows, tmp_path / "out", steps=3)  # behind an even number it may be back at zero
-    assert model.sparsecraft.own_loss.moves
+    assert model.sparsecraft.own_loss.step.layers
     again = sc.load(tmp_path / "out")
     for found, loaded in zip(model.sparsecraft.layers, again.sparsecraft.layers, strict=True):
         assert found.batches is not None and found.router.balance.values_E.any()
