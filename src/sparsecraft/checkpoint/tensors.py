@@ -17,6 +17,7 @@ from sparsecraft.dense.sharing import shared_like
 from sparsecraft.dense.sound import check_weight
 from sparsecraft.errors import CheckpointError
 from sparsecraft.moe.names import dense_name, unique_tensors
+from sparsecraft.moe.routers.moving import moving_tensors
 from sparsecraft.surgery.record import conversion_of
 
 WEIGHTS, ADAPTER = "moe.safetensors", "adapter_config.json"
@@ -66,12 +67,14 @@ def read_tensors(
     devices, known = _devices(model), unique_tensors(model)
     new = {n for n in known if dense_name(model, n) is None}
     required = set() if in_place else set(known) if complete else new
-    digests = {}
+    digests, moving = {}, moving_tensors(model)
     for name, tensor in read(path):
         digests[name] = digest(tensor)
         if name not in known:
             raise CheckpointError(f"{path} holds {name!r}, which this recipe has no place for.")
         tensor = _by_expert(name, tensor, known[name])
+        if name in moving:
+            check_weight(name, tensor, path, CheckpointError)
         if known[name].shape != tensor.shape:
             raise CheckpointError(
                 f"{path} holds {name!r} with shape {list(tensor.shape)}; this recipe has "

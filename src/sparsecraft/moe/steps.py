@@ -6,6 +6,7 @@ training, by parameters that are no longer what they were.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -16,6 +17,7 @@ from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routers.moving import Seen
 from sparsecraft.moe.routing import Routing
 
+_LOCK = threading.Lock()
 WATCHED, SAMPLE = 32, 512  # parameters, and numbers of each
 
 
@@ -65,7 +67,9 @@ class Step:
             if layer.router.moving:
                 if self.before is None:
                     self._watch(model)
-                self.sums[layer] = self.sums.get(layer, 0) + Seen.of(routing, masks(name)).vector
+                seen = Seen.of(routing, masks(name)).vector
+                with _LOCK:  # several threads may train one model
+                    self.sums[layer] = self.sums.get(layer, 0) + seen
 
     def move_if_trained(self) -> None:
         """`move`, if an optimizer has changed what was noted of; all processes ask alike."""

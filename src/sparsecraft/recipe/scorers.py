@@ -6,7 +6,6 @@ below its base, and one line: `sparsecraft.moe.routers.build.register(it, what c
 
 from __future__ import annotations
 
-import math
 from abc import ABC
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -102,6 +101,9 @@ class KMeans(Spread):
     reads = "data"
 
 
+MOST_RIDGE = 1e6  # of a scale or penalty; rows would be infinite, or nothing
+
+
 @dataclass(frozen=True, slots=True)
 class Ridge(Start):
     """A ridge regression on which domain a token is of (DUME), centered over the experts; see
@@ -118,9 +120,10 @@ class Ridge(Start):
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("scale", "penalty"):
-            if not 0 < getattr(self, name) < math.inf:
+            if not 0 < getattr(self, name) <= MOST_RIDGE:
                 raise RecipeError(
-                    f"start.{name} is {getattr(self, name)}; it must be a positive number."
+                    f"start.{name} is {getattr(self, name)}; it must be positive, and at most "
+                    f"{MOST_RIDGE:g}."
                 )
 
     def factor(self, deviation: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -92,17 +91,18 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlannedEdit]:
         _check_tokens(model, item)
     # A site inside another one has the deeper path, except where the outer one spans siblings.
     depth = {id(p): sum(other.site.contains(p.site) for other in planned) for p in planned}
-    return _linked(sorted(planned, key=lambda p: depth[id(p)], reverse=True))
+    return _linked(model, sorted(planned, key=lambda p: depth[id(p)], reverse=True))
 
 
-def _linked(planned: list[PlannedEdit]) -> list[PlannedEdit]:
-    """With the layer before each whose router goes on from one: of the same edit, in the same stack
-    of layers."""
+def _linked(model: nn.Module, planned: list[PlannedEdit]) -> list[PlannedEdit]:
+    """With the layer before each whose router goes on from one: of the same edit, in the same list
+    of blocks."""
+    layers, numbers = layers_at(model, [item.site.path for item in planned])
     last: dict[tuple[int, str], tuple[Hashable, int]] = {}
     linked = []
-    for item in planned:
+    for item, number in zip(planned, numbers, strict=True):
         if item.edit.router is not None and item.edit.router.reads_previous:
-            key = id(item.source), re.split(r"\.\d+(?:\.|$)", item.site.path)[0]
+            key = id(item.source), layers[number].rpartition(".")[0]
             item = replace(item, previous=last.get(key))
             last[key] = item.claim, item.edit.experts.num_experts
         linked.append(item)

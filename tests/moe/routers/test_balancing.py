@@ -13,11 +13,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
 import sparsecraft as sc
 from sparsecraft.conversion.extension.remove import remove
-from sparsecraft.errors import ExportError, RecipeError
+from sparsecraft.errors import CheckpointError, ExportError, RecipeError
 from sparsecraft.moe.experts.base import set_dispatch
 from sparsecraft.moe.losses import auxiliary_loss, relu_balance, router_z, switch_balance
 from sparsecraft.moe.routers.build import build_router
@@ -514,6 +515,31 @@ def test_they_are_saved_and_come_back(tmp_path):
         assert other.router.balance.values_E.dtype == torch.float32
         assert other.router.coefficient.value == one.router.coefficient.value
     assert torch.equal(model(**batch("llama")).logits, again(**batch("llama")).logits)
+
+
+def test_threads_that_train_together_are_all_counted():
+    model, ids = upcycled(BIASED | {"stages.0.losses": {}}), batch("llama")["input_ids"]
+    step = model.sparsecraft.own_loss.step
+
+    def run() -> None:
+        for _ in range(20):
+            model(input_ids=ids)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert {vector[-1].item() for vector in step.sums.values()} == {80 * ids.numel()}
+
+
+def test_a_state_that_is_no_number_is_refused(tmp_path):
+    model = upcycled(BIASED)
+    sc.save(model, tmp_path / "saved", standalone=True)
+    tensors = load_file(tmp_path / "saved" / "moe.safetensors")
+    name = next(name for name in tensors if name.endswith("values_E"))
+    tensors[name][1] = math.nan
+    save_file(tensors, tmp_path / "saved" / "moe.safetensors")
+    with pytest.raises(CheckpointError, match="values_E"):
+        sc.load(tmp_path / "saved")
 
 
 def test_experts_come_and_go_with_their_biases():
