@@ -130,6 +130,17 @@ def against_dense(rows: list[dict[str, float]]) -> dict[str, dict]:
     return found
 
 
+def peak_beyond(call: Callable, device: str) -> int:
+    """Bytes of the GPU that a call takes at most beyond what is there before it."""
+    call()
+    sync(device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    sync(device)
+    return torch.cuda.max_memory_allocated() - before
+
+
 # ------------------------------------------------------------------ kernels and rates
 def kernel_table(calls: list[Callable], device: str, number: int = 5) -> dict:
     """Microseconds per call of each CUDA kernel, and between kernels, by torch.profiler."""

@@ -198,13 +198,7 @@ def peak_memory(args, layer: nn.Module, tokens: int) -> dict[str, float]:
     """MiB of one forward and backward: with weights, x and dy, and beyond them."""
     inputs = random_inputs(args, tokens, 1)
     (call,) = clocks.steps(layer, inputs, backward=True)
-    call()
-    clocks.sync(args.device)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    clocks.sync(args.device)
-    beyond = torch.cuda.max_memory_allocated() - before
+    beyond = clocks.peak_beyond(call, args.device)
     own = [*layer.parameters(), *inputs[0]]
     total = beyond + sum(t.numel() * t.element_size() for t in own)
     return {"total": total / 2**20, "beyond": beyond / 2**20}

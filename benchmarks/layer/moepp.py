@@ -126,17 +126,6 @@ def timed(args, calls: dict[str, Callable]) -> dict[str, dict[str, float]]:
     }
 
 
-def memory(args, call: Callable) -> float:
-    """MiB of one forward and backward beyond what is there before it."""
-    call()
-    clocks.sync(args.device)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    clocks.sync(args.device)
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
 def measure(args) -> dict:
     torch.manual_seed(args.seed)
     width, hidden = SHAPES[args.what]
@@ -148,7 +137,7 @@ def measure(args) -> dict:
         rows[name] = timed(args, calls)
         if backward and args.device == "cuda":
             for n, call in calls.items():
-                rows[name][n]["MiB"] = memory(args, call)
+                rows[name][n]["MiB"] = clocks.peak_beyond(call, args.device) / 2**20
         print(name, rows[name], flush=True)
     rows["router"] = timed(args, {n: router_call(args, router) for n, (_, router) in sides.items()})
     networks = {

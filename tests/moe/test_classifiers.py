@@ -220,3 +220,25 @@ def test_hidden_layers_of_any_width_do_where_nobody_reads_them():
     assert (model.width, model.hidden, model.classes) == (D, None, C)
     total_B = model(drawn()[0]).log_probs_BC.exp().sum(-1)
     assert torch.allclose(total_B, torch.ones(B), atol=1e-5)
+
+
+def test_a_refused_mixture_leaves_its_networks_as_they_were():
+    x, _ = drawn()
+    experts, trunk = [Expert().train(), nn.Flatten()], nn.Flatten()
+    with pytest.raises(SparsecraftError, match="last hidden layer"):
+        MixtureOfClassifiers(experts, trunk, x)
+    assert all(part.training for part in (*experts[0].modules(), experts[1], trunk))
+
+
+@pytest.mark.parametrize("value", [-5, math.nan, math.inf, "one"])
+def test_coefficients_are_numbers_from_zero(value):
+    with pytest.raises(RecipeError, match="importance"):
+        mixture(losses={"importance": value})
+
+
+def test_chosen_experts_run_in_float64_too():
+    x, _ = drawn()
+    model = mixture().double().eval()
+    whole = model(x.double()).log_probs_BC
+    model.choose(len(model.experts))
+    assert torch.allclose(model(x.double()).log_probs_BC.double(), whole.double(), atol=1e-6)

@@ -23,7 +23,6 @@ FIELDS = ("attention_mask", "mm_token_type_ids", *OURS)
 HELD = tuple(name for name in FIELDS if name != "expert_ids")
 MASKS = ("attention_mask", "mm_token_type_ids", "prefix_mask")
 INPUTS = ("input_ids", "inputs_embeds")
-IGNORED = -100  # the label of what is no item
 CACHES = ("cache", "past_key_values")  # the name since transformers 5.24, and before
 
 
@@ -75,7 +74,7 @@ class Batch:
                 setattr(self, name, values[name])
         labels, given = values.get("labels"), values.get("decoder_attention_mask")
         if labels is not None and labels.ndim == 2:
-            given = labels != IGNORED
+            given = labels != -100
         self.decoder_mask = self.decoder_mask if given is None else given
         inputs = next((values[n] for n in INPUTS if values.get(n) is not None), None)
         self.shape = None if inputs is None else inputs.shape[:2]

@@ -8,7 +8,6 @@ features of an expert's last hidden layer, C classes.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -19,9 +18,10 @@ from torch.nn import functional as F
 
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.moe.losses import auxiliary_loss, check_names
+from sparsecraft.moe.outputs import evaluation_mode
 from sparsecraft.moe.routers.build import build_router
 from sparsecraft.moe.routing import Routing
-from sparsecraft.recipe.numbers import is_number
+from sparsecraft.recipe.numbers import check_coefficients
 from sparsecraft.recipe.routers import RouterSpec
 from sparsecraft.recipe.scorers import Attentive
 from sparsecraft.recipe.selections import Soft, TopK
@@ -95,11 +95,7 @@ class MixtureOfClassifiers(nn.Module):
         if mixture not in ("paper", "released"):
             raise SparsecraftError(f"mixture is {mixture!r}; it must be 'paper' or 'released'.")
         check_names(self.losses)
-        for name, coefficient in self.losses.items():
-            if not (is_number(coefficient) and 0 <= coefficient < math.inf):
-                raise SparsecraftError(
-                    f"losses[{name!r}] is {coefficient!r}; it must be a number from 0."
-                )
+        check_coefficients(self.losses)
         if not (isinstance(example, Tensor) and example.ndim):
             raise SparsecraftError(
                 f"example is {_shape(example)}; pass a tensor of samples, one at least."
@@ -181,13 +177,8 @@ class MixtureOfClassifiers(nn.Module):
     @torch.no_grad()
     def _sizes(self, x: Tensor) -> tuple[int, int | None, int]:
         """Features of the trunk, of hidden layers if they are alike, and classes."""
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
+        with evaluation_mode(self):
             features_BD, given = self._features(x), self._run_all(x)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         hidden = {hidden_BH.shape[-1] for hidden_BH, _ in given}
         classes = [logits_BC.shape[-1] for _, logits_BC in given]
         for e, count in enumerate(classes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from sparsecraft.errors import RecipeError
 
@@ -28,6 +29,12 @@ def check_adapter(name: str, width: int, dropout: float, **factors: float) -> No
 def check_deviation(value: float, name: str = "init_std") -> None:
     if not (is_number(value) and 0 <= value < math.inf):
         raise RecipeError(f"{name} is {value!r}; it must be a number from 0.")
+
+
+def check_coefficients(losses: Mapping[str, float]) -> None:
+    for name, coefficient in losses.items():
+        if not (is_number(coefficient) and 0 <= coefficient < math.inf):
+            raise RecipeError(f"losses.{name} is {coefficient}; it must be a number from 0.")
 
 
 def is_number(value: object) -> bool:

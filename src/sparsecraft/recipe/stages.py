@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Self
 
 from sparsecraft.errors import RecipeError
-from sparsecraft.recipe.numbers import check_whole, is_number
+from sparsecraft.recipe.numbers import check_coefficients, check_whole, is_number
 from sparsecraft.recipe.routers import RouterSpec
 from sparsecraft.recipe.typed import check_types
 
@@ -89,9 +89,7 @@ class Stage:
             )
         if self.router is not None:
             _check_new(self.router)
-        for name, coefficient in self.losses.items():
-            if not 0 <= coefficient < math.inf:
-                raise RecipeError(f"losses.{name} is {coefficient}; it must be a number from 0.")
+        check_coefficients(self.losses)
 
     @property
     def deals(self) -> bool:

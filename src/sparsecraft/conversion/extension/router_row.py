@@ -60,10 +60,8 @@ def fit_row(
         other_TD: what it reads of other tokens.
         other_logits_TE: the others' logits there.
     """
-    inputs = [x_TD.detach().float() for x_TD in (own_TD, other_TD)]
-    offsets = [z_TE.detach().float().logsumexp(-1) for z_TE in (own_logits_TE, other_logits_TE)]
-    size = torch.cat(inputs).square().mean().sqrt().clamp_min(1e-12)
-    inputs = [x_TD / size for x_TD in inputs]
+    tokens, logits = (own_TD, other_TD), (own_logits_TE, other_logits_TE)
+    inputs, offsets, size = _scaled(tokens, logits, torch.float32)
     row_D = torch.zeros_like(inputs[0][0], requires_grad=True)
     optimizer = torch.optim.LBFGS([row_D], max_iter=STEPS, line_search_fn="strong_wolfe")
 
@@ -96,17 +94,26 @@ def ridge_row(
     (arXiv:2603.29765) regresses all rows anew on whose tokens they are, which would change the
     other experts' logits; here these stay, and the targets are relative to them (ours).
     """
-    inputs = [x_TD.detach().double() for x_TD in (own_TD, other_TD)]
-    offsets = [z_TE.detach().double().logsumexp(-1) for z_TE in (own_logits_TE, other_logits_TE)]
-    size = torch.cat(inputs).square().mean().sqrt().clamp_min(1e-12)
+    tokens, logits = (own_TD, other_TD), (own_logits_TE, other_logits_TE)
+    inputs, offsets, size = _scaled(tokens, logits, torch.float64)
     margins = [math.log(p / (1 - p)) for p in (min(wanted, SURE), 1 - SURE)]
     gram_DD = RIDGE * torch.eye(inputs[0].shape[-1]).to(inputs[0])
     sum_D = torch.zeros_like(gram_DD[0])
     for x_TD, offset_T, margin in zip(inputs, offsets, margins, strict=True):
-        x_TD = x_TD / size
         gram_DD += x_TD.T @ x_TD / (2 * len(x_TD))
         sum_D += x_TD.T @ (offset_T + margin) / (2 * len(x_TD))
     return (torch.linalg.solve(gram_DD, sum_D) / size).float()
+
+
+def _scaled(
+    tokens: tuple[Tensor, Tensor], logits: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Both kinds of tokens divided by their root mean square, the logsumexp of the others' logits
+    there, and that number."""
+    inputs = [x_TD.detach().to(dtype) for x_TD in tokens]
+    offsets = [z_TE.detach().to(dtype).logsumexp(-1) for z_TE in logits]
+    size = torch.cat(inputs).square().mean().sqrt().clamp_min(1e-12)
+    return [x_TD / size for x_TD in inputs], offsets, size
 
 
 # How the row of a linear router is found, by the word that `extend` takes.
