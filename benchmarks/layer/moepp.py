@@ -3,7 +3,7 @@
 Plain are copies of the feed-forward network, with as many feed-forward experts; all sides take the
 same tokens, two experts for each, drawn by the loads that they are meant to have: even for plain
 experts, tau times as many for a feed-forward expert as for a zero-computation one. A side is a bank
-with its routing given; a layer adds its router.
+with its routing given; a layer adds its router. Of MPOE whole training steps are timed too.
 
     python -m benchmarks.layer.moepp                      # one NVIDIA H200: d 4096, f 14336, 8 + 4
     python -m benchmarks.layer.moepp --what mpoe          # MPOE at SmolLM2's shape
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import sparsecraft as sc
 from benchmarks.lab import clocks
 from benchmarks.lab.tables import markdown, measure_and_write
 from sparsecraft import recipes
@@ -31,6 +32,7 @@ from sparsecraft.surgery.plan import plan
 
 HERE = Path(__file__).parent
 TAUS = (1.0, 0.75, 0.5, 0.25, 0.1)
+MEMORY = {"whole step": "MiB in all"}
 SHAPES = {"moepp": (4096, 14336), "mpoe": (576, 1536)}
 
 
@@ -105,6 +107,33 @@ def router_call(args, router: nn.Module) -> Callable[[], object]:
     return call
 
 
+def step_call(args, recipe) -> tuple[Callable[[], object], int]:
+    """A step of AdamW on a whole model of SmolLM2's shape that trains in mixed precision, and the
+    bytes of what stays between steps."""
+    config = LlamaConfig(
+        hidden_size=args.width, intermediate_size=args.hidden, num_hidden_layers=args.layers,
+        num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device(args.device):
+        model = LlamaForCausalLM(config)
+    sc.convert(model, recipe, certify=False)
+    model.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    ids = torch.randint(0, config.vocab_size, (args.tokens // 512, 512), device=args.device)
+
+    def call() -> None:
+        with torch.autocast(args.device, torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    call()
+    held = [*model.parameters()]
+    held += [t for state in optimizer.state.values() for t in state.values()]
+    return call, sum(t.nbytes for t in held)
+
+
 # ------------------------------------------------------------------ measurements
 def timed(args, calls: dict[str, Callable]) -> dict[str, dict[str, float]]:
     """Median milliseconds of each side, and the median over rounds of plain over it."""
@@ -140,6 +169,15 @@ def measure(args) -> dict:
                 rows[name][n]["MiB"] = clocks.peak_beyond(call, args.device) / 2**20
         print(name, rows[name], flush=True)
     rows["router"] = timed(args, {n: router_call(args, router) for n, (_, router) in sides.items()})
+    if args.what == "mpoe":
+        whole = {
+            "plain": recipes.upcycling(args.experts, 2),
+            "mpoe": recipes.mpoe(args.experts, 2),
+        }
+        steps = {n: step_call(args, recipe) for n, recipe in whole.items()}
+        rows["whole step"] = timed(args, {n: call for n, (call, _) in steps.items()})
+        for n, (call, held) in steps.items() if args.device == "cuda" else ():
+            rows["whole step"][n]["MiB"] = (held + clocks.peak_beyond(call, args.device)) / 2**20
     networks = {
         n: (routing_of(experts, args).indices_TK < args.experts).float().mean().item()
         for n, (experts, _) in sides.items()
@@ -161,7 +199,7 @@ def tables(result: dict) -> str:
         out += [
             f"## {what[0].upper()}{what[1:]}",
             markdown(
-                [*header, *(["MiB beyond"] if memory else [])],
+                [*header, *([MEMORY.get(what, "MiB beyond")] if memory else [])],
                 [
                     [
                         name,
@@ -185,6 +223,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, help="of the model; None: that of --what")
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--experts", type=int, default=8, help="feed-forward ones")
+    parser.add_argument("--layers", type=int, default=30, help="of the whole model")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--turn", type=float, default=0.3, help="seconds per turn")

@@ -18,6 +18,7 @@ from benchmarks.lab.queue import read, run_workers
 from benchmarks.lab.tables import f, insert, markdown, mean
 from benchmarks.parts.arms import ARMS, score
 from benchmarks.parts.run import DOMAINS, work
+from sparsecraft.data.chat import has_control
 from sparsecraft.dense import hub
 from sparsecraft.dense.loading import load_tokenizer
 
@@ -35,14 +36,12 @@ def data(args) -> None:
     """The rows of the three domains, unpacked, without those that hold control tokens, which
     `sc.train` refuses; of the general ones, whose answers are short, the first 4,000."""
     args.work.mkdir(parents=True, exist_ok=True)
-    control = [
-        token.encode() for token in load_tokenizer(hub.resolve("smollm2")).all_special_tokens
-    ]
+    tokenizer = load_tokenizer(hub.resolve("smollm2"))
     for domain in DOMAINS:
         for part in ("train", "valid"):
             name = f"{domain}.{part}.jsonl"
             rows = gzip.decompress((args.data / "instruct" / f"{name}.gz").read_bytes())
-            kept = [row for row in rows.splitlines() if not any(t in row for t in control)]
+            kept = [row for row in rows.splitlines() if not has_control(row.decode(), tokenizer)]
             kept = kept[:GENERAL] if domain == "general" else kept
             (args.work / name).write_bytes(b"\n".join(kept) + b"\n")
             print(f"{name}: {len(kept)} rows")

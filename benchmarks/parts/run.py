@@ -20,8 +20,8 @@ from sparsecraft.dense.loading import load_tokenizer
 from tests import tiny
 
 DOMAINS = ("general", "math", "code")
-SIZES = {"steps": 180, "batch": 64, "length": 512}
-TINY = {"steps": 6, "batch": 4, "length": 64}
+SIZES = {"steps": 156, "batch": 64, "micro_batch": 32, "length": 512}
+TINY = {"steps": 6, "batch": 4, "micro_batch": 4, "length": 64}
 
 
 def work(args, gpu: int | None) -> None:
@@ -54,13 +54,16 @@ def one(args, asked) -> dict:
             report = sc.train(
                 model, [rows / f"{d}.train.jsonl" for d in DOMAINS], Path(folder) / stage.name,
                 tokenizer=tokenizer, stages=(stage.name,), steps=steps, batch_size=sizes["batch"],
-                max_length=sizes["length"], learning_rate=None if number else asked.lr,
-                seed=asked.seed, log_every=max(1, steps // 10), progress=False,
+                micro_batch=sizes["micro_batch"], max_length=sizes["length"],
+                learning_rate=None if number else asked.lr, seed=asked.seed,
+                log_every=max(1, steps // 10), progress=False,
             )  # fmt: skip
             reports.append(report)
     held_out = {d: str(rows / f"{d}.valid.jsonl") for d in DOMAINS}
     options = {"tokenizer": tokenizer, "limit": 8 if args.tiny else None}
-    found = sc.evaluate(model, list(held_out.values()), **options)["loss"]
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # as it was trained
+        found = sc.evaluate(model, list(held_out.values()), **options)["loss"]
     cost = sc.count(model)
     line = [e for e in model.sparsecraft.report["training"][-1]["log"] if "loss" in e][-1]
     counts = report.counts
@@ -78,7 +81,7 @@ def one(args, asked) -> dict:
 
 
 def dense(args) -> tuple[torch.nn.Module, object]:
-    """The model that every run begins with, in bfloat16 as it is published, and its tokenizer."""
+    """The model that every run begins with, and its tokenizer."""
     if args.tiny:
         return tiny.llama(), tiny.tokenizer()
     folder = hub.resolve("smollm2")

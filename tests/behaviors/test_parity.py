@@ -18,7 +18,7 @@ from sparsecraft.surgery.plan import plan
 from tests.cases import LLAMA_LIKE, RECIPES, D, E, batch, dense, logits, randomize_new
 from tests.reference import papers
 
-PATHS = pytest.mark.parametrize("path", ["loop", "grouped", "dense"])
+PATHS = pytest.mark.parametrize("path", ["loop", "by_expert", "grouped", "dense"])
 
 
 def converted(family: str, recipe: sc.Recipe, path: str = "loop") -> nn.Module:

@@ -55,7 +55,7 @@ def run(function, bank, router, x):
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64, 1000])
-@pytest.mark.parametrize("path", ["grouped", "dense"])
+@pytest.mark.parametrize("path", ["by_expert", "grouped", "dense"])
 def test_each_path_is_as_near_to_float64_as_the_loop(path, tokens):
     parts_ = parts(tokens)
     fast, slow = run(PATHS[path], *parts_), run(loop, *parts_)

@@ -6,7 +6,7 @@ O output features, M first-layer features, H hidden features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -96,6 +96,38 @@ def grouped(
         return _Combine.apply(y_SO, x_TI, order_S, slot_TK, K, empty)
     y_TO = _Combine.apply(y_SO, None, order_S, slot_TK, K, empty)
     return add_residual(y_TO, x_TI, weights_TK, sums_to_one) if net.residual else y_TO
+
+
+def by_expert(
+    experts: Sequence[Callable[[Tensor], Tensor]],
+    x_TI: Tensor,
+    weights_TK: Tensor,
+    indices_TK: Tensor,
+    passes: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """Each expert on its own tokens, which are sorted once.
+
+    Args:
+        passes: the input, where experts add it to what they compute and weights are known to sum
+            to one: it passes through without rounding.
+        out_features: O.
+    """
+    K = indices_TK.shape[1]
+    indices_TK = indices_TK.clamp(max=len(experts))
+    ends_E, order_S, slot_TK = _plan_filled(indices_TK, len(experts))
+    ends = ends_E.tolist()
+    rows_S = order_S[: ends[-1]]  # slots without an expert stand behind
+    x_SI = _Scatter.apply(x_TI, rows_S, slot_TK, K, True)
+    own = x_SI.tensor_split(ends[:-1])
+    outputs = [expert(x) for expert, x in zip(experts, own, strict=True) if len(x)]
+    if not outputs:
+        return x_TI.new_zeros(len(x_TI), out_features) if passes is None else passes
+    y_SO = torch.cat(outputs)
+    y_SO = y_SO if passes is None else y_SO - x_SI
+    weight_S1 = _Permute.apply(weights_TK.flatten(), rows_S, slot_TK, True)[:, None]
+    y_SO = y_SO * weight_S1.to(y_SO.dtype)
+    return _Combine.apply(y_SO, passes, rows_S, slot_TK, K, True)
 
 
 def _plan_filled(indices_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

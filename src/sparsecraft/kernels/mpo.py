@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Shape = tuple[int, int, int, int]
 
@@ -51,12 +53,131 @@ def compose(cores: Sequence[Tensor]) -> Tensor:
     """The matrix (O, I) of five cores, from both ends to the middle, so that no product is larger
     than it."""
     first, second, middle, fourth, last = cores
-    left = (first.flatten(0, 2) @ second.flatten(1)).reshape(-1, middle.shape[0])
-    right = (fourth.flatten(0, 2) @ last.flatten(1)).reshape(middle.shape[3], -1)
-    joined = (left @ middle.flatten(1)).reshape(-1, middle.shape[3]) @ right
     rows, columns = ([core.shape[axis] for core in cores] for axis in (1, 2))
-    pairs = joined.reshape([size for pair in zip(rows, columns, strict=True) for size in pair])
-    return pairs.permute(0, 2, 4, 6, 8, 1, 3, 5, 7, 9).reshape(prod(rows), prod(columns))
+    ends = left_end(first, second), right_end(fourth, last)
+    return _as_matrix(_join(*ends, middle), rows, columns)
+
+
+def left_end(first: Tensor, second: Tensor) -> Tensor:
+    """The first two cores as one, (i1 j1 i2 j2, d_2); of each expert, where they are stacked."""
+    a, b = first.flatten(-4, -2), second.flatten(-3)
+    return (a @ b).reshape(*first.shape[:-4], -1, second.shape[-1])
+
+
+def right_end(fourth: Tensor, last: Tensor) -> Tensor:
+    """The last two cores as one, (d_3, i4 j4 i5 j5); of each expert, where they are stacked."""
+    a, b = fourth.flatten(-4, -2), last.flatten(-3)
+    return (a @ b).reshape(*fourth.shape[:-3], -1)
+
+
+class Linear(torch.autograd.Function):
+    """x (T, I) -> x W^T + b (T, O), W of two ends and the middle core. W is made here and again in
+    the backward pass, in the ends' dtype, and is rounded once, to that of x."""
+
+    @staticmethod
+    def forward(x_TI, bias_O, left, middle, right, rows, columns):
+        weight_OI = _as_matrix(_join(left, right, middle), rows, columns, x_TI.dtype)
+        return F.linear(x_TI, weight_OI, bias_O)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x_TI, _, left, middle, right, ctx.rows, ctx.columns = inputs
+        ctx.save_for_backward(x_TI, left, middle, right)
+
+    @staticmethod
+    def backward(ctx, dy_TO):
+        x_TI, left, middle, right = ctx.saved_tensors
+        with torch.autocast(dy_TO.device.type, enabled=False):
+            half, dx_TI = _half(left, middle), None
+            if ctx.needs_input_grad[0]:
+                dx_TI = dy_TO @ _as_matrix(half @ right, ctx.rows, ctx.columns, dy_TO.dtype)
+            db_O = dy_TO.sum(0) if ctx.needs_input_grad[1] else None
+            wanted = ctx.needs_input_grad[2:5]
+            large = [half, dy_TO.t() @ x_TI if any(wanted) else None]
+            del half
+            found = _gradients(wanted, large, left, middle, right, ctx)
+        return dx_TI, db_O, *found, None, None
+
+
+class Matrices(torch.autograd.Function):
+    """The matrices (E, O, I) of all experts in one dtype, of stacked ends and the middle core."""
+
+    @staticmethod
+    def forward(left, middle, right, rows, columns, dtype):
+        return _as_matrix(_join(left, right, middle), rows, columns, dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.rows, ctx.columns, _ = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, dW_EOI):
+        left, middle, right = ctx.saved_tensors
+        with torch.autocast(dW_EOI.device.type, enabled=False):
+            large = [_half(left, middle), dW_EOI]
+            found = _gradients(ctx.needs_input_grad[:3], large, left, middle, right, ctx)
+        return *found, None, None, None
+
+
+def _gradients(
+    wanted: Sequence[bool],
+    large: list[Tensor | None],
+    left: Tensor,
+    middle: Tensor,
+    right: Tensor,
+    sizes: Any,
+) -> list[Tensor | None]:
+    """Those of the left end, the middle core and the right end.
+
+    Args:
+        large: the first two joined, and the gradient of the matrix; both are let go as soon as they
+            can be.
+        sizes: `rows` and `columns` of the matrix.
+    """
+    dleft = dmiddle = dright = None
+    if any(wanted):
+        dpairs = _as_pairs(large.pop(), sizes.rows, sizes.columns, left.dtype)
+        dpairs = dpairs.reshape(*right.shape[:-2], -1, right.shape[-1])
+        half = large.pop()
+        dright = half.mT @ dpairs if wanted[2] else None
+        del half
+        dhalf = (dpairs @ right.mT).reshape(*left.shape[:-1], -1)
+        del dpairs
+        dleft = dhalf @ middle.flatten(1).t() if wanted[0] else None
+        if wanted[1]:
+            dmiddle = left.flatten(0, -2).t() @ dhalf.flatten(0, -2)
+            dmiddle = dmiddle.reshape(middle.shape)
+    return [dleft, dmiddle, dright]
+
+
+def _half(left: Tensor, middle: Tensor) -> Tensor:
+    """The left end times the middle core, (..., i1 j1 i2 j2 i3 j3, d_3)."""
+    return (left @ middle.flatten(1)).reshape(*left.shape[:-2], -1, middle.shape[-1])
+
+
+def _join(left: Tensor, right: Tensor, middle: Tensor) -> Tensor:
+    return _half(left, middle) @ right
+
+
+def _as_matrix(
+    joined: Tensor, rows: Sequence[int], columns: Sequence[int], dtype: torch.dtype | None = None
+) -> Tensor:
+    """Numbers in the cores' order, (..., i1 j1 ... i3 j3, i4 j4 i5 j5), as matrices (..., O, I)."""
+    E = joined.shape[:-2]
+    pairs = joined.reshape(-1, *(size for pair in zip(rows, columns, strict=True) for size in pair))
+    turned = pairs.permute(0, 1, 3, 5, 7, 9, 2, 4, 6, 8, 10)
+    # Without a format a cast keeps the order in memory, and the reshape would copy again.
+    turned = turned.to(dtype or joined.dtype, memory_format=torch.contiguous_format)
+    return turned.reshape(*E, prod(rows), prod(columns))
+
+
+def _as_pairs(
+    matrix: Tensor, rows: Sequence[int], columns: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Matrices (..., O, I) in the cores' order."""
+    turned = matrix.reshape(-1, *rows, *columns).permute(0, 1, 6, 2, 7, 3, 8, 4, 9, 5, 10)
+    return turned.to(dtype, memory_format=torch.contiguous_format)
 
 
 def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:

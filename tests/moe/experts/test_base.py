@@ -101,7 +101,7 @@ def run(path: str, bank: nn.Module, routing: Routing, x_TD: torch.Tensor) -> dic
 
 
 @pytest.mark.parametrize("case", ROUTINGS)
-@pytest.mark.parametrize("path", ["grouped", "dense"])
+@pytest.mark.parametrize("path", ["by_expert", "grouped", "dense"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fast_path_equals_the_loop(kind, path, case):
     bank, routing = bank_of(kind), routing_of(case)
@@ -183,7 +183,7 @@ def test_initial_adapters_add_nothing_and_have_the_fan_in_of_one_expert(kind):
     assert not torch.equal(first[0], first[1])
 
 
-@pytest.mark.parametrize("path", ["loop", "grouped", "dense"])
+@pytest.mark.parametrize("path", ["loop", "by_expert", "grouped", "dense"])
 @pytest.mark.parametrize("kind", ["adapter", "lora", "gpt2", "t5"])
 def test_dropout_acts_in_training_only_and_keeps_the_mean(kind, path):
     bank, routing = bank_of(kind), routing_of("two slots")
@@ -200,7 +200,7 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean(kind, path):
     assert (runs.mean(0) - still).abs().mean() < 0.12 * still.abs().mean()
 
 
-@pytest.mark.parametrize("path", ["loop", "grouped", "dense"])
+@pytest.mark.parametrize("path", ["loop", "by_expert", "grouped", "dense"])
 def test_an_expert_without_tokens_gets_a_zero_gradient(path):
     bank, routing = bank_of("adapter"), routing_of("an idle expert")
     PATHS[path](bank, torch.randn(T, D), routing).square().sum().backward()
@@ -244,7 +244,7 @@ def test_auto_avoids_widths_that_grouped_mm_refuses():
     odd.dense_tokens = 4
     reason = why_not_grouped(odd, torch.randn(T, D))
     assert "6" in reason and "16 bytes" in reason
-    assert choose_path(odd, torch.randn(T, D), routing_of("two slots")) == "loop"
+    assert choose_path(odd, torch.randn(T, D), routing_of("two slots")) == "by_expert"
     with torch.autocast("cpu", torch.bfloat16):  # bf16 doubles the width that is needed
         bank = randomized(LoRAExperts(LoRASpec(num_experts=E, rank=4), D, D))
         assert "16 bytes" in why_not_grouped(bank, torch.randn(T, D))
@@ -256,7 +256,7 @@ def test_auto_avoids_types_that_grouped_mm_refuses():
     assert torch.allclose(bank(x_TD, routing), loop(bank, x_TD, routing))
 
 
-@pytest.mark.parametrize("path", ["loop", "grouped", "dense"])
+@pytest.mark.parametrize("path", ["loop", "by_expert", "grouped", "dense"])
 @pytest.mark.parametrize("kind", ["adapter", "llama", "gpt2"])
 def test_autocast_agrees_with_float32(kind, path):
     bank, routing = bank_of(kind), routing_of("two slots")

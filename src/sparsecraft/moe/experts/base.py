@@ -7,6 +7,7 @@ M first-layer features, H hidden features after the activation (M = 2H when gate
 from __future__ import annotations
 
 import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar, Self
@@ -107,6 +108,10 @@ class Experts(nn.Module, ABC):
     @abstractmethod
     def expert(self, e: int, x: Tensor) -> Tensor:
         """Expert `e` on tokens x (n, I) -> (n, O)."""
+
+    def all_experts(self) -> list[Callable[[Tensor], Tensor]]:
+        """`expert` of each e. A bank may make for all at once what they are computed with."""
+        return [functools.partial(self.expert, e) for e in range(self.num_experts)]
 
     def two_layer(self, dtype: torch.dtype) -> TwoLayer | None:
         """The bank's tensors in `dtype` for the fast paths; None if it has no such form."""

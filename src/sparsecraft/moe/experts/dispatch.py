@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.kernels import dense as dense_kernel
 from sparsecraft.kernels import grouped as grouped_kernel
-from sparsecraft.kernels.device import compute_dtype
+from sparsecraft.kernels.device import compute_dtype, is_transformed
 from sparsecraft.moe.routing import Routing
 
 if TYPE_CHECKING:
@@ -44,6 +44,16 @@ def loop(bank: Experts, x_TI: Tensor, routing: Routing) -> Tensor:
     return y_TO
 
 
+def by_expert(bank: Experts, x_TI: Tensor, routing: Routing) -> Tensor:
+    """One expert at a time, on tokens sorted by expert: it waits for the device once, to learn
+    where each expert's tokens end, and gathers and adds in one launch each."""
+    x_TI = x_TI.to(compute_dtype(x_TI))
+    passes = x_TI if bank.residual and routing.sums_to_one else None
+    return grouped_kernel.by_expert(
+        bank.all_experts(), x_TI, routing.weights_TK, routing.indices_TK, passes, bank.out_features
+    )
+
+
 def grouped(bank: Experts, x_TI: Tensor, routing: Routing) -> Tensor:
     """Tokens sorted by expert, two grouped products."""
     x_TI = x_TI.to(compute_dtype(x_TI))
@@ -71,7 +81,7 @@ def merged(bank: Experts, x_TI: Tensor, routing: Routing) -> Tensor:
     return bank.merged(x_TI, routing)
 
 
-PATHS = {"loop": loop, "grouped": grouped, "dense": dense, "merged": merged}
+PATHS = {"loop": loop, "by_expert": by_expert, "grouped": grouped, "dense": dense, "merged": merged}
 
 
 def why_not_grouped(bank: Experts, x_TI: Tensor) -> str | None:
@@ -118,8 +128,9 @@ def choose_path(bank: Experts, x_TI: Tensor, routing: Routing) -> str:
     # A loop over the tokens of each expert has shapes that no graph can hold.
     if torch.compiler.is_compiling() and bank.two_layer(x_TI.dtype) is not None:
         return "dense"
-    _say_once(f"Experts run in a loop, one at a time: {reason}.")
-    return "loop"
+    if bank.two_layer(x_TI.dtype) is not None:  # others have no faster path
+        _say_once(f"Experts run in a loop, one at a time: {reason}.")
+    return "loop" if torch.compiler.is_compiling() or is_transformed() else "by_expert"
 
 
 @functools.cache

@@ -5,26 +5,41 @@ Each matrix of expert e is a product of five cores, of which the third is one fo
     W_e = T1_e T2_e C T4_e T5_e
 
 C has about as many numbers as the matrix, the other four together a few percent of it. A matrix is
-made where tokens meet it, let go, and made again in the backward pass: there is one at a time.
+made where tokens meet it, let go, and made again in the backward pass: there is one at a time, or
+one of each expert where all of them are small.
 
 Shapes: E experts, D width, F hidden width; core k (d_{k-1}, i_k, j_k, d_k), see `kernels.mpo`.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from sparsecraft.dense.donors import FFN
 from sparsecraft.dense.sites import Site
 from sparsecraft.errors import RecipeError
-from sparsecraft.kernels.mpo import compose, decompose, shapes
+from sparsecraft.kernels.device import compute_dtype, is_transformed
+from sparsecraft.kernels.grouped import grouped, why_no_product
+from sparsecraft.kernels.mpo import (
+    Linear,
+    Matrices,
+    compose,
+    decompose,
+    left_end,
+    right_end,
+    shapes,
+)
+from sparsecraft.kernels.remaking import made_again
+from sparsecraft.kernels.two_layer import TwoLayer
 from sparsecraft.moe.experts.base import Experts, Rate
 from sparsecraft.moe.experts.ffn import SUM_OF_NETWORKS, FFNExperts
 from sparsecraft.moe.experts.folded import Network
@@ -39,6 +54,9 @@ log = logging.getLogger("sparsecraft")
 
 OWN = (1, 2, 4, 5)  # numbers of the cores that each expert has of its own
 FIRST, DOWN = ("gate", "up"), "down"
+# Numbers of a matrix of all experts up to which they are made at a time, in one layer: on a GPU
+# small products cost their launches. 64 MiB of them in float32.
+TOGETHER = 2**24
 
 
 class MPOExperts(Experts):
@@ -117,38 +135,112 @@ class MPOExperts(Experts):
     # -------------------------------------------------------------------------------- computation
 
     def expert(self, e: int, x: Tensor) -> Tensor:
-        own = (e,) if isinstance(self.activation, OwnActivation) else ()
-        hidden = self.activation(self._product(self.first[0], e, x), *own)
-        if len(self.first) > 1:
-            hidden = hidden * self._product(self.first[1], e, x)
-        hidden = F.dropout(hidden, self.hidden_dropout, self.training)
-        return F.dropout(self._product(DOWN, e, hidden), self.output_dropout, self.training)
+        ends = {name: self._ends(name, slice(e, e + 1)) for name in self.matrices}
+        return self._network_of(e, x, {name: [one[0] for one in of] for name, of in ends.items()})
 
     def mixed(self, x_TI: Tensor, routing: Routing | None = None) -> Tensor:
+        if routing is not None and self._fit_together(x_TI):
+            return self._together(x_TI, routing)
         if routing is None or not torch.compiler.is_compiling():
             return super().mixed(x_TI, routing)
         # The tokens of each expert have shapes that no graph can hold: every expert takes all.
         weights_TE = routing.weights_TE().to(x_TI.dtype)
         return sum(weights_TE[:, e, None] * self.expert(e, x_TI) for e in range(self.num_experts))
 
-    def matrix(self, name: str, e: int) -> Tensor:
-        """One matrix of expert `e`, (out, in): name is `gate`, `up` or `down`."""
-        return _matrix(*self._cores(name, e))
+    def all_experts(self) -> list[Callable[[Tensor], Tensor]]:
+        ends = {name: self._ends(name) for name in self.matrices}
+        each = {
+            name: list(zip(*(end.unbind() for end in of), strict=True)) for name, of in ends.items()
+        }
+        return [
+            functools.partial(self._network_of, e, ends={name: of[e] for name, of in each.items()})
+            for e in range(self.num_experts)
+        ]
 
-    def _product(self, name: str, e: int, x: Tensor) -> Tensor:
-        """x times one matrix of expert `e`, of which nothing is kept for the backward pass."""
-        inputs = x, getattr(self, f"{name}_bias"), *self._cores(name, e)
-        if not torch.is_grad_enabled():
-            return _linear(*inputs)
-        return checkpoint(_linear, *inputs, use_reentrant=False, preserve_rng_state=False)
+    def _fit_together(self, x_TI: Tensor) -> bool:
+        """Whether matrices of all experts are made at a time, for grouped products."""
+        hidden, width = (prod(five) for five in self.matrices[self.first[0]])
+        if self.dispatch != "auto" or self.num_experts * hidden * width > TOGETHER:
+            return False
+        if is_transformed() or torch.compiler.is_compiling():
+            return False
+        return why_no_product(x_TI, (len(self.first) * hidden, hidden, width)) is None
 
-    def _cores(self, name: str, e: int) -> list[Tensor]:
+    def _together(self, x_TI: Tensor, routing: Routing) -> Tensor:
+        x_TI = x_TI.to(compute_dtype(x_TI))
+        given = {}
+        for name, sizes in self.matrices.items():
+            left, right = self._ends(name)
+            given[name] = left, _wide(self._middle(name)), right, *sizes, x_TI.dtype
+
+        def stacked(*names: str) -> Tensor:
+            with torch.autocast(x_TI.device.type, enabled=False):
+                return torch.cat([Matrices.apply(*given[name]) for name in names], dim=1)
+
+        def mixture(first_EMD: Tensor, down_EDF: Tensor) -> Tensor:
+            net = self._two_layer(first_EMD, down_EDF)
+            decided = routing.weights_TK, routing.indices_TK, routing.sums_to_one, routing.empty
+            return grouped(net, x_TI, *decided)
+
+        makers = functools.partial(stacked, *self.first), functools.partial(stacked, DOWN)
+        return made_again(makers, mixture)
+
+    def _two_layer(self, first_EMD: Tensor, down_EDF: Tensor) -> TwoLayer:
+        firsts, down = [getattr(self, f"{name}_bias") for name in self.first], self.down_bias
+        first = None if firsts[0] is None else torch.cat(firsts)
+        return TwoLayer(
+            first_EMI=first_EMD,
+            second_EOH=down_EDF,
+            activate=self._activate,
+            by_expert=isinstance(self.activation, OwnActivation),
+            first_bias_EM=None
+            if first is None
+            else first.to(first_EMD).expand(self.num_experts, -1),
+            second_bias_EO=None if down is None else down.to(down_EDF).expand(self.num_experts, -1),
+            output_dropout=self.output_dropout if self.training else 0.0,
+        )
+
+    def _network_of(self, e: int, x: Tensor, ends: dict[str, Sequence[Tensor]]) -> Tensor:
+        """Expert `e` on tokens x, given the two ends of each of its matrices."""
+        hidden = torch.cat([self._product(name, x, ends) for name in self.first], dim=-1)
+        y = self._product(DOWN, self._activate(hidden, e), ends)
+        return F.dropout(y, self.output_dropout, self.training)
+
+    def _activate(self, hidden_nM: Tensor, e: int | None = None) -> Tensor:
+        first, *up = hidden_nM.chunk(len(self.first), dim=-1)
+        own = (e,) if isinstance(self.activation, OwnActivation) else ()
+        hidden_nH = self.activation(first, *own)
+        hidden_nH = hidden_nH * up[0] if up else hidden_nH
+        return F.dropout(hidden_nH, self.hidden_dropout, self.training)
+
+    def _product(self, name: str, x: Tensor, ends: dict[str, Sequence[Tensor]]) -> Tensor:
+        """x times one matrix, of which nothing is kept for the backward pass."""
+        (left, right), middle, bias = ends[name], self._middle(name), getattr(self, f"{name}_bias")
+        x = x.to(compute_dtype(x))
+        bias = None if bias is None else bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return Linear.apply(x, bias, left, _wide(middle), right, *self.matrices[name])
+
+    def _ends(self, name: str, experts: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """The outer cores of experts' matrices, two and two joined."""
+        outer = [_wide(getattr(self, f"{name}_{k}")[experts]) for k in OWN]
+        with torch.autocast(outer[0].device.type, enabled=False):
+            return left_end(*outer[:2]), right_end(*outer[2:])
+
+    def _middle(self, name: str) -> Tensor:
         central = getattr(self, f"{name}_central")
         if self.masked and central.requires_grad and torch.is_grad_enabled():
             central = central.view_as(central)
             central.register_hook(torch.zeros_like)
-        first, second, fourth, last = (getattr(self, f"{name}_{k}")[e] for k in OWN)
-        return [first, second, central, fourth, last]
+        return central
+
+    def matrix(self, name: str, e: int) -> Tensor:
+        """One matrix of expert `e`, (out, in), in float32 at least: name is `gate`, `up` or
+        `down`."""
+        first, second, fourth, last = (_wide(getattr(self, f"{name}_{k}")[e]) for k in OWN)
+        middle = _wide(getattr(self, f"{name}_central"))
+        with torch.autocast(middle.device.type, enabled=False):
+            return compose([first, second, middle, fourth, last])
 
     # ----------------------------------------------------------------------------------- training
 
@@ -218,17 +310,10 @@ class MPOExperts(Experts):
         }
 
 
-def _linear(x: Tensor, bias: Tensor | None, *cores: Tensor) -> Tensor:
-    weight = _matrix(*cores).to(x.dtype)
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-
-
-def _matrix(*cores: Tensor) -> Tensor:
-    """The matrix in float32 at least, also under autocast: rounding at each of four products would
-    leave less of it than rounding it once."""
-    dtype = torch.promote_types(cores[0].dtype, torch.float32)
-    with torch.autocast(cores[0].device.type, enabled=False):
-        return compose([core.to(dtype) for core in cores])
+def _wide(core: Tensor) -> Tensor:
+    """In float32 at least: rounding at each of four products would leave less of a matrix than
+    rounding it once."""
+    return core.to(torch.promote_types(core.dtype, torch.float32))
 
 
 def _factors(spec: MPOSpec, donor: FFN) -> tuple[Factors, Factors]:
