@@ -23,7 +23,7 @@ from sparsecraft.dense import hub
 from sparsecraft.dense.loading import load_tokenizer
 
 HERE = Path(__file__).parent
-GENERAL = 4000
+GENERAL = 1000
 NETWORKS = {
     "dense": 1.0,
     "+ relu": None,
@@ -34,7 +34,7 @@ NETWORKS = {
 
 def data(args) -> None:
     """The rows of the three domains, unpacked, without those that hold control tokens, which
-    `sc.train` refuses; of the general ones, whose answers are short, the first 4,000."""
+    `sc.train` refuses; of the general ones, whose answers are short, the first 1,000."""
     args.work.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(hub.resolve("smollm2"))
     for domain in DOMAINS:

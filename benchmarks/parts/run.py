@@ -20,8 +20,9 @@ from sparsecraft.dense.loading import load_tokenizer
 from tests import tiny
 
 DOMAINS = ("general", "math", "code")
-SIZES = {"steps": 156, "batch": 64, "micro_batch": 32, "length": 512}
-TINY = {"steps": 6, "batch": 4, "micro_batch": 4, "length": 64}
+SIZES = {"steps": 130, "batch": 64, "length": 512}
+TINY = {"steps": 6, "batch": 4, "length": 64}
+MICRO_BATCH = {"attentive": 16}  # whose experts all run
 
 
 def work(args, gpu: int | None) -> None:
@@ -54,9 +55,9 @@ def one(args, asked) -> dict:
             report = sc.train(
                 model, [rows / f"{d}.train.jsonl" for d in DOMAINS], Path(folder) / stage.name,
                 tokenizer=tokenizer, stages=(stage.name,), steps=steps, batch_size=sizes["batch"],
-                micro_batch=sizes["micro_batch"], max_length=sizes["length"],
-                learning_rate=None if number else asked.lr, seed=asked.seed,
-                log_every=max(1, steps // 10), progress=False,
+                micro_batch=min(sizes["batch"], MICRO_BATCH.get(asked.method, 64)),
+                max_length=sizes["length"], learning_rate=None if number else asked.lr,
+                seed=asked.seed, log_every=max(1, steps // 10), progress=False,
             )  # fmt: skip
             reports.append(report)
     held_out = {d: str(rows / f"{d}.valid.jsonl") for d in DOMAINS}

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 Shape = tuple[int, int, int, int]
 
@@ -70,37 +68,9 @@ def right_end(fourth: Tensor, last: Tensor) -> Tensor:
     return (a @ b).reshape(*fourth.shape[:-3], -1)
 
 
-class Linear(torch.autograd.Function):
-    """x (T, I) -> x W^T + b (T, O), W of two ends and the middle core. W is made here and again in
-    the backward pass, in the ends' dtype, and is rounded once, to that of x."""
-
-    @staticmethod
-    def forward(x_TI, bias_O, left, middle, right, rows, columns):
-        weight_OI = _as_matrix(_join(left, right, middle), rows, columns, x_TI.dtype)
-        return F.linear(x_TI, weight_OI, bias_O)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x_TI, _, left, middle, right, ctx.rows, ctx.columns = inputs
-        ctx.save_for_backward(x_TI, left, middle, right)
-
-    @staticmethod
-    def backward(ctx, dy_TO):
-        x_TI, left, middle, right = ctx.saved_tensors
-        with torch.autocast(dy_TO.device.type, enabled=False):
-            half, dx_TI = _half(left, middle), None
-            if ctx.needs_input_grad[0]:
-                dx_TI = dy_TO @ _as_matrix(half @ right, ctx.rows, ctx.columns, dy_TO.dtype)
-            db_O = dy_TO.sum(0) if ctx.needs_input_grad[1] else None
-            wanted = ctx.needs_input_grad[2:5]
-            large = [half, dy_TO.t() @ x_TI if any(wanted) else None]
-            del half
-            found = _gradients(wanted, large, left, middle, right, ctx)
-        return dx_TI, db_O, *found, None, None
-
-
-class Matrices(torch.autograd.Function):
-    """The matrices (E, O, I) of all experts in one dtype, of stacked ends and the middle core."""
+class Matrix(torch.autograd.Function):
+    """The matrix (O, I) of two ends and the middle core, rounded once, to `dtype`; with stacked
+    ends the matrices (E, O, I) of all experts. The backward pass keeps the parts alone."""
 
     @staticmethod
     def forward(left, middle, right, rows, columns, dtype):
@@ -108,47 +78,27 @@ class Matrices(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.rows, ctx.columns, _ = inputs
-        ctx.save_for_backward(*tensors)
+        *parts, ctx.rows, ctx.columns, _ = inputs
+        ctx.save_for_backward(*parts)
 
     @staticmethod
-    def backward(ctx, dW_EOI):
-        left, middle, right = ctx.saved_tensors
-        with torch.autocast(dW_EOI.device.type, enabled=False):
-            large = [_half(left, middle), dW_EOI]
-            found = _gradients(ctx.needs_input_grad[:3], large, left, middle, right, ctx)
-        return *found, None, None, None
-
-
-def _gradients(
-    wanted: Sequence[bool],
-    large: list[Tensor | None],
-    left: Tensor,
-    middle: Tensor,
-    right: Tensor,
-    sizes: Any,
-) -> list[Tensor | None]:
-    """Those of the left end, the middle core and the right end.
-
-    Args:
-        large: the first two joined, and the gradient of the matrix; both are let go as soon as they
-            can be.
-        sizes: `rows` and `columns` of the matrix.
-    """
-    dleft = dmiddle = dright = None
-    if any(wanted):
-        dpairs = _as_pairs(large.pop(), sizes.rows, sizes.columns, left.dtype)
-        dpairs = dpairs.reshape(*right.shape[:-2], -1, right.shape[-1])
-        half = large.pop()
-        dright = half.mT @ dpairs if wanted[2] else None
-        del half
-        dhalf = (dpairs @ right.mT).reshape(*left.shape[:-1], -1)
-        del dpairs
-        dleft = dhalf @ middle.flatten(1).t() if wanted[0] else None
-        if wanted[1]:
-            dmiddle = left.flatten(0, -2).t() @ dhalf.flatten(0, -2)
-            dmiddle = dmiddle.reshape(middle.shape)
-    return [dleft, dmiddle, dright]
+    def backward(ctx, dW):
+        """In the dtype of the matrix' gradient, which is rounded to it already."""
+        left, middle, right = (part.to(dW.dtype) for part in ctx.saved_tensors)
+        of_left, of_middle, of_right = ctx.needs_input_grad[:3]
+        dleft = dmiddle = dright = None
+        with torch.autocast(dW.device.type, enabled=False):
+            dpairs = _as_pairs(dW, ctx.rows, ctx.columns)
+            dpairs = dpairs.reshape(*right.shape[:-2], -1, right.shape[-1])
+            if of_right:
+                dright = _half(left, middle).mT @ dpairs
+            dhalf = (dpairs @ right.mT).reshape(*left.shape[:-1], -1)
+            if of_left:
+                dleft = dhalf @ middle.flatten(1).t()
+            if of_middle:
+                dmiddle = left.flatten(0, -2).t() @ dhalf.flatten(0, -2)
+                dmiddle = dmiddle.reshape(middle.shape)
+        return dleft, dmiddle, dright, None, None, None
 
 
 def _half(left: Tensor, middle: Tensor) -> Tensor:
@@ -172,12 +122,10 @@ def _as_matrix(
     return turned.reshape(*E, prod(rows), prod(columns))
 
 
-def _as_pairs(
-    matrix: Tensor, rows: Sequence[int], columns: Sequence[int], dtype: torch.dtype
-) -> Tensor:
+def _as_pairs(matrix: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
     """Matrices (..., O, I) in the cores' order."""
     turned = matrix.reshape(-1, *rows, *columns).permute(0, 1, 6, 2, 7, 3, 8, 4, 9, 5, 10)
-    return turned.to(dtype, memory_format=torch.contiguous_format)
+    return turned.contiguous()
 
 
 def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -312,17 +312,16 @@ def test_one_expert_s_matrices_exist_at_a_time_forward_and_backward(path):
     assert most[5][2] - centers <= 4
 
 
-def kept_linear(x, bias, left, middle, right, rows, columns):
-    """`kernels.mpo.Linear` by plain operations, whose matrix waits for the backward pass."""
-    weight = mpo._as_matrix(mpo._join(left, right, middle), rows, columns, x.dtype)
-    return nn.functional.linear(x, weight, bias)
+def kept(makers, use):
+    """`kernels.remaking.made_again`, whose tensors wait for the backward pass."""
+    return use(*(make() for make in makers))
 
 
 def test_the_count_of_living_matrices_sees_those_that_are_kept(monkeypatch):
-    monkeypatch.setattr(mpo.Linear, "apply", kept_linear)
+    monkeypatch.setattr("sparsecraft.moe.experts.mpo.made_again", kept)
     bank = bank_of("mistral")
     with Living(48 * 32) as forward:
-        y = loop(bank, torch.randn(T, D), routing_of(E))
+        y = loop(bank, torch.randn(T, D, requires_grad=True), routing_of(E))
     assert forward.count() >= 3 * E and y.requires_grad
 
 
@@ -375,8 +374,7 @@ def test_gradients_are_those_of_matrices_that_are_kept(family, path, monkeypatch
         bank.zero_grad()
         inputs = x.clone().requires_grad_()
         if way == "kept":
-            monkeypatch.setattr(mpo.Linear, "apply", kept_linear)
-            monkeypatch.setattr("sparsecraft.moe.experts.mpo.TOGETHER", 0)
+            monkeypatch.setattr("sparsecraft.moe.experts.mpo.made_again", kept)
         path(bank, inputs, routing).square().sum().backward()
         found[way] = {name: p.grad.clone() for name, p in bank.named_parameters()}
         found[way]["x"] = inputs.grad
@@ -406,12 +404,27 @@ def test_gradients_of_gradients_are_right():
         torch.randn(size, generator=generator, dtype=torch.float64) / 4 for size in shapes(*pair, 3)
     ]
     left, right = mpo.left_end(*cores[:2]), mpo.right_end(*cores[3:])
-    x = torch.randn(3, 32, generator=generator, dtype=torch.float64)
-    bias = torch.randn(48, generator=generator, dtype=torch.float64)
-    inputs = [t.requires_grad_() for t in (x, bias, left, cores[2], right)]
-    call = lambda *given: mpo.Linear.apply(*given, *pair)  # noqa: E731
-    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
-    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+    stacked = [torch.stack([end, -end]) for end in (left, right)]
+    for one, other in ((left, right), stacked):
+        parts = [part.detach().requires_grad_() for part in (one, cores[2], other)]
+        call = lambda *given: mpo.Matrix.apply(*given, *pair, torch.float64)  # noqa: E731
+        assert torch.autograd.gradcheck(call, parts, fast_mode=True)
+        assert torch.autograd.gradgradcheck(call, parts, fast_mode=True)
+
+
+def test_what_is_made_again_has_gradients_of_gradients(monkeypatch):
+    bank, found = bank_of("mistral").double(), {}
+    for way in (None, kept):
+        if way:
+            monkeypatch.setattr("sparsecraft.moe.experts.mpo.made_again", way)
+        x = torch.randn(5, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        x.requires_grad_()
+        y = bank.expert(1, x).square().sum()
+        slope = torch.autograd.grad(y, x, create_graph=True)[0].square().sum()
+        found[way] = torch.autograd.grad(slope, [x, *bank.parameters()], allow_unused=True)
+    for ours, wanted in zip(*found.values(), strict=True):
+        assert (ours is None) is (wanted is None)
+        assert ours is None or torch.allclose(ours, wanted)
 
 
 # ------------------------------------------------------------------------------ the gradient mask

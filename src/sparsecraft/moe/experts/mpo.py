@@ -30,8 +30,7 @@ from sparsecraft.errors import RecipeError
 from sparsecraft.kernels.device import compute_dtype, is_transformed
 from sparsecraft.kernels.grouped import grouped, why_no_product
 from sparsecraft.kernels.mpo import (
-    Linear,
-    Matrices,
+    Matrix,
     compose,
     decompose,
     left_end,
@@ -175,7 +174,7 @@ class MPOExperts(Experts):
 
         def stacked(*names: str) -> Tensor:
             with torch.autocast(x_TI.device.type, enabled=False):
-                return torch.cat([Matrices.apply(*given[name]) for name in names], dim=1)
+                return torch.cat([Matrix.apply(*given[name]) for name in names], dim=1)
 
         def mixture(first_EMD: Tensor, down_EDF: Tensor) -> Tensor:
             net = self._two_layer(first_EMD, down_EDF)
@@ -215,11 +214,16 @@ class MPOExperts(Experts):
 
     def _product(self, name: str, x: Tensor, ends: dict[str, Sequence[Tensor]]) -> Tensor:
         """x times one matrix, of which nothing is kept for the backward pass."""
-        (left, right), middle, bias = ends[name], self._middle(name), getattr(self, f"{name}_bias")
+        (left, right), bias = ends[name], getattr(self, f"{name}_bias")
         x = x.to(compute_dtype(x))
         bias = None if bias is None else bias.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return Linear.apply(x, bias, left, _wide(middle), right, *self.matrices[name])
+        given = left, _wide(self._middle(name)), right, *self.matrices[name], x.dtype
+
+        def matrix() -> Tensor:
+            with torch.autocast(x.device.type, enabled=False):
+                return Matrix.apply(*given)
+
+        return made_again([matrix], lambda weight: F.linear(x, weight, bias))
 
     def _ends(self, name: str, experts: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """The outer cores of experts' matrices, two and two joined."""
