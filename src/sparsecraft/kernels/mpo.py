@@ -7,8 +7,10 @@ Shapes: O = i1 ... i5 rows, I = j1 ... j5 columns, core k (d_{k-1}, i_k, j_k, d_
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,82 +52,98 @@ def decompose(
 def compose(cores: Sequence[Tensor]) -> Tensor:
     """The matrix (O, I) of five cores, from both ends to the middle, so that no product is larger
     than it."""
-    first, second, middle, fourth, last = cores
-    rows, columns = ([core.shape[axis] for core in cores] for axis in (1, 2))
-    ends = left_end(first, second), right_end(fourth, last)
-    return _as_matrix(_join(*ends, middle), rows, columns)
+    kind = Kind(*(tuple(core.shape[axis] for core in cores) for axis in (1, 2)))
+    first, second, middle, fourth, last = (core.flatten(1, 2) for core in cores)
+    left, right = left_end(first, second), right_end(fourth, last)
+    ends = left[None, None], right[None, None]
+    return Matrices.apply(*ends, (kind,), left.dtype, middle.flatten(1))[0][0]
 
 
 def left_end(first: Tensor, second: Tensor) -> Tensor:
-    """The first two cores as one, (i1 j1 i2 j2, d_2); of each expert, where they are stacked."""
-    a, b = first.flatten(-4, -2), second.flatten(-3)
-    return (a @ b).reshape(*first.shape[:-4], -1, second.shape[-1])
+    """The first two cores (..., 1, n1, d_1), (..., d_1, n2, d_2) as one, (..., n1 n2, d_2)."""
+    joined = first.squeeze(-3) @ second.flatten(-2)
+    return joined.reshape(*first.shape[:-3], -1, second.shape[-1])
 
 
 def right_end(fourth: Tensor, last: Tensor) -> Tensor:
-    """The last two cores as one, (d_3, i4 j4 i5 j5); of each expert, where they are stacked."""
-    a, b = fourth.flatten(-4, -2), last.flatten(-3)
-    return (a @ b).reshape(*fourth.shape[:-3], -1)
+    """The last two cores (..., d_3, n4, d_4), (..., d_4, n5, 1) as one, (..., d_3, n4 n5)."""
+    joined = fourth.flatten(-3, -2) @ last.squeeze(-1)
+    return joined.reshape(*fourth.shape[:-2], -1)
 
 
-class Matrix(torch.autograd.Function):
-    """The matrix (O, I) of two ends and the middle core, rounded once, to `dtype`; with stacked
-    ends the matrices (E, O, I) of all experts. The backward pass keeps the parts alone."""
+class Kind(NamedTuple):
+    """Matrices of the same factors, which are stacked one on another."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    count: int = 1
+
+
+class Matrices(torch.autograd.Function):
+    """The matrices of E experts, (E, count O, I) of each kind, rounded once, to `dtype`.
+
+    Args:
+        lefts_MEAB, rights_MEDG: ends of M matrices, which are those of the kinds one after another;
+            all have bonds and numbers alike.
+        middles: their middle cores, (d_2, i3 j3 d_3).
+    """
 
     @staticmethod
-    def forward(left, middle, right, rows, columns, dtype):
-        return _as_matrix(_join(left, right, middle), rows, columns, dtype)
+    def forward(lefts_MEAB, rights_MEDG, kinds, dtype, *middles):
+        joined = _half(lefts_MEAB, _stacked(middles), rights_MEDG.shape[-2]) @ rights_MEDG
+        parts = joined.split([kind.count for kind in kinds])
+        return tuple(_as_matrices(*pair, dtype) for pair in zip(parts, kinds, strict=True))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *parts, ctx.rows, ctx.columns, _ = inputs
-        ctx.save_for_backward(*parts)
+        lefts_MEAB, rights_MEDG, ctx.kinds, _, *middles = inputs
+        ctx.save_for_backward(lefts_MEAB, rights_MEDG, *middles)
 
     @staticmethod
-    def backward(ctx, dW):
-        """In the dtype of the matrix' gradient, which is rounded to it already."""
-        left, middle, right = (part.to(dW.dtype) for part in ctx.saved_tensors)
-        of_left, of_middle, of_right = ctx.needs_input_grad[:3]
-        dleft = dmiddle = dright = None
-        with torch.autocast(dW.device.type, enabled=False):
-            dpairs = _as_pairs(dW, ctx.rows, ctx.columns)
-            dpairs = dpairs.reshape(*right.shape[:-2], -1, right.shape[-1])
-            if of_right:
-                dright = _half(left, middle).mT @ dpairs
-            dhalf = (dpairs @ right.mT).reshape(*left.shape[:-1], -1)
-            if of_left:
-                dleft = dhalf @ middle.flatten(1).t()
-            if of_middle:
-                dmiddle = left.flatten(0, -2).t() @ dhalf.flatten(0, -2)
-                dmiddle = dmiddle.reshape(middle.shape)
-        return dleft, dmiddle, dright, None, None, None
+    def backward(ctx, *grads_EOI):
+        """In the dtype of the matrices' gradients, which are rounded to it already."""
+        lefts, rights, *middles = (part.to(grads_EOI[0].dtype) for part in ctx.saved_tensors)
+        of_lefts, of_rights, _, _, *of_middles = ctx.needs_input_grad
+        dlefts, drights, dmiddles = None, None, [None] * len(middles)
+        with torch.autocast(lefts.device.type, enabled=False):
+            dpairs = [_as_pairs(*pair) for pair in zip(grads_EOI, ctx.kinds, strict=True)]
+            dpairs = torch.cat(dpairs) if len(dpairs) > 1 else dpairs[0]
+            dpairs = dpairs.unflatten(-1, (-1, rights.shape[-1]))
+            if of_rights:
+                drights = _half(lefts, _stacked(middles), rights.shape[-2]).mT @ dpairs
+            dhalf = (dpairs @ rights.mT).reshape(*lefts.shape[:-1], -1).flatten(1, -2)
+            if of_lefts:
+                dlefts = (dhalf @ _stacked(middles).mT).reshape(lefts.shape)
+            if any(of_middles):
+                dmiddles = (lefts.flatten(1, -2).mT @ dhalf).unbind()
+        return dlefts, drights, None, None, *dmiddles
 
 
-def _half(left: Tensor, middle: Tensor) -> Tensor:
-    """The left end times the middle core, (..., i1 j1 i2 j2 i3 j3, d_3)."""
-    return (left @ middle.flatten(1)).reshape(*left.shape[:-2], -1, middle.shape[-1])
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Of one no copy."""
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
 
 
-def _join(left: Tensor, right: Tensor, middle: Tensor) -> Tensor:
-    return _half(left, middle) @ right
+def _half(lefts_MEAB: Tensor, middles_MBC: Tensor, d: int) -> Tensor:
+    """Left ends times middle cores, (M, E, i1 j1 i2 j2 i3 j3, d)."""
+    flat = lefts_MEAB.flatten(1, 2) @ middles_MBC
+    return flat.reshape(*lefts_MEAB.shape[:2], -1, d)
 
 
-def _as_matrix(
-    joined: Tensor, rows: Sequence[int], columns: Sequence[int], dtype: torch.dtype | None = None
-) -> Tensor:
-    """Numbers in the cores' order, (..., i1 j1 ... i3 j3, i4 j4 i5 j5), as matrices (..., O, I)."""
-    E = joined.shape[:-2]
-    pairs = joined.reshape(-1, *(size for pair in zip(rows, columns, strict=True) for size in pair))
-    turned = pairs.permute(0, 1, 3, 5, 7, 9, 2, 4, 6, 8, 10)
+def _as_matrices(joined: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
+    """Numbers in the cores' order, (count, E, i1 j1 i2 j2 i3 j3, i4 j4 i5 j5), as matrices
+    (E, count O, I)."""
+    pairs = joined.reshape(*joined.shape[:2], *itertools.chain(*zip(*kind[:2], strict=True)))
+    turned = pairs.permute(1, 0, 2, 4, 6, 8, 10, 3, 5, 7, 9, 11)
     # Without a format a cast keeps the order in memory, and the reshape would copy again.
-    turned = turned.to(dtype or joined.dtype, memory_format=torch.contiguous_format)
-    return turned.reshape(*E, prod(rows), prod(columns))
+    turned = turned.to(dtype, memory_format=torch.contiguous_format)
+    return turned.reshape(joined.shape[1], kind.count * prod(kind.rows), -1)
 
 
-def _as_pairs(matrix: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
-    """Matrices (..., O, I) in the cores' order."""
-    turned = matrix.reshape(-1, *rows, *columns).permute(0, 1, 6, 2, 7, 3, 8, 4, 9, 5, 10)
-    return turned.contiguous()
+def _as_pairs(matrices: Tensor, kind: Kind) -> Tensor:
+    """Matrices (E, count O, I) in the cores' order, (count, E, O I)."""
+    turned = matrices.reshape(len(matrices), kind.count, *kind.rows, *kind.columns)
+    return turned.permute(1, 0, 2, 7, 3, 8, 4, 9, 5, 10, 6, 11).reshape(*turned.shape[1::-1], -1)
 
 
 def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 
-def made_again(makers: Sequence[Callable[[], Tensor]], use: Callable[..., Tensor]) -> Tensor:
-    """use(*tensors), of which the backward pass keeps none of those that `makers` give.
+def made_again(make: Callable[[], tuple[Tensor, ...]], use: Callable[..., Tensor]) -> Tensor:
+    """use(*make()), of which the backward pass keeps none of what `make` gives.
 
-    Unlike `torch.utils.checkpoint` it computes nothing again but these tensors. `makers` give the
+    Unlike `torch.utils.checkpoint` it computes nothing again but these tensors. `make` gives the
     same values each time.
     """
-    tensors = [make() for make in makers]
+    tensors = make()
     if not torch.is_grad_enabled():
         return use(*tensors)
     numbers = {_memory(tensor): number for number, tensor in enumerate(tensors)}
+    again: dict[int, Tensor] = {}  # made with another, and not asked for yet
 
     def pack(tensor: Tensor) -> Tensor | tuple:
         number = numbers.get(_memory(tensor))
@@ -30,8 +31,10 @@ def made_again(makers: Sequence[Callable[[], Tensor]], use: Callable[..., Tensor
         if isinstance(kept, Tensor):
             return kept
         number, *layout = kept
-        with torch.no_grad():
-            return makers[number]().as_strided(*layout)
+        if number not in again:
+            with torch.no_grad():
+                again.update(enumerate(make()))
+        return again.pop(number).as_strided(*layout)
 
     with saved_tensors_hooks(pack, unpack):  # `tensors` live that long: no other has their memory
         return use(*tensors)

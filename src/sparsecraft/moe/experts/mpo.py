@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 from typing import Self
 
@@ -30,7 +30,8 @@ from sparsecraft.errors import RecipeError
 from sparsecraft.kernels.device import compute_dtype, is_transformed
 from sparsecraft.kernels.grouped import grouped, why_no_product
 from sparsecraft.kernels.mpo import (
-    Matrix,
+    Kind,
+    Matrices,
     compose,
     decompose,
     left_end,
@@ -134,8 +135,8 @@ class MPOExperts(Experts):
     # -------------------------------------------------------------------------------- computation
 
     def expert(self, e: int, x: Tensor) -> Tensor:
-        ends = {name: self._ends(name, slice(e, e + 1)) for name in self.matrices}
-        return self._network_of(e, x, {name: [one[0] for one in of] for name, of in ends.items()})
+        ends = {name: self._ends([name], slice(e, e + 1)) for name in self.matrices}
+        return self._of_expert(e, x, ends)
 
     def mixed(self, x_TI: Tensor, routing: Routing | None = None) -> Tensor:
         if routing is not None and self._fit_together(x_TI):
@@ -147,12 +148,11 @@ class MPOExperts(Experts):
         return sum(weights_TE[:, e, None] * self.expert(e, x_TI) for e in range(self.num_experts))
 
     def all_experts(self) -> list[Callable[[Tensor], Tensor]]:
-        ends = {name: self._ends(name) for name in self.matrices}
-        each = {
-            name: list(zip(*(end.unbind() for end in of), strict=True)) for name, of in ends.items()
-        }
+        ends = {name: [end.split(1, 1) for end in self._ends([name])] for name in self.matrices}
         return [
-            functools.partial(self._network_of, e, ends={name: of[e] for name, of in each.items()})
+            functools.partial(
+                self._of_expert, e, ends={n: (a[e], b[e]) for n, (a, b) in ends.items()}
+            )
             for e in range(self.num_experts)
         ]
 
@@ -167,22 +167,15 @@ class MPOExperts(Experts):
 
     def _together(self, x_TI: Tensor, routing: Routing) -> Tensor:
         x_TI = x_TI.to(compute_dtype(x_TI))
-        given = {}
-        for name, sizes in self.matrices.items():
-            left, right = self._ends(name)
-            given[name] = left, _wide(self._middle(name)), right, *sizes, x_TI.dtype
-
-        def stacked(*names: str) -> Tensor:
-            with torch.autocast(x_TI.device.type, enabled=False):
-                return torch.cat([Matrix.apply(*given[name]) for name in names], dim=1)
+        hidden, width = self.matrices[self.first[0]]
+        kinds = Kind(hidden, width, len(self.first)), Kind(width, hidden)
 
         def mixture(first_EMD: Tensor, down_EDF: Tensor) -> Tensor:
             net = self._two_layer(first_EMD, down_EDF)
             decided = routing.weights_TK, routing.indices_TK, routing.sums_to_one, routing.empty
             return grouped(net, x_TI, *decided)
 
-        makers = functools.partial(stacked, *self.first), functools.partial(stacked, DOWN)
-        return made_again(makers, mixture)
+        return self._meet(mixture, self.matrices, self._ends(self.matrices), kinds, x_TI.dtype)
 
     def _two_layer(self, first_EMD: Tensor, down_EDF: Tensor) -> TwoLayer:
         firsts, down = [getattr(self, f"{name}_bias") for name in self.first], self.down_bias
@@ -199,11 +192,35 @@ class MPOExperts(Experts):
             output_dropout=self.output_dropout if self.training else 0.0,
         )
 
-    def _network_of(self, e: int, x: Tensor, ends: dict[str, Sequence[Tensor]]) -> Tensor:
-        """Expert `e` on tokens x, given the two ends of each of its matrices."""
+    def _of_expert(self, e: int, x: Tensor, ends: Mapping[str, Sequence[Tensor]]) -> Tensor:
+        """Expert `e` on tokens x, given the ends of each of its matrices."""
         hidden = torch.cat([self._product(name, x, ends) for name in self.first], dim=-1)
         y = self._product(DOWN, self._activate(hidden, e), ends)
         return F.dropout(y, self.output_dropout, self.training)
+
+    def _product(self, name: str, x: Tensor, ends: Mapping[str, Sequence[Tensor]]) -> Tensor:
+        x, bias = x.to(compute_dtype(x)), getattr(self, f"{name}_bias")
+        bias = None if bias is None else bias.to(x.dtype)
+        kinds = (Kind(*self.matrices[name]),)
+        use = lambda weight_1OI: F.linear(x, weight_1OI[0], bias)  # noqa: E731
+        return self._meet(use, [name], ends[name], kinds, x.dtype)
+
+    def _meet(
+        self,
+        use: Callable[..., Tensor],
+        names: Collection[str],
+        ends: Sequence[Tensor],
+        kinds: tuple[Kind, ...],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """`use` of the matrices that have these ends, none of which waits for the backward pass."""
+        middles = [_wide(self._middle(name)).flatten(1) for name in names]
+
+        def make() -> tuple[Tensor, ...]:
+            with torch.autocast(ends[0].device.type, enabled=False):
+                return Matrices.apply(*ends, kinds, dtype, *middles)
+
+        return made_again(make, use)
 
     def _activate(self, hidden_nM: Tensor, e: int | None = None) -> Tensor:
         first, *up = hidden_nM.chunk(len(self.first), dim=-1)
@@ -212,22 +229,12 @@ class MPOExperts(Experts):
         hidden_nH = hidden_nH * up[0] if up else hidden_nH
         return F.dropout(hidden_nH, self.hidden_dropout, self.training)
 
-    def _product(self, name: str, x: Tensor, ends: dict[str, Sequence[Tensor]]) -> Tensor:
-        """x times one matrix, of which nothing is kept for the backward pass."""
-        (left, right), bias = ends[name], getattr(self, f"{name}_bias")
-        x = x.to(compute_dtype(x))
-        bias = None if bias is None else bias.to(x.dtype)
-        given = left, _wide(self._middle(name)), right, *self.matrices[name], x.dtype
-
-        def matrix() -> Tensor:
-            with torch.autocast(x.device.type, enabled=False):
-                return Matrix.apply(*given)
-
-        return made_again([matrix], lambda weight: F.linear(x, weight, bias))
-
-    def _ends(self, name: str, experts: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The outer cores of experts' matrices, two and two joined."""
-        outer = [_wide(getattr(self, f"{name}_{k}")[experts]) for k in OWN]
+    def _ends(self, names: Collection[str], experts: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """The outer cores of matrices, two and two joined, stacked by matrix and expert."""
+        outer = []
+        for k in OWN:  # whose bonds are alike: i and j change places, and their product stays
+            cores = [_wide(getattr(self, f"{name}_{k}")[experts]) for name in names]
+            outer.append(torch.stack([core.flatten(2, 3) for core in cores]))
         with torch.autocast(outer[0].device.type, enabled=False):
             return left_end(*outer[:2]), right_end(*outer[2:])
 
