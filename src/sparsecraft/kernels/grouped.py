@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsecraft.kernels.device import compute_dtype
+from sparsecraft.kernels.fused import fuses, networks
 from sparsecraft.kernels.sorting import combine, plan
 from sparsecraft.kernels.two_layer import TwoLayer
 
@@ -64,6 +65,11 @@ def grouped(
     ends_E, order_S, slot_TK = (_plan_filled if empty else plan)(indices_TK, num_experts)
     weights_TK = weights_TK * filled_TK
     scaled_TK = weights_TK if net.scale == 1.0 else weights_TK * net.scale
+    if fuses(net, x_TI):
+        passes = net.residual and sums_to_one
+        y_TO = networks(net, x_TI, scaled_TK, (ends_E, order_S, slot_TK), passes)
+        rest = net.residual and not passes
+        return add_residual(y_TO, x_TI, weights_TK, sums_to_one) if rest else y_TO
     weight_S1 = _Permute.apply(scaled_TK.flatten(), order_S, slot_TK, empty)[:, None].to(x_TI.dtype)
     expert_S = indices_TK.flatten()[order_S] if biased else None
 

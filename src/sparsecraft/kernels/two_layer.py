@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,8 @@ class TwoLayer:
     """scale * second(activate(first(x))), for a residual bank plus x.
 
     Attributes:
+        activation: the elementwise function that `activate` is, times the second half of the hidden
+            values where they are gated; None where it is another.
         by_expert: `activate` takes an expert's number too, and the tokens of that one alone.
     """
 
@@ -30,6 +32,7 @@ class TwoLayer:
     output_dropout: float = 0.0
     residual: bool = False
     by_expert: bool = False
+    activation: nn.Module | None = None
 
     @property
     def E(self) -> int:

@@ -75,6 +75,7 @@ class AdapterExperts(Experts):
             first_EMI=self.down.to(dtype),
             second_EOH=self.up.to(dtype),
             activate=self.activation,
+            activation=self.activation,
             scale=self.scale,
             input_dropout=self.dropout if self.training else 0.0,
             residual=True,

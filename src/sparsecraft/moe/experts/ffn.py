@@ -108,6 +108,7 @@ class FFNExperts(CopiedExperts):
             first_EMI=first.to(dtype),
             second_EOH=self.down.to(dtype),
             activate=self._activate,
+            activation=None if self.training and self.hidden_dropout else self.activation,
             by_expert=isinstance(self.activation, OwnActivation),
             first_bias_EM=None if first_bias is None else first_bias.to(dtype),
             second_bias_EO=None if self.down_bias is None else self.down_bias.to(dtype),

@@ -184,6 +184,7 @@ class MPOExperts(Experts):
             first_EMI=first_EMD,
             second_EOH=down_EDF,
             activate=self._activate,
+            activation=None if self.training and self.hidden_dropout else self.activation,
             by_expert=isinstance(self.activation, OwnActivation),
             first_bias_EM=None
             if first is None
