@@ -116,6 +116,36 @@ def test_a_fast_path_equals_the_loop(kind, path, case):
         assert torch.allclose(other, value, rtol=0, atol=tolerance(value)), name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("filled", [2, 1, 0])
+@pytest.mark.parametrize("sums_to_one", [False, True])
+def test_one_token_alone_equals_the_loop(kind, filled, sums_to_one):
+    bank, routing = bank_of(kind), routing_of("one token")
+    indices_TK = routing.indices_TK.clone()
+    indices_TK[:, filled:] = E
+    weights_TK = routing.weights_TK.detach() * (indices_TK < E)
+    if sums_to_one and filled:
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    facts = {"sums_to_one": sums_to_one and filled > 0}
+    routing = Routing(weights_TK, indices_TK, routing.logits_TE, **facts)
+    x_TD = torch.randn(1, D)
+    with torch.no_grad():
+        wanted, found = loop(bank, x_TD, routing), PATHS["one_token"](bank, x_TD, routing)
+    assert torch.allclose(found, wanted, rtol=0, atol=tolerance(wanted))
+
+
+def test_one_token_is_alone_only_without_gradients_and_for_few_experts_on_a_cpu():
+    bank, x_TD, routing = bank_of("adapter"), torch.randn(1, D), routing_of("one token")
+    assert choose_path(bank, x_TD, routing) != "one_token"
+    with torch.no_grad():
+        assert choose_path(bank, x_TD, routing) == "one_token"
+        assert choose_path(bank, torch.randn(T, D), routing_of("two slots")) != "one_token"
+        with torch.autocast("cpu", torch.bfloat16):
+            assert choose_path(bank, x_TD, routing) != "one_token"
+        bank.train().dropout = 0.5
+        assert choose_path(bank, x_TD, routing) != "one_token"
+
+
 def tolerance(value: torch.Tensor) -> float:
     """A few float32 roundings of the largest number."""
     return 4e-6 * max(1.0, value.abs().max().item() if value.numel() else 0.0)
@@ -244,7 +274,7 @@ def test_auto_avoids_widths_that_grouped_mm_refuses():
     odd.dense_tokens = 4
     reason = why_not_grouped(odd, torch.randn(T, D))
     assert "6" in reason and "16 bytes" in reason
-    assert choose_path(odd, torch.randn(T, D), routing_of("two slots")) == "by_expert"
+    assert choose_path(odd, torch.randn(T, D), routing_of("two slots")) == "loop"
     with torch.autocast("cpu", torch.bfloat16):  # bf16 doubles the width that is needed
         bank = randomized(LoRAExperts(LoRASpec(num_experts=E, rank=4), D, D))
         assert "16 bytes" in why_not_grouped(bank, torch.randn(T, D))

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.kernels import dense as dense_kernel
 from sparsecraft.kernels import grouped as grouped_kernel
+from sparsecraft.kernels import one_token as one_token_kernel
 from sparsecraft.kernels.device import compute_dtype, is_transformed
 from sparsecraft.moe.routing import Routing
 
@@ -62,6 +63,12 @@ def grouped(bank: Experts, x_TI: Tensor, routing: Routing) -> Tensor:
     return grouped_kernel.grouped(net, x_TI, *decided)
 
 
+def one_token(bank: Experts, x_TI: Tensor, routing: Routing) -> Tensor:
+    """The experts of one token, each by itself."""
+    decided = routing.weights_TK, routing.indices_TK, routing.sums_to_one
+    return one_token_kernel.one_token(bank.two_layer(x_TI.dtype), x_TI, *decided)
+
+
 def dense(bank: Experts, x_TI: Tensor, routing: Routing) -> Tensor:
     """All experts on all tokens, mixed by a mostly zero weight."""
     x_TI = x_TI.to(compute_dtype(x_TI))
@@ -81,7 +88,14 @@ def merged(bank: Experts, x_TI: Tensor, routing: Routing) -> Tensor:
     return bank.merged(x_TI, routing)
 
 
-PATHS = {"loop": loop, "by_expert": by_expert, "grouped": grouped, "dense": dense, "merged": merged}
+PATHS = {
+    "loop": loop,
+    "by_expert": by_expert,
+    "grouped": grouped,
+    "one_token": one_token,
+    "dense": dense,
+    "merged": merged,
+}
 
 
 def why_not_grouped(bank: Experts, x_TI: Tensor) -> str | None:
@@ -117,6 +131,8 @@ def choose_path(bank: Experts, x_TI: Tensor, routing: Routing) -> str:
     tokens, slots = routing.indices_TK.shape
     if not tokens and bank.two_layer(x_TI.dtype) is None:
         return "loop"
+    if one_token_kernel.is_alone(x_TI, slots) and _runs_alone(bank, x_TI):
+        return "one_token"
     small = tokens <= bank.dense_tokens
     if small and not x_TI.is_cuda:
         small = tokens * sum(p.numel() for p in bank.parameters()) <= CPU_DENSE_PRODUCTS
@@ -130,7 +146,15 @@ def choose_path(bank: Experts, x_TI: Tensor, routing: Routing) -> str:
         return "dense"
     if bank.two_layer(x_TI.dtype) is not None:  # others have no faster path
         _say_once(f"Experts run in a loop, one at a time: {reason}.")
-    return "loop" if torch.compiler.is_compiling() or is_transformed() else "by_expert"
+    # On a CPU, sorting costs more than the waiting that it saves.
+    waits = x_TI.is_cuda and not torch.compiler.is_compiling() and not is_transformed()
+    return "by_expert" if waits else "loop"
+
+
+def _runs_alone(bank: Experts, x_TI: Tensor) -> bool:
+    """Whether one expert of the bank is no more than two products and no dropout."""
+    net = bank.two_layer(x_TI.dtype)
+    return net is not None and not net.input_dropout and not net.output_dropout
 
 
 @functools.cache
