@@ -22,6 +22,7 @@ from tests import tiny
 DOMAINS = ("general", "math", "code")
 SIZES = {"steps": 130, "batch": 64, "length": 512}
 TINY = {"steps": 6, "batch": 4, "length": 64}
+NEVER = 10**6  # steps between states: one is as long to write as a part of the run to train
 MICRO_BATCH = {"attentive": 16}  # whose experts all run
 
 
@@ -58,6 +59,7 @@ def one(args, asked) -> dict:
                 micro_batch=min(sizes["batch"], MICRO_BATCH.get(asked.method, 64)),
                 max_length=sizes["length"], learning_rate=None if number else asked.lr,
                 seed=asked.seed, log_every=max(1, steps // 10), progress=False,
+                save_every=NEVER,
             )  # fmt: skip
             reports.append(report)
     held_out = {d: str(rows / f"{d}.valid.jsonl") for d in DOMAINS}
