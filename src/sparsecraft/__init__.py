@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from sparsecraft.conversion.convert import convert as convert
     from sparsecraft.conversion.extension.extend import extend as extend
     from sparsecraft.conversion.extension.remove import remove as remove
+    from sparsecraft.conversion.fast import fast as fast
     from sparsecraft.conversion.merging.merge import merge as merge
     from sparsecraft.dense import hub as hub
     from sparsecraft.errors import SparsecraftError as SparsecraftError
@@ -63,6 +64,7 @@ _HOME = {
     "count": "moe.cost",
     "evaluate": "evaluation.held_out",
     "export": "interop.exporting",
+    "fast": "conversion.fast",
     "extend": "conversion.extension.extend",
     "import_moe": "interop.importing",
     "load": "checkpoint.load",

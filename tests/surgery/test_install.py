@@ -604,7 +604,7 @@ def test_dispatch_is_one_string():
     set_dispatch(model, "loop")
     banks = [layer.experts for layer in model.modules() if isinstance(layer, MoELayer)]
     assert {bank.dispatch for bank in banks} == {"loop"}
-    with pytest.raises(SparsecraftError, match=r"'fast'.*auto, loop, grouped, dense"):
+    with pytest.raises(SparsecraftError, match=r"'fast'.*auto, loop, by_expert, grouped, dense"):
         set_dispatch(model, "fast")
 
 

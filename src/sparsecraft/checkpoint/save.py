@@ -35,7 +35,7 @@ from sparsecraft.surgery.agreement import check_agrees
 from sparsecraft.surgery.budget import state_of, warn_untrained
 from sparsecraft.surgery.elsewhere import note
 from sparsecraft.surgery.identity import stands_in
-from sparsecraft.surgery.record import conversion_of
+from sparsecraft.surgery.record import check_not_fast, conversion_of
 
 
 def save(
@@ -158,7 +158,9 @@ def _resized(model: nn.Module) -> dict[str, Any] | None:
 
 
 def check_loadable(model: nn.Module) -> None:
-    """Refuse what `load` could not build again: a class or a tie that the config does not say."""
+    """Refuse what `load` could not build again: a class or a tie that the config does not say, or
+    a form for inference."""
+    check_not_fast(model)
     try:
         found = model_class(model)
     except HubError:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsecraft.cli.console import Command, Say
-from sparsecraft.cli.options import Based, Budget, Folder, set_for
+from sparsecraft.cli.options import Based, Budget, Fast, Folder, make_fast, set_for
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatCommand(Command, Based):
+class ChatCommand(Command, Based, Fast):
     """Talk with a model; an empty line ends it."""
 
     folder: Folder
@@ -30,6 +30,7 @@ def run(command: ChatCommand, say: Say) -> None:
 
     model, tokenizer = load_generator(command.folder, command.base)
     set_for(model, command.budget)
+    make_fast(model, command.fast)
     messages = [{"role": "system", "content": command.system}] if command.system else []
     options = {"max_new_tokens": command.max_new_tokens, "temperature": command.temperature}
     while True:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsecraft.cli.console import Command, Say
-from sparsecraft.cli.options import Based, Budget, Folder, Paths, set_for
+from sparsecraft.cli.options import Based, Budget, Fast, Folder, Paths, make_fast, set_for
 from sparsecraft.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateCommand(Command, Based):
+class EvaluateCommand(Command, Based, Fast):
     """Held-out loss, rank classification and lm-eval tasks of a checkpoint or a dense model."""
 
     folder: Folder
@@ -51,6 +51,7 @@ def run(command: EvaluateCommand, say: Say) -> None:
     check_tasks(command.tasks)
     model, tokenizer = load_any(command.folder, command.base)
     set_for(model, command.budget)
+    make_fast(model, command.fast)
     results = evaluate(
         model,
         command.data or None,

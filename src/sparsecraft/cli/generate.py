@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsecraft.cli.console import Command, Say
-from sparsecraft.cli.options import Based, Budget, Folder, set_for
+from sparsecraft.cli.options import Based, Budget, Fast, Folder, make_fast, set_for
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateCommand(Command, Based):
+class GenerateCommand(Command, Based, Fast):
     """Answer one prompt."""
 
     folder: Folder
@@ -36,6 +36,7 @@ def run(command: GenerateCommand, say: Say) -> None:
 
     model, tokenizer = load_generator(command.folder, command.base)
     set_for(model, command.budget)
+    make_fast(model, command.fast)
     messages = [{"role": "system", "content": command.system}] if command.system else []
     messages.append({"role": "user", "content": command.prompt})
     text = answer(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
+
+log = logging.getLogger("sparsecraft")
 
 Folder = Positional[Annotated[str, arg(metavar="FOLDER")]]
 Paths = tuple[str, ...]
@@ -19,6 +22,26 @@ class Based:
 
     base: str | None = None
     """Folder or name of the dense model that it stands on, if that has moved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fast:
+    """What every verb takes that only asks a model."""
+
+    fast: bool = False
+    """Give the model its form for inference first: what can be merged or stacked is."""
+
+
+def make_fast(model: Any, asked: bool) -> None:
+    """Give a converted model its form for inference, if a command asked for it, and log what that
+    was."""
+    from sparsecraft.conversion.fast import fast
+    from sparsecraft.surgery.record import is_converted
+
+    if asked and is_converted(model):
+        log.info(fast(model))
+    elif asked:
+        log.info("--fast: the model is dense, and has no other form.")
 
 
 def set_for(model: Any, budget: Budget | None) -> None:

@@ -30,7 +30,7 @@ from sparsecraft.interop.targets.peft import PeftTarget
 from sparsecraft.interop.targets.standard import Standard, write_older_tokenizer
 from sparsecraft.interop.twins import certify_twin, with_twin
 from sparsecraft.moe import cost
-from sparsecraft.surgery.record import conversion_of
+from sparsecraft.surgery.record import check_not_fast, conversion_of
 
 STANDARD: dict[str, Standard] = {t.name: t for t in (Mixtral(), Granite(), Qwen2Moe(), Qwen3Moe())}
 TARGETS = STANDARD | {"peft": PeftTarget()}
@@ -146,6 +146,7 @@ def _check(model: nn.Module, target: str, out: Path) -> None:
         raise ExportError(
             f"{out} holds a checkpoint, which an export would replace; choose another."
         )
+    check_not_fast(model)
     check_weights(model, ExportError)
     if reason := why_not(model, TARGETS[target]):
         raise ExportError(f"This model has no exact form as {target}: {reason}")

@@ -79,13 +79,7 @@ def grouped(
     hidden_SM = F.grouped_mm(x_SI, net.first_EMI.transpose(-2, -1), offs=ends_E)
     if net.first_bias_EM is not None:
         hidden_SM = hidden_SM + _rows(net.first_bias_EM, expert_S, empty)
-    if net.by_expert:  # where one expert's tokens end is read from the device
-        *hidden_E, rest_SM = hidden_SM.tensor_split(ends_E.tolist())
-        hidden_E = net.activated(hidden_E)
-        rest_SH = rest_SM.new_zeros(len(rest_SM), hidden_E[0].shape[-1])
-        hidden_SH = torch.cat([*hidden_E, rest_SH])
-    else:
-        hidden_SH = net.activate(hidden_SM)
+    hidden_SH = _activated(net, hidden_SM, ends_E)
     # Weigh on the narrower side: the mixing weight commutes with the second product.
     early = hidden_SH.shape[-1] < net.O and net.second_bias_EO is None
     y_SO = F.grouped_mm(
@@ -102,6 +96,16 @@ def grouped(
         return _Combine.apply(y_SO, x_TI, order_S, slot_TK, K, empty)
     y_TO = _Combine.apply(y_SO, None, order_S, slot_TK, K, empty)
     return add_residual(y_TO, x_TI, weights_TK, sums_to_one) if net.residual else y_TO
+
+
+def _activated(net: TwoLayer, hidden_SM: Tensor, ends_E: Tensor) -> Tensor:
+    if not net.by_expert:
+        return net.activate(hidden_SM)
+    # Where one expert's tokens end is read from the device.
+    *hidden_E, rest_SM = hidden_SM.tensor_split(ends_E.tolist())
+    hidden_E = net.activated(hidden_E)
+    rest_SH = rest_SM.new_zeros(len(rest_SM), hidden_E[0].shape[-1])
+    return torch.cat([*hidden_E, rest_SH])
 
 
 def by_expert(

@@ -151,8 +151,9 @@ class _AddInPlace(torch.autograd.Function):
         grad_z = grad_weights = grad_b = None
         if needs_b:
             grad_b = _as_b(product(grad_TO.t(), gated_TN), b_EOR)
-        if needs_z or needs_weights:
-            grad_TN = grad_TO @ b_ON
+        if not (needs_z or needs_weights):
+            return grad_TO, None, None, grad_b, None
+        grad_TN = grad_TO @ b_ON
         if weights_TE is None:
             return grad_TO, grad_TN * ctx.scale if needs_z else None, None, grad_b, None
         grad_TER = grad_TN.unflatten(1, (E, R))

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from sparsecraft.kernels.device import compute_dtype
 from sparsecraft.kernels.two_layer import TwoLayer
 
-SLOTS = 4  # beyond so many, products of several experts at once cost less than each by itself
+SLOTS = 4  # beyond these, products of several experts at once cost less than each by itself
 
 
 def is_alone(x_1I: Tensor, slots: int) -> bool:
-    """Whether `one_token` is the fastest way for this token and so many slots."""
+    """Whether `one_token` is the fastest way for this token and this number of slots."""
     return (
         len(x_1I) == 1
         and slots <= SLOTS
@@ -32,8 +32,8 @@ def one_token(
     net: TwoLayer, x_1I: Tensor, weights_1K: Tensor, indices_1K: Tensor, sums_to_one: bool
 ) -> Tensor:
     """sum_k w_k expert_k(x) without dropout, (1, O)."""
-    x_I, chosen = x_1I[0], zip(weights_1K[0].tolist(), indices_1K[0].tolist(), strict=True)
-    chosen = [(weight, e) for weight, e in chosen if e < net.E]
+    (x_I,), (weights,), (indices,) = x_1I, weights_1K.tolist(), indices_1K.tolist()
+    chosen = [(w, e) for w, e in zip(weights, indices, strict=True) if e < net.E]
     y_O = x_I.new_zeros(net.O)
     if net.residual:
         y_O = x_I if sums_to_one else x_I * sum(weight for weight, _ in chosen)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from sparsecraft.kernels.projections import (
@@ -24,9 +25,11 @@ from sparsecraft.kernels.projections import (
 from sparsecraft.moe.experts.lora import LoRAExperts
 from sparsecraft.moe.experts.split import SplitExperts
 from sparsecraft.moe.experts.vector import VectorExperts
+from sparsecraft.moe.joined import JoinedLoRAs, JoinedVectors
 from sparsecraft.moe.places import flat
 from sparsecraft.moe.routers.router import Router
 from sparsecraft.moe.traces import records_of
+from sparsecraft.recipe.selections import Soft
 
 if TYPE_CHECKING:
     from sparsecraft.moe.layer import MoELayer
@@ -41,6 +44,8 @@ def faster(layer: MoELayer) -> Callable | None:
     through = layer.router is not None and layer.router.spec.through
     if bank.dispatch == "loop" or through or is_watched(bank):
         return None
+    if layer.joined is not None and not (torch.is_grad_enabled() or records_of(layer)):
+        return type(layer).run_joined
     match layer.place, bank:
         case "beside", LoRAExperts() if merges(layer):
             return lora_beside
@@ -49,6 +54,31 @@ def faster(layer: MoELayer) -> Callable | None:
         case (("replace" | "imitate"), SplitExperts()) if unrecorded(layer):
             return parts_in_use
     return None
+
+
+def join(layer: MoELayer) -> nn.Module | None:
+    """The layer's tensors stacked for inference; None where it has no such form."""
+    bank = layer.experts
+    if not (bank.runs_merged and _soft_by_token(layer)):
+        return None
+    router_EI = layer.router.scores_of_input()
+    match layer.place, bank:
+        case "beside", LoRAExperts():
+            return JoinedLoRAs(bank.lora_A, bank.lora_B * bank.scale, router_EI)
+        case "after", VectorExperts():
+            return JoinedVectors(bank.vectors, router_EI)
+    return None
+
+
+def _soft_by_token(layer: MoELayer) -> bool:
+    """Whether each token's weights are the softmax of one product with the layer's input."""
+    router = layer.router
+    if type(router) is not Router or layer.rows is not None or layer.modality is not None:
+        return False
+    spec = router.spec
+    plain = spec.standardize is None and spec.temperature == 1 and not spec.gates_base
+    soft = isinstance(spec.select, Soft) and spec.reads == "input"
+    return plain and soft and router.scores_of_input() is not None
 
 
 def merges(layer: MoELayer) -> bool:

@@ -48,6 +48,7 @@ class MoELayer(nn.Module):
         reads: whose tokens arrive here.
         sequence_first: whether they come as (positions, batch, width).
         warned: whether it was said that a batch's mask is not of the layer's tokens.
+        joined: what the layer computes in a form for inference; see `sparsecraft.moe.joined`.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class MoELayer(nn.Module):
         self.sequence_first = False
         self.batches: Batches | None = None
         self.warned = False
+        self.joined: nn.Module | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # PEFT's target_parameters puts a module that is no bank in the place of one.
@@ -88,6 +90,10 @@ class MoELayer(nn.Module):
             x = kwargs.pop("hidden_states")
         way = faster(self) or PLACES[self.place]
         return way(self, x, *args, **kwargs)
+
+    def run_joined(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """What the form for inference makes of x."""
+        return self.joined(self, x, *args, **kwargs)
 
     def run_base(self, x: Tensor, *args, **kwargs) -> Tensor:
         """What the dense module makes of x, gated by the router where it does that."""

@@ -48,6 +48,7 @@ class Conversion:
         hooks: handles of the hooks that give the layers each batch's masks.
         running: what of its split networks the model runs.
         left_out: reason -> what the recipe does not reach; see `sparsecraft.surgery.left_out`.
+        fast: the model has its form for inference, which no verb changes or saves.
         own_loss: adds the recipe's auxiliary losses to the loss that the model gives in training.
     """
 
@@ -72,6 +73,7 @@ class Conversion:
     hooks: list[Any] = field(default_factory=list)
     running: Running = field(default_factory=Running)
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    fast: bool = False
     own_loss: OwnLoss = field(init=False)
 
     def __post_init__(self) -> None:
@@ -166,12 +168,26 @@ def rewrite(record: Conversion, edits: Sequence[Edit]) -> None:
     ]
 
 
+def check_not_fast(model: nn.Module) -> None:
+    """Refuse a converted model in its form for inference.
+
+    Raises:
+        SurgeryError: it has that form.
+    """
+    if conversion_of(model).fast:
+        raise SurgeryError(
+            "This model is in its form for inference (sc.fast), in which it only answers and is "
+            "measured: load the checkpoint again to train, change or save it."
+        )
+
+
 def check_stands(model: nn.Module) -> None:
     """Refuse to change a model whose layers are no longer where they were installed.
 
     Raises:
         SurgeryError: the model is dense, or something else took a layer's place.
     """
+    check_not_fast(model)
     record, inside = conversion_of(model), set(model.modules())
     for item, layer in zip(record.plan, record.layers, strict=True):
         if layer not in inside:

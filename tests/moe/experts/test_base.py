@@ -16,7 +16,7 @@ from sparsecraft.errors import DonorError, RecipeError, SparsecraftError
 from sparsecraft.moe.experts import dispatch
 from sparsecraft.moe.experts.adapter import AdapterExperts
 from sparsecraft.moe.experts.build import build_experts
-from sparsecraft.moe.experts.dispatch import PATHS, choose_path, loop, why_not_grouped
+from sparsecraft.moe.experts.dispatch import PATHS, WAYS, choose_path, loop, why_not_grouped
 from sparsecraft.moe.experts.ffn import FFNExperts
 from sparsecraft.moe.experts.lora import LoRAExperts
 from sparsecraft.moe.experts.vector import VectorExperts
@@ -130,7 +130,7 @@ def test_one_token_alone_equals_the_loop(kind, filled, sums_to_one):
     routing = Routing(weights_TK, indices_TK, routing.logits_TE, **facts)
     x_TD = torch.randn(1, D)
     with torch.no_grad():
-        wanted, found = loop(bank, x_TD, routing), PATHS["one_token"](bank, x_TD, routing)
+        wanted, found = loop(bank, x_TD, routing), WAYS["one_token"](bank, x_TD, routing)
     assert torch.allclose(found, wanted, rtol=0, atol=tolerance(wanted))
 
 

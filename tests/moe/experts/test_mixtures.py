@@ -214,3 +214,23 @@ def test_mixed_lora_compiles_whole():
     compiled = torch.compile(mix_lora, backend="aot_eager", fullgraph=True)
     found = grads(compiled(x, w, LoRAs(a, b, 0.5), onto * 1.0, in_place=True), leaves)
     assert_near(found, grads(lora_loop(x, w, a, b, 0.5, onto), leaves), 1e-5)
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_b_alone_may_train(routed):
+    """With A and the router frozen, as in LoRA-FA (Zhang et al. 2023), in the first layer."""
+    generator = torch.Generator().manual_seed(0)
+    x_TI, y_TO = torch.randn(5, 8, generator=generator), torch.randn(5, 6, generator=generator)
+    count = 3 if routed else 1
+    a_ERI = torch.randn(count, 2, 8, generator=generator)
+    weights_TE = torch.rand(5, count, generator=generator) if routed else None
+    found = {}
+    for in_place in (False, True):
+        b_EOR = torch.randn(
+            count, 6, 2, generator=torch.Generator().manual_seed(1)
+        ).requires_grad_()
+        onto = y_TO.clone()
+        mixed = mix_lora(x_TI, weights_TE, LoRAs(a_ERI, b_EOR), onto, in_place=in_place)
+        mixed.square().sum().backward()
+        found[in_place] = b_EOR.grad
+    assert torch.allclose(found[True], found[False], atol=1e-5)

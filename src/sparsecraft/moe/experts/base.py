@@ -19,7 +19,7 @@ from sparsecraft.dense.donors import Donor
 from sparsecraft.dense.sites import Site
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.kernels.two_layer import TwoLayer
-from sparsecraft.moe.experts.dispatch import PATHS, choose_path
+from sparsecraft.moe.experts.dispatch import PATHS, WAYS, choose_path
 from sparsecraft.moe.experts.folded import Network, Scale, Update
 from sparsecraft.moe.experts.own_activation import OwnActivation
 from sparsecraft.moe.routing import Routing
@@ -134,7 +134,7 @@ class Experts(nn.Module, ABC):
         """
         if routing is None:
             return self.expert(0, x_TI)
-        return PATHS[choose_path(self, x_TI, routing)](self, x_TI, routing)
+        return WAYS[choose_path(self, x_TI, routing)](self, x_TI, routing)
 
     def merged(self, x_TI: Tensor, routing: Routing) -> Tensor:
         """The mixture, of parameters that are mixed before they meet a token.

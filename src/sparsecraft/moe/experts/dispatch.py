@@ -92,10 +92,10 @@ PATHS = {
     "loop": loop,
     "by_expert": by_expert,
     "grouped": grouped,
-    "one_token": one_token,
     "dense": dense,
     "merged": merged,
 }
+WAYS = PATHS | {"one_token": one_token}  # no `dispatch`: there may be more tokens
 
 
 def why_not_grouped(bank: Experts, x_TI: Tensor) -> str | None:

@@ -1,0 +1,76 @@
+"""What a layer computes in a model's form for inference, `sc.fast`: matrices that will not change
+are stacked once, and a token goes through them in a few operations, however few its work.
+
+Each equals its place's own function in `sparsecraft.moe.places`, without gradients.
+Shapes: T tokens, I input features, O output features, E experts, R ranks of an expert, N rows of
+all A.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsecraft.kernels.projections import float32_product
+from sparsecraft.moe.places import flat
+
+if TYPE_CHECKING:
+    from sparsecraft.moe.layer import MoELayer
+
+
+class JoinedLoRAs(nn.Module):
+    """y = F(x) + s [B_1 ... B_E] (w * [A_1; ...; A_E] x), w = softmax(W_r x).
+
+    Attributes:
+        rows: A of all experts and, where they have one type, the router's rows behind them.
+        router: these where the types differ: logits are in float32.
+        second_NO: B of all experts, transposed.
+
+    Args:
+        b_EOR: times s.
+    """
+
+    def __init__(self, a_ERI: Tensor, b_EOR: Tensor, router_EI: Tensor):
+        super().__init__()
+        a_NI = a_ERI.detach().flatten(0, 1)
+        self.split = len(a_NI), len(router_EI)
+        self.rank = b_EOR.shape[2]
+        together = a_NI.dtype == router_EI.dtype == torch.float32
+        rows = torch.cat([a_NI, router_EI.detach()]) if together else a_NI.clone()
+        b_NO = b_EOR.detach().transpose(1, 2).flatten(0, 1)
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("router", None if together else router_EI.detach().clone(), False)
+        self.register_buffer("second_NO", b_NO.clone(), persistent=False)
+
+    def forward(self, layer: MoELayer, x: Tensor, *args, **kwargs) -> Tensor:
+        y, x_TI = layer.base(x, *args, **kwargs), flat(x)
+        z_TN = F.linear(x_TI, self.rows.to(x_TI.dtype))
+        if self.router is None:
+            z_TN, scores_TE = z_TN.split(self.split, dim=-1)
+        else:
+            scores_TE = float32_product(x_TI, self.router)
+        weights_TE1 = scores_TE.softmax(-1).to(z_TN.dtype)[..., None]
+        gated_TN = (z_TN.unflatten(-1, (-1, self.rank)) * weights_TE1).flatten(1)
+        y_TO = torch.addmm(flat(y), gated_TN.to(y.dtype), self.second_NO.to(y.dtype))
+        return y_TO.reshape(y.shape)
+
+
+class JoinedVectors(nn.Module):
+    """y = F(x) * (1 + sum_e w_e (L_e - 1)), w = softmax(W_r x)."""
+
+    def __init__(self, vectors_EO: Tensor, router_EI: Tensor):
+        super().__init__()
+        vectors_EO = vectors_EO.detach()
+        wide = torch.promote_types(vectors_EO.dtype, torch.float32)
+        self.register_buffer("router", router_EI.detach().clone(), persistent=False)
+        self.register_buffer("offsets_EO", vectors_EO.to(wide) - 1, persistent=False)
+        self.register_buffer("one", torch.ones((), dtype=wide, device=vectors_EO.device), False)
+
+    def forward(self, layer: MoELayer, x: Tensor, *args, **kwargs) -> Tensor:
+        y = layer.base(x, *args, **kwargs)
+        weights_TE = float32_product(flat(x), self.router).softmax(-1).to(self.offsets_EO.dtype)
+        scale_TO = torch.addmm(self.one, weights_TE, self.offsets_EO)
+        return (y * scale_TO.reshape(y.shape)).to(y.dtype)
