@@ -215,7 +215,7 @@ class MPOExperts(Experts):
         dtype: torch.dtype,
     ) -> Tensor:
         """`use` of the matrices that have these ends, none of which waits for the backward pass."""
-        middles = [_wide(self._middle(name)).flatten(1) for name in names]
+        middles = [self._wide(self._middle(name)).flatten(1) for name in names]
 
         def make() -> tuple[Tensor, ...]:
             with torch.autocast(ends[0].device.type, enabled=False):
@@ -234,10 +234,15 @@ class MPOExperts(Experts):
         """The outer cores of matrices, two and two joined, stacked by matrix and expert."""
         outer = []
         for k in OWN:  # whose bonds are alike: i and j change places, and their product stays
-            cores = [_wide(getattr(self, f"{name}_{k}")[experts]) for name in names]
+            cores = [self._wide(getattr(self, f"{name}_{k}")[experts]) for name in names]
             outer.append(torch.stack([core.flatten(2, 3) for core in cores]))
         with torch.autocast(outer[0].device.type, enabled=False):
             return left_end(*outer[:2]), right_end(*outer[2:])
+
+    def _wide(self, core: Tensor) -> Tensor:
+        """In float32 at least, or what an expert's own cores are in if that is more: rounding at
+        each of four products would leave less of a matrix than rounding it once."""
+        return core.to(torch.promote_types(self.down_1.dtype, torch.float32))
 
     def _middle(self, name: str) -> Tensor:
         central = getattr(self, f"{name}_central")
@@ -249,8 +254,8 @@ class MPOExperts(Experts):
     def matrix(self, name: str, e: int) -> Tensor:
         """One matrix of expert `e`, (out, in), in float32 at least: name is `gate`, `up` or
         `down`."""
-        first, second, fourth, last = (_wide(getattr(self, f"{name}_{k}")[e]) for k in OWN)
-        middle = _wide(getattr(self, f"{name}_central"))
+        first, second, fourth, last = (self._wide(getattr(self, f"{name}_{k}")[e]) for k in OWN)
+        middle = self._wide(getattr(self, f"{name}_central"))
         with torch.autocast(middle.device.type, enabled=False):
             return compose([first, second, middle, fourth, last])
 
@@ -320,12 +325,6 @@ class MPOExperts(Experts):
             "down": self.matrix(DOWN, e),
             "down_bias": self.down_bias,
         }
-
-
-def _wide(core: Tensor) -> Tensor:
-    """In float32 at least: rounding at each of four products would leave less of a matrix than
-    rounding it once."""
-    return core.to(torch.promote_types(core.dtype, torch.float32))
 
 
 def _factors(spec: MPOSpec, donor: FFN) -> tuple[Factors, Factors]:

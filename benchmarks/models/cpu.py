@@ -1,0 +1,211 @@
+"""Tokens per second of whole models on two cores of a CPU, over the dense model in the same run.
+
+Every side decodes one token behind 128 others with transformers' own cache, and reads a prompt of
+512 tokens; sides take turns with the dense model. `fast` sides have been given their form for
+inference (`sc.fast`). Split networks run half of their experts, by top-k, with random routers.
+Weights are random; bytes says what a decoded token would take of the dense model's time if weights
+were all that is read.
+
+    OMP_NUM_THREADS=2 python -m benchmarks.models.cpu
+    python -m benchmarks.models.cpu --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MixtralConfig
+from transformers import MixtralForCausalLM as Mixtral
+
+import sparsecraft as sc
+from benchmarks.lab import clocks
+from benchmarks.lab.tables import markdown, measure_and_write
+
+HERE = Path(__file__).parent
+SHAPES = {
+    "SmolLM2 135M": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "1.1B": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000,
+    },
+}  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BEHIND, PROMPT = 128, 512
+EXPERTS, SPLIT = 4, 32  # of an upcycled model, two in use; of a split one
+
+
+def _split() -> sc.Recipe:
+    return sc.recipes.gmoefication(num_experts=SPLIT)
+
+
+# Name -> recipe, whether it gets its form for inference, and the share of experts that run.
+SIDES: dict[str, tuple[Callable[[], sc.Recipe], bool, float | None]] = {
+    "camelidae": (sc.recipes.camelidae, False, None),
+    "camelidae, fast": (sc.recipes.camelidae, True, None),
+    "molora": (sc.recipes.molora, False, None),
+    "molora, fast": (sc.recipes.molora, True, None),
+    "mov, fast": (sc.recipes.mov, True, None),
+    "split at half": (_split, False, 0.5),
+    "upcycling": (lambda: sc.recipes.upcycling(EXPERTS, 2), False, None),
+}
+
+
+# ------------------------------------------------------------------ sides
+def dense_of(shape: dict, dtype: torch.dtype) -> nn.Module:
+    config = LlamaConfig(**shape, max_position_embeddings=4096)
+    return _made(LlamaForCausalLM, config, dtype)
+
+
+def mixtral_of(shape: dict, dtype: torch.dtype) -> nn.Module:
+    """transformers' own mixture of the same networks."""
+    sizes = {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "sliding_window": None}
+    return _made(Mixtral, MixtralConfig(**shape, **sizes, max_position_embeddings=4096), dtype)
+
+
+def _made(kind: type, config, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return kind(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def side_of(name: str, shape: dict, dtype: torch.dtype) -> nn.Module:
+    if name == "Mixtral of transformers":
+        return mixtral_of(shape, dtype)
+    recipe, fast, share = SIDES[name]
+    model = dense_of(shape, dtype)
+    sc.convert(model, recipe(), certify=False)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith(("lora_B", "experts.up")):  # which start at zero
+                parameter.normal_(std=0.01)
+    model.eval().requires_grad_(False)
+    if share is not None:
+        sc.set_budget(model, share)
+    if fast:
+        print(sc.fast(model), flush=True)
+    return model
+
+
+def calls_of(model: nn.Module) -> dict[str, Callable[[], None]]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 30000, (1, PROMPT), generator=generator)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids[:, :BEHIND], past_key_values=cache, use_cache=True)
+
+    @torch.no_grad()
+    def decode() -> None:
+        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    @torch.no_grad()
+    def prefill() -> None:
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+    return {"decode": decode, "prefill": prefill}
+
+
+# ------------------------------------------------------------------ measurements
+def paired(calls: dict[str, Callable], rounds: int, seconds: float) -> dict[str, float]:
+    """Median milliseconds of both, and the median over rounds of dense over the other."""
+    each = {}
+    for name, call in calls.items():
+        call()
+        begun = time.perf_counter()
+        call()
+        each[name] = max(1, int(seconds / (time.perf_counter() - begun)))
+
+    def timed(name: str) -> float:
+        begun = time.perf_counter()
+        for _ in range(each[name]):
+            calls[name]()
+        return 1e3 * (time.perf_counter() - begun) / each[name]
+
+    rows = clocks.rounds_of({name: name for name in calls}, rounds, timed)
+    dense, other = calls
+    return {
+        "ms": statistics.median(row[other] for row in rows),
+        "dense_ms": statistics.median(row[dense] for row in rows),
+        "of_dense": statistics.median(row[dense] / row[other] for row in rows),
+    }
+
+
+def measure(args) -> dict:
+    torch.set_num_threads(args.threads)
+    rows = []
+    for shape in args.shapes:
+        for dtype in args.dtypes:
+            dense = dense_of(SHAPES[shape], DTYPES[dtype])
+            theirs = calls_of(dense)
+            for name in args.sides:
+                model = side_of(name, SHAPES[shape], DTYPES[dtype])
+                row = {"shape": shape, "dtype": dtype, "side": name}
+                row["bytes"] = sc.count(dense).active / _read(model)
+                for what, call in calls_of(model).items():
+                    pair = {"dense": theirs[what], name: call}
+                    row[what] = paired(pair, args.rounds, args.turn)
+                print(row, flush=True)
+                rows.append(row)
+                del model, pair, call
+                gc.collect()
+            del dense, theirs
+            gc.collect()
+    return clocks.about("cpu") | {"threads": args.threads, "rows": rows}
+
+
+def _read(model: nn.Module) -> int:
+    """Weights that one token meets; of transformers' own mixture as of ours."""
+    if isinstance(model, Mixtral):
+        config = model.config
+        each = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
+        idle = config.num_local_experts - config.num_experts_per_tok
+        return sc.count(model).total - idle * each
+    return sc.count(model).active
+
+
+def tables(result: dict) -> str:
+    header = ["model", "type", "side", "decode ms (dense)", "of dense", "bytes allow"]
+    header += ["prefill ms (dense)", "of dense"]
+    lines = []
+    for row in result["rows"]:
+        decode, prefill = row["decode"], row["prefill"]
+        cells = [row["shape"], row["dtype"], row["side"]]
+        cells += [f"{decode['ms']:.1f} ({decode['dense_ms']:.1f})", f"{decode['of_dense']:.2f}"]
+        cells += [f"{row['bytes']:.2f}"]
+        cells += [f"{prefill['ms']:.0f} ({prefill['dense_ms']:.0f})", f"{prefill['of_dense']:.2f}"]
+        lines.append(cells)
+    about = f"{result['machine']}, {result['threads']} threads, torch {result['torch']}."
+    return f"{about}\n\n{markdown(header, lines)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--sides", nargs="+", default=[*SIDES, "Mixtral of transformers"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--turn", type=float, default=1.0, help="seconds per turn")
+    parser.add_argument("--table", action="store_true", help="only rewrite the page's tables")
+    parser.add_argument("--out", type=Path, default=HERE / "cpu.json")
+    args = parser.parse_args()
+    measure_and_write(args, measure, tables)
+
+
+if __name__ == "__main__":
+    main()
