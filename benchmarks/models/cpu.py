@@ -1,7 +1,7 @@
 """Tokens per second of whole models on two cores of a CPU, over the dense model in the same run.
 
 Every side decodes one token behind 128 others with transformers' own cache, and reads a prompt of
-512 tokens; sides take turns with the dense model. `fast` sides have been given their form for
+256 tokens; sides take turns with the dense model. `fast` sides have been given their form for
 inference (`sc.fast`). Split networks run half of their experts, by top-k, with random routers.
 Weights are random; bytes says what a decoded token would take of the dense model's time if weights
 were all that is read.
@@ -41,7 +41,7 @@ SHAPES = {
     },
 }  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BEHIND, PROMPT = 128, 512
+BEHIND, PROMPT = 128, 256
 EXPERTS, SPLIT = 4, 32  # of an upcycled model, two in use; of a split one
 
 
