@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
 import sparsecraft as sc
 from sparsecraft.errors import CertificateError, SurgeryError
+from sparsecraft.evaluation.certificate import compare
 from sparsecraft.moe import joined
 from sparsecraft.moe.names import unique_tensors
 from tests import tiny
@@ -161,3 +163,83 @@ def test_gradients_are_asked_of_the_model_itself():
     layer.experts.lora_B.requires_grad_(True)
     model(**inputs).logits.sum().backward()
     assert layer.experts.lora_B.grad is not None
+
+
+@pytest.mark.parametrize("recipe", ["molora", "mov"])
+def test_weights_that_change_afterwards_count(recipe):
+    model, other, inputs = converted("llama", recipe), converted("llama", recipe), batch("llama")
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "experts" in name or "router" in name:
+                parameter.add_(0.3)
+    wanted = logits(other, inputs)
+    assert (logits(model, inputs) - wanted).abs().max() > 0.01
+    sc.fast(model)
+    model.load_state_dict(other.state_dict())
+    assert torch.allclose(logits(model, inputs), wanted, atol=1e-5)
+    with torch.no_grad():  # and memory that was put in their place
+        for name, parameter in model.named_parameters():
+            if "experts" in name or "router" in name:
+                parameter.data = parameter.data - 0.3
+    assert torch.allclose(
+        logits(model, inputs), logits(converted("llama", recipe), inputs), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("recipe", ["molora", "mov"])
+def test_a_copy_in_another_type_computes_what_the_model_does(recipe):
+    model, inputs = converted("llama", recipe), batch("llama")
+    wanted = logits(copy.deepcopy(model).to(torch.bfloat16), inputs)
+    sc.fast(model)
+    found = logits(copy.deepcopy(model).to(torch.bfloat16), inputs)
+    assert (found - wanted).abs().max() <= 2e-2 * wanted.abs().max()
+    assert torch.allclose(logits(model, inputs), logits(converted("llama", recipe), inputs))
+
+
+def test_dropout_acts_in_training_without_gradients():
+    recipe = sc.override(sc.recipes.molora(4), {"experts.dropout": 0.5})
+    model, inputs = dense("llama"), batch("llama")
+    sc.convert(model, recipe, certify=False)
+    randomize_new(model)
+    sc.fast(model)
+    model.train()
+    with torch.no_grad():
+        assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("watched", ["router", "router.scorer", "experts"])
+def test_hooks_are_called(watched):
+    model, inputs, called = converted("llama", "molora"), batch("llama"), []
+    layer = next(m for m in model.modules() if isinstance(m, sc.MoELayer))
+    layer.get_submodule(watched).register_forward_hook(lambda *_: called.append(1))
+    sc.fast(model)
+    called.clear()
+    logits(model, inputs)
+    assert called
+
+
+def test_weights_that_cannot_be_merged_in_their_type_stay(monkeypatch):
+    model, inputs = converted("llama", "camelidae").to(torch.bfloat16), batch("llama")
+    wanted = logits(model, inputs)
+    asked = []
+
+    def differs(before, after, least=0.0):
+        found = compare(before, after, least)
+        asked.append(found)
+        return dataclasses.replace(found, tolerance=-1.0) if len(asked) == 1 else found
+
+    monkeypatch.setattr("sparsecraft.conversion.fast.compare", differs)
+    report = sc.fast(model)
+    assert report.merged is None and "does not" in report.why_not_merged
+    assert set(report.kept.values()) == {"lora", "adapter"}
+    assert torch.equal(logits(model, inputs), wanted)
+
+
+def test_a_merged_model_does_not_go_by_its_base_s_name(tmp_path):
+    model = sc.hub.load_dense(tiny.save_dense(tmp_path / "dense"))
+    sc.convert(model, sc.recipes.camel(), certify=False)
+    randomize_new(model)
+    sc.fast(model)
+    assert "form for inference" in model.name_or_path
+    with pytest.raises(SurgeryError, match=r"sc\.merge"):
+        model.push_to_hub("someone/model")

@@ -8,19 +8,22 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sparsecraft.checkpoint.wide import wide_outputs
 from sparsecraft.conversion.merging.merge import MergeReport, merge
 from sparsecraft.conversion.merging.mergeable import plan_steps
 from sparsecraft.dense import memory
 from sparsecraft.dense.probes import random_probe
+from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CertificateError, MergeError, SurgeryError
 from sparsecraft.evaluation.certificate import Certificate, compare
-from sparsecraft.evaluation.whole import EQUAL
+from sparsecraft.evaluation.whole import EQUAL, arithmetic
 from sparsecraft.moe.fusions import join
 from sparsecraft.moe.outputs import outputs
+from sparsecraft.surgery.identity import bears
 from sparsecraft.surgery.record import check_stands, conversion_of, is_converted
-from sparsecraft.surgery.rollback import atomic
+from sparsecraft.surgery.rollback import all_or_nothing, atomic
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,36 +74,50 @@ def fast(model: nn.Module) -> FastReport:
     """
     check_stands(model)
     model.eval().requires_grad_(False)
+    check_weights(model, SurgeryError)
     probes = [random_probe(model)]
     before = outputs(model, probes)
-    merged, why = _merge(model)
-    joined, kept = _join(model) if is_converted(model) else ({}, {})
-    certificate = compare(before, outputs(model, probes), EQUAL)
+    merged, why = _merge(model, probes, before)
+    joined, kept = _join(model, probes) if is_converted(model) else ({}, {})
+    certificate = _same(before, outputs(model, probes))
+    model.eval().requires_grad_(False)
+    if is_converted(model):
+        conversion_of(model).fast = True
+    else:
+        model.save_pretrained = model.push_to_hub = _refuse_to_save
+        bears(model, f"the form for inference of {model.name_or_path}, which is not saved")
+    return FastReport(merged, joined, kept, why, certificate)
+
+
+def _merge(
+    model: nn.Module, probes: list[dict[str, Any]], before: list[Tensor]
+) -> tuple[MergeReport | None, str | None]:
+    """Make dense weights of what can be; the reason where that fails."""
+    if not any(step.action == "fold" for step in plan_steps(model, "exact")):
+        return None, None
+    try:
+        with all_or_nothing(model):
+            report = merge(model, "exact", partial=True)
+            _same(before, outputs(model, probes))  # rounded to the model's type
+        return report, None
+    except (MergeError, CertificateError) as error:
+        return None, str(error)
+
+
+def _same(before: list[Tensor], after: list[Tensor]) -> Certificate:
+    certificate = compare(before, after, EQUAL)
     if not certificate.exact:
         raise CertificateError(
             f"The form for inference should compute the same function and does not: {certificate}. "
             "The model was given back."
         )
-    model.eval().requires_grad_(False)
-    if is_converted(model):
-        conversion_of(model).fast = True
-    else:
-        model.save_pretrained = _refuse_to_save
-    return FastReport(merged, joined, kept, why, certificate)
+    return certificate
 
 
-def _merge(model: nn.Module) -> tuple[MergeReport | None, str | None]:
-    """Make dense weights of what can be; the reason where that fails."""
-    if not any(step.action == "fold" for step in plan_steps(model, "exact")):
-        return None, None
-    try:
-        return merge(model, "exact", partial=True), None
-    except (MergeError, CertificateError) as error:
-        return None, str(error)
-
-
-def _join(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+def _join(model: nn.Module, probes: list[dict[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
     """Stack the tensors of the layers that have such a form; those, and the others."""
+    dtype = arithmetic(model)
+    before = wide_outputs(model, probes, dtype)
     record, joined, kept = conversion_of(model), {}, {}
     names = {module: name for name, module in model.named_modules()}
     with torch.no_grad():
@@ -108,6 +125,7 @@ def _join(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
             layer.joined = join(layer)
             found = kept if layer.joined is None else joined
             found[names[layer]] = item.edit.experts.kind
+    _same(before, wide_outputs(model, probes, dtype))
     return joined, kept
 
 

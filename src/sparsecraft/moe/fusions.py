@@ -25,7 +25,7 @@ from sparsecraft.kernels.projections import (
 from sparsecraft.moe.experts.lora import LoRAExperts
 from sparsecraft.moe.experts.split import SplitExperts
 from sparsecraft.moe.experts.vector import VectorExperts
-from sparsecraft.moe.joined import JoinedLoRAs, JoinedVectors
+from sparsecraft.moe.joined import JoinedLoRAs, JoinedVectors, versions
 from sparsecraft.moe.places import flat
 from sparsecraft.moe.routers.router import Router
 from sparsecraft.moe.traces import records_of
@@ -44,8 +44,8 @@ def faster(layer: MoELayer) -> Callable | None:
     through = layer.router is not None and layer.router.spec.through
     if bank.dispatch == "loop" or through or is_watched(bank):
         return None
-    if layer.joined is not None and not (torch.is_grad_enabled() or records_of(layer)):
-        return type(layer).run_joined
+    if layer.joined is not None and _runs_joined(layer):
+        return joined
     match layer.place, bank:
         case "beside", LoRAExperts() if merges(layer):
             return lora_beside
@@ -56,6 +56,25 @@ def faster(layer: MoELayer) -> Callable | None:
     return None
 
 
+def joined(layer: MoELayer, x: Tensor, *args, **kwargs) -> Tensor:
+    """The place's own function by stacked tensors, which are stacked anew once they are others."""
+    if layer.joined.made_of != versions(_sources(layer)):
+        layer.joined = join(layer)
+    return layer.joined(layer, x, *args, **kwargs)
+
+
+def _runs_joined(layer: MoELayer) -> bool:
+    """Whether nothing asks for more than the layer's output, and no compiler, which would take the
+    stacked tensors for good."""
+    asked = torch.is_grad_enabled() or layer.training or records_of(layer)
+    watched = is_watched(layer.router) or is_watched(layer.router.scorer)
+    return not (asked or watched or torch.compiler.is_compiling())
+
+
+def _sources(layer: MoELayer) -> list[Tensor]:
+    return [*layer.experts.parameters(), *layer.router.scorer.parameters()]
+
+
 def join(layer: MoELayer) -> nn.Module | None:
     """The layer's tensors stacked for inference; None where it has no such form."""
     bank = layer.experts
@@ -64,10 +83,13 @@ def join(layer: MoELayer) -> nn.Module | None:
     router_EI = layer.router.scores_of_input()
     match layer.place, bank:
         case "beside", LoRAExperts():
-            return JoinedLoRAs(bank.lora_A, bank.lora_B * bank.scale, router_EI)
+            made = JoinedLoRAs(bank.lora_A, bank.lora_B * bank.scale, router_EI)
         case "after", VectorExperts():
-            return JoinedVectors(bank.vectors, router_EI)
-    return None
+            made = JoinedVectors(bank.vectors, router_EI)
+        case _:
+            return None
+    made.made_of = versions(_sources(layer))
+    return made
 
 
 def _soft_by_token(layer: MoELayer) -> bool:

@@ -8,6 +8,7 @@ all A.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,12 +22,18 @@ if TYPE_CHECKING:
     from sparsecraft.moe.layer import MoELayer
 
 
+def versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """What differs once a tensor has other values, or other memory."""
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+
+
 class JoinedLoRAs(nn.Module):
     """y = F(x) + s [B_1 ... B_E] (w * [A_1; ...; A_E] x), w = softmax(W_r x).
 
     Attributes:
         rows: A of all experts and, where they have one type, the router's rows behind them.
         router: these where the types differ: logits are in float32.
+        made_of: the `versions` of what was stacked.
         second_NO: B of all experts, transposed.
 
     Args:

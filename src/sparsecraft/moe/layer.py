@@ -91,10 +91,6 @@ class MoELayer(nn.Module):
         way = faster(self) or PLACES[self.place]
         return way(self, x, *args, **kwargs)
 
-    def run_joined(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """What the form for inference makes of x."""
-        return self.joined(self, x, *args, **kwargs)
-
     def run_base(self, x: Tensor, *args, **kwargs) -> Tensor:
         """What the dense module makes of x, gated by the router where it does that."""
         y = self.base(x, *args, **kwargs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from sparsecraft.dense.donors import Linear, view
@@ -144,6 +145,18 @@ def test_one_token_is_alone_only_without_gradients_and_for_few_experts_on_a_cpu(
             assert choose_path(bank, x_TD, routing) != "one_token"
         bank.train().dropout = 0.5
         assert choose_path(bank, x_TD, routing) != "one_token"
+
+
+def test_one_token_is_not_what_a_trace_repeats_for_others():
+    bank, routing, x_TD = bank_of("adapter"), routing_of("one token"), torch.randn(1, D)
+    with torch.no_grad():
+        graph = make_fx(lambda x, w, i: bank(x, Routing(w, i, routing.logits_TE)))(
+            x_TD, routing.weights_TK, routing.indices_TK
+        )
+        other = (routing.indices_TK + 1) % E
+        found = graph(x_TD, routing.weights_TK, other)
+        wanted = loop(bank, x_TD, Routing(routing.weights_TK, other, routing.logits_TE))
+    assert torch.allclose(found, wanted, atol=1e-5)
 
 
 def tolerance(value: torch.Tensor) -> float:

@@ -5,6 +5,7 @@ Shapes: E experts, T tokens, D width, F hidden width; core k (d_{k-1}, i_k, j_k,
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import weakref
@@ -14,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import sparsecraft as sc
 from sparsecraft.dense.donors import view
@@ -312,7 +314,7 @@ def test_one_expert_s_matrices_exist_at_a_time_forward_and_backward(path):
     assert most[5][2] - centers <= 4
 
 
-def kept(make, use):
+def kept(make, use, sources):
     """`kernels.remaking.made_again`, whose tensors wait for the backward pass."""
     return use(*make())
 
@@ -429,6 +431,67 @@ def test_what_is_made_again_has_gradients_of_gradients(monkeypatch):
     for ours, wanted in zip(*found.values(), strict=True):
         assert (ours is None) is (wanted is None)
         assert ours is None or torch.allclose(ours, wanted)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("path", [by_expert, together])
+def test_a_checkpoint_around_it_keeps_nothing(path, reentrant):
+    bank, routing = bank_of("gpt2").train(), routing_of()
+    bank.hidden_dropout = bank.output_dropout = 0.0
+    found = {}
+    for checkpointed in (False, True):
+        bank.zero_grad()
+        x = torch.randn(T, D, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        with Living(T * D) as living:
+            if checkpointed:
+                y = checkpoint(path, bank, x, routing, use_reentrant=reentrant)
+            else:
+                y = path(bank, x, routing)
+        kept = living.count()
+        y.square().sum().backward()
+        found[checkpointed] = kept, x.grad, bank.up_central.grad
+    ends = 4 if path is by_expert and not reentrant else 0  # of all experts, for one after another
+    assert found[True][0] <= 1 + ends < found[False][0]
+    assert torch.allclose(found[True][1], found[False][1], atol=1e-5)
+    assert torch.allclose(found[True][2], found[False][2], atol=1e-5)
+
+
+@pytest.mark.parametrize("path", [by_expert, together])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_a_pass_that_no_backward_follows_leaves_nothing(family, path):
+    bank, routing = bank_of(family), routing_of()
+    with Living(1) as living:
+        y = path(bank, torch.randn(T, D), routing)
+        assert y.requires_grad
+        del y
+        gc.collect()
+        assert living.count() == 0
+
+
+def test_a_parameter_that_changes_before_the_backward_pass_is_an_error():
+    bank = bank_of("mistral").requires_grad_(False)
+    y = bank(torch.randn(T, D, requires_grad=True), routing_of())
+    bank.down_central.mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_transforms_and_export_take_it():
+    bank, routing, x = bank_of("mistral"), routing_of(), torch.randn(T, D)
+    y, dy = torch.func.jvp(lambda x: bank(x, routing), (x,), (x,))
+    assert torch.allclose(y, bank(x, routing), atol=1e-5) and dy.isfinite().all()
+    with torch.no_grad():
+        exported = torch.export.export(_Alone(bank, routing), (x,), strict=False).module()
+        assert torch.allclose(exported(2 * x), bank(2 * x, routing), atol=1e-5)
+
+
+class _Alone(nn.Module):
+    def __init__(self, bank: MPOExperts, routing: Routing):
+        super().__init__()
+        self.bank, self.routing = bank, routing
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bank(x, self.routing)
 
 
 # ------------------------------------------------------------------------------ the gradient mask

@@ -152,8 +152,9 @@ def choose_path(bank: Experts, x_TI: Tensor, routing: Routing) -> str:
 
 
 def _runs_alone(bank: Experts, x_TI: Tensor) -> bool:
-    """Whether one expert of the bank is no more than two products and no dropout."""
-    net = bank.two_layer(x_TI.dtype)
+    """Whether one expert of the bank is no more than two products of x's type and no dropout."""
+    dtype = next(bank.parameters()).dtype  # in another, a cast would copy the bank
+    net = bank.two_layer(dtype) if dtype == x_TI.dtype else None
     return net is not None and not net.input_dropout and not net.output_dropout
 
 

@@ -135,7 +135,7 @@ class MPOExperts(Experts):
     # -------------------------------------------------------------------------------- computation
 
     def expert(self, e: int, x: Tensor) -> Tensor:
-        ends = {name: self._ends([name], slice(e, e + 1)) for name in self.matrices}
+        ends = {name: _ends(self._outer([name], slice(e, e + 1))) for name in self.matrices}
         return self._of_expert(e, x, ends)
 
     def mixed(self, x_TI: Tensor, routing: Routing | None = None) -> Tensor:
@@ -148,7 +148,7 @@ class MPOExperts(Experts):
         return sum(weights_TE[:, e, None] * self.expert(e, x_TI) for e in range(self.num_experts))
 
     def all_experts(self) -> list[Callable[[Tensor], Tensor]]:
-        ends = {name: [end.split(1, 1) for end in self._ends([name])] for name in self.matrices}
+        ends = {n: [end.split(1, 1) for end in _ends(self._outer([n]))] for n in self.matrices}
         return [
             functools.partial(
                 self._of_expert, e, ends={n: (a[e], b[e]) for n, (a, b) in ends.items()}
@@ -175,7 +175,9 @@ class MPOExperts(Experts):
             decided = routing.weights_TK, routing.indices_TK, routing.sums_to_one, routing.empty
             return grouped(net, x_TI, *decided)
 
-        return self._meet(mixture, self.matrices, self._ends(self.matrices), kinds, x_TI.dtype)
+        # Nothing but parameters waits for the backward pass, not the ends either.
+        ends = functools.partial(_ends, self._outer(self.matrices))
+        return self._meet(mixture, self.matrices, ends, kinds, x_TI.dtype)
 
     def _two_layer(self, first_EMD: Tensor, down_EDF: Tensor) -> TwoLayer:
         firsts, down = [getattr(self, f"{name}_bias") for name in self.first], self.down_bias
@@ -204,24 +206,28 @@ class MPOExperts(Experts):
         bias = None if bias is None else bias.to(x.dtype)
         kinds = (Kind(*self.matrices[name]),)
         use = lambda weight_1OI: F.linear(x, weight_1OI[0], bias)  # noqa: E731
-        return self._meet(use, [name], ends[name], kinds, x.dtype)
+        return self._meet(use, [name], lambda: ends[name], kinds, x.dtype)
 
     def _meet(
         self,
         use: Callable[..., Tensor],
         names: Collection[str],
-        ends: Sequence[Tensor],
+        ends: Callable[[], Sequence[Tensor]],
         kinds: tuple[Kind, ...],
         dtype: torch.dtype,
     ) -> Tensor:
         """`use` of the matrices that have these ends, none of which waits for the backward pass."""
         middles = [self._wide(self._middle(name)).flatten(1) for name in names]
 
-        def make() -> tuple[Tensor, ...]:
-            with torch.autocast(ends[0].device.type, enabled=False):
-                return Matrices.apply(*ends, kinds, dtype, *middles)
+        # A transform of torch.func differentiates plain operations, forward too.
+        made = Matrices.forward if is_transformed() else Matrices.apply
 
-        return made_again(make, use)
+        def make() -> tuple[Tensor, ...]:
+            with torch.autocast(middles[0].device.type, enabled=False):
+                return made(*ends(), kinds, dtype, *middles)
+
+        cores = [getattr(self, f"{name}_{k}") for name in names for k in OWN]
+        return made_again(make, use, (*cores, *middles))
 
     def _activate(self, hidden_nM: Tensor, e: int | None = None) -> Tensor:
         first, *up = hidden_nM.chunk(len(self.first), dim=-1)
@@ -230,14 +236,12 @@ class MPOExperts(Experts):
         hidden_nH = hidden_nH * up[0] if up else hidden_nH
         return F.dropout(hidden_nH, self.hidden_dropout, self.training)
 
-    def _ends(self, names: Collection[str], experts: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The outer cores of matrices, two and two joined, stacked by matrix and expert."""
-        outer = []
-        for k in OWN:  # whose bonds are alike: i and j change places, and their product stays
-            cores = [self._wide(getattr(self, f"{name}_{k}")[experts]) for name in names]
-            outer.append(torch.stack([core.flatten(2, 3) for core in cores]))
-        with torch.autocast(outer[0].device.type, enabled=False):
-            return left_end(*outer[:2]), right_end(*outer[2:])
+    def _outer(self, names: Collection[str], experts: slice = slice(None)) -> list[list[Tensor]]:
+        """The outer cores of matrices, (E, d_{k-1}, i_k j_k, d_k) each."""
+        return [
+            [self._wide(getattr(self, f"{name}_{k}")[experts]).flatten(2, 3) for name in names]
+            for k in OWN
+        ]
 
     def _wide(self, core: Tensor) -> Tensor:
         """In float32 at least, or what an expert's own cores are in if that is more: rounding at
@@ -325,6 +329,14 @@ class MPOExperts(Experts):
             "down": self.matrix(DOWN, e),
             "down_bias": self.down_bias,
         }
+
+
+def _ends(outer: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+    """The outer cores of matrices, two and two joined, stacked by matrix and expert: i and j change
+    places from one to another, and their product stays."""
+    stacked = [torch.stack(list(cores)) for cores in outer]
+    with torch.autocast(stacked[0].device.type, enabled=False):
+        return left_end(*stacked[:2]), right_end(*stacked[2:])
 
 
 def _factors(spec: MPOSpec, donor: FFN) -> tuple[Factors, Factors]:
