@@ -120,6 +120,7 @@ def test_it_is_not_saved_trained_or_changed(recipe, tmp_path):
         "merge": lambda: sc.merge(model, "average"),
         "export": lambda: sc.export(model, "mixtral", tmp_path / "out"),
         "fast": lambda: sc.fast(model),
+        "convert": lambda: sc.convert(model, sc.recipes.camel()),
     }
     for name, verb in verbs.items():
         with pytest.raises(SurgeryError, match=r"form for inference \(sc.fast\).*load the check"):

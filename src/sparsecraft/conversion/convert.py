@@ -45,7 +45,7 @@ from sparsecraft.surgery.elsewhere import remember
 from sparsecraft.surgery.install import apply, on_packed
 from sparsecraft.surgery.left_out import UNTIED
 from sparsecraft.surgery.plan import PlannedEdit, plan
-from sparsecraft.surgery.record import Conversion, conversion_of, is_converted
+from sparsecraft.surgery.record import Conversion, check_not_fast, conversion_of, is_converted
 from sparsecraft.surgery.rollback import atomic
 
 log = logging.getLogger("sparsecraft")
@@ -242,6 +242,7 @@ def _check_arguments(model: Any, recipe: Any, seed: Any) -> None:
             f"got {type(model).__name__} and {type(recipe).__name__}."
         )
     if is_converted(model):
+        check_not_fast(model)
         raise SurgeryError(
             f"This model is already converted by {conversion_of(model).recipe.name!r}; "
             "call sc.revert first."
