@@ -25,7 +25,7 @@ from sparsecraft.kernels.projections import (
 from sparsecraft.moe.experts.lora import LoRAExperts
 from sparsecraft.moe.experts.split import SplitExperts
 from sparsecraft.moe.experts.vector import VectorExperts
-from sparsecraft.moe.joined import JoinedLoRAs, JoinedVectors, versions
+from sparsecraft.moe.joined import JoinedLoRAs, JoinedVectors
 from sparsecraft.moe.places import flat
 from sparsecraft.moe.routers.router import Router
 from sparsecraft.moe.traces import records_of
@@ -58,7 +58,7 @@ def faster(layer: MoELayer) -> Callable | None:
 
 def joined(layer: MoELayer, x: Tensor, *args, **kwargs) -> Tensor:
     """The place's own function by stacked tensors, which are stacked anew once they are others."""
-    if layer.joined.made_of != versions(_sources(layer)):
+    if layer.joined.made_of != layer.joined.stands_for(layer):
         layer.joined = join(layer)
     return layer.joined(layer, x, *args, **kwargs)
 
@@ -69,10 +69,6 @@ def _runs_joined(layer: MoELayer) -> bool:
     asked = torch.is_grad_enabled() or layer.training or records_of(layer)
     watched = is_watched(layer.router) or is_watched(layer.router.scorer)
     return not (asked or watched or torch.compiler.is_compiling())
-
-
-def _sources(layer: MoELayer) -> list[Tensor]:
-    return [*layer.experts.parameters(), *layer.router.scorer.parameters()]
 
 
 def join(layer: MoELayer) -> nn.Module | None:
@@ -88,7 +84,7 @@ def join(layer: MoELayer) -> nn.Module | None:
             made = JoinedVectors(bank.vectors, router_EI)
         case _:
             return None
-    made.made_of = versions(_sources(layer))
+    made.made_of = made.stands_for(layer)
     return made
 
 

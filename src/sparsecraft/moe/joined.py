@@ -8,8 +8,7 @@ all A.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,23 +21,38 @@ if TYPE_CHECKING:
     from sparsecraft.moe.layer import MoELayer
 
 
-def versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """What differs once a tensor has other values, or other memory."""
-    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+class Joined(nn.Module):
+    """Stacked tensors of a layer.
+
+    Attributes:
+        reads: names of the experts' tensors that are stacked, with the rows of the router.
+        made_of: what `stands_for` gave when they were.
+    """
+
+    reads: ClassVar[tuple[str, ...]]
+    made_of: list[tuple[int, int]]
+
+    def stands_for(self, layer: MoELayer) -> list[tuple[int, int]]:
+        """What differs once one of the tensors has other values, or other memory."""
+        bank = layer.experts
+        found = [getattr(bank, name) for name in self.reads]
+        found.append(layer.router.scorer.weight)
+        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in found]
 
 
-class JoinedLoRAs(nn.Module):
+class JoinedLoRAs(Joined):
     """y = F(x) + s [B_1 ... B_E] (w * [A_1; ...; A_E] x), w = softmax(W_r x).
 
     Attributes:
         rows: A of all experts and, where they have one type, the router's rows behind them.
         router: these where the types differ: logits are in float32.
-        made_of: the `versions` of what was stacked.
         second_NO: B of all experts, transposed.
 
     Args:
         b_EOR: times s.
     """
+
+    reads = ("lora_A", "lora_B")
 
     def __init__(self, a_ERI: Tensor, b_EOR: Tensor, router_EI: Tensor):
         super().__init__()
@@ -65,8 +79,10 @@ class JoinedLoRAs(nn.Module):
         return y_TO.reshape(y.shape)
 
 
-class JoinedVectors(nn.Module):
+class JoinedVectors(Joined):
     """y = F(x) * (1 + sum_e w_e (L_e - 1)), w = softmax(W_r x)."""
+
+    reads = ("vectors",)
 
     def __init__(self, vectors_EO: Tensor, router_EI: Tensor):
         super().__init__()
