@@ -244,3 +244,12 @@ def test_a_merged_model_does_not_go_by_its_base_s_name(tmp_path):
     assert "form for inference" in model.name_or_path
     with pytest.raises(SurgeryError, match=r"sc\.merge"):
         model.push_to_hub("someone/model")
+
+
+@pytest.mark.parametrize("recipe", ["molora", "mov", "hydralora"])
+def test_no_token_is_no_error(recipe):
+    model = converted("llama", recipe)
+    sc.fast(model)
+    layer = next(m for m in model.modules() if isinstance(m, sc.MoELayer))
+    with torch.no_grad():
+        assert layer(torch.randn(1, 0, layer.base.in_features)).shape[:2] == (1, 0)

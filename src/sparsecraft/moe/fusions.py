@@ -58,17 +58,19 @@ def faster(layer: MoELayer) -> Callable | None:
 
 def joined(layer: MoELayer, x: Tensor, *args, **kwargs) -> Tensor:
     """The place's own function by stacked tensors, which are stacked anew once they are others."""
-    if layer.joined.made_of != layer.joined.stands_for(layer):
-        layer.joined = join(layer)
-    return layer.joined(layer, x, *args, **kwargs)
+    stack = layer.joined
+    if stack.made_of != stack.stands_for(layer):
+        stack = layer.joined = join(layer)
+    return stack(layer, x, *args, **kwargs)
 
 
 def _runs_joined(layer: MoELayer) -> bool:
     """Whether nothing asks for more than the layer's output, and no compiler, which would take the
     stacked tensors for good."""
-    asked = torch.is_grad_enabled() or layer.training or records_of(layer)
-    watched = is_watched(layer.router) or is_watched(layer.router.scorer)
-    return not (asked or watched or torch.compiler.is_compiling())
+    if torch.is_grad_enabled() or layer.training or torch.compiler.is_compiling():
+        return False
+    router = layer.router
+    return not (records_of(layer) or is_watched(router) or is_watched(router.scorer))
 
 
 def join(layer: MoELayer) -> nn.Module | None:

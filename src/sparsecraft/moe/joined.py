@@ -34,9 +34,11 @@ class Joined(nn.Module):
 
     def stands_for(self, layer: MoELayer) -> list[tuple[int, int]]:
         """What differs once one of the tensors has other values, or other memory."""
-        bank = layer.experts
-        found = [getattr(bank, name) for name in self.reads]
-        found.append(layer.router.scorer.weight)
+        held = (
+            layer.experts._parameters
+        )  # at every call: a look-up by attribute costs ten times this
+        found = [held[name] for name in self.reads]
+        found.append(layer.router.scorer._parameters["weight"])
         return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in found]
 
 
@@ -68,14 +70,16 @@ class JoinedLoRAs(Joined):
 
     def forward(self, layer: MoELayer, x: Tensor, *args, **kwargs) -> Tensor:
         y, x_TI = layer.base(x, *args, **kwargs), flat(x)
-        z_TN = F.linear(x_TI, self.rows.to(x_TI.dtype))
-        if self.router is None:
+        held = self._buffers
+        z_TN, router = F.linear(x_TI, held["rows"].to(x_TI.dtype)), held["router"]
+        if router is None:
             z_TN, scores_TE = z_TN.split(self.split, dim=-1)
         else:
-            scores_TE = float32_product(x_TI, self.router)
-        weights_TE1 = scores_TE.softmax(-1).to(z_TN.dtype)[..., None]
-        gated_TN = (z_TN.unflatten(-1, (-1, self.rank)) * weights_TE1).flatten(1)
-        y_TO = torch.addmm(flat(y), gated_TN.to(y.dtype), self.second_NO.to(y.dtype))
+            scores_TE = float32_product(x_TI, router)
+        weights_TE1 = scores_TE.softmax(-1).to(z_TN.dtype).unsqueeze(-1)
+        low_TER = z_TN.reshape(len(x_TI), z_TN.shape[1] // self.rank, self.rank)
+        gated_TN = (low_TER * weights_TE1).flatten(1)
+        y_TO = torch.addmm(flat(y), gated_TN.to(y.dtype), held["second_NO"].to(y.dtype))
         return y_TO.reshape(y.shape)
 
 
