@@ -59,13 +59,12 @@ def routing_of(experts: nn.Module, args) -> Routing:
     return Routing(weights_TK, indices_TK, torch.zeros_like(shares_TE), sums_to_one=True)
 
 
-def sides_of(args) -> dict[str, tuple[nn.Module, nn.Module]]:
-    plain = recipes.upcycling(args.experts, 2)
+def recipes_of(args) -> dict[str, sc.Recipe]:
+    plain = {"plain": recipes.upcycling(args.experts, 2)}
     if args.what == "mpoe":
-        return {"plain": parts(args, plain), "mpoe": parts(args, recipes.mpoe(args.experts, 2))}
+        return plain | {"mpoe": recipes.mpoe(args.experts, 2)}
     others = {"num_experts": args.experts, "constant": 2, "hold_steps": 0}
-    found = {f"tau {tau:g}": recipes.moepp(tau=tau, **others) for tau in TAUS}
-    return {"plain": parts(args, plain)} | {n: parts(args, r) for n, r in found.items()}
+    return plain | {f"tau {tau:g}": recipes.moepp(tau=tau, **others) for tau in TAUS}
 
 
 # ------------------------------------------------------------------ calls
@@ -159,7 +158,7 @@ def measure(args) -> dict:
     torch.manual_seed(args.seed)
     width, hidden = SHAPES[args.what]
     args.width, args.hidden = args.width or width, args.hidden or hidden
-    sides = sides_of(args)
+    sides = {name: parts(args, recipe) for name, recipe in recipes_of(args).items()}
     rows = {}
     for name, backward in {"forward": False, "forward + backward": True}.items():
         calls = {n: bank_call(args, experts, backward) for n, (experts, _) in sides.items()}
@@ -170,11 +169,7 @@ def measure(args) -> dict:
         print(name, rows[name], flush=True)
     rows["router"] = timed(args, {n: router_call(args, router) for n, (_, router) in sides.items()})
     if args.what == "mpoe":
-        whole = {
-            "plain": recipes.upcycling(args.experts, 2),
-            "mpoe": recipes.mpoe(args.experts, 2),
-        }
-        steps = {n: step_call(args, recipe) for n, recipe in whole.items()}
+        steps = {n: step_call(args, recipe) for n, recipe in recipes_of(args).items()}
         rows["whole step"] = timed(args, {n: call for n, (call, _) in steps.items()})
         for n, (call, held) in steps.items() if args.device == "cuda" else ():
             rows["whole step"][n]["MiB"] = (held + clocks.peak_beyond(call, args.device)) / 2**20

@@ -35,13 +35,13 @@ class Fast:
 def make_fast(model: Any, asked: bool) -> None:
     """Give a converted model its form for inference, if a command asked for it, and log what that
     was."""
+    if not asked:
+        return
     from sparsecraft.conversion.fast import fast
     from sparsecraft.surgery.record import is_converted
 
-    if asked and is_converted(model):
-        log.info(fast(model))
-    elif asked:
-        log.info("--fast: the model is dense, and has no other form.")
+    dense = "--fast: the model is dense, and has no other form."
+    log.info(fast(model) if is_converted(model) else dense)
 
 
 def set_for(model: Any, budget: Budget | None) -> None:

@@ -73,7 +73,6 @@ def fast(model: nn.Module) -> FastReport:
         CertificateError: the form computes something else; the model has been given back.
     """
     check_stands(model)
-    model.eval().requires_grad_(False)
     check_weights(model, SurgeryError)
     probes = [random_probe(model)]
     before = outputs(model, probes)
@@ -116,16 +115,18 @@ def _same(before: list[Tensor], after: list[Tensor]) -> Certificate:
 
 def _join(model: nn.Module, probes: list[dict[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
     """Stack the tensors of the layers that have such a form; those, and the others."""
-    dtype = arithmetic(model)
-    before = wide_outputs(model, probes, dtype)
     record, joined, kept = conversion_of(model), {}, {}
     names = {module: name for name, module in model.named_modules()}
     with torch.no_grad():
-        for item, layer in zip(record.plan, record.layers, strict=True):
-            layer.joined = join(layer)
-            found = kept if layer.joined is None else joined
-            found[names[layer]] = item.edit.experts.kind
-    _same(before, wide_outputs(model, probes, dtype))
+        stacks = [join(layer) for layer in record.layers]
+    for item, layer, stack in zip(record.plan, record.layers, stacks, strict=True):
+        (kept if stack is None else joined)[names[layer]] = item.edit.experts.kind
+    if joined:
+        dtype = arithmetic(model)
+        before = wide_outputs(model, probes, dtype)
+        for layer, stack in zip(record.layers, stacks, strict=True):
+            layer.joined = stack
+        _same(before, wide_outputs(model, probes, dtype))
     return joined, kept
 
 

@@ -31,6 +31,18 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_followed(*tensors: Tensor) -> bool:
+    """Whether the operations on them are noted, or done on stand-ins without memory: by a compiler,
+    a trace, a transform of torch.func, or a subclass of Tensor."""
+    notes = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
+    return notes or any(type(tensor) is not Tensor for tensor in tensors)
+
+
+def version(tensor: Tensor) -> int:
+    """How often the tensor has been written to; torch does not count what inference mode makes."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 # Up to this many tokens, a launch costs more than reading the weights once per token from cache.
 FEW_TOKENS = 16
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecraft.kernels.device import compute_dtype, is_transformed
+from sparsecraft.kernels.device import compute_dtype, is_followed
 from sparsecraft.kernels.two_layer import TwoLayer
 
 SLOTS = 4  # beyond these, products of several experts at once cost less than each by itself
@@ -24,14 +24,9 @@ def is_alone(x_1I: Tensor, slots: int) -> bool:
         and x_1I.device.type == "cpu"
         and not torch.is_grad_enabled()
         and compute_dtype(x_1I) == x_1I.dtype
-        and not _is_followed(x_1I)
+        and not is_followed(x_1I)
+        and not torch._C._len_torch_dispatch_stack()  # of modes, such as make_fx's
     )
-
-
-def _is_followed(x: Tensor) -> bool:
-    """Whether the operations on x are noted, to be repeated on other tokens."""
-    notes = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
-    return notes or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
 
 
 def one_token(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from sparsecraft.kernels.device import is_transformed
+from sparsecraft.kernels.device import is_followed, version
 
 
 def made_again(
@@ -25,13 +25,13 @@ def made_again(
             an error.
     """
     tensors = make()
-    if not torch.is_grad_enabled() or not _is_eager(tensors):
+    if not torch.is_grad_enabled() or is_followed(*tensors):
         return use(*tensors)
     # Of nested hooks torch calls the innermost alone. Without any, a node would hold its output.
     outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
     give, take = outer or (Tensor.detach, lambda kept: kept)
     numbers = {_memory(tensor): number for number, tensor in enumerate(tensors)}
-    versions = [_version(source) for source in sources]
+    versions = [version(source) for source in sources]
     again: dict[int, Tensor] = {}  # made with another, and not asked for yet
 
     def pack(tensor: Tensor) -> tuple:
@@ -44,7 +44,7 @@ def made_again(
         number, *rest = kept
         if number is None:
             return take(*rest)
-        if versions != [_version(source) for source in sources]:
+        if versions != [version(source) for source in sources]:
             raise RuntimeError(
                 "A parameter that the backward pass needs was modified by an inplace operation "
                 "since the forward pass."
@@ -58,15 +58,5 @@ def made_again(
         return use(*tensors)
 
 
-def _is_eager(tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors have memory, and hooks are called."""
-    follows = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
-    return not follows and all(type(tensor) is Tensor for tensor in tensors)
-
-
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

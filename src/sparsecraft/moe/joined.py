@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsecraft.kernels.device import version
 from sparsecraft.kernels.projections import float32_product
 from sparsecraft.moe.places import flat
 
@@ -34,12 +35,11 @@ class Joined(nn.Module):
 
     def stands_for(self, layer: MoELayer) -> list[tuple[int, int]]:
         """What differs once one of the tensors has other values, or other memory."""
-        held = (
-            layer.experts._parameters
-        )  # at every call: a look-up by attribute costs ten times this
+        # At every call: a look-up by attribute costs ten times this.
+        held = layer.experts._parameters
         found = [held[name] for name in self.reads]
         found.append(layer.router.scorer._parameters["weight"])
-        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in found]
+        return [(t.data_ptr(), version(t)) for t in found]
 
 
 class JoinedLoRAs(Joined):

@@ -25,6 +25,7 @@ from sparsecraft.moe.experts.base import CopiedExperts, Rate
 from sparsecraft.moe.experts.folded import Network
 from sparsecraft.moe.experts.own_activation import (
     OwnActivation,
+    activated,
     own_activation,
     own_name,
     own_tensors,
@@ -228,12 +229,7 @@ class FFNExperts(CopiedExperts):
         return (self.gate_up, self.gate_up_bias) if self.gated else (self.up, self.up_bias)
 
     def _activate(self, hidden: Tensor, e: int | None = None) -> Tensor:
-        own = () if e is None or not isinstance(self.activation, OwnActivation) else (e,)
-        if self.gated:
-            gate, up = hidden.chunk(2, dim=-1)
-            hidden = self.activation(gate, *own) * up
-        else:
-            hidden = self.activation(hidden, *own)
+        hidden = activated(self.activation, *hidden.chunk(1 + self.gated, dim=-1), e=e)
         return F.dropout(hidden, self.hidden_dropout, self.training)
 
 

@@ -43,7 +43,12 @@ from sparsecraft.kernels.two_layer import TwoLayer
 from sparsecraft.moe.experts.base import Experts, Rate
 from sparsecraft.moe.experts.ffn import SUM_OF_NETWORKS, FFNExperts
 from sparsecraft.moe.experts.folded import Network
-from sparsecraft.moe.experts.own_activation import OwnActivation, own_activation, own_tensors
+from sparsecraft.moe.experts.own_activation import (
+    OwnActivation,
+    activated,
+    own_activation,
+    own_tensors,
+)
 from sparsecraft.moe.experts.stacked import copies
 from sparsecraft.moe.init.factors import Factors, factors
 from sparsecraft.moe.routing import Routing
@@ -180,12 +185,15 @@ class MPOExperts(Experts):
         return self._meet(mixture, self.matrices, ends, kinds, x_TI.dtype)
 
     def _two_layer(self, first_EMD: Tensor, down_EDF: Tensor) -> TwoLayer:
+        def activate(hidden_nM: Tensor, e: int | None = None) -> Tensor:
+            return self._activate(*hidden_nM.chunk(len(self.first), dim=-1), e=e)
+
         firsts, down = [getattr(self, f"{name}_bias") for name in self.first], self.down_bias
         first = None if firsts[0] is None else torch.cat(firsts)
         return TwoLayer(
             first_EMI=first_EMD,
             second_EOH=down_EDF,
-            activate=self._activate,
+            activate=activate,
             activation=None if self.training and self.hidden_dropout else self.activation,
             by_expert=isinstance(self.activation, OwnActivation),
             first_bias_EM=None
@@ -197,8 +205,8 @@ class MPOExperts(Experts):
 
     def _of_expert(self, e: int, x: Tensor, ends: Mapping[str, Sequence[Tensor]]) -> Tensor:
         """Expert `e` on tokens x, given the ends of each of its matrices."""
-        hidden = torch.cat([self._product(name, x, ends) for name in self.first], dim=-1)
-        y = self._product(DOWN, self._activate(hidden, e), ends)
+        hidden = self._activate(*(self._product(name, x, ends) for name in self.first), e=e)
+        y = self._product(DOWN, hidden, ends)
         return F.dropout(y, self.output_dropout, self.training)
 
     def _product(self, name: str, x: Tensor, ends: Mapping[str, Sequence[Tensor]]) -> Tensor:
@@ -229,11 +237,8 @@ class MPOExperts(Experts):
         cores = [getattr(self, f"{name}_{k}") for name in names for k in OWN]
         return made_again(make, use, (*cores, *middles))
 
-    def _activate(self, hidden_nM: Tensor, e: int | None = None) -> Tensor:
-        first, *up = hidden_nM.chunk(len(self.first), dim=-1)
-        own = (e,) if isinstance(self.activation, OwnActivation) else ()
-        hidden_nH = self.activation(first, *own)
-        hidden_nH = hidden_nH * up[0] if up else hidden_nH
+    def _activate(self, *first_nH: Tensor, e: int | None = None) -> Tensor:
+        hidden_nH = activated(self.activation, *first_nH, e=e)
         return F.dropout(hidden_nH, self.hidden_dropout, self.training)
 
     def _outer(self, names: Collection[str], experts: slice = slice(None)) -> list[list[Tensor]]:

@@ -108,6 +108,16 @@ class OwnActivation(nn.Module):
         return repr(self.function)
 
 
+def activated(
+    activation: nn.Module, hidden: Tensor, up: Tensor | None = None, *, e: int | None = None
+) -> Tensor:
+    """activation(hidden), times `up` where the network is gated; by the tensors of expert `e` where
+    each has an activation of its own."""
+    own = () if e is None or not isinstance(activation, OwnActivation) else (e,)
+    hidden = activation(hidden, *own)
+    return hidden if up is None else hidden * up
+
+
 def own_name(name: str) -> str:
     """What an activation's tensor is called where it is stacked: names of tensors have no dot."""
     return name.replace(".", "_")
