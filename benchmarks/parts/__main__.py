@@ -2,6 +2,7 @@
 
     python -m benchmarks.parts data --data ../shared/data --work .parts    # rows for a bare machine
     python -m benchmarks.parts run --work .parts --seconds 1500           # one process for each GPU
+    python -m benchmarks.parts speed --work .parts                        # every arm alone
     python -m benchmarks.parts table
 
 A run's steps see at least two million trained tokens. `--tiny` runs a tiny random model on a CPU,
@@ -12,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import json
+import logging
 from pathlib import Path
 
 from benchmarks.lab.queue import read, run_workers
 from benchmarks.lab.tables import f, insert, markdown, mean
+from benchmarks.parts import run as runs
 from benchmarks.parts.arms import ARMS, score
-from benchmarks.parts.run import DOMAINS, work
+from benchmarks.parts.run import DOMAINS
 from sparsecraft.data.chat import has_control
 from sparsecraft.dense import hub
 from sparsecraft.dense.loading import load_tokenizer
@@ -48,18 +52,25 @@ def data(args) -> None:
 
 
 def run(args) -> None:
-    run_workers(work, args)
+    run_workers(runs.work, args)
+
+
+def speed(args) -> None:
+    logging.disable(logging.INFO)
+    rows = [runs.speed(args, arm) for arm in ARMS]
+    args.results.with_name("speed.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------ page
 def table(args) -> None:
     page = args.results.with_name("README.md")
-    insert(page, tables(read(args.results)))
+    speeds = json.loads(args.results.with_name("speed.json").read_text())
+    insert(page, tables(read(args.results), {row["method"]: row for row in speeds}))
     print(page.read_text())
 
 
-def tables(rows: list[dict]) -> str:
-    """The best rate of every arm, and the mean over its seeds."""
+def tables(rows: list[dict], speeds: dict[str, dict]) -> str:
+    """The best rate of every arm, and the mean over its seeds; its speed alone."""
     lines = []
     for arm in ARMS:
         of_arm = [row for row in rows if row["method"] == arm]
@@ -80,19 +91,20 @@ def tables(rows: list[dict]) -> str:
                 f(best["computing_experts"] or NETWORKS.get(arm, 2.0), 2),
                 f"{best['total']:,}",
                 f"{best['active']:,}",
-                f"{best['tokens_per_second']:,.0f}",
+                f"{speeds[arm]['tokens_per_second']:,.0f}",
+                f"{speeds[arm]['MiB']:,.0f}",
                 f(best["load_entropy"], 3),
                 f(best["dropped"], 3),
             ]
         )
     header = ["arm", "rate", "seeds", *DOMAINS, "mean", "between seeds", "networks per token"]
-    header += ["parameters", "active", "tokens/s", "load entropy", "dropped"]
+    header += ["parameters", "active", "tokens/s", "MiB", "load entropy", "dropped"]
     machine = {(row["machine"], row["torch"]) for row in rows}
     passes = f"{min(r['trained_tokens'] for r in rows):,} trained tokens a run at least"
     return f"{sorted(machine)}, {len(rows)} runs, {passes}.\n\n{markdown(header, lines)}"
 
 
-VERBS = {"data": data, "run": run, "table": table}
+VERBS = {"data": data, "run": run, "speed": speed, "table": table}
 
 
 def main() -> None:

@@ -80,10 +80,10 @@ def test_grouped_does_not_wait_for_the_device():
     assert y.isfinite().all()
 
 
-def test_float32_takes_the_loop_and_says_so(caplog):
+def test_float32_takes_its_experts_one_by_one_and_says_so(caplog):
     dispatch._say_once.cache_clear()
     bank, router, x = parts(512, torch.float32)
-    assert choose_path(bank, x, router(x)) == "loop"
+    assert choose_path(bank, x, router(x)) == "by_expert"
     assert "grouped_mm on CUDA takes bfloat16" in caplog.text
 
 
