@@ -22,14 +22,16 @@ from sparsecraft.checkpoint.pushing import push_to_hub
 from sparsecraft.checkpoint.save import save
 from sparsecraft.dense.sharing import is_sharded
 from sparsecraft.errors import SparsecraftError
+from sparsecraft.moe.decoding.generate import generates_fast
 from sparsecraft.surgery.identity import stands_nowhere
 
 
 def writes_ours(model: nn.Module) -> None:
-    """Let `model.save_pretrained`, and all that calls it, write our checkpoint, and let the model
-    bear its base's name no more."""
+    """Let `model.save_pretrained`, and all that calls it, write our checkpoint, let `generate` be
+    fast, and let the model bear its base's name no more."""
     model.save_pretrained = functools.partial(save_pretrained, model)
     model.push_to_hub = functools.partial(push_to_hub, model)
+    generates_fast(model)
     stands_nowhere(model)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from sparsecraft.dense.crossing import crossing
 
+CACHES = ("cache", "past_key_values")  # the name since transformers 5.24, and before
 POSITIONS = (
     "max_position_embeddings",
     "max_encoder_position_embeddings",

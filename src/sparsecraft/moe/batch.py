@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparsecraft.dense.tokens import Reads
+from sparsecraft.dense.tokens import CACHES, Reads
 from sparsecraft.errors import SparsecraftError
 
 # What no transformers model takes itself, and what a layer may ask for.
@@ -23,7 +23,6 @@ FIELDS = ("attention_mask", "mm_token_type_ids", *OURS)
 HELD = tuple(name for name in FIELDS if name != "expert_ids")
 MASKS = ("attention_mask", "mm_token_type_ids", "prefix_mask")
 INPUTS = ("input_ids", "inputs_embeds")
-CACHES = ("cache", "past_key_values")  # the name since transformers 5.24, and before
 
 
 @dataclass(eq=False)

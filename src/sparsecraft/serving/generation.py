@@ -8,14 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    TextStreamer,
-)
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from sparsecraft.checkpoint.load import load_any
 from sparsecraft.data.encoding import prompt_ids
@@ -24,6 +18,7 @@ from sparsecraft.dense.loading import objective_of
 from sparsecraft.dense.tokens import is_encoder_decoder, positions_of
 from sparsecraft.errors import DataError, SparsecraftError, check_seed
 from sparsecraft.moe.context import context, sentences_of
+from sparsecraft.moe.decoding.loop import decode
 from sparsecraft.moe.outputs import evaluation_mode
 
 
@@ -89,9 +84,8 @@ def answer(
     options: dict[str, Any] = {"do_sample": False}
     if temperature:
         generator = torch.Generator(model.device).manual_seed(seed)
-        draw = partial(_drawn, generator=generator, streamer=streamer)
         options = {"do_sample": True, "temperature": temperature, "num_beams": 1}
-        options["custom_generate"] = draw
+        options["custom_generate"] = partial(decode, generator=generator, streamer=streamer)
     with given(model, messages), evaluation_mode(model):
         output = model.generate(
             ids,
@@ -105,40 +99,6 @@ def answer(
         )
     new = output[0] if is_encoder_decoder(model) else output[0, ids.shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True).strip()
-
-
-class _Draw(LogitsProcessor):
-    """Leaves of each row's tokens the one that the generator draws."""
-
-    def __init__(self, generator: torch.Generator):
-        self.generator = generator
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Of scores (B, V) the drawn one as 0, all others as -inf."""
-        drawn_B1 = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)
-        return torch.full_like(scores, -torch.inf).scatter(1, drawn_B1, 0.0)
-
-
-def _drawn(
-    model: nn.Module,
-    input_ids: Tensor,
-    *,
-    generator: torch.Generator,
-    streamer: TextStreamer | None,
-    logits_processor: LogitsProcessorList,
-    generation_config: GenerationConfig,
-    **kwargs,
-) -> Tensor:
-    """transformers' own sampling, a `custom_generate`, by a generator of its own: where that takes
-    the best token, there is only the one drawn."""
-    generation_config.do_sample = False  # of this call's copy
-    return model._sample(
-        input_ids,
-        logits_processor=LogitsProcessorList([*logits_processor, _Draw(generator)]),
-        generation_config=generation_config,
-        streamer=streamer,
-        **kwargs,
-    )
 
 
 def _room(model: nn.Module, prompt: int) -> float:

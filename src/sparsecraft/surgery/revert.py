@@ -166,7 +166,7 @@ def take_out(model: nn.Module) -> None:
     bears(model, record.named)
     record.own_loss.remove()
     del model.sparsecraft
-    for name in ("save_pretrained", "push_to_hub", "load_state_dict"):
+    for name in ("save_pretrained", "push_to_hub", "load_state_dict", "generate"):
         vars(model).pop(name, None)
 
 

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.dense.loading import objective_of
-from sparsecraft.dense.tokens import is_encoder_decoder, positions_of
+from sparsecraft.dense.tokens import CACHES, is_encoder_decoder, positions_of
 from sparsecraft.errors import DataError
 from sparsecraft.evaluation.budget.loads import NOT_READ, Batch
-from sparsecraft.moe.batch import CACHES
 from sparsecraft.moe.outputs import decoder_ids, evaluation_mode
 
 CONTEXT, ROUNDS = 128, 20

@@ -1,0 +1,161 @@
+"""One decoding step of a model, compiled whole and captured in a CUDA graph.
+
+Shapes: B sequences, L positions of the cache, V words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, StaticLayer
+
+from sparsecraft.dense.tokens import CACHES
+
+log = logging.getLogger("sparsecraft")
+
+# Positions of a cache: one of few sizes, because each is compiled anew. A step reads all of them.
+FIRST_LENGTH, GROWTH = 512, 4
+WARM_UP = 3  # steps before a capture: kernels choose their shapes, and libraries their memory
+MANY = 64  # compiled forms of one function: of each model and size one
+
+
+def cache_length(positions: int) -> int:
+    """The size of a cache that has at least these positions."""
+    length = FIRST_LENGTH
+    while length < positions:
+        length *= GROWTH
+    return length
+
+
+class Step:
+    """The model's next logits for B sequences, from what its own tensors hold.
+
+    Attributes:
+        cache: keys and values of L positions in every layer, windowed layers too: their mask hides
+            what is out of the window.
+        token_B1, position_B1: what the step reads. It counts its position up.
+        mask_BL: which positions hold no padding; None where no sequence has any.
+        logits_BV: float32, of the latest step.
+        state: see `state_of`; what the step was made for.
+        compiled: whether one graph of the compiler is the step; None where that was not tried.
+    """
+
+    def __init__(self, model: nn.Module, batch: int, length: int, padded: bool, compiles: bool):
+        device = model.device
+        self.state = state_of(model)
+        layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        self.cache = Cache(layers=[StaticLayer(length) for _ in range(layers)])
+        self.token_B1 = torch.zeros((batch, 1), dtype=torch.long, device=device)
+        self.position_B1 = torch.zeros_like(self.token_B1)
+        self.mask_BL: Tensor | None = None
+        if padded:
+            self.mask_BL = torch.ones((batch, length), dtype=torch.long, device=device)
+        self.compiled: bool | None = None
+        self._replay: Callable[[], Any] | None = None
+        self._function: Callable[[nn.Module], Tensor] = self._forward
+        self.logits_BV = self._forward(model)  # which gives the cache its memory
+        if compiles:
+            self._compile(model)
+        if device.type == "cuda":
+            self._capture(model)
+
+    def __call__(self, model: nn.Module) -> None:
+        """Read a token, and count one up.
+
+        Args:
+            model: the one that the step was made for, which it does not hold.
+        """
+        if self._replay is None:
+            self.logits_BV = self._function(model)
+        else:
+            self._replay()
+
+    def start(self, mask_BS: Tensor | None) -> None:
+        """Forget all positions; the first S are those of prompts with this padding."""
+        self.cache.reset()
+        if self.mask_BL is not None:
+            self.mask_BL.fill_(1)[:, : mask_BS.shape[1]] = mask_BS
+
+    def _forward(self, model: nn.Module) -> Tensor:
+        given = {cache_name(model): self.cache, "position_ids": self.position_B1}
+        if self.mask_BL is not None:
+            given["attention_mask"] = self.mask_BL
+        output = model(input_ids=self.token_B1, use_cache=True, return_dict=True, **given)
+        self.position_B1.add_(1)
+        return output.logits[:, -1].float()
+
+    def _compile(self, model: nn.Module) -> None:
+        """Let one graph of the compiler be the step, if the model allows it."""
+        start = time.perf_counter()
+        compiled = torch.compile(self._forward, fullgraph=True, dynamic=False)
+        self.compiled = False
+        try:
+            with quiet():
+                self.logits_BV = compiled(model)
+        except Exception as error:  # of the compiler's many kinds
+            log.debug("A decoding step was not compiled: %s", error)
+            return
+        self._function, self.compiled = compiled, True
+        log.info("Compiled a decoding step, once: %.0f s.", time.perf_counter() - start)
+
+    def _capture(self, model: nn.Module) -> None:
+        """Keep the kernels of a step, which then run without Python."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self.cache.reset()
+                self._function(model)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.cache.reset()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.logits_BV = self._function(model)
+        self._replay = graph.replay
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The compiler without its warnings, and without its limit to how often it compiles a function
+    that stands in many models."""
+    with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=MANY):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def cache_name(model: nn.Module) -> str | None:
+    """What a model calls the cache that it is given; None where it takes none by name."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in CACHES if name in parameters), None)
+
+
+def state_of(model: nn.Module) -> tuple:
+    """What a captured step was made for and would not notice: other memory of a weight, another
+    value of an option, a hook.
+
+    Values of tensors are not of it: a captured step reads them anew.
+    """
+    found: list[Any] = [model.config._attn_implementation, torch.is_autocast_enabled("cuda")]
+    for module in model.modules():
+        found.append(vars(module).get("forward", type(module).forward))
+        found += [len(module._forward_hooks), len(module._forward_pre_hooks)]
+        found += [value for value in vars(module).values() if _is_option(value)]
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                found.append((tensor.data_ptr(), tensor.dtype))
+    return tuple(found)
+
+
+def _is_option(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str | None) or (
+        dataclasses.is_dataclass(value) and type(value).__dataclass_params__.frozen
+    )

@@ -1,0 +1,373 @@
+"""Steps against a static cache give the tokens of transformers' own loop, whatever a call asks for,
+and know when they would not. On a CPU nothing is captured: the same steps run in Python.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import threading
+import weakref
+
+import pytest
+import torch
+from transformers import LogitsProcessor, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+import sparsecraft as sc
+from sparsecraft.moe.decoding import loop, step
+from sparsecraft.moe.decoding.loop import STEPS, decode
+from sparsecraft.surgery.budget import set_budget
+from tests import tiny
+from tests.cases import FAMILIES, RECIPES, RUNNING, dense, randomize_new
+
+MANY = [*RECIPES, *(n for n in RUNNING if n.endswith("_sparse"))]
+CAUSAL = [name for name, f in FAMILIES.items() if f.auto == "AutoModelForCausalLM" and f.decodes]
+GREEDY = {"do_sample": False, "pad_token_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(loop, "DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(loop, "COMPILED", 10**6)
+    monkeypatch.setattr(step, "FIRST_LENGTH", 32)
+
+
+def converted(family: str = "llama", recipe: str = "camelidae") -> torch.nn.Module:
+    model = dense(family)
+    sc.convert(model, (RECIPES | RUNNING)[recipe].make(), certify=False)
+    randomize_new(model)
+    if recipe in RUNNING:
+        RUNNING[recipe].ready(model)
+    return model.eval()
+
+
+def prompts(batch: int, length: int, padded: bool) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(3, 90, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, : length // 2] = 0
+        ids = ids * mask
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def both(model, **call) -> tuple:
+    """What transformers' own loop gives, and ours."""
+    call = GREEDY | call
+    torch.manual_seed(0)
+    wanted = type(model).generate(model, **call)
+    torch.manual_seed(0)
+    return wanted, model.generate(**call)
+
+
+def alike(model, **call) -> bool:
+    return torch.equal(*both(model, **call))
+
+
+def steps(model) -> list:
+    return [made for made in STEPS[model].found.values() if made is not None]
+
+
+# ------------------------------------------------------------------ tokens
+@pytest.mark.parametrize("recipe", MANY)
+def test_every_recipe_generates_the_same(recipe):
+    model = converted(recipe=recipe)
+    for batch, padded in ((1, False), (3, False), (3, True)):
+        assert alike(model, **prompts(batch, 7, padded), max_new_tokens=9)
+    assert steps(model)
+
+
+@pytest.mark.parametrize("recipe", ["camelidae", "upcycling", "gmoefication"])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_every_family_generates_the_same(family, recipe):
+    model = converted(family, recipe)
+    for batch, padded in ((2, False), (2, True)):
+        assert alike(model, **prompts(batch, 6, padded), max_new_tokens=8)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_lengths_beyond_the_first_cache(padded):
+    model = converted()
+    for length, new in ((5, 4), (20, 20), (5, 50), (40, 20), (3, 3)):
+        assert alike(model, **prompts(2, length, padded), max_new_tokens=new)
+    sizes = {made.cache.layers[0].max_cache_len for made in steps(model)}
+    assert sizes == {32, 128}
+
+
+def test_windows_are_kept_beyond_their_width():
+    model = dense("mistral" if "mistral" in FAMILIES else CAUSAL[0])
+    if getattr(model.config, "sliding_window", None) is None:
+        model.config.sliding_window = 8
+    sc.convert(model, RECIPES["camelidae"].make(), certify=False)
+    assert alike(model.eval(), **prompts(2, 12, False), max_new_tokens=20)
+
+
+# ------------------------------------------------------------------ what a call may ask for
+CALLS = {
+    "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 20},
+    "top p": {"do_sample": True, "top_p": 0.8, "repetition_penalty": 1.3},
+    "penalties": {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    "least length": {"min_new_tokens": 6, "eos_token_id": [5, 7, 11, 13]},
+    "several ends": {"eos_token_id": list(range(3, 40))},
+    "answers": {"do_sample": True, "num_return_sequences": 3},
+    "words": {"suppress_tokens": [3, 4, 5], "forced_eos_token_id": 2},
+    "no cache": {"use_cache": False},
+    "beams": {"num_beams": 3},
+    "dictionary": {"return_dict_in_generate": True, "output_scores": True},
+    "static": {"cache_implementation": "static"},
+    "lookup": {"prompt_lookup_num_tokens": 2},
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_call_gives_what_transformers_gives(call, batch):
+    if call == "lookup" and batch > 1:
+        pytest.skip("transformers takes one prompt there")
+    wanted, found = both(
+        converted(), **prompts(batch, 7, batch > 1), max_new_tokens=12, **CALLS[call]
+    )
+    if call == "dictionary":
+        assert all(torch.equal(a, b) for a, b in zip(wanted.scores, found.scores, strict=True))
+        wanted, found = wanted.sequences, found.sequences
+    assert torch.equal(wanted, found)
+
+
+class Heard(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], 0
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended += 1
+
+
+def test_strings_that_end_an_answer():
+    tokenizer = tiny.tokenizer()
+    model = tiny.llama()
+    sc.convert(model, RECIPES["camelidae"].make(), certify=False)
+    call = {"stop_strings": ["red", "a", "e"], "tokenizer": tokenizer, "max_new_tokens": 20}
+    assert alike(model.eval(), **prompts(2, 6, False), **call)
+
+
+@pytest.mark.parametrize("ends", [[], list(range(3, 40))])
+def test_a_streamer_hears_every_token_once(ends):
+    model, heard = converted(), (Heard(), Heard())
+    call = GREEDY | prompts(1, 6, False) | {"max_new_tokens": 12, "eos_token_id": ends or None}
+    wanted = type(model).generate(model, **call, streamer=heard[0])
+    found = model.generate(**call, streamer=heard[1])
+    assert torch.equal(wanted, found) and steps(model)
+    assert heard[0].tokens == heard[1].tokens == found.flatten().tolist()
+    assert heard[1].ended == 1
+
+
+class Counts(LogitsProcessor, StoppingCriteria):
+    """A user's processor and criterion, with a state of its own."""
+
+    def __init__(self):
+        self.lengths = []
+
+    def __call__(self, input_ids, scores):
+        self.lengths.append(input_ids.shape[1])
+        if scores is not None:  # as a processor
+            return scores.roll(1, -1)
+        return input_ids[:, -1] < 40
+
+
+def test_code_of_users_sees_no_token_behind_the_end():
+    model, seen = converted(), []
+    for generate in (lambda **c: type(model).generate(model, **c), model.generate):
+        counts = Counts()
+        found = generate(
+            **GREEDY, **prompts(2, 6, False), max_new_tokens=12, eos_token_id=2,
+            logits_processor=[counts], stopping_criteria=[counts],
+        )  # fmt: skip
+        seen.append((found.tolist(), counts.lengths))
+    assert seen[0] == seen[1] and steps(model)
+
+
+def test_a_generator_draws_the_same_by_both_loops(monkeypatch):
+    model, found = converted(), []
+    for devices in (("cpu",), ()):
+        monkeypatch.setattr(loop, "DEVICES", devices)
+        draws = torch.Generator().manual_seed(4)
+        found.append(
+            model.generate(
+                **prompts(2, 6, False), do_sample=True, max_new_tokens=12, pad_token_id=0,
+                custom_generate=lambda *a, draws=draws, **k: decode(*a, generator=draws, **k),
+            )
+        )  # fmt: skip
+    assert torch.equal(*found)
+
+
+# ------------------------------------------------------------------ what changes between calls
+def test_steps_are_kept_and_made_anew_where_the_model_changes():
+    model, call = converted(), {**prompts(2, 6, False), "max_new_tokens": 8}
+
+    def made():
+        assert alike(model, **call)
+        return steps(model)[-1]
+
+    first = made()
+    assert made() is first
+    with torch.no_grad():  # other values in the same memory
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    assert made() is first
+    model.load_state_dict({k: v.clone() * 1.1 for k, v in model.state_dict().items()})
+    assert made() is first
+    model.lm_head.weight.data = model.lm_head.weight.data.clone().flip(0)  # other memory
+    second = made()
+    assert second is not first
+    model.double()
+    third = made()
+    assert third is not second
+    handle = model.model.layers[0].register_forward_hook(lambda m, a, y: y)
+    fourth = made()
+    assert fourth is not third
+    handle.remove()
+    model.model.layers[0].mlp.forward = model.model.layers[1].mlp.forward
+    assert made() is not fourth
+
+
+@pytest.mark.parametrize("recipe", [n for n in RUNNING if n.endswith("_sparse")])
+def test_budgets_change_what_runs(recipe):
+    model = converted(recipe=recipe)
+    assert alike(model, **prompts(2, 6, False), max_new_tokens=8)
+    for share in (1.0, None, 1.0):
+        set_budget(model, share)
+        assert alike(model, **prompts(2, 6, False), max_new_tokens=8)
+    assert steps(model)
+
+
+def test_another_budget_is_another_step():
+    model, made = converted(recipe="gmoefication_sparse"), []
+    for share in (0.25, 0.75, 0.75, 1.0):
+        set_budget(model, share)
+        assert alike(model, **prompts(2, 6, False), max_new_tokens=8)
+        made.append(steps(model)[-1])
+    assert made[1] is made[2] and len({id(m) for m in made}) == 3
+
+
+def test_forms_for_inference_generate_the_same():
+    for recipe in ("camelidae", "molora", "mov"):
+        model = converted(recipe=recipe)
+        before = model.generate(**GREEDY, **prompts(2, 6, False), max_new_tokens=8)
+        sc.fast(model)
+        wanted, found = both(model, **prompts(2, 6, False), max_new_tokens=8)
+        assert torch.equal(wanted, found) and torch.equal(before, found)
+
+
+def test_two_caches_of_a_model_are_kept():
+    model = converted()
+    for batch in (1, 2, 3, 1):
+        model.generate(**GREEDY, **prompts(batch, 6, False), max_new_tokens=4)
+    assert len(STEPS[model].found) == loop.KEPT
+
+
+# ------------------------------------------------------------------ where transformers' loop runs
+def test_what_is_left_to_transformers(caplog):
+    caplog.set_level(logging.DEBUG, "sparsecraft")
+
+    def reason(model, **call):
+        caplog.clear()
+        assert alike(model, **(prompts(2, 6, False) | {"max_new_tokens": 6} | call))
+        return caplog.text
+
+    model = converted()
+    assert "cache is off" in reason(model, use_cache=False)
+    assert "is training" in reason(model.train())
+    model.eval()
+    with sc.trace(model) as traced:
+        assert "trace" in reason(model)
+        assert traced
+    assert "reads more than tokens" in reason(
+        model, inputs_embeds=model.get_input_embeddings()(prompts(2, 6, False)["input_ids"])
+    )
+    assert "reads more than tokens" not in reason(model) and steps(model)
+    STEPS[model].lock.acquire()
+    assert "in use" in reason(model)
+
+
+def test_a_step_that_cannot_be_made_is_not_tried_twice(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "sparsecraft")
+    model, tried = converted(), []
+
+    def fails(*args):
+        tried.append(args)
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(loop, "Step", fails)
+    for _ in range(2):
+        assert alike(model, **prompts(2, 6, False), max_new_tokens=6)
+    assert len(tried) == 1 and "no room" in caplog.text
+
+
+def test_encoders_and_what_is_no_generator_are_as_they_were():
+    model = converted("t5", "camelidae")
+    assert alike(model, **prompts(2, 6, False), max_new_tokens=6)
+    assert "generate" not in vars(converted("bert", "camelidae"))
+
+
+def test_revert_and_copies():
+    model = converted()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.neg_()
+    for each in (model, other):
+        assert alike(each, **prompts(2, 6, False), max_new_tokens=6)
+    assert STEPS[model] is not STEPS[other]
+    assert model.generate.args[0] is model and other.generate.args[0] is other
+    sc.revert(model)
+    assert "generate" not in vars(model)
+
+
+def test_threads_share_a_model():
+    model, found = converted(), {}
+    call = GREEDY | prompts(2, 6, False) | {"max_new_tokens": 8}
+    wanted = type(model).generate(model, **call)
+
+    def ask(number):
+        found[number] = [model.generate(**call) for _ in range(5)]
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(wanted, ids) for answers in found.values() for ids in answers)
+
+
+# ------------------------------------------------------------------ compiled whole
+@pytest.mark.parametrize("recipe", ["camelidae", "molora", "mov", "upcycling", "gmoefication"])
+def test_one_graph_and_few_compilations(recipe, monkeypatch):
+    monkeypatch.setattr(loop, "COMPILED", 1)
+    graphs, real = [], torch.compile
+
+    def counted(function, **options):
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        assert options.pop("fullgraph")
+        return real(function, fullgraph=True, backend=backend, **options)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    model = converted(recipe=recipe)
+    for length, new in ((5, 4), (9, 20), (3, 10), (20, 30), (11, 40), (5, 4), (7, 7)):
+        assert alike(model, **prompts(1, length, False), max_new_tokens=new)
+    assert all(made.compiled for made in steps(model))
+    assert 1 <= len(graphs) <= 3
+
+
+def test_a_model_with_steps_is_freed():
+    model = converted()
+    model.generate(**GREEDY, **prompts(1, 6, False), max_new_tokens=4)
+    before, gone = len(STEPS), weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None and len(STEPS) == before - 1
