@@ -10,6 +10,8 @@ try:  # absent from CPU builds of torch
 except ImportError:
     triton = None
 
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+
 
 def usable(x: Tensor) -> bool:
     """Whether the Triton kernels run on this tensor."""
@@ -54,3 +56,16 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def is_few(x: Tensor) -> bool:
     """Whether the kernels for a handful of tokens run on these, (..., D)."""
     return 0 < x.numel() <= FEW_TOKENS * x.shape[-1] and usable(x)
+
+
+def is_handful(x_TD: Tensor, *others: Tensor | None) -> bool:
+    """Whether operators for a handful of tokens without gradients run on these, or on what a
+    compiler puts in their place."""
+    return (
+        (x_TD.is_cuda or INTERPRETED)
+        and triton is not None
+        and x_TD.dtype != torch.float64
+        and 0 < len(x_TD) <= FEW_TOKENS
+        and not needs_grad(x_TD, *others)
+        and not is_transformed()
+    )

@@ -87,6 +87,16 @@ def rows(
     return y_TN, y_TM
 
 
+def scores(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
+    """`rows` of one weight, under torch.compile as one operator."""
+    return _scores(x_TD, weight_ND)
+
+
+def _rows_here(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
+    with torch.cuda.device_of(x_TD):  # Triton launches on the current one
+        return rows(x_TD, weight_ND)[0]
+
+
 def add_lora(
     z_TN: Tensor,
     gate_TE: Tensor | None,
@@ -118,6 +128,16 @@ def fits_add_lora(b_EOR: Tensor) -> bool:
 
 
 if triton is not None:
+    _scores = torch.library.custom_op(
+        "sparsecraft::scores",
+        _rows_here,
+        mutates_args=(),
+        schema="(Tensor x, Tensor weight) -> Tensor",
+    )
+
+    @_scores.register_fake
+    def _(x, weight):
+        return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
 
     @triton.jit
     def _stack(

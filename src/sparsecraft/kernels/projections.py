@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsecraft.kernels.device import is_few, needs_grad
-from sparsecraft.kernels.product import HIGH, LOW, MIDDLE, product, rows, stack
+from sparsecraft.kernels.device import is_few, is_handful, needs_grad
+from sparsecraft.kernels.product import HIGH, LOW, MIDDLE, product, rows, scores, stack
 from sparsecraft.kernels.vectors import backward, forward, usable
 
 # Below this, the cast of the tokens costs less than splitting the weight.
@@ -51,6 +51,8 @@ def float32_product(x_TI: Tensor, weight_EI: Tensor) -> Tensor:
     with torch.autocast(x_TI.device.type, enabled=False):
         if is_few(x_TI) and not needs_grad(x_TI, weight_EI):
             return rows(x_TI, weight_EI)[0]
+        if torch.compiler.is_compiling() and is_handful(x_TI, weight_EI):
+            return scores(x_TI, weight_EI)
         if _splits(x_TI, weight_EI):
             return Projections.apply(x_TI, None, weight_EI, False)[2]
         dtype = torch.promote_types(x_TI.dtype, torch.float32)

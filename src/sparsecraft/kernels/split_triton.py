@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparsecraft.kernels.device import INTERPRETED
 from sparsecraft.kernels.selection import Active, early
-from sparsecraft.kernels.vectors import INTERPRETED
 
 try:  # absent from CPU builds of torch
     import triton

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsecraft.kernels.device import needs_grad
+from sparsecraft.kernels.device import INTERPRETED, needs_grad
 
 
 def mix_vectors(x_TO: Tensor, weights_SE: Tensor, vectors_EO: Tensor, sums_to_one: bool) -> Tensor:
@@ -75,7 +75,6 @@ FORWARD_TILE, FEW_TOKENS_BO = (16, 256), 128
 BACKWARD_TILE = 16, 128
 MAX_RANGES = 32  # parts of the vectors' gradient that are summed at the end
 # Kernels are interpreted or compiled as decided when they are defined.
-INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
 
 def usable(x_TO: Tensor, weights_SE: Tensor, vectors_EO: Tensor) -> bool:

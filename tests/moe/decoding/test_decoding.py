@@ -367,7 +367,7 @@ def test_one_graph_and_few_compilations(recipe, monkeypatch):
 def test_a_model_with_steps_is_freed():
     model = converted()
     model.generate(**GREEDY, **prompts(1, 6, False), max_new_tokens=4)
-    before, gone = len(STEPS), weakref.ref(model)
+    gone = weakref.ref(model)
     del model
     gc.collect()
-    assert gone() is None and len(STEPS) == before - 1
+    assert gone() is None

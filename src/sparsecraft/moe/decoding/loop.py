@@ -24,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from sparsecraft.dense.tokens import CACHES, is_encoder_decoder
 from sparsecraft.moe.batches import batches_of
 from sparsecraft.moe.context import sentences_of
-from sparsecraft.moe.decoding.step import Step, cache_length, cache_name, state_of
+from sparsecraft.moe.decoding.step import Step, cache_length, cache_name
 from sparsecraft.moe.decoding.stops import Stops
 from sparsecraft.moe.traces import RECORDS
 
@@ -55,8 +55,8 @@ class _Steps:
         compiles &= not model.generation_config.disable_compile
         if key in self.found:
             step = self.found.pop(key)
-            known = step is None or (step.compiled is not None or not compiles)
-            if known and (step is None or step.state == state_of(model)):
+            known = step is None or step.compiled is not None or not compiles
+            if known and (step is None or step.fits(model)):
                 self.found[key] = step
                 return step
         while len(self.found) >= KEPT:

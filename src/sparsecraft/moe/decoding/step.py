@@ -6,6 +6,7 @@ Shapes: B sequences, L positions of the cache, V words.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import logging
 import time
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
 from sparsecraft.dense.tokens import CACHES
+from sparsecraft.kernels.device import version
 
 log = logging.getLogger("sparsecraft")
 
@@ -45,13 +47,13 @@ class Step:
         token_B1, position_B1: what the step reads. It counts its position up.
         mask_BL: which positions hold no padding; None where no sequence has any.
         logits_BV: float32, of the latest step.
-        state: see `state_of`; what the step was made for.
+        state, versions: see `state_of`; what the step was made for.
         compiled: whether one graph of the compiler is the step; None where that was not tried.
     """
 
     def __init__(self, model: nn.Module, batch: int, length: int, padded: bool, compiles: bool):
         device = model.device
-        self.state = state_of(model)
+        self.state, self.versions = state_of(model)
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self.cache = Cache(layers=[StaticLayer(length) for _ in range(layers)])
         self.token_B1 = torch.zeros((batch, 1), dtype=torch.long, device=device)
@@ -67,6 +69,16 @@ class Step:
             self._compile(model)
         if device.type == "cuda":
             self._capture(model)
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether the step is still the model's; with other values of its tensors it is made so."""
+        state, versions = state_of(model)
+        if state != self.state:
+            return False
+        if versions != self.versions and self._replay is not None:
+            self._capture(model)
+        self.versions = versions
+        return True
 
     def __call__(self, model: nn.Module) -> None:
         """Read a token, and count one up.
@@ -138,24 +150,25 @@ def cache_name(model: nn.Module) -> str | None:
     return next((name for name in CACHES if name in parameters), None)
 
 
-def state_of(model: nn.Module) -> tuple:
+def state_of(model: nn.Module) -> tuple[list, list]:
     """What a captured step was made for and would not notice: other memory of a weight, another
-    value of an option, a hook.
-
-    Values of tensors are not of it: a captured step reads them anew.
-    """
+    value of an option, a hook; and how often every tensor was written, on which depends what is
+    computed once and kept."""
     found: list[Any] = [model.config._attn_implementation, torch.is_autocast_enabled("cuda")]
+    versions = []
     for module in model.modules():
-        found.append(vars(module).get("forward", type(module).forward))
+        held = vars(module)
+        found.append(held.get("forward", type(module).forward))
         found += [len(module._forward_hooks), len(module._forward_pre_hooks)]
-        found += [value for value in vars(module).values() if _is_option(value)]
+        found += [value for value in held.values() if _is_option(type(value))]
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
-                found.append((tensor.data_ptr(), tensor.dtype))
-    return tuple(found)
+                found += [tensor.data_ptr(), tensor.dtype]
+                versions.append(version(tensor))
+    return found, versions
 
 
-def _is_option(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str | None) or (
-        dataclasses.is_dataclass(value) and type(value).__dataclass_params__.frozen
-    )
+@functools.cache
+def _is_option(kind: type) -> bool:
+    frozen = dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen
+    return kind in (bool, int, float, str, type(None)) or frozen

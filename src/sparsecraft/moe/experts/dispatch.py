@@ -11,12 +11,14 @@ from torch import Tensor
 
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.kernels import dense as dense_kernel
+from sparsecraft.kernels import few as few_kernel
 from sparsecraft.kernels import grouped as grouped_kernel
 from sparsecraft.kernels import one_token as one_token_kernel
-from sparsecraft.kernels.device import compute_dtype, is_transformed
+from sparsecraft.kernels.device import compute_dtype, is_handful, is_transformed
 from sparsecraft.moe.routing import Routing
 
 if TYPE_CHECKING:
+    from sparsecraft.kernels.two_layer import TwoLayer
     from sparsecraft.moe.experts.base import Experts
 
 log = logging.getLogger("sparsecraft")
@@ -69,6 +71,12 @@ def one_token(bank: Experts, x_TI: Tensor, routing: Routing) -> Tensor:
     return one_token_kernel.one_token(bank.two_layer(x_TI.dtype), x_TI, *decided)
 
 
+def few(bank: Experts, x_TI: Tensor, routing: Routing) -> Tensor:
+    """A handful of tokens: each slot by the matrices of its own expert."""
+    decided = routing.weights_TK, routing.indices_TK, routing.sums_to_one
+    return few_kernel.networks(bank.two_layer(x_TI.dtype), x_TI, *decided)
+
+
 def dense(bank: Experts, x_TI: Tensor, routing: Routing) -> Tensor:
     """All experts on all tokens, mixed by a mostly zero weight."""
     x_TI = x_TI.to(compute_dtype(x_TI))
@@ -95,7 +103,7 @@ PATHS = {
     "dense": dense,
     "merged": merged,
 }
-WAYS = PATHS | {"one_token": one_token}  # no `dispatch`: there may be more tokens
+WAYS = PATHS | {"one_token": one_token, "few": few}  # no `dispatch`: there may be more tokens
 
 
 def why_not_grouped(bank: Experts, x_TI: Tensor) -> str | None:
@@ -133,6 +141,8 @@ def choose_path(bank: Experts, x_TI: Tensor, routing: Routing) -> str:
         return "loop"
     if one_token_kernel.is_alone(x_TI, slots) and _runs_alone(bank, x_TI):
         return "one_token"
+    if is_handful(x_TI) and _runs_few(bank, x_TI, slots):
+        return "few"
     small = tokens <= bank.dense_tokens
     if small and not x_TI.is_cuda:
         small = tokens * sum(p.numel() for p in bank.parameters()) <= CPU_DENSE_PRODUCTS
@@ -153,9 +163,19 @@ def choose_path(bank: Experts, x_TI: Tensor, routing: Routing) -> str:
 
 def _runs_alone(bank: Experts, x_TI: Tensor) -> bool:
     """Whether one expert of the bank is no more than two products of x's type and no dropout."""
-    dtype = next(bank.parameters()).dtype  # in another, a cast would copy the bank
-    net = bank.two_layer(dtype) if dtype == x_TI.dtype else None
+    net = _in_own_type(bank, x_TI)
     return net is not None and not net.input_dropout and not net.output_dropout
+
+
+def _runs_few(bank: Experts, x_TI: Tensor, slots: int) -> bool:
+    net = _in_own_type(bank, x_TI)
+    return net is not None and few_kernel.fits(net, x_TI, slots)
+
+
+def _in_own_type(bank: Experts, x_TI: Tensor) -> TwoLayer | None:
+    """The two-layer form of a bank of x's type: in another, a cast would copy the bank."""
+    dtype = next(bank.parameters()).dtype
+    return bank.two_layer(dtype) if dtype == x_TI.dtype else None
 
 
 @functools.cache

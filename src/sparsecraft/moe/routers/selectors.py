@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from sparsecraft.kernels import few
+
 Selector = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -21,6 +23,8 @@ def top_k(
             softmax over all experts (Switch, sparse upcycling), which sums to less than one.
         balance: the softmax over all experts -> what they are chosen by; None for the logits.
     """
+    if balance is None and few.picks(logits_TE):
+        return few.top_k(logits_TE, k, renormalize)
     if balance is None:
         top_TK, indices_TK = logits_TE.topk(k, dim=-1)
     else:
