@@ -22,6 +22,7 @@ from sparsecraft.kernels.projections import (
     project,
     scales_in_chunks,
 )
+from sparsecraft.moe import operators
 from sparsecraft.moe.experts.lora import LoRAExperts
 from sparsecraft.moe.experts.split import SplitExperts
 from sparsecraft.moe.experts.vector import VectorExperts
@@ -52,7 +53,7 @@ def faster(layer: MoELayer) -> Callable | None:
         case "after", VectorExperts() if isinstance(layer.base, nn.Linear):
             return vector_after
         case (("replace" | "imitate"), SplitExperts()) if unrecorded(layer):
-            return parts_in_use
+            return operators.run if operators.stands_alone(layer) else parts_in_use
     return None
 
 

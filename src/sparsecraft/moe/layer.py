@@ -49,6 +49,7 @@ class MoELayer(nn.Module):
         sequence_first: whether they come as (positions, batch, width).
         warned: whether it was said that a batch's mask is not of the layer's tokens.
         joined: what the layer computes in a form for inference; see `sparsecraft.moe.joined`.
+        operator: its number as an operator; 0 for none. See `sparsecraft.moe.operators`.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class MoELayer(nn.Module):
         self.batches: Batches | None = None
         self.warned = False
         self.joined: nn.Module | None = None
+        self.operator = 0
 
     def __setattr__(self, name: str, value: Any) -> None:
         # PEFT's target_parameters puts a module that is no bank in the place of one.

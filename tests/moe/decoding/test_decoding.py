@@ -16,6 +16,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import sparsecraft as sc
+from sparsecraft.moe import operators
 from sparsecraft.moe.decoding import loop, step
 from sparsecraft.moe.decoding.loop import STEPS, decode
 from sparsecraft.surgery.budget import set_budget
@@ -350,7 +351,7 @@ def test_one_graph_and_few_compilations(recipe, monkeypatch):
 
     def counted(function, **options):
         def backend(graph, inputs):
-            graphs.append(graph)
+            graphs.append(graph.code)
             return graph.forward
 
         assert options.pop("fullgraph")
@@ -371,3 +372,27 @@ def test_a_model_with_steps_is_freed():
     del model
     gc.collect()
     assert gone() is None
+
+
+def test_split_networks_are_operators_of_their_own_model(monkeypatch):
+    monkeypatch.setattr(loop, "COMPILED", 1)
+    graphs, real = [], torch.compile
+
+    def counted(function, **options):
+        def backend(graph, inputs):
+            graphs.append(graph.code)
+            return graph.forward
+
+        return real(function, backend=backend, **options)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    model = converted(recipe="gmoefication_sparse")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.3)
+    for each in (model, other, model, copy.deepcopy(other)):
+        assert alike(each, **prompts(1, 6, False), max_new_tokens=8)
+        assert all(made.compiled for made in steps(each))
+    assert all(code.count("torch.ops.sparsecraft.layer") == 2 for code in graphs)
+    assert not operators.WANTED

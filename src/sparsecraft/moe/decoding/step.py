@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from sparsecraft.dense.tokens import CACHES
 from sparsecraft.kernels.device import version
+from sparsecraft.moe import operators
 
 log = logging.getLogger("sparsecraft")
 
@@ -53,6 +54,7 @@ class Step:
 
     def __init__(self, model: nn.Module, batch: int, length: int, padded: bool, compiles: bool):
         device = model.device
+        operators.number(model)
         self.state, self.versions = state_of(model)
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self.cache = Cache(layers=[StaticLayer(length) for _ in range(layers)])
@@ -109,10 +111,10 @@ class Step:
         """Let one graph of the compiler be the step, if the model allows it."""
         start = time.perf_counter()
         compiled = torch.compile(self._forward, fullgraph=True, dynamic=False)
+        compiled = quiet()(operators.wanted()(compiled))  # at every call: both are in its guards
         self.compiled = False
         try:
-            with quiet():
-                self.logits_BV = compiled(model)
+            self.logits_BV = compiled(model)
         except Exception as error:  # of the compiler's many kinds
             log.debug("A decoding step was not compiled: %s", error)
             return
