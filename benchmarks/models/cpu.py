@@ -21,28 +21,17 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MixtralConfig
+from transformers import DynamicCache
 from transformers import MixtralForCausalLM as Mixtral
 
 import sparsecraft as sc
 from benchmarks.lab import clocks
 from benchmarks.lab.tables import markdown, measure_and_write
+from benchmarks.models.shapes import EXPERTS, SHAPES, SPLIT, dense_of, fill, mixtral_of
 
 HERE = Path(__file__).parent
-SHAPES = {
-    "SmolLM2 135M": {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
-    "1.1B": {
-        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
-        "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000,
-    },
-}  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BEHIND, PROMPT = 128, 256
-EXPERTS, SPLIT = 4, 32  # of an upcycled model, two in use; of a split one
 
 
 def _split() -> sc.Recipe:
@@ -62,37 +51,13 @@ SIDES: dict[str, tuple[Callable[[], sc.Recipe], bool, float | None]] = {
 
 
 # ------------------------------------------------------------------ sides
-def dense_of(shape: dict, dtype: torch.dtype) -> nn.Module:
-    config = LlamaConfig(**shape, max_position_embeddings=4096)
-    return _made(LlamaForCausalLM, config, dtype)
-
-
-def mixtral_of(shape: dict, dtype: torch.dtype) -> nn.Module:
-    """transformers' own mixture of the same networks."""
-    sizes = {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "sliding_window": None}
-    return _made(Mixtral, MixtralConfig(**shape, **sizes, max_position_embeddings=4096), dtype)
-
-
-def _made(kind: type, config, dtype: torch.dtype) -> nn.Module:
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        return kind(config).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(before)
-
-
 def side_of(name: str, shape: dict, dtype: torch.dtype) -> nn.Module:
     if name == "Mixtral of transformers":
         return mixtral_of(shape, dtype)
     recipe, fast, share = SIDES[name]
     model = dense_of(shape, dtype)
     sc.convert(model, recipe(), certify=False)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith(("lora_B", "experts.up")):  # which start at zero
-                parameter.normal_(std=0.01)
+    fill(model)
     model.eval().requires_grad_(False)
     if share is not None:
         sc.set_budget(model, share)
@@ -195,7 +160,7 @@ def tables(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["SmolLM2 135M", "1.1B"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--sides", nargs="+", default=[*SIDES, "Mixtral of transformers"])
     parser.add_argument("--threads", type=int, default=2)

@@ -1,0 +1,250 @@
+"""Tokens per second of whole models by the public `generate` on a GPU, over one dense decoding step
+that was compiled whole and captured, of the same run.
+
+Each side is a process of its own. All build their models and compile at once; then one after the
+other is timed alone. A row says what `generate` gives, from the time that 256 further tokens take
+beyond 32, and what its step alone takes. Weights are random; bytes says what a decoded token would
+take of the dense model's time if weights were all that is read.
+
+    python -m benchmarks.models.decode --shape 1.1B --batch 1      # one NVIDIA H200
+    python -m benchmarks.models.decode --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import sparsecraft as sc
+from benchmarks.lab import clocks
+from benchmarks.lab.tables import f, insert, markdown
+from benchmarks.models.shapes import EXPERTS, SHAPES, SPLIT, dense_of, fill, mixtral_of
+from sparsecraft.moe.decoding import loop
+from sparsecraft.moe.decoding.generate import generates_fast
+
+HERE = Path(__file__).parent
+PROMPT, FEW, MORE, ROUNDS = 128, 32, 256, 5
+WAIT = 900  # seconds for the slowest side to compile
+
+
+def _split() -> sc.Recipe:
+    return sc.recipes.gmoefication(num_experts=SPLIT)
+
+
+# Name -> recipe, whether it gets its form for inference, and the share of experts that run.
+SIDES: dict[str, tuple[Callable[[], sc.Recipe], bool, float | None]] = {
+    "camel": (sc.recipes.camel, False, None),
+    "camel, fast": (sc.recipes.camel, True, None),
+    "camelidae": (sc.recipes.camelidae, False, None),
+    "camelidae, fast": (sc.recipes.camelidae, True, None),
+    "mov": (sc.recipes.mov, False, None),
+    "mov, fast": (sc.recipes.mov, True, None),
+    "molora": (sc.recipes.molora, False, None),
+    "molora, fast": (sc.recipes.molora, True, None),
+    "upcycling": (lambda: sc.recipes.upcycling(EXPERTS, 2), False, None),
+    "split at half": (_split, False, 0.5),
+    "split at a quarter": (_split, False, 0.25),
+}
+# Of the dense model, and of transformers' mixture: a captured step, or transformers' own loop.
+PEERS = (
+    "dense",
+    "dense, transformers' compiled",
+    "dense, eager",
+    "Mixtral, transformers' compiled",
+)
+EAGER = "camelidae, eager"
+
+
+# ------------------------------------------------------------------ sides
+def built(args, name: str) -> nn.Module:
+    shape, dtype = SHAPES[args.shape], getattr(torch, args.dtype)
+    if name.startswith("Mixtral"):
+        return mixtral_of(shape, dtype, args.device)
+    model = dense_of(shape, dtype, args.device)
+    if name.startswith("dense"):
+        if name == "dense":
+            generates_fast(model)
+        return model
+    recipe, fast, share = SIDES[name.removesuffix(", eager")]
+    sc.convert(model, recipe(), certify=False)
+    fill(model)
+    model.eval().requires_grad_(False)
+    if share is not None:
+        sc.set_budget(model, share)
+    if fast:
+        sc.fast(model)
+    return model
+
+
+def side(args, name: str, ready, alone, rows) -> None:
+    """A process: build and compile, wait for the others, be timed alone."""
+    try:
+        row = {"shape": args.shape, "dtype": args.dtype, "batch": args.batch, "side": name}
+        call, model = prepared(args, name)
+        begun = time.perf_counter()
+        call(FEW), call(FEW)
+        row["first_seconds"] = time.perf_counter() - begun
+    finally:
+        ready.wait(WAIT)
+    with alone:
+        rows.put(row | measured(args, name, call, model) | clocks.about(args.device))
+
+
+def prepared(args, name: str) -> tuple[Callable[[int], torch.Tensor], nn.Module]:
+    model = built(args, name)
+    if name.endswith("eager"):
+        loop.DEVICES = ()
+    elif args.device == "cpu":
+        loop.DEVICES = ("cpu",)
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    if name in COMPILED:
+        options |= {"cache_implementation": "static", "max_cache_len": 512}
+    ids = torch.randint(5, model.config.vocab_size, (args.batch, PROMPT), device=args.device)
+
+    def call(new: int) -> torch.Tensor:
+        return model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **options
+        )
+
+    return call, model
+
+
+def measured(args, name: str, call: Callable, model: nn.Module) -> dict:
+    def seconds(new: int) -> float:
+        clocks.sync(args.device)
+        begun = time.perf_counter()
+        call(new)
+        clocks.sync(args.device)
+        return time.perf_counter() - begun
+
+    times = [(seconds(FEW + MORE) - seconds(FEW)) / MORE for _ in range(ROUNDS)]
+    row = {"ms": 1e3 * statistics.median(times)}
+    row["tokens_per_second"] = 1e3 * args.batch / row["ms"]
+    made = (
+        [step for step in loop.STEPS[model].found.values() if step] if model in loop.STEPS else []
+    )
+    if made:
+        row["compiled"] = made[-1].compiled
+        row["step_ms"] = step_time(args, made[-1], model)
+        if args.profile:
+            row["kernels"] = kernels(made[-1], model)
+    if not name.startswith("Mixtral"):
+        row["active"] = sc.count(model).active
+    return row
+
+
+def step_time(args, step, model: nn.Module) -> float:
+    """Median milliseconds of the step alone, behind the prompt."""
+
+    def call() -> None:
+        step(model)
+
+    step.start(step.mask_BL)
+    for layer in step.cache.layers:
+        layer.cumulative_length.fill_(PROMPT)
+    times = clocks.block_times([call], 100, args.device)
+    return statistics.median(times[50:])
+
+
+def kernels(step, model: nn.Module) -> dict[str, list[float]]:
+    """Name -> launches and microseconds in one step, the longest first."""
+    step.start(step.mask_BL)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(5):
+            step(model)
+        torch.cuda.synchronize()
+    found = [e for e in profile.key_averages() if e.self_device_time_total]
+    found.sort(key=lambda event: -event.self_device_time_total)
+    return {e.key[:90]: [e.count / 5, round(e.self_device_time_total / 5, 1)] for e in found[:16]}
+
+
+# ------------------------------------------------------------------ all
+def measure(args) -> list[dict]:
+    """The rows of all sides, by processes that wait for each other."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
+    context = multiprocessing.get_context("spawn")
+    ready, alone, rows = context.Barrier(len(args.sides)), context.Lock(), context.Queue()
+    workers = [context.Process(target=side, args=(args, n, ready, alone, rows)) for n in args.sides]
+    for worker in workers:
+        worker.start()
+    found = []
+    while any(worker.is_alive() for worker in workers) or not rows.empty():
+        try:
+            found.append(rows.get(timeout=1))
+        except multiprocessing.queues.Empty:
+            continue
+        print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def merge(old: list[dict], new: list[dict]) -> list[dict]:
+    """The rows of a run in the place of those of the same sides, shapes and batches."""
+
+    def key(row: dict) -> tuple:
+        return row["shape"], row["dtype"], row["batch"], row["side"]
+
+    return list(({key(row): row for row in old} | {key(row): row for row in new}).values())
+
+
+def tables(rows: list[dict]) -> str:
+    header = [
+        "model",
+        "batch",
+        "side",
+        "tokens/s",
+        "of the dense step",
+        "bytes allow",
+        "step alone",
+    ]
+    header += ["compiled", "first calls, s"]
+    lines = []
+    for row in rows:
+        same = [r for r in rows if all(r[k] == row[k] for k in ("shape", "dtype", "batch"))]
+        dense = next((r for r in same if r["side"] == "dense"), None)
+        floor = dense and 1e3 * dense["batch"] / dense["step_ms"]
+        step = row.get("step_ms") and 1e3 * row["batch"] / row["step_ms"]
+        allow = dense and row.get("active") and row["batch"] == 1
+        lines.append(
+            [
+                f"{row['shape']}, {row['dtype']}", row["batch"], row["side"],
+                f"{row['tokens_per_second']:.0f}",
+                f(floor and row["tokens_per_second"] / floor, 2),
+                f(dense["active"] / row["active"], 2) if allow else None,
+                f(step, 0), row.get("compiled"), f"{row['first_seconds']:.0f}",
+            ]
+        )  # fmt: skip
+    machines = sorted({f"{row['machine']}, torch {row['torch']}" for row in rows})
+    return f"{'; '.join(machines)}.\n\n{markdown(header, lines)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", choices=SHAPES, default="1.1B")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--sides", nargs="+", default=[*PEERS, *SIDES, EAGER])
+    parser.add_argument("--profile", action="store_true", help="the kernels of a step too")
+    parser.add_argument("--table", action="store_true", help="only rewrite the page's tables")
+    parser.add_argument("--out", type=Path, default=HERE / "decode.json")
+    args = parser.parse_args()
+    rows = json.loads(args.out.read_text()) if args.out.exists() else []
+    if not args.table:
+        rows = merge(rows, measure(args))
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    page = args.out.with_suffix(".md")
+    insert(page, tables(rows))
+    print(page.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Random dense models and mixtures of the shapes that whole models are timed at."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+SHAPES = {
+    "SmolLM2 135M": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "1.1B": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000,
+    },
+    "7B": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
+    },
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
+    },
+}  # fmt: skip
+EXPERTS, SPLIT = 4, 32  # of an upcycled model, two in use; of a split one
+
+
+def dense_of(shape: dict, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
+    config = LlamaConfig(**shape, max_position_embeddings=4096)
+    return _made(LlamaForCausalLM, config, dtype, device)
+
+
+def mixtral_of(shape: dict, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
+    """transformers' own mixture of the same networks."""
+    sizes = {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "sliding_window": None}
+    config = MixtralConfig(**shape, **sizes, max_position_embeddings=4096)
+    return _made(MixtralForCausalLM, config, dtype, device)
+
+
+def _made(kind: type, config, dtype: torch.dtype, device: str) -> nn.Module:
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return kind(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def fill(model: nn.Module) -> None:
+    """Give the new matrices that start at zero other values."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("lora_B", "experts.up")):
+                parameter.normal_(std=0.01)
