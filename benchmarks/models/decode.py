@@ -55,12 +55,8 @@ SIDES: dict[str, tuple[Callable[[], sc.Recipe], bool, float | None]] = {
     "split at a quarter": (_split, False, 0.25),
 }
 # Of the dense model, and of transformers' mixture: a captured step, or transformers' own loop.
-PEERS = (
-    "dense",
-    "dense, transformers' compiled",
-    "dense, eager",
-    "Mixtral, transformers' compiled",
-)
+COMPILED = ("dense, transformers' compiled", "Mixtral, transformers' compiled")
+PEERS = ("dense", "dense, eager", *COMPILED)
 EAGER = "camelidae, eager"
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsecraft.errors import RecipeError, SparsecraftError, did_you_mean
+from sparsecraft.moe.balance import switch_of_layers
 from sparsecraft.moe.routing import Routing
 
 Loss = Callable[[Routing, Tensor | None], Tensor]
@@ -297,14 +298,21 @@ def auxiliary_loss(
     parts, total = {}, 0.0
     for name, coefficient in coefficients.items():
         plain, scaled = defaultdict(list), defaultdict(list)
-        for layer, routing in traced.items():
-            value = LOSSES[name](routing, masks(layer))
+        found = _of_layers(name, list(traced.values()), [masks(layer) for layer in traced])
+        for (layer, routing), value in zip(traced.items(), found, strict=True):
             plain[groups(layer)].append(value)
             scale = routing.loss_scale if name in routing.scaled else None
             scaled[groups(layer)].append(value if scale is None else value * scale)
         parts[name] = _summed(plain)
         total = total + coefficient * _summed(scaled)
     return total, parts
+
+
+def _of_layers(name: str, routings: list[Routing], masks: list[Tensor | None]) -> Iterable[Tensor]:
+    """A loss of every layer; the most used ones of all at once."""
+    if name in ("switch", "switch_unnormalized"):
+        return switch_of_layers(routings, masks, normalize_by_topk=name == "switch")
+    return [LOSSES[name](routing, mask_T) for routing, mask_T in zip(routings, masks, strict=True)]
 
 
 def _summed(groups: Mapping[str, list[Tensor]]) -> Tensor:
