@@ -68,6 +68,20 @@ def test_each_path_is_as_near_to_float64_as_the_loop(path, tokens):
         assert relative(ours, want) < 2 * relative(theirs, want) + slack
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_few_tokens_are_as_near_to_float64_as_the_loop(tokens, dtype):
+    bank, router, x = parts(tokens, dtype)
+    with torch.no_grad():
+        routing = router(x)
+        assert choose_path(bank, x, routing) == "few"
+        fast, slow = (run(bank, x, routing) for run in (dispatch.few, loop))
+        wide = router.double()(x.double())
+        assert torch.equal(wide.indices_TK.sort().values, routing.indices_TK.sort().values)
+        exact = loop(bank.double(), x.double(), wide)
+    assert relative(fast, exact) < 2 * relative(slow, exact) + 1e-6
+
+
 def test_grouped_does_not_wait_for_the_device():
     bank, router, x = parts(512)
     with torch.no_grad():

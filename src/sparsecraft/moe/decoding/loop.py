@@ -24,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from sparsecraft.dense.tokens import CACHES, is_encoder_decoder
 from sparsecraft.moe.batches import batches_of
 from sparsecraft.moe.context import sentences_of
-from sparsecraft.moe.decoding.step import Step, cache_length, cache_name
+from sparsecraft.moe.decoding.step import Step, cache_length, cache_name, state_of
 from sparsecraft.moe.decoding.stops import Stops
 from sparsecraft.moe.traces import RECORDS
 
@@ -39,34 +39,39 @@ RETURNS = ("return_dict_in_generate", "output_attentions", "output_hidden_states
 
 
 class _Steps:
-    """The steps of one model, the latest used last; one call of `generate` has them at a time."""
+    """The steps of one model, the latest used last; one call of `generate` has them at a time.
+
+    Attributes:
+        failed: what could not be made, and the state that the model was in.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.found: OrderedDict[tuple, Step | None] = OrderedDict()
+        self.found: OrderedDict[tuple, Step] = OrderedDict()
+        self.failed: dict[tuple, list] = {}
 
-    def of(self, model: nn.Module, batch: int, length: int, padded: bool, new: int) -> Step | None:
-        """The step of this batch and cache; None where it could not be made.
+    def of(self, model: nn.Module, shape: tuple[int, int, bool], compiles: bool) -> Step | None:
+        """The step of a batch and cache; None where it could not be made.
 
         Args:
-            new: tokens that the call may add.
+            shape: sequences, positions of the cache, and whether some are padding.
         """
-        key, compiles = (batch, length, padded), new >= COMPILED
-        compiles &= not model.generation_config.disable_compile
-        if key in self.found:
-            step = self.found.pop(key)
-            known = step is None or step.compiled is not None or not compiles
-            if known and (step is None or step.fits(model)):
-                self.found[key] = step
-                return step
+        step = self.found.pop(shape, None)
+        known = step is not None and (step.compiled is not None or not compiles)
+        if known and step.fits(model):
+            self.found[shape] = step
+            return step
+        del step  # whose cache would stand beside the new one
+        if self.failed.get((*shape, compiles)) == state_of(model)[0]:
+            return None
         while len(self.found) >= KEPT:
             self.found.popitem(last=False)
-        self.found[key] = None
         try:
-            self.found[key] = Step(model, batch, length, padded, compiles)
+            self.found[shape] = Step(model, *shape, compiles)
         except Exception as error:  # memory that ran out, layers that wait for the device
+            self.failed[*shape, compiles] = state_of(model)[0]
             log.info("Tokens are generated one by one in Python, because: %s", error)
-        return self.found[key]
+        return self.found.get(shape)
 
 
 STEPS: weakref.WeakKeyDictionary[nn.Module, _Steps] = weakref.WeakKeyDictionary()
@@ -191,8 +196,9 @@ def _step_for(
     batch, prompt = input_ids.shape
     padded = given.get("attention_mask") is not None
     length = cache_length(config.max_length)
+    compiles = config.max_length - prompt >= COMPILED and not config.disable_compile
     with torch.inference_mode(False), torch.no_grad():
-        return steps.of(model, batch, length, padded, config.max_length - prompt)
+        return steps.of(model, (batch, length, padded), compiles)
 
 
 class _Loop:
