@@ -235,6 +235,37 @@ def test_steps_are_kept_and_made_anew_where_the_model_changes():
     assert made() is not fourth
 
 
+def test_adapters_of_peft_that_change_make_another_step():
+    """A captured graph knows no switch of PEFT's (stale LoRAs: peft #2611, forge #795)."""
+    peft = pytest.importorskip("peft")
+    model, made, texts = converted(recipe="upcycling"), [], []
+
+    def look():
+        wanted, found = both(model, **prompts(1, 6, False), max_new_tokens=8)
+        assert torch.equal(wanted, found)
+        made.append(steps(model)[-1])
+        texts.append(found.tolist())
+
+    look()
+    options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    for name in ("one", "two"):
+        peft.inject_adapter_in_model(peft.LoraConfig(**options), model, name)
+    model.eval()
+    layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    for name in ("one", "two", "one"):
+        for layer in layers:
+            layer.set_adapter(name)
+        look()
+    for layer in layers:
+        layer.scaling["one"] = 30.0
+    look()
+    for layer in layers:
+        layer.enable_adapters(False)
+    look()
+    assert len({id(step) for step in made}) == len(made)
+    assert texts[0] == texts[-1] and texts[1] == texts[3] != texts[2]
+
+
 @pytest.mark.parametrize("recipe", [n for n in RUNNING if n.endswith("_sparse")])
 def test_budgets_change_what_runs(recipe):
     model = converted(recipe=recipe)

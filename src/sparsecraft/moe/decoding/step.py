@@ -160,14 +160,36 @@ def state_of(model: nn.Module) -> tuple[list, list]:
     versions = []
     for module in model.modules():
         held = vars(module)
-        found.append(held.get("forward", type(module).forward))
+        found += [held.get("forward", type(module).forward), module.training]
         found += [len(module._forward_hooks), len(module._forward_pre_hooks)]
-        found += [value for value in held.values() if _is_option(type(value))]
+        found += [_seen(value) for name, value in held.items() if name not in OF_TORCH]
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
-                found += [tensor.data_ptr(), tensor.dtype]
+                found += _memory(tensor)
                 versions.append(version(tensor))
     return found, versions
+
+
+OF_TORCH = frozenset(vars(nn.Module()))
+
+
+def _seen(value: Any) -> Any:
+    """What of a module's attribute tells that it is another: an option as it is, also in
+    containers, such as the scales and active adapters of PEFT's layers; a tensor's memory."""
+    if _is_option(type(value)):
+        return value
+    if isinstance(value, dict):
+        return tuple((name, _seen(inner)) for name, inner in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return tuple(_seen(inner) for inner in value)
+    return _memory(value) if isinstance(value, Tensor) else None
+
+
+def _memory(tensor: Tensor) -> tuple[int, torch.dtype]:
+    try:
+        return tensor.data_ptr(), tensor.dtype
+    except RuntimeError:  # of a subclass that has none of its own
+        return id(tensor), tensor.dtype
 
 
 @functools.cache
