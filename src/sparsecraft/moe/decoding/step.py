@@ -45,6 +45,7 @@ class Step:
     Attributes:
         cache: keys and values of L positions in every layer, windowed layers too: their mask hides
             what is out of the window.
+        positions: L.
         token_B1, position_B1: what the step reads. It counts its position up.
         mask_BL: which positions hold no padding; None where no sequence has any.
         logits_BV: float32, of the latest step.
@@ -56,6 +57,7 @@ class Step:
         device = model.device
         operators.number(model)
         self.state, self.versions = state_of(model)
+        self.positions = length
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self.cache = Cache(layers=[StaticLayer(length) for _ in range(layers)])
         self.token_B1 = torch.zeros((batch, 1), dtype=torch.long, device=device)
@@ -109,7 +111,11 @@ class Step:
 
     def _compile(self, model: nn.Module) -> None:
         """Let one graph of the compiler be the step, if the model allows it."""
-        start = time.perf_counter()
+        start, (batch, length) = time.perf_counter(), (len(self.token_B1), self.positions)
+        log.info(
+            "Compiling a decoding step of batch %d and up to %d positions, which later calls use; "
+            "model.generation_config.disable_compile = True leaves that out.", batch, length,
+        )  # fmt: skip
         compiled = torch.compile(self._forward, fullgraph=True, dynamic=False)
         compiled = quiet()(operators.wanted()(compiled))  # at every call: both are in its guards
         self.compiled = False
@@ -119,7 +125,7 @@ class Step:
             log.debug("A decoding step was not compiled: %s", error)
             return
         self._function, self.compiled = compiled, True
-        log.info("Compiled a decoding step, once: %.0f s.", time.perf_counter() - start)
+        log.info("Compiled in %.0f s.", time.perf_counter() - start)
 
     def _capture(self, model: nn.Module) -> None:
         """Keep the kernels of a step, which then run without Python."""
