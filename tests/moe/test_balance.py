@@ -1,12 +1,12 @@
-"""Switch's balance loss of many layers at once is each layer's own, with its gradient."""
+"""A balance loss of many layers at once is each layer's own, with its gradient."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from sparsecraft.moe.balance import switch_of_layers
-from sparsecraft.moe.losses import auxiliary_loss, switch_balance
+from sparsecraft.moe.balance import TOGETHER, of_layers
+from sparsecraft.moe.losses import LOSSES, auxiliary_loss, switch_balance
 from sparsecraft.moe.routing import Routing
 
 
@@ -31,16 +31,20 @@ def layers() -> tuple[list[Routing], list[torch.Tensor | None]]:
     none = torch.zeros(9, dtype=torch.bool)
     found = [routing(0), routing(1), routing(2, experts=6), soft(3), soft(4), routing(5, k=1)]
     found += [routing(6, acts_T=real), routing(7), routing(8), routing(9, wanted_TK=None)]
+    masks = [None, None, None, None, real, None, None, real, none, ~real]
+    free = {"target_load": (0.3, 0.3, 0.3, 0.1), "free": 1}
+    found += [routing(11, **free), routing(12, **free, of_free=torch.tensor(0.5))]
+    found += [routing(13, **free, of_free=torch.tensor(1.0))]
+    masks += [None, real, real]
     heads = routing(10, tokens=18, heads=2)
-    masks = [None, None, None, None, real, None, None, real, none, ~real, real]
-    return [*found, heads], masks
+    return [*found, heads], [*masks, real]
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_it_is_each_layers_own(normalize):
+@pytest.mark.parametrize("name", TOGETHER)
+def test_it_is_each_layers_own(name):
     routings, masks = layers()
-    together = switch_of_layers(routings, masks, normalize)
-    alone = [switch_balance(r, m, normalize) for r, m in zip(routings, masks, strict=True)]
+    together = of_layers(name, routings, masks)
+    alone = [LOSSES[name](r, m) for r, m in zip(routings, masks, strict=True)]
     for one, other in zip(together, alone, strict=True):
         torch.testing.assert_close(one, other)
     logits = [r.logits_TE for r in routings]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsecraft.errors import RecipeError, SparsecraftError, did_you_mean
-from sparsecraft.moe.balance import switch_of_layers
+from sparsecraft.moe.balance import TOGETHER, of_layers
 from sparsecraft.moe.routing import Routing
 
 Loss = Callable[[Routing, Tensor | None], Tensor]
@@ -310,8 +310,8 @@ def auxiliary_loss(
 
 def _of_layers(name: str, routings: list[Routing], masks: list[Tensor | None]) -> Iterable[Tensor]:
     """A loss of every layer; the most used ones of all at once."""
-    if name in ("switch", "switch_unnormalized"):
-        return switch_of_layers(routings, masks, normalize_by_topk=name == "switch")
+    if name in TOGETHER:
+        return of_layers(name, routings, masks)
     return [LOSSES[name](routing, mask_T) for routing, mask_T in zip(routings, masks, strict=True)]
 
 
