@@ -194,7 +194,8 @@ def test_a_copy_in_another_type_computes_what_the_model_does(recipe):
     sc.fast(model)
     found = logits(copy.deepcopy(model).to(torch.bfloat16), inputs)
     assert (found - wanted).abs().max() <= 2e-2 * wanted.abs().max()
-    assert torch.allclose(logits(model, inputs), logits(converted("llama", recipe), inputs))
+    found, wanted = logits(model, inputs), logits(converted("llama", recipe), inputs)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 def test_dropout_acts_in_training_without_gradients():
