@@ -314,6 +314,8 @@ def test_what_is_left_to_transformers(caplog):
     assert "cache is off" in reason(model, use_cache=False)
     assert "is training" in reason(model.train())
     model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in reason(model)
     with sc.trace(model) as traced:
         assert "trace" in reason(model)
         assert traced

@@ -92,6 +92,7 @@ def why_not(model: nn.Module, config: GenerationConfig, given: dict[str, Any]) -
         "the model is on several devices": len(devices) > 1
         or getattr(model, "hf_device_map", None) is not None,
         "the model is training": model.training,
+        "autocast is on": torch.is_autocast_enabled(model.device.type),
         "it has an encoder": is_encoder_decoder(model),
         "it is not written for static caches": not getattr(model, "_can_compile_fullgraph", False),
         "its layers keep more than keys and values": _keeps_states(model),

@@ -162,7 +162,7 @@ def state_of(model: nn.Module) -> tuple[list, list]:
     """What a captured step was made for and would not notice: other memory of a weight, another
     value of an option, a hook; and how often every tensor was written, on which depends what is
     computed once and kept."""
-    found: list[Any] = [model.config._attn_implementation, torch.is_autocast_enabled("cuda")]
+    found: list[Any] = [model.config._attn_implementation]
     versions = []
     for module in model.modules():
         held = vars(module)
