@@ -12,6 +12,7 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -97,12 +98,23 @@ def test_lengths_beyond_the_first_cache(padded):
     assert sizes == {32, 128}
 
 
-def test_windows_are_kept_beyond_their_width():
-    model = dense("mistral" if "mistral" in FAMILIES else CAUSAL[0])
-    if getattr(model.config, "sliding_window", None) is None:
-        model.config.sliding_window = 8
-    sc.convert(model, RECIPES["camelidae"].make(), certify=False)
-    assert alike(model.eval(), **prompts(2, 12, False), max_new_tokens=20)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["Gemma3TextConfig", "GptOssConfig", "MistralConfig"])
+def test_windows_are_kept_beyond_their_width(kind, padded):
+    sizes = {
+        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    if kind != "MistralConfig":
+        sizes["layer_types"] = ["sliding_attention", "full_attention"]
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    sc.convert(model, sc.recipes.molora(2), certify=False)
+    for length in (5, 12):
+        assert alike(model.eval(), **prompts(2, length, padded), max_new_tokens=20)
+    assert steps(model)
 
 
 # ------------------------------------------------------------------ what a call may ask for
