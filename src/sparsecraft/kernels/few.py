@@ -151,7 +151,7 @@ if triton is not None:
         for j in tl.static_range(K):
             # Where scores are minus infinity too, one that is left is chosen.
             top = tl.max(tl.where(left_E > 0, s_E, float("-inf")), 0)
-            at = tl.min(tl.where((left_E > 0) & (s_E >= top), e, EP - 1), 0)
+            at = tl.min(tl.where((left_E > 0) & (s_E >= top), e, E - 1), 0)
             best_K, index_K = tl.where(k == j, top, best_K), tl.where(k == j, at, index_K)
             left_E = tl.where(e == at, 0, left_E)
         largest = tl.max(best_K, 0)

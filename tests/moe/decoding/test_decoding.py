@@ -5,6 +5,7 @@ and know when they would not. On a CPU nothing is captured: the same steps run i
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import logging
 import threading
@@ -239,12 +240,8 @@ def test_steps_are_kept_and_made_anew_where_the_model_changes():
     model.double()
     third = made()
     assert third is not second
-    handle = model.model.layers[0].register_forward_hook(lambda m, a, y: y)
-    fourth = made()
-    assert fourth is not third
-    handle.remove()
     model.model.layers[0].mlp.forward = model.model.layers[1].mlp.forward
-    assert made() is not fourth
+    assert made() is not third
 
 
 def test_adapters_of_peft_that_change_make_another_step():
@@ -339,6 +336,50 @@ def test_what_is_left_to_transformers(caplog):
     assert "in use" in reason(model)
 
 
+def test_hooks_and_other_codes_are_called():
+    model, called = converted(), []
+    assert alike(model, **prompts(1, 6, False), max_new_tokens=6)
+    handle = model.model.layers[0].register_forward_hook(lambda *_: called.append(1))
+    model.generate(**GREEDY, **prompts(1, 6, False), max_new_tokens=6)
+    assert len(called) == 6
+    handle.remove()
+    own = model.prepare_inputs_for_generation
+
+    @functools.wraps(own)
+    def prepares(*args, **kwargs):
+        called.append(2)
+        return own(*args, **kwargs)
+
+    model.prepare_inputs_for_generation = prepares
+    model.generate(**GREEDY, **prompts(1, 6, False), max_new_tokens=6)
+    assert called.count(2) == 6
+
+
+def test_settings_by_position_and_those_of_the_model():
+    model, ids = converted(), prompts(2, 6, False)["input_ids"]
+    model.generation_config.num_beams = 3
+    given = transformers.GenerationConfig(max_new_tokens=6, pad_token_id=0, do_sample=False)
+    assert torch.equal(type(model).generate(model, ids, given), model.generate(ids, given))
+    model.generation_config.num_beams = None
+    heard = Heard(), Heard()
+    between = (given, None, None, None, None, None)
+    wanted = type(model).generate(model, ids[:1], *between, heard[0])
+    assert torch.equal(wanted, model.generate(ids[:1], *between, heard[1]))
+    assert heard[0].tokens == heard[1].tokens and heard[1].ended == 1
+
+
+def test_allowed_tokens_are_asked_for_no_step_behind_the_end():
+    model, asked = converted(), []
+
+    def allowed(row, ids):
+        asked.append(len(ids))
+        return [2] if len(ids) == 8 else [5, 6]
+
+    call = prompts(1, 6, False) | {"max_new_tokens": 20, "eos_token_id": 2}
+    found = model.generate(**GREEDY, **call, prefix_allowed_tokens_fn=allowed)
+    assert found.shape[1] == 9 and asked == [6, 7, 8] and found.is_contiguous()
+
+
 def test_a_step_that_cannot_be_made_is_not_tried_twice(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "sparsecraft")
     model, tried = converted(), []
@@ -351,7 +392,7 @@ def test_a_step_that_cannot_be_made_is_not_tried_twice(monkeypatch, caplog):
     for _ in range(2):
         assert alike(model, **prompts(2, 6, False), max_new_tokens=6)
     assert len(tried) == 1 and "no room" in caplog.text
-    model.model.layers[0].register_forward_hook(lambda *_: None)  # it may be possible now
+    model.config.use_cache = not model.config.use_cache  # it may be possible now
     assert alike(model, **prompts(2, 6, False), max_new_tokens=6) and len(tried) == 2
 
 

@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 from torch import nn
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
@@ -15,6 +16,8 @@ from sparsecraft.dense.tokens import can_generate
 from sparsecraft.moe.decoding.loop import decode
 
 ONE_BY_ONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+BY_POSITION = 2  # inputs and settings
+SAMPLE = GenerationMixin._sample
 OF_ITS_OWN = ("custom_generate", "assistant_model", "tokenizer")
 
 
@@ -27,10 +30,12 @@ def generates_fast(model: nn.Module) -> None:
 def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """transformers' `generate`. On a GPU, greedy search and sampling run a decoding step that was
     captured, and compiled whole where a call adds enough tokens; all else is as it was."""
-    if _one_by_one(model, args, kwargs):
+    theirs = type(model).generate
+    # Behind its first ones, arguments by position may be any of what is looked at by name here.
+    if len(args) <= BY_POSITION and _one_by_one(model, args, kwargs):
         # transformers gives a streamer to its own loops alone.
         kwargs["custom_generate"] = functools.partial(decode, streamer=kwargs.get("streamer"))
-    return type(model).generate(model, *args, **kwargs)
+    return theirs(model, *args, **kwargs)
 
 
 def _one_by_one(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -39,7 +44,13 @@ def _one_by_one(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
     if any(kwargs.get(name) for name in OF_ITS_OWN) or _waits(model, kwargs.get("synced_gpus")):
         return False
     given = args[1] if len(args) > 1 else kwargs.get("generation_config")
-    config = copy.copy(model.generation_config if given is None else given)
+    default = model.generation_config
+    if not isinstance(given, GenerationConfig | None) or type(model)._sample is not SAMPLE:
+        return False
+    config = copy.copy(default if given is None else given)
+    for name, value in vars(config).items():
+        if value is None:  # as transformers fills them in
+            setattr(config, name, getattr(default, name, None))
     for name, value in kwargs.items():
         if name in vars(config):
             setattr(config, name, value)

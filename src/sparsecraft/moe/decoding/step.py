@@ -129,6 +129,7 @@ class Step:
 
     def _capture(self, model: nn.Module) -> None:
         """Keep the kernels of a step, which then run without Python."""
+        self._replay = None  # the memory of an older graph
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -138,7 +139,8 @@ class Step:
         torch.cuda.current_stream().wait_stream(stream)
         self.cache.reset()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads go on meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self.logits_BV = self._function(model)
         self._replay = graph.replay
 
@@ -162,7 +164,8 @@ def state_of(model: nn.Module) -> tuple[list, list]:
     """What a captured step was made for and would not notice: other memory of a weight, another
     value of an option, a hook; and how often every tensor was written, on which depends what is
     computed once and kept."""
-    found: list[Any] = [model.config._attn_implementation]
+    config = model.config
+    found: list[Any] = [config._attn_implementation, config.to_json_string(use_diff=False)]
     versions = []
     for module in model.modules():
         held = vars(module)
