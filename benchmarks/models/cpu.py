@@ -27,48 +27,28 @@ from transformers import MixtralForCausalLM as Mixtral
 import sparsecraft as sc
 from benchmarks.lab import clocks
 from benchmarks.lab.tables import markdown, measure_and_write
-from benchmarks.models.shapes import EXPERTS, SHAPES, SPLIT, dense_of, fill, mixtral_of
+from benchmarks.models.shapes import SHAPES, dense_of, mixtral_of, side_of
 
 HERE = Path(__file__).parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BEHIND, PROMPT = 128, 256
 
 
-def _split() -> sc.Recipe:
-    return sc.recipes.gmoefication(num_experts=SPLIT)
-
-
-# Name -> recipe, whether it gets its form for inference, and the share of experts that run.
-SIDES: dict[str, tuple[Callable[[], sc.Recipe], bool, float | None]] = {
-    "camelidae": (sc.recipes.camelidae, False, None),
-    "camelidae, fast": (sc.recipes.camelidae, True, None),
-    "molora": (sc.recipes.molora, False, None),
-    "molora, fast": (sc.recipes.molora, True, None),
-    "mov, fast": (sc.recipes.mov, True, None),
-    "split at half": (_split, False, 0.5),
-    "upcycling": (lambda: sc.recipes.upcycling(EXPERTS, 2), False, None),
-}
+# Of `SIDES`, those that a CPU is asked for, and transformers' own mixture.
+MIXTRAL = "Mixtral of transformers"
+ASKED = ("camelidae", "camelidae, fast", "molora", "molora, fast", "mov, fast", "split at half")
+ASKED += ("upcycling", MIXTRAL)
 
 
 # ------------------------------------------------------------------ sides
-def side_of(name: str, shape: dict, dtype: torch.dtype) -> nn.Module:
-    if name == "Mixtral of transformers":
-        return mixtral_of(shape, dtype)
-    recipe, fast, share = SIDES[name]
-    model = dense_of(shape, dtype)
-    sc.convert(model, recipe(), certify=False)
-    fill(model)
-    model.eval().requires_grad_(False)
-    if share is not None:
-        sc.set_budget(model, share)
-    if fast:
-        print(sc.fast(model), flush=True)
-    return model
+def made(name: str, shape: dict, dtype: torch.dtype) -> nn.Module:
+    return mixtral_of(shape, dtype) if name == MIXTRAL else side_of(name, shape, dtype)
 
 
 def calls_of(model: nn.Module) -> dict[str, Callable[[], None]]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, 30000, (1, PROMPT), generator=generator)
+    words = min(30000, model.config.vocab_size)
+    ids = torch.randint(5, words, (1, PROMPT), generator=generator)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=ids[:, :BEHIND], past_key_values=cache, use_cache=True)
@@ -118,7 +98,7 @@ def measure(args) -> dict:
             dense = dense_of(SHAPES[shape], DTYPES[dtype])
             theirs = calls_of(dense)
             for name in args.sides:
-                model = side_of(name, SHAPES[shape], DTYPES[dtype])
+                model = made(name, SHAPES[shape], DTYPES[dtype])
                 row = {"shape": shape, "dtype": dtype, "side": name}
                 row["bytes"] = sc.count(dense).active / _read(model)
                 for what, call in calls_of(model).items():
@@ -162,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["SmolLM2 135M", "1.1B"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--sides", nargs="+", default=[*SIDES, "Mixtral of transformers"])
+    parser.add_argument("--sides", nargs="+", default=list(ASKED))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--turn", type=float, default=1.0, help="seconds per turn")

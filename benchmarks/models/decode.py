@@ -27,7 +27,7 @@ from torch import nn
 import sparsecraft as sc
 from benchmarks.lab import clocks
 from benchmarks.lab.tables import f, insert, markdown
-from benchmarks.models.shapes import EXPERTS, SHAPES, SPLIT, dense_of, fill, mixtral_of
+from benchmarks.models.shapes import SHAPES, SIDES, dense_of, mixtral_of, side_of
 from sparsecraft.moe.decoding import loop
 from sparsecraft.moe.decoding.generate import generates_fast
 
@@ -36,24 +36,6 @@ PROMPT, FEW, MORE, ROUNDS = 128, 32, 256, 5
 WAIT = 900  # seconds for the slowest side to compile
 
 
-def _split() -> sc.Recipe:
-    return sc.recipes.gmoefication(num_experts=SPLIT)
-
-
-# Name -> recipe, whether it gets its form for inference, and the share of experts that run.
-SIDES: dict[str, tuple[Callable[[], sc.Recipe], bool, float | None]] = {
-    "camel": (sc.recipes.camel, False, None),
-    "camel, fast": (sc.recipes.camel, True, None),
-    "camelidae": (sc.recipes.camelidae, False, None),
-    "camelidae, fast": (sc.recipes.camelidae, True, None),
-    "mov": (sc.recipes.mov, False, None),
-    "mov, fast": (sc.recipes.mov, True, None),
-    "molora": (sc.recipes.molora, False, None),
-    "molora, fast": (sc.recipes.molora, True, None),
-    "upcycling": (lambda: sc.recipes.upcycling(EXPERTS, 2), False, None),
-    "split at half": (_split, False, 0.5),
-    "split at a quarter": (_split, False, 0.25),
-}
 # Of the dense model, and of transformers' mixture: a captured step, or transformers' own loop.
 COMPILED = ("dense, transformers' compiled", "Mixtral, transformers' compiled")
 PEERS = ("dense", "dense, eager", *COMPILED)
@@ -70,15 +52,7 @@ def built(args, name: str) -> nn.Module:
         if name == "dense":
             generates_fast(model)
         return model
-    recipe, fast, share = SIDES[name.removesuffix(", eager")]
-    sc.convert(model, recipe(), certify=False)
-    fill(model)
-    model.eval().requires_grad_(False)
-    if share is not None:
-        sc.set_budget(model, share)
-    if fast:
-        sc.fast(model)
-    return model
+    return side_of(name.removesuffix(", eager"), shape, dtype, args.device)
 
 
 def side(args, name: str, ready, alone, rows) -> None:

@@ -1,10 +1,15 @@
-"""Random dense models and mixtures of the shapes that whole models are timed at."""
+"""Random dense models and mixtures of the shapes that whole models are timed at, and the converted
+models that are timed beside them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+import sparsecraft as sc
 
 SHAPES = {
     "SmolLM2 135M": {
@@ -26,6 +31,40 @@ SHAPES = {
     },
 }  # fmt: skip
 EXPERTS, SPLIT = 4, 32  # of an upcycled model, two in use; of a split one
+
+
+def _split() -> sc.Recipe:
+    return sc.recipes.gmoefication(num_experts=SPLIT)
+
+
+# Name -> recipe, whether it gets its form for inference, and the share of experts that run.
+SIDES: dict[str, tuple[Callable[[], sc.Recipe], bool, float | None]] = {
+    "camel": (sc.recipes.camel, False, None),
+    "camel, fast": (sc.recipes.camel, True, None),
+    "camelidae": (sc.recipes.camelidae, False, None),
+    "camelidae, fast": (sc.recipes.camelidae, True, None),
+    "mov": (sc.recipes.mov, False, None),
+    "mov, fast": (sc.recipes.mov, True, None),
+    "molora": (sc.recipes.molora, False, None),
+    "molora, fast": (sc.recipes.molora, True, None),
+    "upcycling": (lambda: sc.recipes.upcycling(EXPERTS, 2), False, None),
+    "split at half": (_split, False, 0.5),
+    "split at a quarter": (_split, False, 0.25),
+}
+
+
+def side_of(name: str, shape: dict, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
+    """One of `SIDES`."""
+    recipe, fast, share = SIDES[name]
+    model = dense_of(shape, dtype, device)
+    sc.convert(model, recipe(), certify=False)
+    _fill(model)
+    model.eval().requires_grad_(False)
+    if share is not None:
+        sc.set_budget(model, share)
+    if fast:
+        print(sc.fast(model), flush=True)
+    return model
 
 
 def dense_of(shape: dict, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
@@ -51,7 +90,7 @@ def _made(kind: type, config, dtype: torch.dtype, device: str) -> nn.Module:
         torch.set_default_dtype(before)
 
 
-def fill(model: nn.Module) -> None:
+def _fill(model: nn.Module) -> None:
     """Give the new matrices that start at zero other values."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -432,20 +432,26 @@ def test_threads_share_a_model():
 
 
 # ------------------------------------------------------------------ compiled whole
-@pytest.mark.parametrize("recipe", ["camelidae", "molora", "mov", "upcycling", "gmoefication"])
-def test_one_graph_and_few_compilations(recipe, monkeypatch):
-    monkeypatch.setattr(loop, "COMPILED", 1)
-    graphs, real = [], torch.compile
+@pytest.fixture
+def graphs(monkeypatch) -> list[str]:
+    """The code of every whole graph that is compiled; all steps are."""
+    found, real = [], torch.compile
+
+    def backend(graph, inputs):
+        found.append(graph.code)
+        return graph.forward
 
     def counted(function, **options):
-        def backend(graph, inputs):
-            graphs.append(graph.code)
-            return graph.forward
-
         assert options.pop("fullgraph")
         return real(function, fullgraph=True, backend=backend, **options)
 
+    monkeypatch.setattr(loop, "COMPILED", 1)
     monkeypatch.setattr(torch, "compile", counted)
+    return found
+
+
+@pytest.mark.parametrize("recipe", ["camelidae", "molora", "mov", "upcycling", "gmoefication"])
+def test_one_graph_and_few_compilations(recipe, graphs):
     model = converted(recipe=recipe)
     for length, new in ((5, 4), (9, 20), (3, 10), (20, 30), (11, 40), (5, 4), (7, 7)):
         assert alike(model, **prompts(1, length, False), max_new_tokens=new)
@@ -462,18 +468,7 @@ def test_a_model_with_steps_is_freed():
     assert gone() is None
 
 
-def test_split_networks_are_operators_of_their_own_model(monkeypatch):
-    monkeypatch.setattr(loop, "COMPILED", 1)
-    graphs, real = [], torch.compile
-
-    def counted(function, **options):
-        def backend(graph, inputs):
-            graphs.append(graph.code)
-            return graph.forward
-
-        return real(function, backend=backend, **options)
-
-    monkeypatch.setattr(torch, "compile", counted)
+def test_split_networks_are_operators_of_their_own_model(graphs):
     model = converted(recipe="gmoefication_sparse")
     other = copy.deepcopy(model)
     with torch.no_grad():

@@ -83,7 +83,9 @@ class _Steps:
 STEPS: weakref.WeakKeyDictionary[nn.Module, _Steps] = weakref.WeakKeyDictionary()
 
 
-def why_not(model: nn.Module, config: GenerationConfig, given: dict[str, Any]) -> str | None:
+def why_not(
+    model: nn.Module, input_ids: Tensor, config: GenerationConfig, given: dict[str, Any]
+) -> str | None:
     """Why captured steps cannot serve this call of `generate`; None where they can.
 
     Args:
@@ -95,6 +97,8 @@ def why_not(model: nn.Module, config: GenerationConfig, given: dict[str, Any]) -
     quantizer = getattr(model, "hf_quantizer", None)
     reasons = {
         f"the model is on {model.device.type}": model.device.type not in DEVICES,
+        "the prompt is on another device": input_ids.device != model.device,
+        "the prompt is of another type": input_ids.dtype != torch.long,
         "the model is on several devices": len(devices) > 1
         or getattr(model, "hf_device_map", None) is not None,
         "the model is training": any(module.training for module in model.modules()),
@@ -163,9 +167,7 @@ def decode(
     mask = given.get("attention_mask")
     if mask is not None and mask.ndim == 2 and not is_encoder_decoder(model) and bool(mask.all()):
         given["attention_mask"] = None
-    reason = why_not(model, generation_config, given)
-    if input_ids.device != model.device or input_ids.dtype != torch.long:
-        reason = "the prompt is on another device, or of another type"
+    reason = why_not(model, input_ids, generation_config, given)
     steps = STEPS.setdefault(model, _Steps())
     if reason is None and steps.lock.acquire(blocking=False):
         try:

@@ -162,15 +162,14 @@ def cache_name(model: nn.Module) -> str | None:
 
 def state_of(model: nn.Module) -> tuple[list, list]:
     """What a captured step was made for and would not notice: other memory of a weight, another
-    value of an option, a hook; and how often every tensor was written, on which depends what is
-    computed once and kept."""
+    value of an option; and how often every tensor was written, on which depends what is computed
+    once and kept. A model that trains, or has hooks of others, has no step."""
     config = model.config
     found: list[Any] = [config._attn_implementation, config.to_json_string(use_diff=False)]
     versions = []
     for module in model.modules():
         held = vars(module)
-        found += [held.get("forward", type(module).forward), module.training]
-        found += [len(module._forward_hooks), len(module._forward_pre_hooks)]
+        found.append(held.get("forward", type(module).forward))
         found += [_seen(value) for name, value in held.items() if name not in OF_TORCH]
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
