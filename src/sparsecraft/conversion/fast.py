@@ -19,6 +19,7 @@ from sparsecraft.dense.sound import check_weights
 from sparsecraft.errors import CertificateError, MergeError, SurgeryError
 from sparsecraft.evaluation.certificate import Certificate, compare
 from sparsecraft.evaluation.whole import EQUAL, arithmetic
+from sparsecraft.moe.decoding.generate import generates_fast
 from sparsecraft.moe.fusions import join
 from sparsecraft.moe.outputs import outputs
 from sparsecraft.surgery.identity import bears
@@ -83,6 +84,7 @@ def fast(model: nn.Module) -> FastReport:
     if is_converted(model):
         conversion_of(model).fast = True
     else:
+        generates_fast(model)
         model.save_pretrained = model.push_to_hub = _refuse_to_save
         bears(model, f"the form for inference of {model.name_or_path}, which is not saved")
     return FastReport(merged, joined, kept, why, certificate)
