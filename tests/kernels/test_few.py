@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sparsecraft.kernels import few
+from sparsecraft.kernels.device import compiled_step
 from sparsecraft.kernels.two_layer import TwoLayer
 
 interpreted = few.triton is not None and few.triton.knobs.runtime.interpret
@@ -136,7 +137,7 @@ def test_under_a_compiler_it_is_one_operator():
         assert few.fits(layers, x, 2)
         return few.networks(layers, x, weights_TK, indices_TK, False) + 1
 
-    with torch.no_grad():
+    with torch.no_grad(), compiled_step():
         found = torch.compile(call, fullgraph=True, backend=backend)(x_TI)
         torch.testing.assert_close(found, call(x_TI))
     assert len(graphs) == 1 and "few_networks" in graphs[0]

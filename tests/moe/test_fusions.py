@@ -15,6 +15,7 @@ from tests.cases import RECIPES, RUNNING, batch, dense, randomize_new
 ALL = RECIPES | RUNNING
 # A Linear of its own for each projection; GPT-2's Conv1D, whose projections are one; an encoder.
 FAMILIES = ("llama", "gpt2", "bert")
+ONE = torch.zeros(1, 1, 8)  # a token
 FUSIONS = {
     fusions.lora_beside: places.beside,
     fusions.vector_after: places.after,
@@ -64,10 +65,10 @@ def test_fusions_equal_the_places_forward_and_backward(family, recipe, monkeypat
     model, inputs = converted(family, recipe), batch(family, labels=True)
     fused = results(model, inputs)
     set_dispatch(model, "loop")
-    assert not any(map(fusions.faster, layers(model)))
+    assert not any(fusions.faster(layer, ONE) for layer in layers(model))
     by_loop = results(model, inputs)
     set_dispatch(model, "auto")
-    monkeypatch.setattr(layer_module, "faster", lambda layer: None)
+    monkeypatch.setattr(layer_module, "faster", lambda layer, x: None)
     by_place = results(model, inputs)
     assert_close(by_place, fused)
     assert_close(by_place, by_loop)
@@ -78,7 +79,7 @@ def test_a_fusion_is_a_free_function_that_equals_its_place(name, recipe):
     model = converted("llama", recipe)
     fusion = getattr(fusions, name)
     place = FUSIONS[fusion]
-    found = [layer for layer in layers(model) if fusions.faster(layer) is fusion]
+    found = [layer for layer in layers(model) if fusions.faster(layer, ONE) is fusion]
     assert found, f"no layer of {recipe} goes by {name}"
     inputs = {}
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,32 @@ except ImportError:
     triton = None
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+# Up to this many tokens, a launch costs more than reading the weights once per token from cache.
+FEW_TOKENS = 16
+STEP = False  # see `compiled_step`
+
+
+@contextmanager
+def compiled_step() -> Iterator[None]:
+    """What is compiled in the block is a decoding step of one shape, without gradients."""
+    global STEP
+    before, STEP = STEP, True
+    try:
+        yield
+    finally:
+        STEP = before
+
+
+def in_compiled_step() -> bool:
+    """Whether a decoding step is being compiled: for one shape, not for any, as an export is."""
+    return STEP and torch.compiler.is_compiling()
+
+
+def as_sums(x_TD: Tensor) -> bool:
+    """Whether a product with a low-rank matrix is to be written as a sum. The compiler fuses that
+    with what stands around it, which it does with no matrix product, and a handful of tokens reads
+    the matrix from the cache."""
+    return in_compiled_step() and len(x_TD) <= FEW_TOKENS
 
 
 def usable(x: Tensor) -> bool:
@@ -45,10 +74,6 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-# Up to this many tokens, a launch costs more than reading the weights once per token from cache.
-FEW_TOKENS = 16
-
-
 def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -64,7 +89,7 @@ def is_handful(x_TD: Tensor, *others: Tensor | None) -> bool:
     return (
         (x_TD.is_cuda or INTERPRETED)
         and triton is not None
-        and not torch.compiler.is_exporting()  # for any number of tokens
+        and (STEP or not torch.compiler.is_compiling())
         and x_TD.dtype != torch.float64
         and 0 < len(x_TD) <= FEW_TOKENS
         and not needs_grad(x_TD, *others)

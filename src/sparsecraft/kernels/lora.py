@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecraft.kernels.device import compute_dtype, is_few, is_transformed, needs_grad
-from sparsecraft.kernels.product import add_lora, fits_add_lora, product, rows
+from sparsecraft.kernels.device import (
+    as_sums,
+    compute_dtype,
+    is_few,
+    is_handful,
+    is_transformed,
+    needs_grad,
+)
+from sparsecraft.kernels.product import add_lora, fits_add_lora, product
+from sparsecraft.kernels.products import products
 
 
 class LoRAs(NamedTuple):
@@ -55,6 +63,8 @@ def mix_lora(
         x_TI = F.dropout(x_TI, dropout)
     if _is_few(x_TI, z_TN, weights_TE, loras, onto):
         return _mix_lora_few(x_TI, z_TN, weights_TE, loras, onto, in_place)
+    if as_sums(x_TI):
+        return _mix_lora_as_sums(x_TI, z_TN, weights_TE, loras, onto)
     if z_TN is None:
         z_TN = F.linear(x_TI, a_ERI.flatten(0, 1).to(x_TI.dtype))
     same = onto is not None and onto.dtype == x_TI.dtype
@@ -116,13 +126,29 @@ def _mix_lora_few(x_TI, z_TN, weights_TE, loras: LoRAs, onto, in_place: bool) ->
     """Two launches; the parameters are read as they are, and the bottleneck stays in float32."""
     a_ERI, b_EOR, scale, _ = loras
     if z_TN is None:
-        z_TN, _ = rows(x_TI, a_ERI.flatten(0, 1))
+        z_TN = products(x_TI, [a_ERI.flatten(0, 1)], [True])[0]
     if onto is None:
         out_TO = x_TI.new_empty(x_TI.shape[0], b_EOR.shape[1])
     else:
         onto = onto.contiguous()
         out_TO = onto if in_place else torch.empty_like(onto)
     return add_lora(z_TN, weights_TE, b_EOR, scale, onto, out_TO)
+
+
+def _mix_lora_as_sums(x_TI, z_TN, weights_TE, loras: LoRAs, onto) -> Tensor:
+    """As `_mix_lora_few`, with B in the compiler's own kernels."""
+    a_ERI, b_EOR, scale, _ = loras
+    if z_TN is None:
+        a_NI = a_ERI.flatten(0, 1)
+        if is_handful(x_TI, a_NI):
+            z_TN = products(x_TI, [a_NI], [True])[0]
+        else:
+            z_TN = F.linear(x_TI, a_NI.to(x_TI.dtype)).float()
+    z_TER = z_TN.unflatten(1, (-1, b_EOR.shape[2]))
+    if weights_TE is not None:
+        z_TER = z_TER * weights_TE[..., None]
+    update_TO = scale * (z_TER.unsqueeze(-2) * b_EOR.to(z_TER.dtype)).sum((1, 3))
+    return (update_TO if onto is None else onto + update_TO).to(x_TI.dtype)
 
 
 class _AddInPlace(torch.autograd.Function):

@@ -70,33 +70,6 @@ def three_parts(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return high, middle, (t - high - middle).bfloat16()
 
 
-def rows(
-    x_TD: Tensor, first_ND: Tensor, second_MD: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """x @ weight^T of one weight or two, in float32, in one launch, for a few tokens and without
-    gradients."""
-    (T, D), N = x_TD.shape, first_ND.shape[0]
-    M = 0 if second_MD is None else second_MD.shape[0]
-    y_TN = x_TD.new_empty(T, N, dtype=torch.float32)
-    y_TM = x_TD.new_empty(T, M, dtype=torch.float32) if M else None
-    second_MD = first_ND if second_MD is None else second_MD
-    _rows[(N + M, T)](
-        x_TD.contiguous(), first_ND.contiguous(), second_MD.contiguous(), y_TN,
-        y_TM if M else y_TN, D, N, M, BLOCK=min(4096, triton.next_power_of_2(D)), num_warps=8,
-    )  # fmt: skip
-    return y_TN, y_TM
-
-
-def scores(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
-    """`rows` of one weight, under torch.compile as one operator."""
-    return _scores(x_TD, weight_ND)
-
-
-def _rows_here(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
-    with torch.cuda.device_of(x_TD):  # Triton launches on the current one
-        return rows(x_TD, weight_ND)[0]
-
-
 def add_lora(
     z_TN: Tensor,
     gate_TE: Tensor | None,
@@ -128,16 +101,6 @@ def fits_add_lora(b_EOR: Tensor) -> bool:
 
 
 if triton is not None:
-    _scores = torch.library.custom_op(
-        "sparsecraft::scores",
-        _rows_here,
-        mutates_args=(),
-        schema="(Tensor x, Tensor weight) -> Tensor",
-    )
-
-    @_scores.register_fake
-    def _(x, weight):
-        return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
 
     @triton.jit
     def _stack(
@@ -161,24 +124,6 @@ if triton is not None:
         which = (CODE >> (2 * part)) & 3
         value += tl.where(which == 0, high, tl.where(which == 1, middle, whole - high - middle))
         tl.store(out + i, value.to(tl.bfloat16), mask=live)
-
-    @triton.jit
-    def _rows(x, first, second, y, z, D, N, M, BLOCK: tl.constexpr):
-        n, t = tl.program_id(0), tl.program_id(1)
-        if n < N:
-            tl.store(y + t * N + n, _row(x + t * D, first + n.to(tl.int64) * D, D, BLOCK))
-        else:
-            m = n - N
-            tl.store(z + t * M + m, _row(x + t * D, second + m.to(tl.int64) * D, D, BLOCK))
-
-    @triton.jit
-    def _row(x, weight, D, BLOCK: tl.constexpr):
-        total = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, D, BLOCK):
-            d = start + tl.arange(0, BLOCK)
-            x_D = tl.load(x + d, mask=d < D, other=0.0).to(tl.float32)
-            total += x_D * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-        return tl.sum(total, 0)
 
     @triton.jit
     def _add_lora(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsecraft.kernels.device import is_few, is_handful, needs_grad
-from sparsecraft.kernels.product import HIGH, LOW, MIDDLE, product, rows, scores, stack
+from sparsecraft.kernels.device import in_compiled_step, is_few, is_handful, needs_grad
+from sparsecraft.kernels.product import HIGH, LOW, MIDDLE, product, stack
+from sparsecraft.kernels.products import products
 from sparsecraft.kernels.vectors import backward, forward, usable
 
 # Below this, the cast of the tokens costs less than splitting the weight.
@@ -50,9 +51,9 @@ def float32_product(x_TI: Tensor, weight_EI: Tensor) -> Tensor:
     # Without this, autocast would compute the product in bf16 all the same.
     with torch.autocast(x_TI.device.type, enabled=False):
         if is_few(x_TI) and not needs_grad(x_TI, weight_EI):
-            return rows(x_TI, weight_EI)[0]
-        if torch.compiler.is_compiling() and is_handful(x_TI, weight_EI):
-            return scores(x_TI, weight_EI)
+            return products(x_TI, [weight_EI], [True])[0]
+        if in_compiled_step() and is_handful(x_TI, weight_EI):
+            return products(x_TI, [weight_EI], [True])[0]
         if _splits(x_TI, weight_EI):
             return Projections.apply(x_TI, None, weight_EI, False)[2]
         dtype = torch.promote_types(x_TI.dtype, torch.float32)
@@ -82,10 +83,12 @@ def project(
     """
     with torch.autocast(x.device.type, enabled=False):
         if is_few(x):
+            weights = [w for w in (rows_NI, scores_EI) if w is not None]
             x_TI = x.reshape(-1, x.shape[-1])
             if rows_NI is None:
-                return x, None, rows(x_TI, scores_EI)[0]
-            return x, *rows(x_TI, rows_NI, scores_EI)
+                return x, None, products(x_TI, [scores_EI], [True])[0]
+            z_TN, *logits = products(x_TI, weights, [True] * len(weights))
+            return x, z_TN, logits[0] if logits else None
         same_x, z_TN, logits_TE = Projections.apply(x, rows_NI, scores_EI, own_gradient)
         return same_x if x.requires_grad else x, z_TN, logits_TE
 

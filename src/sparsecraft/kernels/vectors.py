@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsecraft.kernels.device import INTERPRETED, needs_grad
+from sparsecraft.kernels.device import INTERPRETED, as_sums, needs_grad
 
 
 def mix_vectors(x_TO: Tensor, weights_SE: Tensor, vectors_EO: Tensor, sums_to_one: bool) -> Tensor:
@@ -19,7 +19,7 @@ def mix_vectors(x_TO: Tensor, weights_SE: Tensor, vectors_EO: Tensor, sums_to_on
         sums_to_one: the weights of every row are known to sum to one. Then l is computed as
             1 + sum_e w_e (L_e - 1), so that vectors of ones give x exactly.
     """
-    if not usable(x_TO, weights_SE, vectors_EO):
+    if as_sums(x_TO) or not usable(x_TO, weights_SE, vectors_EO):
         return mix_vectors_torch(x_TO, weights_SE, vectors_EO, sums_to_one)
     if needs_grad(x_TO, weights_SE, vectors_EO):
         return _MixVectors.apply(x_TO, weights_SE, vectors_EO, sums_to_one)
@@ -37,6 +37,9 @@ def mix_vectors_torch(
     vectors_ENH = vectors_EO.to(dtype).reshape(E, heads, O // heads)
     if sums_to_one:
         vectors_ENH = vectors_ENH - 1
+    if as_sums(x_TO):
+        l_TO = (weights_TNE.transpose(1, 2)[..., None] * vectors_ENH).sum(1).reshape(T, O)
+        return (x_TO * (l_TO + 1 if sums_to_one else l_TO)).to(x_TO.dtype)
     with torch.autocast(x_TO.device.type, enabled=False):
         l_NTH = torch.bmm(weights_TNE.transpose(0, 1), vectors_ENH.transpose(0, 1))
     l_TO = l_NTH.transpose(0, 1).reshape(T, O)

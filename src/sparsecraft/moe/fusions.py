@@ -23,6 +23,7 @@ from sparsecraft.kernels.projections import (
     scales_in_chunks,
 )
 from sparsecraft.moe import operators
+from sparsecraft.moe.experts.ffn import FFNExperts
 from sparsecraft.moe.experts.lora import LoRAExperts
 from sparsecraft.moe.experts.split import SplitExperts
 from sparsecraft.moe.experts.vector import VectorExperts
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from sparsecraft.moe.layer import MoELayer
 
 
-def faster(layer: MoELayer) -> Callable | None:
+def faster(layer: MoELayer, x: Tensor) -> Callable | None:
     """What the layer does instead of its place's own function; None if nothing.
 
     It runs at every call of every layer: one match, no tensor, nothing that stops a compiler.
@@ -54,6 +55,9 @@ def faster(layer: MoELayer) -> Callable | None:
             return vector_after
         case (("replace" | "imitate"), SplitExperts()) if unrecorded(layer):
             return operators.run if operators.stands_alone(layer) else parts_in_use
+        case "replace", FFNExperts() if operators.stands_alone(layer) and unrecorded(layer):
+            # The compiler has a better form for a single token alone: `kernels.few`.
+            return operators.run if x.numel() > x.shape[-1] else None
     return None
 
 

@@ -90,7 +90,7 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor | None = None, *args, **kwargs) -> Tensor | tuple:
         if x is None:  # transformers calls an attention by keywords
             x = kwargs.pop("hidden_states")
-        way = faster(self) or PLACES[self.place]
+        way = faster(self, x) or PLACES[self.place]
         return way(self, x, *args, **kwargs)
 
     def run_base(self, x: Tensor, *args, **kwargs) -> Tensor:

@@ -1,24 +1,24 @@
 """Layers that stand in a compiled decoding step as one operator each, and run in it as they do
-outside of a compiler, which knows no kernel that decides on the device what it reads.
+outside of a compiler, which knows no kernel that decides on the device what it reads, and none of
+ours.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from sparsecraft.kernels.device import in_compiled_step
 
 if TYPE_CHECKING:
     from sparsecraft.moe.layer import MoELayer
 
 NUMBERS = itertools.count(1)
 LAYERS: weakref.WeakValueDictionary[int, MoELayer] = weakref.WeakValueDictionary()
-WANTED = False  # while a step is compiled
 
 
 def number(model: nn.Module) -> None:
@@ -29,20 +29,9 @@ def number(model: nn.Module) -> None:
             LAYERS[module.operator] = module
 
 
-@contextmanager
-def wanted() -> Iterator[None]:
-    """Let layers that have a number be operators in what is compiled in the block."""
-    global WANTED
-    before, WANTED = WANTED, True
-    try:
-        yield
-    finally:
-        WANTED = before
-
-
 def stands_alone(layer: MoELayer) -> bool:
     """Whether the layer is to be one operator here."""
-    return WANTED and layer.operator > 0 and torch.compiler.is_compiling()
+    return layer.operator > 0 and in_compiled_step()
 
 
 def run(layer: MoELayer, x: Tensor, *args, **kwargs) -> Tensor:

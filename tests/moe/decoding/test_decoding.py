@@ -18,8 +18,10 @@ from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import sparsecraft as sc
-from sparsecraft.moe import operators
+from sparsecraft.kernels import device, lora, projections
+from sparsecraft.moe.decoding import graphs as graphs_of_steps
 from sparsecraft.moe.decoding import loop, step
+from sparsecraft.moe.decoding.graphs import share_launches
 from sparsecraft.moe.decoding.loop import STEPS, decode
 from sparsecraft.surgery.budget import set_budget
 from tests import tiny
@@ -436,13 +438,15 @@ def test_threads_share_a_model():
 def graphs(monkeypatch) -> list[str]:
     """The code of every whole graph that is compiled; all steps are."""
     found, real = [], torch.compile
+    torch._dynamo.reset()  # every step is the same function, compiled for one more model
 
     def backend(graph, inputs):
+        share_launches(graph)
         found.append(graph.code)
         return graph.forward
 
     def counted(function, **options):
-        assert options.pop("fullgraph")
+        assert options.pop("fullgraph") and options.pop("backend")
         return real(function, fullgraph=True, backend=backend, **options)
 
     monkeypatch.setattr(loop, "COMPILED", 1)
@@ -457,6 +461,37 @@ def test_one_graph_and_few_compilations(recipe, graphs):
         assert alike(model, **prompts(1, length, False), max_new_tokens=new)
     assert all(made.compiled for made in steps(model))
     assert 1 <= len(graphs) <= 3
+
+
+@pytest.fixture
+def handful(monkeypatch):
+    """Operators for a handful of tokens, which are for a GPU, stand in steps for a CPU too."""
+    for module in (graphs_of_steps, lora, projections):
+        monkeypatch.setattr(module, "is_handful", lambda x, *others: 0 < len(x) <= 16)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("recipe", ["camel", "molora", "mov", "upcycling"])
+def test_with_shared_launches_tokens_are_the_same(family, recipe, graphs, handful):
+    if family not in RECIPES[recipe].families:
+        pytest.skip(f"{recipe} is not for {family}")
+    model = converted(family, recipe)
+    for batch in (1, 3):
+        assert alike(model, **prompts(batch, 6, False), max_new_tokens=6)
+    assert all(made.compiled for made in steps(model))
+
+
+@pytest.mark.parametrize(("recipe", "shared"), [("camel", 4), ("molora", 4), ("upcycling", 3)])
+def test_products_of_one_input_share_a_launch(recipe, shared, graphs, handful):
+    """q, k and v; o; gate and up, or a router; down; and the head."""
+    model = converted(recipe=recipe)
+    layers = model.config.num_hidden_layers
+    for batch in (1, 3):
+        assert alike(model, **prompts(batch, 6, False), max_new_tokens=6)
+    alone, several = graphs
+    assert alone.count("sparsecraft.products") == shared * layers + 1
+    assert "linear(" not in alone
+    assert several.count("sparsecraft.products") == (0 if recipe == "upcycling" else 4) * layers
 
 
 def test_a_model_with_steps_is_freed():
@@ -478,4 +513,4 @@ def test_split_networks_are_operators_of_their_own_model(graphs):
         assert alike(each, **prompts(1, 6, False), max_new_tokens=8)
         assert all(made.compiled for made in steps(each))
     assert all(code.count("torch.ops.sparsecraft.layer") == 2 for code in graphs)
-    assert not operators.WANTED
+    assert not device.STEP

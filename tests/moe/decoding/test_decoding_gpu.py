@@ -83,6 +83,27 @@ def test_other_weights_in_the_same_memory_are_read():
     assert alike(model, 1, False, 12)
 
 
+class Waits(torch.nn.Linear):
+    """Asks the device for a number, which no capture allows."""
+
+    def forward(self, x):
+        return super().forward(x) * (1 + 0 * x.sum().item())
+
+
+def test_a_capture_that_fails_leaves_nothing_behind():
+    model = converted("camelidae")
+    model.lm_head.__class__ = Waits
+    ids = prompts(1, 7, False)["input_ids"].cuda()
+    stream = torch.cuda.current_stream()
+    call = {"input_ids": ids, "max_new_tokens": 6, "do_sample": True, "pad_token_id": 0}
+    torch.manual_seed(0)
+    found = model.generate(**call)
+    assert not STEPS[model].found and torch.cuda.current_stream() == stream
+    torch.manual_seed(0)
+    assert torch.equal(type(model).generate(model, **call), found)
+    assert torch.randn(3, device="cuda").isfinite().all()
+
+
 def test_a_step_does_not_wait_for_the_device():
     model = converted("camelidae", torch.bfloat16)
     ids = prompts(1, 7, False)["input_ids"].cuda()

@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
 from sparsecraft.dense.tokens import CACHES
-from sparsecraft.kernels.device import version
+from sparsecraft.kernels.device import compiled_step, version
 from sparsecraft.moe import operators
+from sparsecraft.moe.decoding.graphs import backend
 
 log = logging.getLogger("sparsecraft")
 
 # Positions of a cache: one of few sizes, because each is compiled anew. A step reads all of them.
 FIRST_LENGTH, GROWTH = 512, 4
 WARM_UP = 3  # steps before a capture: kernels choose their shapes, and libraries their memory
-MANY = 64  # compiled forms of one function: of each model and size one
+MANY = 1024  # compiled forms of one function: of each model and size one
 
 
 def cache_length(positions: int) -> int:
@@ -116,8 +117,8 @@ class Step:
             "Compiling a decoding step of batch %d and up to %d positions, which later calls use; "
             "model.generation_config.disable_compile = True leaves that out.", batch, length,
         )  # fmt: skip
-        compiled = torch.compile(self._forward, fullgraph=True, dynamic=False)
-        compiled = quiet()(operators.wanted()(compiled))  # at every call: both are in its guards
+        compiled = torch.compile(self._forward, fullgraph=True, dynamic=False, backend=backend)
+        compiled = quiet()(compiled_step()(compiled))  # at every call: both are in its guards
         self.compiled = False
         try:
             self.logits_BV = compiled(model)
@@ -140,16 +141,36 @@ class Step:
         self.cache.reset()
         graph = torch.cuda.CUDAGraph()
         # Other threads go on meanwhile.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with (
+            _given_back(),
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        ):
             self.logits_BV = self._function(model)
         self._replay = graph.replay
+
+
+@contextmanager
+def _given_back() -> Iterator[None]:
+    """The current stream and the state of random numbers as they were, after a capture that fails:
+    it leaves both within it."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    stream, state = torch.cuda.current_stream(), generator.clone_state()
+    try:
+        yield
+    except Exception:
+        torch.cuda.set_stream(stream)
+        generator.graphsafe_set_state(state)
+        raise
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """The compiler without its warnings, and without its limit to how often it compiles a function
     that stands in many models."""
-    with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=MANY):
+    with (
+        warnings.catch_warnings(),
+        torch._dynamo.config.patch(recompile_limit=MANY, accumulated_recompile_limit=MANY),
+    ):
         warnings.simplefilter("ignore")
         yield
 

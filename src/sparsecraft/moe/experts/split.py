@@ -280,7 +280,8 @@ class SplitExperts(Experts):
         wide = torch.promote_types(self.down.dtype, torch.float32)
         with torch.autocast(self.down.device.type, enabled=False):
             constant_D = self.mean.flatten().to(wide) @ self.down.flatten(0, 1).to(wide)
-        return constant_D if self.down_bias is None else constant_D + self.down_bias
+        constant_D = constant_D if self.down_bias is None else constant_D + self.down_bias
+        return constant_D.to(self.down.dtype)  # once, and not at every call
 
     # ---------------------------------------------------------------------------- the arrangement
 

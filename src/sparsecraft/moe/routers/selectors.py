@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecraft.kernels import few
+from sparsecraft.kernels.device import as_sums
 
 Selector = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -37,7 +38,11 @@ def top_k(
 
 def soft(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     """Every expert, weighted by the softmax (MoV and MoLORA Eq. 1)."""
-    weights_TE = logits_TE.softmax(-1)
+    if as_sums(logits_TE):
+        # exp(l_e) / sum_j exp(l_j), without a step for the maximum.
+        weights_TE = (logits_TE.unsqueeze(-2) - logits_TE.unsqueeze(-1)).exp().sum(-1).reciprocal()
+    else:
+        weights_TE = logits_TE.softmax(-1)
     return weights_TE, _count(logits_TE).expand_as(weights_TE)
 
 
