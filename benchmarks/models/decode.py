@@ -14,20 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from threading import BrokenBarrierError
 
 import torch
 from torch import nn
 
 import sparsecraft as sc
-from benchmarks.lab import clocks
+from benchmarks.lab import alone, clocks
 from benchmarks.lab.tables import f, insert, markdown
 from benchmarks.models.shapes import SHAPES, SIDES, dense_of, mixtral_of, side_of
 from sparsecraft.moe.decoding import loop, step
@@ -36,7 +32,7 @@ from sparsecraft.moe.decoding.generate import generates_fast
 HERE = Path(__file__).parent
 PROMPT, FEW, MORE, ROUNDS = 128, 32, 256, 5
 EAGER_MORE = 64  # where a token takes as long as ten
-WAIT = 300  # seconds for the slowest side to be built
+KEYS = ("shape", "dtype", "batch", "side")
 
 
 # Of the dense model, and of transformers' mixture: a captured step, or transformers' own loop.
@@ -57,22 +53,6 @@ def built(args, name: str) -> nn.Module:
             generates_fast(model)
         return model
     return side_of(name.removesuffix(", eager"), shape, dtype, args.device)
-
-
-def side(args, name: str, ready, alone, rows) -> None:
-    """A process: build, wait for the others, compile and be timed alone, because a compiler that
-    times its kernels beside others chooses other ones."""
-    try:
-        row = {"shape": args.shape, "dtype": args.dtype, "batch": args.batch, "side": name}
-        call, model = prepared(args, name)
-    finally:
-        with suppress(BrokenBarrierError):  # a side that died is not waited for twice
-            ready.wait(WAIT)
-    with alone:
-        begun = time.perf_counter()
-        call(FEW), call(FEW)
-        row["first_seconds"] = time.perf_counter() - begun
-        rows.put(row | measured(args, name, call, model) | clocks.about(args.device))
 
 
 def prepared(args, name: str) -> tuple[Callable[[int], torch.Tensor], nn.Module]:
@@ -96,7 +76,13 @@ def prepared(args, name: str) -> tuple[Callable[[int], torch.Tensor], nn.Module]
     return call, model
 
 
-def measured(args, name: str, call: Callable, model: nn.Module) -> dict:
+def timed(args, name: str, built: tuple[Callable, nn.Module]) -> dict:
+    """A row; the compiler times kernels too, alone as the model is."""
+    call, model = built
+    row = {"shape": args.shape, "dtype": args.dtype, "batch": args.batch}
+    begun = time.perf_counter()
+    call(FEW), call(FEW)
+    row["first_seconds"] = time.perf_counter() - begun
     more = EAGER_MORE if name.endswith("eager") else MORE
 
     def seconds(new: int) -> float:
@@ -107,7 +93,7 @@ def measured(args, name: str, call: Callable, model: nn.Module) -> dict:
         return time.perf_counter() - begun
 
     times = [(seconds(FEW + more) - seconds(FEW)) / more for _ in range(ROUNDS)]
-    row = {"ms": 1e3 * statistics.median(times)}
+    row["ms"] = 1e3 * statistics.median(times)
     row["tokens_per_second"] = 1e3 * args.batch / row["ms"]
     made = (
         [step for step in loop.STEPS[model].found.values() if step] if model in loop.STEPS else []
@@ -152,33 +138,6 @@ def kernels(step, model: nn.Module) -> dict[str, list[float]]:
 
 
 # ------------------------------------------------------------------ all
-def measure(args) -> list[dict]:
-    """The rows of all sides, by processes that wait for each other."""
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "8")
-    context = multiprocessing.get_context("spawn")
-    ready, alone, rows = context.Barrier(len(args.sides)), context.Lock(), context.Queue()
-    workers = [context.Process(target=side, args=(args, n, ready, alone, rows)) for n in args.sides]
-    for worker in workers:
-        worker.start()
-    found = []
-    while any(worker.is_alive() for worker in workers) or not rows.empty():
-        try:
-            found.append(rows.get(timeout=1))
-        except multiprocessing.queues.Empty:
-            continue
-        print(json.dumps(found[-1]), flush=True)
-    return found
-
-
-def merge(old: list[dict], new: list[dict]) -> list[dict]:
-    """The rows of a run in the place of those of the same sides, shapes and batches."""
-
-    def key(row: dict) -> tuple:
-        return row["shape"], row["dtype"], row["batch"], row["side"]
-
-    return list(({key(row): row for row in old} | {key(row): row for row in new}).values())
-
-
 def tables(rows: list[dict]) -> str:
     header = [
         "model",
@@ -223,7 +182,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = json.loads(args.out.read_text()) if args.out.exists() else []
     if not args.table:
-        rows = merge(rows, measure(args))
+        rows = alone.merge(rows, alone.measure(args, prepared, timed), KEYS)
         args.out.write_text(json.dumps(rows, indent=1) + "\n")
     page = args.out.with_suffix(".md")
     insert(page, tables(rows))
