@@ -58,7 +58,7 @@ def side_of(name: str, shape: dict, dtype: torch.dtype, device: str = "cpu") -> 
     recipe, fast, share = SIDES[name]
     model = dense_of(shape, dtype, device)
     sc.convert(model, recipe(), certify=False)
-    _fill(model)
+    fill(model)
     model.eval().requires_grad_(False)
     if share is not None:
         sc.set_budget(model, share)
@@ -90,7 +90,7 @@ def _made(kind: type, config, dtype: torch.dtype, device: str) -> nn.Module:
         torch.set_default_dtype(before)
 
 
-def _fill(model: nn.Module) -> None:
+def fill(model: nn.Module) -> None:
     """Give the new matrices that start at zero other values."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
