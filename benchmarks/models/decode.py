@@ -39,7 +39,9 @@ KEYS = ("shape", "dtype", "batch", "side")
 COMPILED = ("dense, transformers' compiled", "Mixtral, transformers' compiled")
 FLOOR, OURS = "dense", "dense, shared launches"  # of a step by torch's compiler alone, and by ours
 PEERS = (FLOOR, OURS, "dense, eager", *COMPILED)
-EAGER = "camelidae, eager"
+EAGER = ("camelidae, eager", "camelidae, fast, eager")
+CAPTURED = ", captured"  # without the compiler
+CAPTURED_ONLY = ("dense" + CAPTURED, "camelidae" + CAPTURED, "camelidae, fast" + CAPTURED)
 
 
 # ------------------------------------------------------------------ sides
@@ -49,10 +51,10 @@ def built(args, name: str) -> nn.Module:
         return mixtral_of(shape, dtype, args.device)
     model = dense_of(shape, dtype, args.device)
     if name.startswith("dense"):
-        if name in (FLOOR, OURS):
+        if name in (FLOOR, OURS, "dense" + CAPTURED):
             generates_fast(model)
         return model
-    return side_of(name.removesuffix(", eager"), shape, dtype, args.device)
+    return side_of(name.removesuffix(", eager").removesuffix(CAPTURED), shape, dtype, args.device)
 
 
 def prepared(args, name: str) -> tuple[Callable[[int], torch.Tensor], nn.Module]:
@@ -64,6 +66,8 @@ def prepared(args, name: str) -> tuple[Callable[[int], torch.Tensor], nn.Module]
     elif args.device == "cpu":
         loop.DEVICES = ("cpu",)
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    if name.endswith(CAPTURED):
+        options["disable_compile"] = True
     if name in COMPILED:
         options |= {"cache_implementation": "static", "max_cache_len": 512}
     ids = torch.randint(5, model.config.vocab_size, (args.batch, PROMPT), device=args.device)
@@ -175,7 +179,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--sides", nargs="+", default=[*PEERS, *SIDES, EAGER])
+    parser.add_argument("--sides", nargs="+", default=[*PEERS, *SIDES, *CAPTURED_ONLY, *EAGER])
     parser.add_argument("--profile", action="store_true", help="the kernels of a step too")
     parser.add_argument("--table", action="store_true", help="only rewrite the page's tables")
     parser.add_argument("--out", type=Path, default=HERE / "decode.json")
