@@ -67,7 +67,8 @@ def wanted(net: TwoLayer, x_TI, weights_TK, indices_TK, sums_to_one):
 @pytest.mark.parametrize("tokens", [1, 3, 16])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(("gated", "biased"), [(False, True), (True, False), (True, True)])
-def test_it_equals_the_sum_over_slots(gated, biased, residual, tokens, dtype):
+def test_it_equals_the_sum_over_slots(gated, biased, residual, tokens, dtype, monkeypatch):
+    monkeypatch.setattr(few, "PROGRAMS", 1024 if residual else 1)  # a row of a matrix, or several
     layers = net(gated, biased, residual, dtype)
     x_TI = torch.randn(tokens, I).to(dtype)
     indices_TK = torch.randint(0, E + 1, (tokens, 2))

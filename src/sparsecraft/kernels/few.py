@@ -25,7 +25,8 @@ except ImportError:
 else:
     from sparsecraft.kernels.split_triton import _activate
 
-ROWS = 4  # of a matrix in one program: enough programs for a narrow adapter
+ROWS = 4  # of a matrix in one program, or one where programs would be too few for a GPU
+PROGRAMS = 1024
 TILE = 4096  # numbers of a matrix that a program reads at a time
 MAX_EXPERTS = 1024  # of one token in the registers of one program
 
@@ -94,22 +95,23 @@ def _launch(
     first_bias, second_bias = (x_TI if bias is None else bias.contiguous() for bias in biases)
     active_SH = x_TI.new_empty(T * K, H, dtype=torch.float32)
     y_TO = x_TI.new_empty(T, O)
+    rows = ROWS if H * T * K >= ROWS * PROGRAMS else 1
     with torch.cuda.device_of(x_TI):  # Triton launches on the current one
-        _up[(triton.cdiv(H, ROWS), T * K)](
+        _up[(triton.cdiv(H, rows), T * K)](
             x_TI, indices_TK, first_EMI, first_bias, active_SH, E, *first_EMI.stride(), I=I, K=K,
-            H=H, GATED=M > H, BIASED=biases[0] is not None, ACTIVATION=code, BN=ROWS,
-            BK=_tile(I), num_warps=4,
+            H=H, GATED=M > H, BIASED=biases[0] is not None, ACTIVATION=code, BN=rows,
+            BK=_tile(I, rows), num_warps=4,
         )  # fmt: skip
         _down[(triton.cdiv(O, ROWS), T)](
             x_TI, weights_TK, indices_TK, second_EOH, second_bias, active_SH, y_TO, O, E, scale,
             *second_EOH.stride(), H=H, K=K, PASSES=passes, BIASED=biases[1] is not None,
-            BN=ROWS, BK=_tile(H), num_warps=4,
+            BN=ROWS, BK=_tile(H, ROWS), num_warps=4,
         )  # fmt: skip
     return y_TO
 
 
-def _tile(width: int) -> int:
-    return max(16, min(TILE // ROWS, triton.next_power_of_2(width)))
+def _tile(width: int, rows: int) -> int:
+    return max(16, min(TILE // rows, triton.next_power_of_2(width)))
 
 
 if triton is not None:
