@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from transformers import DynamicCache
 from transformers import MixtralForCausalLM as Mixtral
 
 import sparsecraft as sc
-from benchmarks.lab import clocks
+from benchmarks.lab import alone, clocks
 from benchmarks.lab.tables import markdown, measure_and_write
 from benchmarks.models.shapes import SHAPES, dense_of, mixtral_of, side_of
 
@@ -110,6 +111,8 @@ def measure(args) -> dict:
                 gc.collect()
             del dense, theirs
             gc.collect()
+    old = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    rows = alone.merge(old, rows, ("shape", "dtype", "side"))
     return clocks.about("cpu") | {"threads": args.threads, "rows": rows}
 
 
