@@ -37,7 +37,6 @@ EXCEPTIONS = {
     ("recipe/edits.py", "edit.place"): "an edit refuses words of its own that go badly together",
     ("dense/donors.py", "site.kind"): "the view of a dense module follows from its site's word",
     # What others' objects have:
-    ("kernels/split.py", "hasattr(os, 'register_at_fork')"): "systems differ",
     ("data/batches.py", "hasattr(batch, 'keys')"): "whatever a user's loader gives",
     ("dense/donors.py", "hasattr(module, 'num_key_value_groups')"): "families differ",
     ("dense/loading.py", "hasattr(config, 'named_modules')"): "a model is no configuration",

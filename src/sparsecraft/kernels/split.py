@@ -12,10 +12,9 @@ P pairs of a token and an expert that it uses.
 from __future__ import annotations
 
 import functools
-import os
+import itertools
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -39,15 +38,15 @@ CUDA_GATHER_TOKENS = LISTED_TOKENS
 WEIGH_TOKENS = 65535
 # Up to here a router is worth a stream of its own beside the first product.
 BESIDE_TOKENS = 64
-# On a CPU `gather` takes about 30 ms for all pairs of one token and its experts, `masked` only
-# 19 (two cores, float32, 4096 -> 11008 gated in experts of 32): up to this many pairs per expert.
-CPU_GATHER_PAIRS = 0.6
+# On a CPU `gather` wins up to these shares of pairs in use (two cores, 576 -> 1536 to 2048 -> 5632
+# gated, in 32 and 128 experts): a call for each expert costs as much as its reading where it has
+# fewer numbers than this in its first matrix.
+CPU_GATHER_PAIRS, CPU_GATHER_PAIRS_OF_SMALL, CPU_SMALL = 0.6, 0.3, 2**17
 # From here `grouped` computes the pairs in use alone: where experts are large enough for products
 # of their own, for which tokens are copied once for each expert, and where enough is left out
 # (benchmarks/split/prefill.md).
 GROUPED_TOKENS, GROUPED_NEURONS, GROUPED_SHARE = 4096, 1024, 0.25
-# Products that are worth a second core's start.
-CPU_CORE_PRODUCTS = 2**20
+BAGS = 8  # of a token on a CPU: in one, its sum takes twice as long
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,8 +212,9 @@ def choose(net: SplitNet, x_TD: Tensor, weights_TE: Tensor) -> str:
         return "masked"
     if x_TD.is_cuda:
         return "gather" if len(x_TD) <= CUDA_GATHER_TOKENS else "masked"
-    pairs = torch.count_nonzero(weights_TE).item() / net.E
-    return "gather" if pairs <= CPU_GATHER_PAIRS else "masked"
+    small = net.first_EMD[0].numel() < CPU_SMALL
+    most = CPU_GATHER_PAIRS_OF_SMALL if small else CPU_GATHER_PAIRS
+    return "gather" if torch.count_nonzero(weights_TE).item() <= most * net.E else "masked"
 
 
 def why_not_gather(net: SplitNet, x_TD: Tensor, weights_TE: Tensor) -> str | None:
@@ -311,50 +311,42 @@ def _hidden_of_pairs(
 
 # ------------------------------------------------------------------ gather on a CPU
 def gather_torch(net: SplitNet, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
-    """`gather` without a copy of any weight: each core takes a part of the (token, expert) pairs,
-    first product, activation and second product, so that cores wait for each other once.
+    """`gather` without a copy of any weight.
 
-    Shapes: P pairs, ordered by token.
+    Shapes: P pairs of a token and an expert, ordered by token; B sums of some of a token's pairs.
     """
     token_P, expert_P = weights_TE.nonzero(as_tuple=True)
-    P = len(token_P)
-    products = P * (net.first_EMD[0].numel() + net.down_EHD[0].numel())
-    cores = max(1, min(torch.get_num_threads(), P, products // CPU_CORE_PRODUCTS))
-    ends = [P * i // cores for i in range(cores + 1)]
-
-    @torch.no_grad()  # for the other threads, which do not inherit it
-    def part(i: int) -> Tensor:
-        here = slice(ends[i], ends[i + 1])
-        return _pairs(net, x_TD, weights_TE, token_P[here], expert_P[here])
-
-    others = [_threads(cores - 1).submit(part, i) for i in range(1, cores)]
-    y_TD = part(0)
-    for other in others:
-        y_TD += other.result()
+    y_TD = torch.zeros_like(x_TD)
+    if len(token_P):
+        tokens, experts = token_P.tolist(), expert_P.tolist()
+        first = [
+            torch.mv(net.first_EMD[e : e + n].flatten(0, 1), x_TD[t])
+            for t, e, n in _runs(tokens, experts)
+        ]
+        first_PM = torch.cat(first).view(len(tokens), -1)
+        hidden_PH = _hidden_of_pairs(net, first_PM, weights_TE, token_P, expert_P)
+        row_PH = expert_P[:, None] * net.m + torch.arange(net.m)
+        # Weighted sums of rows: products with a matrix of which most rows are left out.
+        starts, owners = _bags(tokens)
+        y_BD = F.embedding_bag(
+            row_PH.flatten(), net.down_EHD.flatten(0, 1), torch.tensor(starts) * net.m,
+            mode="sum", per_sample_weights=hidden_PH.flatten(),
+        )  # fmt: skip
+        y_TD.index_add_(0, torch.tensor(owners), y_BD)
     return y_TD if net.bias_D is None else y_TD + net.bias_D
 
 
-def _pairs(
-    net: SplitNet, x_TD: Tensor, weights_TE: Tensor, token_P: Tensor, expert_P: Tensor
-) -> Tensor:
-    y_TD = torch.zeros_like(x_TD)
-    if not len(token_P):
-        return y_TD
-    M = net.first_EMD.shape[1]
-    first = [
-        F.linear(x_TD[t : t + 1], net.first_EMD[e : e + n].flatten(0, 1)).view(n, M)
-        for t, e, n in _runs(token_P.tolist(), expert_P.tolist())
-    ]
-    hidden_PH = _hidden_of_pairs(net, torch.cat(first), weights_TE, token_P, expert_P)
-    row_PH = expert_P[:, None] * net.m + torch.arange(net.m)
-    for t in token_P.unique_consecutive().tolist():
-        # A weighted sum of rows: a product with a matrix of which most rows are left out.
-        mine = token_P == t
-        (y_TD[t],) = F.embedding_bag(
-            row_PH[mine].flatten(), net.down_EHD.flatten(0, 1), torch.zeros(1, dtype=torch.int64),
-            mode="sum", per_sample_weights=hidden_PH[mine].flatten(),
-        )  # fmt: skip
-    return y_TD
+def _bags(tokens: list[int]) -> tuple[list[int], list[int]]:
+    """Where sums of pairs in order begin, and the token of each: some for each token, because
+    cores share them."""
+    starts, owners, first = [], [], 0
+    bags = max(BAGS, torch.get_num_threads())
+    for token, pairs in itertools.groupby(tokens):
+        number = sum(1 for _ in pairs)
+        starts += range(first, first + number, -(-number // bags))
+        owners += [token] * (len(starts) - len(owners))
+        first += number
+    return starts, owners
 
 
 def _runs(tokens: list[int], experts: list[int]) -> list[tuple[int, int, int]]:
@@ -366,12 +358,3 @@ def _runs(tokens: list[int], experts: list[int]) -> list[tuple[int, int, int]]:
         else:
             runs.append((t, e, 1))
     return runs
-
-
-@functools.cache
-def _threads(number: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(number, "sparsecraft-split")
-
-
-if hasattr(os, "register_at_fork"):  # a fork has none of these threads
-    os.register_at_fork(after_in_child=_threads.cache_clear)
