@@ -89,7 +89,7 @@ def is_handful(x_TD: Tensor, *others: Tensor | None) -> bool:
     return (
         (x_TD.is_cuda or INTERPRETED)
         and triton is not None
-        and (STEP or not torch.compiler.is_compiling())
+        and (in_compiled_step() or not torch.compiler.is_compiling())
         and x_TD.dtype != torch.float64
         and 0 < len(x_TD) <= FEW_TOKENS
         and not needs_grad(x_TD, *others)

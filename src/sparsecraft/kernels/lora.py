@@ -17,12 +17,11 @@ from sparsecraft.kernels.device import (
     as_sums,
     compute_dtype,
     is_few,
-    is_handful,
     is_transformed,
     needs_grad,
 )
 from sparsecraft.kernels.product import add_lora, fits_add_lora, product
-from sparsecraft.kernels.products import products
+from sparsecraft.kernels.projections import float32_product
 
 
 class LoRAs(NamedTuple):
@@ -126,7 +125,7 @@ def _mix_lora_few(x_TI, z_TN, weights_TE, loras: LoRAs, onto, in_place: bool) ->
     """Two launches; the parameters are read as they are, and the bottleneck stays in float32."""
     a_ERI, b_EOR, scale, _ = loras
     if z_TN is None:
-        z_TN = products(x_TI, [a_ERI.flatten(0, 1)], [True])[0]
+        z_TN = float32_product(x_TI, a_ERI.flatten(0, 1))
     if onto is None:
         out_TO = x_TI.new_empty(x_TI.shape[0], b_EOR.shape[1])
     else:
@@ -139,11 +138,7 @@ def _mix_lora_as_sums(x_TI, z_TN, weights_TE, loras: LoRAs, onto) -> Tensor:
     """As `_mix_lora_few`, with B in the compiler's own kernels."""
     a_ERI, b_EOR, scale, _ = loras
     if z_TN is None:
-        a_NI = a_ERI.flatten(0, 1)
-        if is_handful(x_TI, a_NI):
-            z_TN = products(x_TI, [a_NI], [True])[0]
-        else:
-            z_TN = F.linear(x_TI, a_NI.to(x_TI.dtype)).float()
+        z_TN = float32_product(x_TI, a_ERI.flatten(0, 1))
     z_TER = z_TN.unflatten(1, (-1, b_EOR.shape[2]))
     if weights_TE is not None:
         z_TER = z_TER * weights_TE[..., None]

@@ -34,8 +34,8 @@ def products(x_TD: Tensor, weights_ND: Sequence[Tensor], wide: Sequence[bool]) -
 
 def in_torch(x_TD: Tensor, weights_ND: Sequence[Tensor], wide: Sequence[bool]) -> list[Tensor]:
     """The specification of `products`."""
-    types = (torch.float32 if each else x_TD.dtype for each in wide)
-    return [(x_TD.float() @ w.float().t()).to(t) for w, t in zip(weights_ND, types, strict=True)]
+    found = _empty(x_TD, weights_ND, wide)
+    return [y.copy_(x_TD.float() @ w.float().t()) for y, w in zip(found, weights_ND, strict=True)]
 
 
 def _launch(x_TD: Tensor, weights_ND: list[Tensor], wide: list[bool]) -> list[Tensor]:
@@ -55,9 +55,10 @@ def _launch(x_TD: Tensor, weights_ND: list[Tensor], wide: list[bool]) -> list[Te
 
 
 def _empty(x_TD: Tensor, weights_ND: list[Tensor], wide: list[bool]) -> list[Tensor]:
-    types = (torch.float32 if each else x_TD.dtype for each in wide)
-    shapes = ((len(x_TD), len(weight_ND)) for weight_ND in weights_ND)
-    return [x_TD.new_empty(n, dtype=t) for n, t in zip(shapes, types, strict=True)]
+    return [
+        x_TD.new_empty(len(x_TD), len(weight_ND), dtype=torch.float32 if each else x_TD.dtype)
+        for weight_ND, each in zip(weights_ND, wide, strict=True)
+    ]
 
 
 _products = torch.library.custom_op(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsecraft.kernels.device import in_compiled_step, is_few, is_handful, needs_grad
+from sparsecraft.kernels.device import is_few, is_handful, needs_grad
 from sparsecraft.kernels.product import HIGH, LOW, MIDDLE, product, stack
 from sparsecraft.kernels.products import products
 from sparsecraft.kernels.vectors import backward, forward, usable
@@ -50,9 +50,7 @@ def float32_product(x_TI: Tensor, weight_EI: Tensor) -> Tensor:
     """
     # Without this, autocast would compute the product in bf16 all the same.
     with torch.autocast(x_TI.device.type, enabled=False):
-        if is_few(x_TI) and not needs_grad(x_TI, weight_EI):
-            return products(x_TI, [weight_EI], [True])[0]
-        if in_compiled_step() and is_handful(x_TI, weight_EI):
+        if is_handful(x_TI, weight_EI):
             return products(x_TI, [weight_EI], [True])[0]
         if _splits(x_TI, weight_EI):
             return Projections.apply(x_TI, None, weight_EI, False)[2]

@@ -18,7 +18,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import sparsecraft as sc
-from sparsecraft.kernels import device, lora, projections
+from sparsecraft.kernels import device, projections
 from sparsecraft.moe.decoding import graphs as graphs_of_steps
 from sparsecraft.moe.decoding import loop, step
 from sparsecraft.moe.decoding.graphs import share_launches
@@ -466,7 +466,7 @@ def test_one_graph_and_few_compilations(recipe, graphs):
 @pytest.fixture
 def handful(monkeypatch):
     """Operators for a handful of tokens, which are for a GPU, stand in steps for a CPU too."""
-    for module in (graphs_of_steps, lora, projections):
+    for module in (graphs_of_steps, projections):
         monkeypatch.setattr(module, "is_handful", lambda x, *others: 0 < len(x) <= 16)
 
 

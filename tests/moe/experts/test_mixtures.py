@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sparsecraft.kernels.device import compiled_step
 from sparsecraft.kernels.lora import LoRAs, mix_lora
+from sparsecraft.kernels.projections import float32_product
 from sparsecraft.kernels.vectors import INTERPRETED, mix_vectors, mix_vectors_torch
+from sparsecraft.moe.routers.selectors import soft
 
 I, O, R = 24, 36, 4
 
@@ -214,6 +217,28 @@ def test_mixed_lora_compiles_whole():
     compiled = torch.compile(mix_lora, backend="aot_eager", fullgraph=True)
     found = grads(compiled(x, w, LoRAs(a, b, 0.5), onto * 1.0, in_place=True), leaves)
     assert_near(found, grads(lora_loop(x, w, a, b, 0.5, onto), leaves), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [1, 16, 17])
+@pytest.mark.parametrize("shared", [False, True])
+def test_in_a_compiled_step_nothing_is_rounded_more(tokens, shared, dtype):
+    x, w, a, b = (t.detach().to(dtype) for t in lora_case(tokens, 3, shared))
+    vectors, logits = torch.randn(3, O, dtype=dtype), torch.randn(tokens, 3, dtype=dtype)
+
+    def layer(x):
+        weights = soft(logits)[0] + w
+        y = mix_lora(x, weights, LoRAs(a, b, 0.5), torch.ones(len(x), O, dtype=dtype))
+        return mix_vectors(y, weights, vectors, False), float32_product(x, a[0])
+
+    torch._dynamo.reset()
+    with torch.no_grad(), compiled_step():
+        found = torch.compile(layer, backend="eager", fullgraph=True)(x)
+        wanted = layer(x)
+    for y, z in zip(found, wanted, strict=True):
+        assert y.dtype == z.dtype == dtype
+        bound = 1e-13 if dtype is torch.float64 else 1e-5
+        torch.testing.assert_close(y, z, rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize("routed", [False, True])
