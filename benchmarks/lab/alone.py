@@ -13,8 +13,23 @@ from threading import BrokenBarrierError
 from typing import Any
 
 from benchmarks.lab import clocks
+from benchmarks.lab.tables import insert
 
 WAIT = 300  # seconds for the slowest side to be built
+
+
+def measure_and_write(
+    args, build: Callable, time: Callable, tables: Callable[[list], str], keys: tuple[str, ...]
+) -> None:
+    """Measure `args.sides` into `args.out`, in the place of rows with the same values of `keys`,
+    unless `args.table`; put the tables into the page beside it."""
+    rows = json.loads(args.out.read_text()) if args.out.exists() else []
+    if not args.table:
+        rows = merge(rows, measure(args, build, time), keys)
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    page = args.out.with_suffix(".md")
+    insert(page, tables(rows))
+    print(page.read_text())
 
 
 def measure(args, build: Callable[[Any, str], Any], time: Callable[[Any, str, Any], dict]) -> list:

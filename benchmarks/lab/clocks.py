@@ -42,6 +42,24 @@ def steps(layer: nn.Module, pairs: list, backward: bool) -> list[Callable[[], ob
     return [lambda x=x, dy=dy: both(x, dy) for x, dy in pairs]
 
 
+def one_pass(
+    function: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor, backward: bool
+) -> Callable[[], object]:
+    """`function` of x, forward without gradients, or forward and backward to x and what `layer`
+    trains, some of which a routing may leave out."""
+    x = x.detach().requires_grad_(backward)
+    dy, parameters = torch.randn_like(x), [p for p in layer.parameters() if p.requires_grad]
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return function(x)
+
+    def both() -> object:
+        return torch.autograd.grad(function(x), [x, *parameters], dy, allow_unused=True)
+
+    return both if backward else forward
+
+
 def graph(call: Callable) -> Callable[[], object]:
     """The call captured as a CUDA graph."""
     stream = torch.cuda.Stream()
@@ -114,6 +132,20 @@ def rounds_of(
             break
         rows.append({name: timed(sides[name]) for name in order})
     return rows
+
+
+def in_turns(args, calls: dict[str, Callable]) -> list[dict[str, float]]:
+    """Every round's milliseconds by side, in turns of `args.turn` seconds on `args.device`: the
+    median of a turn's second half."""
+    for call in calls.values():
+        call()
+    blocks = {n: block_size([c], args.turn, args.device, passes=2) for n, c in calls.items()}
+
+    def timed(name: str) -> float:
+        times = block_times([calls[name]], blocks[name], args.device)
+        return statistics.median(times[len(times) // 2 :])
+
+    return rounds_of({name: name for name in calls}, args.rounds, timed)
 
 
 def against_dense(rows: list[dict[str, float]]) -> dict[str, dict]:

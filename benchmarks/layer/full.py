@@ -73,35 +73,11 @@ def _sonic(width: int, hidden: int, experts: int, k: int) -> nn.Module | None:
 
 # ------------------------------------------------------------------ calls
 def call(name: str, layer: nn.Module, x: Tensor, backward: bool) -> Callable[[], object]:
-    x = x.detach().requires_grad_(backward)
-    dy, parameters = torch.randn_like(x), [*layer.parameters()]
-
-    def forward() -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         found = layer(x.flatten(0, 1) if name == SONIC else x)
         return (found[0] if isinstance(found, tuple) else found).view(x.shape)
 
-    def alone() -> Tensor:
-        with torch.no_grad():
-            return forward()
-
-    def both() -> object:
-        return torch.autograd.grad(forward(), [x, *parameters], dy, allow_unused=True)
-
-    return both if backward else alone
-
-
-def turns(args, calls: dict[str, Callable]) -> dict[str, float]:
-    """Median milliseconds of each."""
-    for each in calls.values():
-        each()
-    blocks = {n: clocks.block_size([c], args.turn, args.device, passes=2) for n, c in calls.items()}
-
-    def turn(name: str) -> float:
-        times = clocks.block_times([calls[name]], blocks[name], args.device)
-        return statistics.median(times[len(times) // 2 :])
-
-    rows = clocks.rounds_of({name: name for name in calls}, args.rounds, turn)
-    return {name: statistics.median(row[name] for row in rows) for name in calls}
+    return clocks.one_pass(forward, layer, x, backward)
 
 
 # ------------------------------------------------------------------ measurements
@@ -119,7 +95,8 @@ def measure(args) -> dict:
                 calls = {n: clocks.graph(calls[n]) for n in (OURS, PEER)}
                 read = 2 * 3 * width * hidden * min(experts, tokens * k)
                 row["bytes_ms"] = read / rate / 1e9
-            row["ms"] = turns(args, calls)
+            turns = clocks.in_turns(args, calls)
+            row["ms"] = {n: statistics.median(turn[n] for turn in turns) for n in calls}
             if cuda:
                 row["GiB"] = {n: clocks.peak_beyond(c, "cuda") / 2**30 for n, c in calls.items()}
             print(row, flush=True)

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsecraft as sc
@@ -47,10 +47,6 @@ class Point:
     hidden: int
     tokens: int = TOKENS
     share: float | None = None
-
-    @property
-    def key(self) -> str:
-        return f"{self.growth} {self.value:g}"
 
 
 def points(args) -> list[Point]:
@@ -105,13 +101,7 @@ def measure(args) -> dict:
 def one(args, point: Point) -> dict:
     layer, plain, active = layer_of(args, point)
     calls = {name: call(args, point, module) for name, module in (("ours", layer), (PLAIN, plain))}
-    blocks = {n: clocks.block_size([c], args.turn, args.device, passes=2) for n, c in calls.items()}
-
-    def turn(name: str) -> float:
-        times = clocks.block_times([calls[name]], blocks[name], args.device)
-        return statistics.median(times[len(times) // 2 :])
-
-    rows = clocks.rounds_of({name: name for name in calls}, args.rounds, turn)
+    rows = clocks.in_turns(args, calls)
     row = {"growth": point.growth, "value": point.value, "active": active}
     row["ms"] = statistics.median(row["ours"] for row in rows)
     row["over"] = statistics.median(row["ours"] / row[PLAIN] for row in rows)
@@ -120,24 +110,12 @@ def one(args, point: Point) -> dict:
 
 
 def call(args, point: Point, layer: nn.Module) -> Callable[[], object]:
-    backward = point.share is None
+    backward = point.share is None  # a split network that leaves parts out has no gradient
     x = torch.randn(1, point.tokens, args.width, device=args.device, dtype=torch.bfloat16)
-    x.requires_grad_(backward)
-    parameters = [p for p in layer.parameters() if p.requires_grad]
-    frozen = layer if backward else layer.eval()
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return frozen(x)
-
-    dy = torch.randn_like(x)
-
-    def both() -> object:
-        return torch.autograd.grad(layer(x), [x, *parameters], dy, allow_unused=True)
-
+    found = clocks.one_pass(layer, layer, x, backward)
     if not backward and args.device == "cuda" and point.tokens == 1:
-        return clocks.graph(forward)
-    return both if backward else forward
+        return clocks.graph(found)
+    return found
 
 
 # ------------------------------------------------------------------ page

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsecraft as sc
@@ -71,24 +71,7 @@ def recipes_of(args) -> dict[str, sc.Recipe]:
 def bank_call(args, experts: nn.Module, backward: bool) -> Callable[[], object]:
     x_TD = torch.randn(args.tokens, args.width, device=args.device, dtype=torch.bfloat16)
     routing = routing_of(experts, args)
-    return _call(lambda x: experts(x, routing), experts, x_TD, backward)
-
-
-def _call(
-    function: Callable, module: nn.Module, x_TD: Tensor, backward: bool
-) -> Callable[[], object]:
-    x_TD = x_TD.requires_grad_(backward)
-    dy_TD = torch.randn_like(x_TD)
-    parameters = [p for p in module.parameters() if p.requires_grad]
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return function(x_TD)
-
-    def both() -> object:
-        return torch.autograd.grad(function(x_TD), [x_TD, *parameters], dy_TD, allow_unused=True)
-
-    return both if backward else forward
+    return clocks.one_pass(lambda x: experts(x, routing), experts, x_TD, backward)
 
 
 def router_call(args, router: nn.Module) -> Callable[[], object]:
@@ -136,15 +119,7 @@ def step_call(args, recipe) -> tuple[Callable[[], object], int]:
 # ------------------------------------------------------------------ measurements
 def timed(args, calls: dict[str, Callable]) -> dict[str, dict[str, float]]:
     """Median milliseconds of each side, and the median over rounds of plain over it."""
-    for call in calls.values():
-        call()
-    blocks = {n: clocks.block_size([c], args.turn, args.device, passes=2) for n, c in calls.items()}
-
-    def turn(name: str) -> float:
-        times = clocks.block_times([calls[name]], blocks[name], args.device)
-        return statistics.median(times[len(times) // 2 :])
-
-    rows = clocks.rounds_of({name: name for name in calls}, args.rounds, turn)
+    rows = clocks.in_turns(args, calls)
     return {
         name: {
             "ms": statistics.median(row[name] for row in rows),

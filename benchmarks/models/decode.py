@@ -13,7 +13,6 @@ would take of the dense model's time if weights were all that is read.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from torch import nn
 
 import sparsecraft as sc
 from benchmarks.lab import alone, clocks
-from benchmarks.lab.tables import f, insert, markdown
+from benchmarks.lab.tables import f, markdown
 from benchmarks.models.shapes import SHAPES, SIDES, dense_of, mixtral_of, side_of
 from sparsecraft.moe.decoding import loop, step
 from sparsecraft.moe.decoding.generate import generates_fast
@@ -179,18 +178,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--sides", nargs="+", default=[*PEERS, *SIDES, *CAPTURED_ONLY, *EAGER])
+    sides = [*PEERS, *SIDES, *CAPTURED_ONLY, *EAGER]
+    parser.add_argument("--sides", nargs="+", choices=sides, default=sides)
     parser.add_argument("--profile", action="store_true", help="the kernels of a step too")
     parser.add_argument("--table", action="store_true", help="only rewrite the page's tables")
     parser.add_argument("--out", type=Path, default=HERE / "decode.json")
-    args = parser.parse_args()
-    rows = json.loads(args.out.read_text()) if args.out.exists() else []
-    if not args.table:
-        rows = alone.merge(rows, alone.measure(args, prepared, timed), KEYS)
-        args.out.write_text(json.dumps(rows, indent=1) + "\n")
-    page = args.out.with_suffix(".md")
-    insert(page, tables(rows))
-    print(page.read_text())
+    alone.measure_and_write(parser.parse_args(), prepared, timed, tables, KEYS)
 
 
 if __name__ == "__main__":

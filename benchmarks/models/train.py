@@ -12,7 +12,6 @@ same length.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -26,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import sparsecraft as sc
 from benchmarks.lab import alone, clocks
-from benchmarks.lab.tables import f, insert, markdown
+from benchmarks.lab.tables import f, markdown
 from benchmarks.models.shapes import EXPERTS, SHAPES, dense_of, mixtral_of
 from tests import tiny
 
@@ -154,7 +153,7 @@ def tables(rows: list[dict]) -> str:
             [
                 row["shape"], f"{row['rows']} x {row['length']}", row["side"],
                 f"{row['trained']:,}", f"{row['ms']:.0f}", f"{row['tokens_per_second']:,.0f}",
-                BASES.get(row["side"]), f(over, 2), f(row.get("GiB"), 1), f(memory, 2),
+                base and base["side"], f(over, 2), f(row.get("GiB"), 1), f(memory, 2),
             ]
         )  # fmt: skip
     machines = sorted({f"{row['machine']}, torch {row['torch']}" for row in rows})
@@ -168,17 +167,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--sides", nargs="+", default=[*SIDES])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=[*SIDES])
     parser.add_argument("--table", action="store_true", help="only rewrite the page's tables")
     parser.add_argument("--out", type=Path, default=HERE / "train.json")
-    args = parser.parse_args()
-    rows = json.loads(args.out.read_text()) if args.out.exists() else []
-    if not args.table:
-        rows = alone.merge(rows, alone.measure(args, built, timed), KEYS)
-        args.out.write_text(json.dumps(rows, indent=1) + "\n")
-    page = args.out.with_suffix(".md")
-    insert(page, tables(rows))
-    print(page.read_text())
+    alone.measure_and_write(parser.parse_args(), built, timed, tables, KEYS)
 
 
 if __name__ == "__main__":
