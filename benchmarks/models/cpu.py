@@ -28,7 +28,7 @@ from transformers import MixtralForCausalLM as Mixtral
 import sparsecraft as sc
 from benchmarks.lab import alone, clocks
 from benchmarks.lab.tables import markdown, measure_and_write
-from benchmarks.models.shapes import SHAPES, dense_of, mixtral_of, side_of
+from benchmarks.models.shapes import SHAPES, SIDES, dense_of, mixtral_of, side_of
 
 HERE = Path(__file__).parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["SmolLM2 135M", "1.1B"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--sides", nargs="+", default=list(ASKED))
+    parser.add_argument("--sides", nargs="+", choices=[*SIDES, MIXTRAL], default=list(ASKED))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--turn", type=float, default=1.0, help="seconds per turn")
