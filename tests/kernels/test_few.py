@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsecraft.kernels import few
+from sparsecraft.kernels import few, few_experts
 from sparsecraft.kernels.device import compiled_step
 from sparsecraft.kernels.two_layer import TwoLayer
 
@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(not interpreted, reason="needs TRITON_INTERPRET=
 E, I, O = 33, 40, 24
 
 
-def net(gated: bool, biased: bool, residual: bool, dtype=torch.float32, H: int = 20) -> TwoLayer:
+def net(
+    gated: bool, biased: bool, residual: bool, dtype=torch.float32, H: int = 20, number: int = E
+):
     torch.manual_seed(0)
     M, wide = 2 * H if gated else H, I if residual else O
     activation = nn.SiLU()
@@ -33,9 +35,11 @@ def net(gated: bool, biased: bool, residual: bool, dtype=torch.float32, H: int =
     def drawn(*shape):
         return (torch.randn(shape) / shape[-1] ** 0.5).to(dtype)
 
-    biases = {"first_bias_EM": drawn(E, M), "second_bias_EO": drawn(E, wide)} if biased else {}
+    biases = (
+        {"first_bias_EM": drawn(number, M), "second_bias_EO": drawn(number, wide)} if biased else {}
+    )
     return TwoLayer(
-        drawn(E, M, I), drawn(E, wide, H), activate, scale=0.5, residual=residual,
+        drawn(number, M, I), drawn(number, wide, H), activate, scale=0.5, residual=residual,
         activation=activation, **biases,
     )  # fmt: skip
 
@@ -49,7 +53,7 @@ def wanted(net: TwoLayer, x_TI, weights_TK, indices_TK, sums_to_one):
     y_TO = torch.zeros(len(x_TI), net.O, dtype=torch.float64)
     for t, x_I in enumerate(x_TI.double()):
         for w, e in zip(weights_TK[t].double(), indices_TK[t].tolist(), strict=True):
-            if e == E:
+            if e == net.E:
                 continue
             hidden = wide(net.first_EMI[e]) @ x_I
             hidden = hidden if net.first_bias_EM is None else hidden + wide(net.first_bias_EM[e])
@@ -79,6 +83,37 @@ def test_it_equals_the_sum_over_slots(gated, biased, residual, tokens, dtype, mo
         exact = wanted(layers, x_TI, weights_TK, indices_TK, sums_to_one)
         error = (found.double() - exact).abs().max() / exact.abs().max()
         assert found.dtype == dtype and error < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("tokens", [3, 16])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("gated", "biased"), [(False, True), (True, False), (True, True)])
+def test_experts_that_are_read_once(gated, biased, residual, tokens, monkeypatch):
+    """More slots than experts, some of which no token chose."""
+    few_of = 5
+    layers = net(gated, biased, residual, torch.float16, H=150, number=few_of)
+    x_TI = torch.randn(tokens, I).half()
+    for chosen, parts in (([0, 1, 2, 3, 4, 5], 1), ([1, 4, 5], 1024)):
+        monkeypatch.setattr(few_experts, "PROGRAMS", parts)
+        indices_TK = torch.tensor(chosen)[torch.randint(0, len(chosen), (tokens, 2))]
+        weights_TK = torch.rand(tokens, 2)
+        for sums_to_one in (False, True):
+            assert few.fits(layers, x_TI, 2)
+            found = few.networks(layers, x_TI, weights_TK, indices_TK, sums_to_one)
+            exact = wanted(layers, x_TI, weights_TK, indices_TK, sums_to_one)
+            error = (found.double() - exact).abs().max() / exact.abs().max()
+            assert found.dtype == torch.float16 and error < 2e-3
+
+
+def test_what_a_token_did_not_choose_may_overflow():
+    layers, weights_TK = net(False, False, False, torch.float16, number=3), torch.rand(4, 1)
+    layers.first_EMI[2] *= 6e4
+    x_TI = torch.randn(4, I).half()
+    x_TI[3] /= 6e4
+    indices_TK = torch.tensor([[0], [1], [0], [2]])
+    found = few.networks(layers, x_TI, weights_TK, indices_TK, False)
+    exact = wanted(layers, x_TI, weights_TK, indices_TK, False)
+    torch.testing.assert_close(found.double(), exact, atol=5e-3, rtol=5e-3)
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
@@ -120,6 +155,8 @@ def test_what_it_does_not_take():
     assert not few.fits(layers, x_TI.double(), 2)
     assert not few.fits(layers, x_TI.bfloat16(), 2)
     assert not few.fits(layers, x_TI, 17)  # more reads than all experts hold
+    half = net(True, False, False, torch.float16)
+    assert few.fits(half, x_TI.half(), 17)  # each is read once
     assert not few.fits(layers, x_TI.requires_grad_(), 2)
     with torch.no_grad():
         assert few.fits(layers, x_TI, 2)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsecraft.kernels import few_experts
 from sparsecraft.kernels.device import compute_dtype, is_handful
 from sparsecraft.kernels.projections import is_watched
 from sparsecraft.kernels.split_triton import activation_code
@@ -36,7 +37,7 @@ def fits(net: TwoLayer, x_TI: Tensor, slots: int) -> bool:
     # A slot reads its expert anew, from the cache of the chip at best.
     return (
         is_handful(x_TI, net.first_EMI, net.second_EOH)
-        and len(x_TI) * slots <= net.E
+        and (len(x_TI) * slots <= net.E or x_TI.dtype.itemsize == 2)
         and x_TI.dtype == compute_dtype(x_TI) == net.first_EMI.dtype
         and net.activation is not None
         and activation_code(net.activation) is not None
@@ -59,8 +60,10 @@ def networks(
     net: TwoLayer, x_TI: Tensor, weights_TK: Tensor, indices_TK: Tensor, sums_to_one: bool
 ) -> Tensor:
     """sum_k w_k expert_k(x), (T, O); slots of number E have no expert."""
-    code = activation_code(net.activation)
     passes = (2 if sums_to_one else 1) if net.residual else 0
+    if indices_TK.numel() > net.E:
+        return few_experts.networks(net, x_TI, weights_TK, indices_TK, passes)
+    code = activation_code(net.activation)
     matrices, biases = [net.first_EMI, net.second_EOH], [net.first_bias_EM, net.second_bias_EO]
     options = [code, passes]
     return _networks(x_TI, weights_TK, indices_TK, matrices, biases, net.scale, options)
