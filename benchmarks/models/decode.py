@@ -1,8 +1,8 @@
 """Tokens per second of whole models by the public `generate` on a GPU, over one dense decoding step
 that was compiled whole and captured, of the same run.
 
-Each side is a process of its own. All build their models at once; then one after the other
-compiles and is timed alone. A row says what `generate` gives, from the time that 256 further tokens
+Each side is a process of its own. All build their models and compile at once; then one after the
+other is timed alone. A row says what `generate` gives, from the time that 256 further tokens
 take beyond 32, and what its step alone takes. Weights are random; bytes says what a decoded token
 would take of the dense model's time if weights were all that is read.
 
@@ -56,7 +56,8 @@ def built(args, name: str) -> nn.Module:
     return side_of(name.removesuffix(", eager").removesuffix(CAPTURED), shape, dtype, args.device)
 
 
-def prepared(args, name: str) -> tuple[Callable[[int], torch.Tensor], nn.Module]:
+def prepared(args, name: str) -> tuple[Callable[[int], torch.Tensor], nn.Module, float]:
+    """What generates so many tokens, its model, and the seconds of the first two calls."""
     model = built(args, name)
     if name == FLOOR:
         step.backend = "inductor"
@@ -76,16 +77,15 @@ def prepared(args, name: str) -> tuple[Callable[[int], torch.Tensor], nn.Module]
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **options
         )
 
-    return call, model
-
-
-def timed(args, name: str, built: tuple[Callable, nn.Module]) -> dict:
-    """A row; the compiler times kernels too, alone as the model is."""
-    call, model = built
-    row = {"shape": args.shape, "dtype": args.dtype, "batch": args.batch}
     begun = time.perf_counter()
     call(FEW), call(FEW)
-    row["first_seconds"] = time.perf_counter() - begun
+    clocks.sync(args.device)
+    return call, model, time.perf_counter() - begun
+
+
+def timed(args, name: str, built: tuple[Callable, nn.Module, float]) -> dict:
+    call, model, first = built
+    row = {"shape": args.shape, "dtype": args.dtype, "batch": args.batch, "first_seconds": first}
     more = EAGER_MORE if name.endswith("eager") else MORE
 
     def seconds(new: int) -> float:

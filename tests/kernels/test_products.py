@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsecraft.kernels import products as module
-from sparsecraft.kernels.products import in_torch, products
+from sparsecraft.kernels.products import Low, in_torch, products
 
 BF16, FLOAT = torch.bfloat16, torch.float32
 
@@ -43,6 +43,39 @@ def test_the_kernel_gives_what_torch_does():
             products(x, weights, wide), in_torch(x, weights, wide), strict=True
         ):
             torch.testing.assert_close(found, wanted, rtol=8e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("dtype", [FLOAT, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_a_low_rank_update_is_added(tokens, dtype, rows, monkeypatch):
+    monkeypatch.setattr(module, "ROWS", rows)
+    monkeypatch.setattr(module, "FEWEST_TILES", 64)
+    torch.manual_seed(0)
+    width, sizes = 300, (5, 70, 33, 17)
+    x = torch.randn(tokens, width).to(dtype)
+    weights = [(torch.randn(n, width) / width**0.5).to(dtype) for n in sizes]
+
+    def low(number: int, experts: int, rank: int, z_experts: int, gated: bool) -> Low:
+        z = torch.randn(tokens, z_experts * rank)
+        gate = torch.rand(tokens, experts).to(dtype) if gated else None
+        return Low(z, gate, torch.randn(experts, number, rank).to(dtype), 0.5)
+
+    # One expert, experts with matrices of their own and with a shared one, and more ranks than one
+    # block; none.
+    lows = [low(5, 1, 8, 1, False), low(70, 3, 4, 3, True), low(33, 40, 5, 1, True), None]
+    found = products(x, weights, [False, True, False, False], lows)
+    for y, weight, update in zip(found, weights, lows, strict=True):
+        wanted = x.double() @ weight.double().t()
+        if update is not None:
+            z, gate, b, scale = (t.double() if isinstance(t, torch.Tensor) else t for t in update)
+            for e in range(len(b)):
+                R = b.shape[2]
+                own = z[:, e * R : (e + 1) * R] if z.shape[1] > R else z
+                own = own if gate is None else own * gate[:, e : e + 1]
+                wanted = wanted + scale * own @ b[e].t()
+        bound = 4e-3 if y.dtype != FLOAT else 2e-5
+        torch.testing.assert_close(y.double(), wanted, rtol=bound, atol=bound)
 
 
 def test_under_a_compiler_it_is_one_operator():

@@ -20,7 +20,7 @@ from sparsecraft.kernels.device import (
     is_transformed,
     needs_grad,
 )
-from sparsecraft.kernels.product import add_lora, fits_add_lora, product
+from sparsecraft.kernels.product import add_lora, add_low_rank, fits_add_lora, product
 from sparsecraft.kernels.projections import float32_product
 
 
@@ -135,10 +135,13 @@ def _mix_lora_few(x_TI, z_TN, weights_TE, loras: LoRAs, onto, in_place: bool) ->
 
 
 def _mix_lora_as_sums(x_TI, z_TN, weights_TE, loras: LoRAs, onto) -> Tensor:
-    """As `_mix_lora_few`, with B in the compiler's own kernels."""
+    """As `_mix_lora_few`; the update may become part of the product that it is added to, or of the
+    compiler's own kernels."""
     a_ERI, b_EOR, scale, _ = loras
     if z_TN is None:
         z_TN = float32_product(x_TI, a_ERI.flatten(0, 1))
+    if onto is not None and onto.dtype == x_TI.dtype != torch.float64:
+        return add_low_rank(onto, z_TN, weights_TE, b_EOR, scale)
     z_TER = z_TN.unflatten(1, (-1, b_EOR.shape[2]))
     if weights_TE is not None:
         z_TER = z_TER * weights_TE[..., None]

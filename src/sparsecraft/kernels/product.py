@@ -95,6 +95,37 @@ def add_lora(
     return out_TO
 
 
+def low_rank(z_TN: Tensor, gate_TE: Tensor | None, b_EOR: Tensor, scale: float) -> Tensor:
+    """scale * sum_e gate_e B_e z_e in float32; the specification of `add_lora`'s update."""
+    z_TER = z_TN.float().unflatten(1, (-1, b_EOR.shape[2]))
+    if gate_TE is not None:
+        z_TER = z_TER * gate_TE[..., None]
+    return scale * (z_TER.unsqueeze(-2) * b_EOR.float()).sum((1, 3))
+
+
+def _add_low_rank(
+    onto_TO: Tensor, z_TN: Tensor, gate_TE: Tensor | None, b_EOR: Tensor, scale: float
+) -> Tensor:
+    if usable(onto_TO) and fits_add_lora(b_EOR):
+        onto_TO = onto_TO.contiguous()
+        return add_lora(z_TN, gate_TE, b_EOR, scale, onto_TO, torch.empty_like(onto_TO))
+    return (onto_TO.float() + low_rank(z_TN, gate_TE, b_EOR, scale)).to(onto_TO.dtype)
+
+
+# `onto` and its update, for a compiler's graph, which may make it part of a product.
+add_low_rank = torch.library.custom_op(
+    "sparsecraft::add_low_rank",
+    _add_low_rank,
+    mutates_args=(),
+    schema="(Tensor onto, Tensor z, Tensor? gate, Tensor b, float scale) -> Tensor",
+)
+
+
+@add_low_rank.register_fake
+def _(onto, z, gate, b, scale):
+    return onto.new_empty(onto.shape)
+
+
 def fits_add_lora(b_EOR: Tensor) -> bool:
     E, _, R = b_EOR.shape
     return E * R <= MAX_RANKS

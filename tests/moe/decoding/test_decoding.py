@@ -18,10 +18,10 @@ from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import sparsecraft as sc
-from sparsecraft.kernels import device, projections
+from sparsecraft.kernels import attend, device, projections
 from sparsecraft.moe.decoding import graphs as graphs_of_steps
 from sparsecraft.moe.decoding import loop, step
-from sparsecraft.moe.decoding.graphs import share_launches
+from sparsecraft.moe.decoding.graphs import share_keys, share_launches
 from sparsecraft.moe.decoding.loop import STEPS, decode
 from sparsecraft.surgery.budget import set_budget
 from tests import tiny
@@ -441,6 +441,7 @@ def graphs(monkeypatch) -> list[str]:
     torch._dynamo.reset()  # every step is the same function, compiled for one more model
 
     def backend(graph, inputs):
+        share_keys(graph)
         share_launches(graph)
         found.append(graph.code)
         return graph.forward
@@ -481,9 +482,9 @@ def test_with_shared_launches_tokens_are_the_same(family, recipe, graphs, handfu
     assert all(made.compiled for made in steps(model))
 
 
-@pytest.mark.parametrize(("recipe", "shared"), [("camel", 4), ("molora", 4), ("upcycling", 3)])
+@pytest.mark.parametrize(("recipe", "shared"), [("camel", 8), ("molora", 8), ("upcycling", 3)])
 def test_products_of_one_input_share_a_launch(recipe, shared, graphs, handful):
-    """q, k and v; o; gate and up, or a router; down; and the head."""
+    """q, k and v; o; gate and up, or a router; down; and the head. What LoRAs read comes before."""
     model = converted(recipe=recipe)
     layers = model.config.num_hidden_layers
     for batch in (1, 3):
@@ -492,6 +493,32 @@ def test_products_of_one_input_share_a_launch(recipe, shared, graphs, handful):
     assert alone.count("sparsecraft.products") == shared * layers + 1
     assert "linear(" not in alone
     assert several.count("sparsecraft.products") == (0 if recipe == "upcycling" else 4) * layers
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("recipe", ["camel", "molora", "mov", "gmoefication"])
+def test_half_precision_takes_tiles_and_own_attention(family, recipe, graphs, handful, monkeypatch):
+    """Logits of the step are those of the layers, to the rounding of half precision."""
+    if family not in RECIPES[recipe].families:
+        pytest.skip(f"{recipe} is not for {family}")
+    monkeypatch.setattr(attend, "runs", lambda x: True)
+    monkeypatch.setattr(graphs_of_steps, "ENOUGH", 1)
+    model = converted(family, recipe).to(torch.float16)
+    layers = model.config.num_hidden_layers
+    for batch, padded in ((1, False), (3, False), (3, True)):
+        call = GREEDY | prompts(batch, 6, padded)
+        model.generate(**call, max_new_tokens=2)
+        (made,) = [step for step in steps(model) if len(step.token_B1) == batch][-1:]
+        assert made.compiled
+        ids = model.generate(**call, max_new_tokens=1)
+        mask = torch.cat([call["attention_mask"], torch.ones_like(ids[:, :1])], 1)
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        wanted_BV = model(ids, attention_mask=mask, position_ids=positions).logits[:, -1].float()
+        worst = (made.logits_BV - wanted_BV).abs().max() / wanted_BV.abs().max().clamp_min(1)
+        assert worst < 2e-2
+    for code in graphs:
+        assert code.count("sparsecraft.attend") == layers and "scaled_dot" not in code
+        assert "linear(" not in code or recipe == "gmoefication"
 
 
 def test_a_model_with_steps_is_freed():

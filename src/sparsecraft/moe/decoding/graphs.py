@@ -1,35 +1,83 @@
 """What is changed in the graph of a decoding step before it is compiled.
 
-Shapes: T tokens, D width, O outputs.
+Shapes: B sequences, H heads of queries, N of keys, L positions, T tokens, D width, O outputs.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from sparsecraft.kernels import attend, products
 from sparsecraft.kernels.device import is_handful
-from sparsecraft.kernels.products import OPERATOR
+from sparsecraft.kernels.product import add_low_rank
 
 # Reductions of fewer numbers are part of what reads them: a softmax over eight experts, say.
 UNROLLED = 9
-# Outputs up to which a Linear shares a launch with other products of its input.
-NARROW = 1024
+# Outputs up to which a Linear is a product of our own: cuBLAS is as fast with more, and, of several
+# tokens, with few that are long, of which it sums parts.
+WIDEST, ENOUGH = 16384, 4096
 VIEWS = ("reshape", "view", "flatten", "contiguous")
+UPDATE = add_low_rank._opoverload
+ATTENTION = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 def backend(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable:
-    """torch's own compiler, behind `share_launches`."""
+    """torch's own compiler, behind `share_keys` and `share_launches`."""
+    share_keys(graph)
     share_launches(graph)
     inductor = torch._dynamo.lookup_backend("inductor")
     return inductor(graph, inputs, config_patches={"unroll_reductions_threshold": UNROLLED})
 
 
+# ------------------------------------------------------------------ attention
+def share_keys(graph: fx.GraphModule) -> None:
+    """Let heads that share keys read them once, and only where the mask shows them:
+    `kernels.attend` in the place of copies for each head, and of attention to a whole cache."""
+    for node in list(graph.graph.nodes):
+        if node.target is F.scaled_dot_product_attention:
+            _attend(graph.graph, node)
+    graph.recompile()
+
+
+def _attend(graph: fx.Graph, node: fx.Node) -> None:
+    q, k, v, *positional = node.args
+    given = dict(zip(ATTENTION, positional, strict=False)) | node.kwargs
+    if given.get("dropout_p") or given.get("is_causal") or not given.keys() <= set(ATTENTION):
+        return
+    k, v, mask = _unrepeated(k), _unrepeated(v), given.get("attn_mask")
+    if attend.fits(_value(q), _value(k), _value(v), None if mask is None else _value(mask)):
+        with graph.inserting_before(node):
+            y = graph.call_function(attend.OPERATOR, (q, k, v, mask, given.get("scale")))
+        y.meta = dict(node.meta)
+        node.replace_all_uses_with(y)
+        graph.erase_node(node)
+
+
+def _unrepeated(node: fx.Node) -> fx.Node:
+    """Keys (B, N, L, D), where they were repeated for each head: k[:, :, None].expand(...)."""
+    if node.target != "reshape" or node.args[0].target != "expand":
+        return node
+    copied = node.args[0].args[0]
+    every = slice(None)
+    if copied.target is not operator.getitem or copied.args[1] != (
+        every,
+        every,
+        None,
+        every,
+        every,
+    ):
+        return node
+    (B, N, L, D), shape = _value(copied.args[0]).shape, _value(node).shape
+    return copied.args[0] if shape == (B, shape[1], L, D) and shape[1] % N == 0 else node
+
+
+# ------------------------------------------------------------------ products
 @dataclass(frozen=True, slots=True)
 class _Product:
     """A product with a matrix in the graph.
@@ -37,67 +85,163 @@ class _Product:
     Attributes:
         node: what computes it.
         wide: whether it is float32, (T, O), and the only one in a list.
+        updated: whether the node adds a low-rank update to a Linear.
     """
 
     node: fx.Node
     weight: fx.Node
     bias: fx.Node | None
     wide: bool
+    updated: bool = False
 
 
 def share_launches(graph: fx.GraphModule) -> None:
-    """Let the products of one input with narrow matrices be one launch, `kernels.products`: rows
-    of LoRAs, routers' scores, and Linears where a token is alone, which takes as long for a narrow
-    one as the launch does."""
-    groups: dict[fx.Node, list[_Product]] = {}
-    for node in graph.graph.nodes:
-        if (found := _product(node)) is not None:
-            groups.setdefault(_source(node.args[0]), []).append(found)
-    for source, found in groups.items():
+    """Let the products of one input be one launch, `kernels.products`: rows of LoRAs, routers'
+    scores, and Linears with their low-rank updates."""
+    early: dict[fx.Node, list[_Product]] = {}
+    late: dict[fx.Node, list[_Product]] = {}
+    for product in _products(graph.graph):
+        by_source = early if product.wide else late
+        by_source.setdefault(_source(_input(product)), []).append(product)
+    for source, found in list(late.items()):
+        if _tokens(source) == 1 and not any(product.updated for product in found):
+            early.setdefault(source, []).extend(late.pop(source))
+    for found in early.values():
         if len(found) > 1 or not found[0].wide:
-            _share(graph.graph, source, found)
+            _share(graph.graph, _source(_input(found[0])), found)
+    for found in late.values():
+        moved = _between(graph.graph, found)
+        if moved is None:
+            for product in found:
+                _share(graph.graph, product.node, [product])
+        else:
+            last = _share(graph.graph, found[-1].node, found)
+            for node in reversed(moved):
+                last.append(node)
     graph.graph.lint()
     graph.recompile()
 
 
+def _products(graph: fx.Graph) -> Iterable[_Product]:
+    """All products that may share a launch, in their order."""
+    updated: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.target is UPDATE and (linear := _sole_linear(node.args[0])) is not None:
+            updated[linear] = node
+    found = []
+    for node in graph.nodes:
+        if (product := _product(node)) is None:
+            continue
+        if (update := updated.get(node)) is not None:
+            product = _Product(update, product.weight, product.bias, False, updated=True)
+        found.append(product)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    return sorted(found, key=lambda product: order[product.node])
+
+
+def _sole_linear(node: fx.Node) -> fx.Node | None:
+    """The Linear whose output this is, where nothing else reads it."""
+    while len(node.users) == 1 and node.op == "call_method" and node.target in VIEWS:
+        node = node.args[0]
+    return node if node.target is F.linear and len(node.users) == 1 else None
+
+
 def _product(node: fx.Node) -> _Product | None:
     """The product that a node computes, if it may share a launch."""
-    if node.target is OPERATOR:
+    if node.target is products.OPERATOR:
         (weight,) = node.args[1]
         return _Product(node, weight, None, True) if _is_view(weight) else None
     if node.target is not F.linear or node.kwargs:
         return None
     x, weight, *bias = node.args
     x_value, weight_value = _value(x), _value(weight)
-    alone = x_value.numel() == x_value.shape[-1] and len(weight_value) <= NARROW
+    x_TD = x_value.reshape(-1, x_value.shape[-1])
     same = type(weight_value) is type(x_value) and weight_value.dtype == x_value.dtype
-    if not (alone and same and is_handful(x_value.view(1, -1)) and _is_view(weight)):
+    if not (same and is_handful(x_TD) and _is_view(weight)):
+        return None
+    (T, D), O = x_TD.shape, len(weight_value)
+    tiles = products.fits_tiles(x_TD, [weight_value]) and (D <= 2 * O or O >= ENOUGH)
+    if O > WIDEST or not (T == 1 or tiles):
         return None
     return _Product(node, weight, bias[0] if bias else None, False)
 
 
-def _share(graph: fx.Graph, source: fx.Node, found: list[_Product]) -> None:
-    """Compute these products of one input behind it."""
+def _input(product: _Product) -> fx.Node:
+    node = _sole_linear(product.node.args[0]) if product.updated else product.node
+    return node.args[0]
+
+
+def _tokens(source: fx.Node) -> int:
+    value = _value(source)
+    return value.numel() // value.shape[-1]
+
+
+def _between(graph: fx.Graph, found: list[_Product]) -> list[fx.Node] | None:
+    """The nodes before the last product that read the others, which can move behind it, in their
+    order; None where they cannot."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    last, replaced = order[found[-1].node], {product.node for product in found}
+    moved: set[fx.Node] = set()
+    left = [user for product in found for user in product.node.users]
+    while left:
+        node = left.pop()
+        if node in moved or order.get(node, last) >= last:
+            continue
+        if node in replaced or not _is_pure(node):
+            return None
+        moved.add(node)
+        left += node.users
+    inputs = {node for product in found for node in product.node.all_input_nodes}
+    return None if inputs & moved else sorted(moved, key=order.__getitem__)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Whether a node writes to nothing that it is given, so that it may run later."""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "_")
+    inner = node.op in ("call_method", "call_function")
+    in_place = name.endswith("_") or name in ("setitem", "iadd", "imul", "isub", "itruediv")
+    return inner and not in_place and not node.kwargs.get("inplace") and "out" not in node.kwargs
+
+
+def _share(graph: fx.Graph, behind: fx.Node, found: list[_Product]) -> fx.Node:
+    """Compute these products of one input in the place behind a node; the last node of it."""
+    source, following = _source(_input(found[0])), behind.next
     width = _value(source).shape[-1]
-    with graph.inserting_before(source.next):
+    with graph.inserting_before(following):
         x_TD = graph.call_method("reshape", (source, (-1, width)))
         weights = [_copied(graph, product.weight) for product in found]
-        wide = [product.wide for product in found]
-        together = graph.call_function(OPERATOR, (x_TD, weights, wide))
+        wide, lows, scales = [product.wide for product in found], [], []
+        if any(product.updated for product in found):
+            for product in found:
+                given = product.node.args[1:] if product.updated else (None, None, None, 0.0)
+                *tensors, scale = given
+                lows, scales = [*lows, *tensors], [*scales, scale]
+        together = graph.call_function(products.OPERATOR, (x_TD, weights, wide, lows, scales))
         parts = [graph.call_function(operator.getitem, (together, i)) for i in range(len(found))]
-    for product, part in zip(found, parts, strict=True):
-        node = product.node
-        if product.wide:
-            for item in list(node.users):
-                item.replace_all_uses_with(part)
-                graph.erase_node(item)
-        else:
-            with graph.inserting_before(node):
-                y = graph.call_method("reshape", (part, tuple(_value(node).shape)))
+        for i, product in enumerate(found):
+            if not product.wide:
+                shape = tuple(_value(product.node).shape)
+                parts[i] = graph.call_method("reshape", (parts[i], shape))
                 if product.bias is not None:
-                    y = graph.call_function(operator.add, (y, product.bias))
-            node.replace_all_uses_with(y)
+                    parts[i] = graph.call_function(operator.add, (parts[i], product.bias))
+    for product, part in zip(found, parts, strict=True):
+        for node in list(product.node.users) if product.wide else [product.node]:
+            part.meta.setdefault("example_value", _value(node))
+            node.replace_all_uses_with(part)
+        _erase(graph, product.node)
+    return following.prev
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a product, and what of it nothing else reads."""
+    for user in list(node.users):
+        graph.erase_node(user)
+    while not node.users and node.op.startswith("call"):
+        before = node.args[0]
         graph.erase_node(node)
+        if node.target is F.linear or node.target is products.OPERATOR:
+            break
+        node = before
 
 
 def _source(node: fx.Node) -> fx.Node:
