@@ -142,18 +142,13 @@ def kernels(step, model: nn.Module) -> dict[str, list[float]]:
 
 # ------------------------------------------------------------------ all
 def tables(rows: list[dict]) -> str:
-    header = [
-        "model",
-        "batch",
-        "side",
-        "tokens/s",
-        "of the dense step",
-        "bytes allow",
-        "step alone",
-    ]
-    header += ["compiled", "first calls, s"]
+    header = ["model", "batch", "side", "tokens/s", "of the dense step", "bytes allow"]
+    header += ["step alone", "compiled", "first calls, s"]
     lines = []
-    for row in rows:
+    shapes, sides = [*SHAPES], [*PEERS, *SIDES, *CAPTURED_ONLY, *EAGER]
+    for row in sorted(
+        rows, key=lambda r: (shapes.index(r["shape"]), r["batch"], sides.index(r["side"]))
+    ):
         same = [r for r in rows if all(r[k] == row[k] for k in ("shape", "dtype", "batch"))]
         dense = next((r for r in same if r["side"] == "dense"), None)
         floor = dense and 1e3 * dense["batch"] / dense["step_ms"]

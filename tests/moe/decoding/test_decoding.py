@@ -502,7 +502,6 @@ def test_half_precision_takes_tiles_and_own_attention(family, recipe, graphs, ha
     if family not in RECIPES[recipe].families:
         pytest.skip(f"{recipe} is not for {family}")
     monkeypatch.setattr(attend, "runs", lambda x: True)
-    monkeypatch.setattr(graphs_of_steps, "ENOUGH", 1)
     model = converted(family, recipe).to(torch.float16)
     layers = model.config.num_hidden_layers
     for batch, padded in ((1, False), (3, False), (3, True)):

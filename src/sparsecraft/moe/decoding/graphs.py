@@ -19,11 +19,15 @@ from sparsecraft.kernels.product import add_low_rank
 
 # Reductions of fewer numbers are part of what reads them: a softmax over eight experts, say.
 UNROLLED = 9
-# Outputs up to which a Linear is a product of our own: cuBLAS is as fast with more, and, of several
-# tokens, with few that are long, of which it sums parts.
-WIDEST, ENOUGH = 16384, 4096
+# Outputs up to which a Linear is a product of our own: cuBLAS is as fast with more. Of several
+# tokens it is so too with rows that are few and long, of which it sums parts.
+WIDEST, ENOUGH, LONG = 16384, 4096, 4096
 VIEWS = ("reshape", "view", "flatten", "contiguous")
 UPDATE = add_low_rank._opoverload
+IN_PLACE = frozenset(
+    "setitem iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv "
+    "ixor".split()
+)
 ATTENTION = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
@@ -109,7 +113,10 @@ def share_launches(graph: fx.GraphModule) -> None:
     for found in early.values():
         if len(found) > 1 or not found[0].wide:
             _share(graph.graph, _source(_input(found[0])), found)
-    for found in late.values():
+    for source, found in late.items():
+        outputs = sum(len(_value(product.weight)) for product in found)
+        if _tokens(source) > 1 and _value(source).shape[-1] > LONG and outputs < ENOUGH:
+            continue
         moved = _between(graph.graph, found)
         if moved is None:
             for product in found:
@@ -159,9 +166,8 @@ def _product(node: fx.Node) -> _Product | None:
     same = type(weight_value) is type(x_value) and weight_value.dtype == x_value.dtype
     if not (same and is_handful(x_TD) and _is_view(weight)):
         return None
-    (T, D), O = x_TD.shape, len(weight_value)
-    tiles = products.fits_tiles(x_TD, [weight_value]) and (D <= 2 * O or O >= ENOUGH)
-    if O > WIDEST or not (T == 1 or tiles):
+    alone, tiles = len(x_TD) == 1, products.fits_tiles(x_TD, [weight_value])
+    if len(weight_value) > WIDEST or not (alone or tiles):
         return None
     return _Product(node, weight, bias[0] if bias else None, False)
 
@@ -180,26 +186,25 @@ def _between(graph: fx.Graph, found: list[_Product]) -> list[fx.Node] | None:
     """The nodes before the last product that read the others, which can move behind it, in their
     order; None where they cannot."""
     order = {node: i for i, node in enumerate(graph.nodes)}
-    last, replaced = order[found[-1].node], {product.node for product in found}
+    first, last = order[found[0].node], order[found[-1].node]
+    if not all(_is_pure(node) for node, i in order.items() if first < i < last):
+        return None
     moved: set[fx.Node] = set()
     left = [user for product in found for user in product.node.users]
     while left:
         node = left.pop()
-        if node in moved or order.get(node, last) >= last:
-            continue
-        if node in replaced or not _is_pure(node):
-            return None
-        moved.add(node)
-        left += node.users
-    inputs = {node for product in found for node in product.node.all_input_nodes}
-    return None if inputs & moved else sorted(moved, key=order.__getitem__)
+        if node not in moved and order[node] < last:
+            moved.add(node)
+            left += node.users
+    needed = {node for product in found for node in (product.node, *product.node.all_input_nodes)}
+    return None if needed & moved else sorted(moved, key=order.__getitem__)
 
 
 def _is_pure(node: fx.Node) -> bool:
     """Whether a node writes to nothing that it is given, so that it may run later."""
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "_")
     inner = node.op in ("call_method", "call_function")
-    in_place = name.endswith("_") or name in ("setitem", "iadd", "imul", "isub", "itruediv")
+    in_place = name.endswith("_") or name in IN_PLACE
     return inner and not in_place and not node.kwargs.get("inplace") and "out" not in node.kwargs
 
 
