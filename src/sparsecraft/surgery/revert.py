@@ -167,7 +167,9 @@ def take_out(model: nn.Module) -> None:
     record.own_loss.remove()
     del model.sparsecraft
     for name in ("save_pretrained", "push_to_hub", "load_state_dict", "generate"):
-        vars(model).pop(name, None)
+        function = getattr(vars(model).get(name), "func", None)  # ours are partials
+        if function is not None and function.__module__.startswith("sparsecraft."):
+            delattr(model, name)
 
 
 def _types_now(model: nn.Module, record: Conversion) -> dict[torch.dtype, torch.dtype]:

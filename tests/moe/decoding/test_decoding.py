@@ -404,6 +404,15 @@ def test_encoders_and_what_is_no_generator_are_as_they_were():
     assert "generate" not in vars(converted("bert", "camelidae"))
 
 
+def test_a_generate_of_the_users_own_stays():
+    model = dense("llama")
+    model.generate = lambda *args, **kwargs: "mine"
+    sc.convert(model, RECIPES["camelidae"].make(), certify=False)
+    assert model.generate() == "mine"
+    sc.revert(model)
+    assert model.generate() == "mine"
+
+
 def test_revert_and_copies():
     model = converted()
     other = copy.deepcopy(model)

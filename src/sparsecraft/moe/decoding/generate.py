@@ -22,8 +22,10 @@ OF_ITS_OWN = ("custom_generate", "assistant_model", "tokenizer")
 
 
 def generates_fast(model: nn.Module) -> None:
-    """Let `model.generate`, and all that calls it, decode by captured steps."""
-    if can_generate(model):
+    """Let `model.generate`, and all that calls it, decode by captured steps; a `generate` that its
+    user gave it stays."""
+    own = vars(model).get("generate")
+    if can_generate(model) and (own is None or getattr(own, "func", None) is generate):
         model.generate = functools.partial(generate, model)
 
 

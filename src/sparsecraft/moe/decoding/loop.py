@@ -35,6 +35,7 @@ log = logging.getLogger("sparsecraft")
 
 DEVICES = ("cuda",)
 KEPT = 2  # steps of a model: a cache each
+FAILED = 16  # of a model that are remembered
 PREPARES = {"prepare_inputs_for_generation", "_update_model_kwargs_for_generation"}
 OTHERS_WITHIN = (PrefixConstrainedLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 LAG = 2  # steps that the host runs ahead of the device
@@ -75,6 +76,8 @@ class _Steps:
         try:
             self.found[shape] = Step(model, *shape, compiles)
         except Exception as error:  # memory that ran out, layers that wait for the device
+            if len(self.failed) >= FAILED:
+                self.failed.clear()
             self.failed[*shape, compiles] = state_of(model)[0]
             log.info("Tokens are generated one by one in Python, because: %s", error)
         return self.found.get(shape)
