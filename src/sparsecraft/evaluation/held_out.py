@@ -85,10 +85,10 @@ def evaluate(
     tokenizer = tokenizer or tokenizer_of(model)
     results: dict[str, Any] = {}
     if data is not None or choices:
-        task, max_length = _task(model), _max_length(model, max_length)
+        task, max_length = task_of(model), length_of(model, max_length)
     with evaluation_mode(model), torch.no_grad():
         if data is not None:
-            sources = _sources(data, tokenizer, max_length, limit, task, model)
+            sources = sources_of(data, tokenizer, max_length, limit, task, model)
             results["loss"], results["routing"] = _losses(model, sources)
         if choices:
             results["choice"] = {
@@ -104,7 +104,7 @@ def _listed(paths: Any) -> list:
     return [paths] if isinstance(paths, (str, Path)) else list(paths)
 
 
-def _task(model: nn.Module) -> str:
+def task_of(model: nn.Module) -> str:
     """What `data.prepare` calls the model's task."""
     task = objective_of(model)
     if task is None:
@@ -115,7 +115,7 @@ def _task(model: nn.Module) -> str:
     return TASK_OF_MODEL[task]
 
 
-def _max_length(model: nn.Module, asked: int | None) -> int:
+def length_of(model: nn.Module, asked: int | None) -> int:
     positions = positions_of(model)
     if asked is None:
         return min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
@@ -129,7 +129,7 @@ def _max_length(model: nn.Module, asked: int | None) -> int:
     return asked
 
 
-def _sources(
+def sources_of(
     data: Any,
     tokenizer: Any,
     max_length: int,

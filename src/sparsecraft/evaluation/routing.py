@@ -28,13 +28,43 @@ def first_choices_E(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     return torch.bincount(first_T, minlength=routing.num_experts + 1)[:-1].double().cpu()
 
 
+def ordered_choices(routing: Routing) -> tuple[Tensor, Tensor]:
+    """The experts of largest and second largest weight of every token, (T,) each, as
+    `first_choices_E` counts them; E where a token has none."""
+    E = routing.num_experts
+    if routing.in_order:
+        left_TE = _weights(routing)
+        experts_TE = torch.arange(E, device=left_TE.device).expand_as(left_TE)
+    else:
+        experts_TE = routing.indices_TK
+        left_TE = routing.weights_TK.masked_fill(experts_TE >= E, -torch.inf)
+    found = []
+    for _ in range(2):
+        scores_TE = _among_equals(routing, left_TE) if routing.in_order else left_TE
+        best_T1 = scores_TE.argmax(-1, keepdim=True)
+        none_T1 = left_TE.gather(-1, best_T1) == -torch.inf
+        found.append(experts_TE.gather(-1, best_T1).masked_fill(none_T1, E).squeeze(-1))
+        left_TE = left_TE.scatter(-1, best_T1, -torch.inf)
+    return found[0], found[1]
+
+
 def _choices(routing: Routing) -> Tensor:
     """Weights (T, E) in which no two experts of a token are equally good, unless in score too."""
+    return _among_equals(routing, _weights(routing))
+
+
+def _weights(routing: Routing) -> Tensor:
+    """Weights (T, E) of what was chosen, minus infinity for the rest."""
     chosen_TE = routing.indices_TK < routing.num_experts
     weights_TE = routing.weights_TK.masked_fill(~chosen_TE, -torch.inf)
     always_E = chosen_TE.all(0)
     if not always_E.all():  # parts are left out: this network is split, and weights say little
         weights_TE = weights_TE.masked_fill(always_E, -torch.inf)
+    return weights_TE
+
+
+def _among_equals(routing: Routing, weights_TE: Tensor) -> Tensor:
+    """The scores of a token's experts of largest weight, minus infinity for the others."""
     equal_TE = weights_TE == weights_TE.amax(-1, keepdim=True)
     return routing.logits_TE.float().masked_fill(~equal_TE, -torch.inf)
 

@@ -1,0 +1,166 @@
+"""analyze(): what the experts of a model do, on what, beside what chance gives."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsecraft.dense.memory import enough_memory
+from sparsecraft.errors import DataError, SparsecraftError
+from sparsecraft.evaluation.analysis.choices import Choices, collect
+from sparsecraft.evaluation.analysis.dropping import losses_without
+from sparsecraft.evaluation.analysis.measures import following, layer_measures, paths
+from sparsecraft.evaluation.analysis.twin import random_routers
+from sparsecraft.evaluation.analysis.watching import routed_layers
+from sparsecraft.evaluation.analysis.weights import similarities
+from sparsecraft.evaluation.held_out import length_of, sources_of, task_of
+from sparsecraft.moe import cost
+from sparsecraft.moe.outputs import evaluation_mode
+from sparsecraft.surgery.record import tokenizer_of
+
+log = logging.getLogger("sparsecraft")
+
+EVERY = 10.0  # seconds between two lines of progress
+MOST_DROPPED = 16  # experts of a layer, each of which is a pass of its own
+DROPPED_BATCHES = 4  # of each domain
+
+
+@enough_memory("Analysis", "lower --max-length (max_length=...) or load the model in bfloat16")
+def analyze(
+    model: nn.Module,
+    data: str | Path | Sequence[str | Path],
+    *,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    limit: int | None = None,
+    twin: bool = True,
+    drop: bool = True,
+) -> dict[str, Any]:
+    """Count what routers choose, and say what that amounts to.
+
+    Args:
+        model: converted, or a mixture of transformers (Mixtral, Qwen-MoE, OLMoE, Granite, gpt-oss
+            and their kin).
+        data: files of rows, as `evaluate` takes them; each is a domain.
+        tokenizer: None: the model's own.
+        max_length: longer rows are dropped, and counted.
+        limit: rows of each file at most.
+        twin: run the data once more with routers that know nothing.
+        drop: see what the loss gains without each expert, on a part of the data; not of layers with
+            more than 16 experts.
+
+    Returns:
+        `domains`, `tokens`, `documents`, `loss` by domain; `layers`: name -> `measures` of the
+        layer; `following`, `paths`, `dropped`, `notes`: what could not be said, and why.
+
+    Raises:
+        SparsecraftError: the model has no router.
+        DataError: rows that are malformed, or none.
+    """
+    layers = routed_layers(model)
+    if not layers:
+        raise SparsecraftError(
+            f"{type(model).__name__} has no router whose decisions could be counted: it is dense, "
+            "or all its experts always run. Pass a converted model or a mixture of transformers."
+        )
+    tokenizer = tokenizer or tokenizer_of(model)
+    with evaluation_mode(model), torch.no_grad():
+        task, length = task_of(model), length_of(model, max_length)
+        found = sources_of(data, tokenizer, length, limit, task, model)
+        sources = {name: list(batches) for name, (batches, _) in found.items()}
+        for name, batches in sources.items():
+            if not batches:
+                raise DataError(f"{name} has no row that fits max_length={length}.")
+        choices = collect(model, sources, _Progress("tokens"))
+        of_twin = _of_twin(model, sources) if twin and not choices.interrupted else None
+        dropped = _dropped(model, layers, choices, sources) if drop else None
+    metrics = summary(choices, model)
+    metrics["layers"] = {name: layer_measures(choices, name, of_twin) for name in choices.layers}
+    metrics |= {"following": following(choices), "paths": paths(choices), "dropped": dropped}
+    for name, layer in layers.items():
+        if name in choices.layers:
+            like_EE = similarities(layer, choices.layers[name].experts)
+            metrics["layers"][name]["similarity"] = None if like_EE is None else like_EE.tolist()
+    return metrics | {"notes": notes(metrics, choices, of_twin, layers)}
+
+
+def summary(choices: Choices, model: nn.Module) -> dict[str, Any]:
+    domains = zip(choices.domains, choices.nats_D, choices.labels_D, strict=True)
+    return {
+        "model": type(model).__name__,
+        "parameters": cost.count(model).to_dict(),
+        "domains": choices.domains,
+        "tokens": len(choices.tokens_N),
+        "documents": choices.documents,
+        "interrupted": choices.interrupted,
+        "loss": {name: nats / labels if labels else None for name, nats, labels in domains},
+    }
+
+
+def notes(metrics: dict, choices: Choices, of_twin: Choices | None, layers: dict) -> list[str]:
+    """What the measures do not say, in sentences."""
+    found = []
+    if choices.interrupted:
+        found.append(f"Interrupted: all figures are of the first {metrics['tokens']:,} tokens.")
+    if len(choices.domains) < 2:
+        found.append("One file is one domain: what experts know of domains needs two or more.")
+    if choices.documents < 20 * len(choices.domains):
+        found.append(
+            f"{choices.documents} documents are few: chance reaches far, and tests show little."
+        )
+    if missing := [name for name in layers if name not in choices.layers]:
+        found.append(f"No token passed the routers of {', '.join(missing)}.")
+    apart = {layer.apart for layer in choices.layers.values() if layer.apart}
+    found += [f"Some layers have no line for each token: {reason}." for reason in apart]
+    if of_twin is None:
+        found.append("There is no twin with random routers beside these figures.")
+    never = {
+        name: measures["dead"] for name, measures in metrics["layers"].items() if measures["dead"]
+    }
+    if never:
+        count = sum(map(len, never.values()))
+        found.append(
+            f"{count} experts in {len(never)} layers get less than a hundredth of an equal share: "
+            "train with a balance loss or bias, or take them out (sc.remove)."
+        )
+    return found
+
+
+def _of_twin(model: nn.Module, sources: dict) -> Choices | None:
+    with random_routers(model) as drawn:
+        return collect(model, sources, _Progress("tokens of the twin")) if drawn else None
+
+
+def _dropped(model: nn.Module, layers: dict, choices: Choices, sources: dict) -> list | None:
+    """None where routers do not decide what runs, or decide among too many."""
+    most = max(layer.experts for layer in choices.layers.values())
+    if most > MOST_DROPPED or choices.interrupted:
+        return None
+    part = {
+        name: batches[:: max(1, len(batches) // DROPPED_BATCHES)]
+        for name, batches in sources.items()
+    }
+    log.info(f"Losses without each of {most} experts, on a part of the data.")
+    return losses_without(model, part, most)
+
+
+class _Progress:
+    """Lines that say how far it is, at most one in ten seconds."""
+
+    def __init__(self, what: str):
+        self.what, self.begun = what, time.monotonic()
+        self.last = self.begun
+
+    def __call__(self, done: int, of: int) -> None:
+        now = time.monotonic()
+        if now - self.last < EVERY:
+            return
+        self.last, rate = now, done / (now - self.begun)
+        left = (of - done) / rate
+        log.info(f"{done:,} of {of:,} {self.what}, {rate:,.0f} a second, {left:.0f} s left.")
