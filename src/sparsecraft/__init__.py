@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from sparsecraft.conversion.merging.merge import merge as merge
     from sparsecraft.dense import hub as hub
     from sparsecraft.errors import SparsecraftError as SparsecraftError
+    from sparsecraft.evaluation.analysis.analyze import analyze as analyze
     from sparsecraft.evaluation.budget.calibration import calibrate as calibrate
     from sparsecraft.evaluation.budget.sweep import sweep as sweep
     from sparsecraft.evaluation.held_out import evaluate as evaluate
@@ -58,6 +59,7 @@ _HOME = {
     "SparsecraftConfig": "interop.peft.configs",
     "SparsecraftError": "errors",
     "Stage": "recipe.stages",
+    "analyze": "evaluation.analysis.analyze",
     "calibrate": "evaluation.budget.calibration",
     "context": "moe.context",
     "convert": "conversion.convert",

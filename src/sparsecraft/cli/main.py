@@ -38,6 +38,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "evaluate:EvaluateCommand",
         "Held-out loss, rank classification and lm-eval tasks of a checkpoint or a dense model.",
     ),
+    "analyze": (
+        "analyze:AnalyzeCommand",
+        "What the experts of a model do, on what, beside what chance gives: one page.",
+    ),
     "generate": ("generate:GenerateCommand", "Answer one prompt."),
     "chat": ("chat:ChatCommand", "Talk with a model; an empty line ends it."),
     "inspect": (

@@ -76,8 +76,7 @@ def evaluate(
         DataError: rows that are malformed or that the model has no class or position for.
         SparsecraftError: a model whose task has no such measure, or a limit below 1.
     """
-    if limit is not None and limit < 1:
-        raise SparsecraftError(f"limit is {limit}; it must be at least 1, or None for all rows.")
+    check_limit(limit)
     if isinstance(model, (str, Path)):
         check_tasks(tasks)
         tokenizer = tokenizer or load_tokenizer(model)
@@ -98,6 +97,11 @@ def evaluate(
         if tasks:
             results["tasks"] = run_lm_eval(model, tokenizer, tasks, limit)
     return results
+
+
+def check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise SparsecraftError(f"limit is {limit}; it must be at least 1, or None for all rows.")
 
 
 def _listed(paths: Any) -> list:
@@ -138,6 +142,7 @@ def sources_of(
     model: nn.Module,
 ) -> dict[str, tuple[Iterable[dict[str, Tensor]], dict[str, int]]]:
     """Name -> batches with labels and token_mask, and counts of rows."""
+    check_limit(limit)
     listed = _listed(data) if isinstance(data, (str, Path, list, tuple)) else []
     if not listed or not all(isinstance(item, (str, Path)) for item in listed):
         return {"data": ((_labelled(b, task) for b in as_batches(data, model=model)), {})}

@@ -16,8 +16,9 @@ from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.analysis.choices import Choices, collect
 from sparsecraft.evaluation.analysis.dropping import losses_without
 from sparsecraft.evaluation.analysis.measures import following, layer_measures, paths
+from sparsecraft.evaluation.analysis.reading import read, word_of
 from sparsecraft.evaluation.analysis.twin import random_routers
-from sparsecraft.evaluation.analysis.watching import routed_layers
+from sparsecraft.evaluation.analysis.watching import Watched, routed_layers
 from sparsecraft.evaluation.analysis.weights import similarities
 from sparsecraft.evaluation.held_out import length_of, sources_of, task_of
 from sparsecraft.moe import cost
@@ -41,6 +42,7 @@ def analyze(
     limit: int | None = None,
     twin: bool = True,
     drop: bool = True,
+    text: str | None = None,
 ) -> dict[str, Any]:
     """Count what routers choose, and say what that amounts to.
 
@@ -54,10 +56,11 @@ def analyze(
         twin: run the data once more with routers that know nothing.
         drop: see what the loss gains without each expert, on a part of the data; not of layers with
             more than 16 experts.
+        text: shown token by token with the first expert of each.
 
     Returns:
         `domains`, `tokens`, `documents`, `loss` by domain; `layers`: name -> `measures` of the
-        layer; `following`, `paths`, `dropped`, `notes`: what could not be said, and why.
+        layer; `following`, `paths`, `dropped`, `text`; `notes`: what could not be said, and why.
 
     Raises:
         SparsecraftError: the model has no router.
@@ -73,21 +76,27 @@ def analyze(
     with evaluation_mode(model), torch.no_grad():
         task, length = task_of(model), length_of(model, max_length)
         found = sources_of(data, tokenizer, length, limit, task, model)
-        sources = {name: list(batches) for name, (batches, _) in found.items()}
-        for name, batches in sources.items():
-            if not batches:
-                raise DataError(f"{name} has no row that fits max_length={length}.")
+        sources = _checked({name: list(batches) for name, (batches, _) in found.items()})
         choices = collect(model, sources, _Progress("tokens"))
         of_twin = _of_twin(model, sources) if twin and not choices.interrupted else None
         dropped = _dropped(model, layers, choices, sources) if drop else None
-    metrics = summary(choices, model)
-    metrics["layers"] = {name: layer_measures(choices, name, of_twin) for name in choices.layers}
-    metrics |= {"following": following(choices), "paths": paths(choices), "dropped": dropped}
-    for name, layer in layers.items():
-        if name in choices.layers:
-            like_EE = similarities(layer, choices.layers[name].experts)
-            metrics["layers"][name]["similarity"] = None if like_EE is None else like_EE.tolist()
+        reading = None if text is None else read(model, tokenizer, text, length)
+    metrics = summary(choices, model) | {"dropped": dropped, "text": reading}
+    metrics["layers"] = _of_layers(layers, choices, of_twin, tokenizer)
+    metrics |= {"following": following(choices), "paths": paths(choices)}
     return metrics | {"notes": notes(metrics, choices, of_twin, layers)}
+
+
+def _of_layers(
+    layers: dict[str, Watched], choices: Choices, of_twin: Choices | None, tokenizer: Any
+) -> dict[str, dict[str, Any]]:
+    found = {name: layer_measures(choices, name, of_twin) for name in choices.layers}
+    for name, measures in found.items():
+        like_EE = similarities(layers[name], measures["experts"])
+        measures["similarity"] = None if like_EE is None else like_EE.tolist()
+        for kind in (kind for kinds in measures.get("vocabulary", ()) for kind in kinds):
+            kind["word"] = word_of(tokenizer, kind["token"])
+    return found
 
 
 def summary(choices: Choices, model: nn.Module) -> dict[str, Any]:
@@ -130,6 +139,13 @@ def notes(metrics: dict, choices: Choices, of_twin: Choices | None, layers: dict
             "train with a balance loss or bias, or take them out (sc.remove)."
         )
     return found
+
+
+def _checked(sources: dict[str, list]) -> dict[str, list]:
+    for name, batches in sources.items():
+        if not batches:
+            raise DataError(f"{name} has no row that is short enough; raise max_length.")
+    return sources
 
 
 def _of_twin(model: nn.Module, sources: dict) -> Choices | None:

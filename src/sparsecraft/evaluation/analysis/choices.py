@@ -117,7 +117,7 @@ def collect(
     Args:
         sources: domain -> batches of model inputs with labels, and `token_mask` where some tokens
             are padding. Every sequence of a batch is a document.
-        progress: is told how many tokens are done, of how many.
+        progress: is called with how many tokens are done, and of how many.
     """
     layers, names = routed_layers(model), list(sources)
     choices = Choices(names, {}, np.zeros(len(names)), np.zeros(len(names), np.int64))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsecraft.moe.layer import MoELayer
+from sparsecraft.moe.routers.gate import Gate
 from sparsecraft.moe.routing import Routing
 from sparsecraft.moe.tracing import trace
 
@@ -39,7 +40,7 @@ class Watched:
 def routed_layers(model: nn.Module) -> dict[str, Watched]:
     """Name -> layer, in the model's order."""
     ours = {
-        name: Watched(layer.router, layer.experts, True, layer.router.runs != "sparse")
+        name: Watched(layer.router, layer.experts, True, isinstance(layer.router, Gate))
         for name, layer in model.named_modules()
         if isinstance(layer, MoELayer) and layer.router is not None
     }
