@@ -31,3 +31,19 @@ def test_a_split_network(run, routed, tmp_path, rows):
     metrics = json.loads((out / "metrics.json").read_text())
     for layer in metrics["layers"].values():
         assert "entropy" not in layer and sum(layer["experts_per_token"]) == metrics["tokens"]
+
+
+def test_neurons_of_a_dense_model(run, fails, dense, converted, tmp_path, rows):
+    out, other = tmp_path / "report", tmp_path / "other.jsonl"
+    other.write_text("".join(Path(rows).read_text().splitlines(keepends=True)[:9]))
+    given = "analyze", dense, "--neurons", "--data", rows, other, "--out", out
+    text = run(*given)
+    assert "Where the neurons of a domain lie" in text
+    page = (out / "report.html").read_text()
+    assert page.count("<img ") == 3 and "random weights" in page
+    run(*given, "--no-twin", "--no-drop", "--score", "freq")
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["twin"] is None and metrics["score"] == "freq"
+    assert "one domain" in fails("analyze", dense, "--neurons", "--data", rows, "--out", out)
+    assert "Did you mean" in fails(*given, "--score", "rmss")
+    assert "--text" in fails(*given, "--text", "say red")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sparsecraft.cli.console import Command, Say
 from sparsecraft.cli.options import Based, Budget, Folder, Paths, set_for
@@ -12,7 +13,7 @@ from sparsecraft.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeCommand(Command, Based):
-    """What the experts of a model do, on what, beside what chance gives: one page."""
+    """What the experts, or the neurons, of a model do, beside what chance gives: one page."""
 
     folder: Folder
     """Checkpoint, or the name of a mixture of transformers."""
@@ -27,24 +28,39 @@ class AnalyzeCommand(Command, Based):
     budget: Budget | None = None
     """Share of experts of a split model to run, or `recipe`; otherwise as saved."""
     twin: bool = True
-    """Run the data once more with routers that know nothing."""
+    """Do the same to a twin with random routers, or with --neurons random weights."""
     drop: bool = True
-    """See what the loss gains without each expert, on a part of the data."""
+    """See what the model loses without each expert, or without the neurons of each domain."""
     text: str | None = None
     """A text to show token by token, with the first expert of each."""
+    neurons: bool = False
+    """Look at the neurons of a dense model: are they of a domain?"""
+    score: str = "abs"
+    """With --neurons: how they are ranked, by abs, freq, sqrt, std, rms or mean."""
 
 
 def run(command: AnalyzeCommand, say: Say) -> None:
     """Count, write the page, and say the main figures."""
     from sparsecraft.checkpoint.load import load_any
-    from sparsecraft.evaluation.analysis.analyze import analyze
-    from sparsecraft.evaluation.analysis.figures import drawings
-    from sparsecraft.evaluation.analysis.page import write_report
 
     if command.out.exists() and not command.out.is_dir():
         raise DataError(f"--out {command.out} is a file; name a folder.")
     model, tokenizer = load_any(command.folder, command.base)
     set_for(model, command.budget)
+    look = _at_neurons if command.neurons else _at_experts
+    drawn, written = look(command, model, tokenizer, say)
+    for drawing in drawn:
+        say(f"{drawing.title}: {drawing.says}")
+    say(f"Written to {command.out}: {', '.join(written)}")
+
+
+def _at_experts(
+    command: AnalyzeCommand, model: Any, tokenizer: Any, say: Say
+) -> tuple[list, list[str]]:
+    from sparsecraft.evaluation.analysis.analyze import analyze
+    from sparsecraft.evaluation.analysis.figures import drawings
+    from sparsecraft.evaluation.analysis.page import write_page
+
     metrics = analyze(
         model,
         command.data,
@@ -55,10 +71,29 @@ def run(command: AnalyzeCommand, say: Say) -> None:
         drop=command.drop,
         text=command.text,
     )
-    for drawing in drawings(metrics):
-        say(f"{drawing.title}: {drawing.says}")
     for note in metrics["notes"]:
         say(f"Note: {note}")
     title = f"The experts of {Path(command.folder).name}"
-    written = write_report(metrics, command.out, title)
-    say(f"Written to {command.out}: {', '.join(written)}")
+    return drawings(metrics), write_page(metrics, command.out, title)
+
+
+def _at_neurons(
+    command: AnalyzeCommand, model: Any, tokenizer: Any, say: Say
+) -> tuple[list, list[str]]:
+    from sparsecraft.evaluation.neurons.neurons import analyze_neurons
+    from sparsecraft.evaluation.neurons.page import drawings, write_page
+
+    if command.text is not None:
+        raise DataError("--text shows experts; leave it out beside --neurons.")
+    parts = {"twin": command.twin, "pruning": command.drop}
+    metrics = analyze_neurons(
+        model,
+        command.data,
+        tokenizer=tokenizer,
+        score=command.score,
+        max_length=command.max_length,
+        limit=command.limit,
+        parts=[part for part, asked in parts.items() if asked],
+    )
+    title = f"The neurons of {Path(command.folder).name}"
+    return drawings(metrics), write_page(metrics, command.out, title)

@@ -40,7 +40,7 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "analyze": (
         "analyze:AnalyzeCommand",
-        "What the experts of a model do, on what, beside what chance gives: one page.",
+        "What the experts, or the neurons, of a model do, beside what chance gives: one page.",
     ),
     "generate": ("generate:GenerateCommand", "Answer one prompt."),
     "chat": ("chat:ChatCommand", "Talk with a model; an empty line ends it."),

@@ -14,7 +14,7 @@ import pytest
 
 from sparsecraft.evaluation.analysis.analyze import analyze
 from sparsecraft.evaluation.analysis.figures import FIGURES, drawings
-from sparsecraft.evaluation.analysis.page import page, write_report
+from sparsecraft.evaluation.analysis.page import page, write_page
 from tests import tiny
 from tests.evaluation.analysis.test_analyze import mixture, of_rows
 
@@ -34,7 +34,7 @@ def metrics(tmp_path_factory):
 
 def test_files_and_what_they_hold(metrics, tmp_path):
     (tmp_path / "mine.txt").write_text("stays")
-    written = write_report(metrics, tmp_path, "A title")
+    written = write_page(metrics, tmp_path, "A title")
     assert {"report.html", "metrics.json", "load.png", "knowledge.png"} <= set(written)
     assert (tmp_path / "mine.txt").read_text() == "stays"
     assert json.loads((tmp_path / "metrics.json").read_text())["tokens"] == metrics["tokens"]
@@ -74,7 +74,7 @@ def test_less_to_say(change, metrics, tmp_path):
             for name, layer in found["layers"].items()
         }
         found |= {"following": [], "paths": None}
-    written = write_report(found, tmp_path / "out", "little")
+    written = write_page(found, tmp_path / "out", "little")
     assert "load.png" in written and "knowledge.png" not in written
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from sparsecraft.evaluation.analysis.drawing import (
+from sparsecraft.evaluation.budget.plots import COLORS, MARKERS
+from sparsecraft.evaluation.pages.drawing import (
     Drawing,
     Theme,
     drawn,
@@ -17,7 +18,7 @@ from sparsecraft.evaluation.analysis.drawing import (
     lines,
     whole,
 )
-from sparsecraft.evaluation.budget.plots import COLORS, MARKERS
+from sparsecraft.evaluation.pages.writing import short
 
 SHOWN = 3  # layers, where not all can be: the first, the middle one, the last
 
@@ -38,12 +39,6 @@ def _few(layers: dict[str, dict]) -> list[str]:
     names = list(layers)
     at = {0, (len(names) - 1) // 2, len(names) - 1}
     return [names[i] for i in sorted(at)][:SHOWN]
-
-
-def short(name: str) -> str:
-    """A layer's name without what all have."""
-    parts = [part for part in name.split(".") if part not in ("model", "layers", "base")]
-    return ".".join(parts)
 
 
 # ------------------------------------------------------------------ loads

@@ -1,0 +1,220 @@
+"""Statistics and scores of neurons are what a hand computes; planted modules are found, and absent
+ones are not; a model without neurons is the model with zeros in their places.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from sparsecraft.errors import DataError, SparsecraftError
+from sparsecraft.evaluation.logprobs import label_logprobs
+from sparsecraft.evaluation.neurons.neurons import analyze_neurons
+from sparsecraft.evaluation.neurons.overlaps import (
+    by_random_clusters,
+    clusters_of,
+    enriched,
+    overlap,
+)
+from sparsecraft.evaluation.neurons.page import write_page
+from sparsecraft.evaluation.neurons.pruning import random_like, share_to_prune, without
+from sparsecraft.evaluation.neurons.scores import SCORES, beyond_chance, top
+from sparsecraft.evaluation.neurons.statistics import Statistics, neurons_of, statistics_of
+from tests import tiny
+from tests.cases import dense
+from tests.evaluation.analysis.test_analyze import batches
+
+FAMILIES = ["llama", "gpt2", "opt", "phi3", "gemma"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_are_those_of_each_token(family):
+    model, given = dense(family), batches()
+    neurons = neurons_of(model)
+    found = statistics_of(model, neurons, {"a": given[:1], "b": given[1:]}, label_logprobs)
+    seen = {path: [] for path in neurons.networks}
+    for batch in given:
+        for ids, mask in zip(batch["input_ids"], batch["token_mask"], strict=True):
+            handles = [
+                network.down.module.register_forward_pre_hook(
+                    lambda module, args, path=path: seen[path].append(args[0].detach())
+                )
+                for path, network in neurons.networks.items()
+            ]
+            with torch.no_grad():
+                model(ids[mask][None])
+            for handle in handles:
+                handle.remove()
+    documents = [
+        torch.cat([seen[path][i].reshape(-1, seen[path][i].shape[-1]) for path in seen], -1)
+        for i in range(5)
+    ]
+    for domain, own in enumerate((documents[:2], documents[2:])):
+        a_TN = torch.cat(own).double()
+        wanted = {
+            "absolute": a_TN.abs(), "active": (a_TN > 0).double(), "root": a_TN.abs().sqrt(),
+            "mean": a_TN, "square": a_TN**2,
+        }  # fmt: skip
+        assert found.tokens_D[domain] == len(a_TN)
+        for moment, values_TN in wanted.items():
+            got_N = found.means[moment][domain]
+            torch.testing.assert_close(got_N, values_TN.mean(0), rtol=1e-4, atol=1e-6)
+        std_N = a_TN.std(0, correction=0)
+        torch.testing.assert_close(found.std_DN[domain], std_N, rtol=1e-3, atol=1e-6)
+    each_RN = torch.stack([a_TN.abs().mean(0) for a_TN in documents])
+    torch.testing.assert_close(found.documents_RN, each_RN, rtol=1e-4, atol=1e-6)
+    assert found.domain_R.tolist() == [0, 0, 1, 1, 1]
+
+
+def planted(documents_RN: torch.Tensor, domain_R: torch.Tensor) -> Statistics:
+    """As if each document were one token."""
+    rows = [documents_RN[domain_R == d].double() for d in range(int(domain_R.max()) + 1)]
+    of = {
+        "absolute": torch.abs, "active": lambda a: (a > 0).double(),
+        "root": lambda a: a.abs().sqrt(), "mean": lambda a: a, "square": lambda a: a**2,
+    }  # fmt: skip
+    means = {name: torch.stack([f(row).mean(0) for row in rows]) for name, f in of.items()}
+    tokens_D = torch.tensor([len(row) for row in rows], dtype=torch.float64)
+    return Statistics(tokens_D, means, documents_RN.abs(), domain_R)
+
+
+def test_scores_by_formula():
+    torch.manual_seed(0)
+    domain_R = torch.tensor([0] * 3 + [1] * 5 + [2] * 7)
+    a_RN = torch.randn(15, 6).double()
+    found, own, others = planted(a_RN, domain_R), a_RN[domain_R == 1], a_RN[domain_R != 1]
+    wanted = {
+        "abs": own.abs().mean(0) / (others.abs().mean(0) + 1e-3),
+        "freq": (own > 0).double().mean(0) / ((others > 0).double().mean(0) + 1e-3),
+        "sqrt": own.abs().sqrt().mean(0) / (others.abs().sqrt().mean(0) + 1e-3),
+        "std": own.std(0, correction=0) / (others.std(0, correction=0) + 1e-3),
+        "rms": (own**2).mean(0).sqrt() / ((others**2).mean(0).sqrt() + 1e-3),
+        "mean": (own.mean(0) - others.mean(0)).abs(),
+    }
+    assert wanted.keys() == SCORES.keys()
+    for name, score_N in wanted.items():
+        torch.testing.assert_close(SCORES[name](found, 1), score_N)
+
+
+def test_planted_modules_are_found_and_absent_ones_are_not():
+    """Ten of a hundred neurons do twice as much for domain 0; in other models none does."""
+    domain_R, false = torch.tensor([0] * 20 + [1] * 20), 0
+    for seed in range(100):
+        torch.manual_seed(seed)
+        a_RN = 1 + 0.3 * torch.randn(40, 100)
+        false += beyond_chance(planted(a_RN, domain_R), 0).any().item()
+    assert false <= 10  # five are expected at most
+    a_RN[:20, :10] *= 2
+    found = planted(a_RN, domain_R)
+    found_N = beyond_chance(found, 0)
+    assert found_N[:10].all() and found_N[10:].sum() <= 2  # one in twenty may be false
+    for name in ("abs", "sqrt", "rms", "mean"):
+        assert top(SCORES[name](found, 0), 0.1).nonzero().flatten().tolist() == list(range(10))
+    assert beyond_chance(planted(a_RN[[0, 20]], torch.tensor([0, 1])), 0) is None
+
+
+def test_clusters_of_weights_are_found_and_random_ones_are_not():
+    model = dense("llama")
+    network = next(iter(neurons_of(model).networks.values()))
+    F, E = network.hidden_width, 4
+    torch.manual_seed(0)
+    with torch.no_grad():  # neurons e, E+e, 2E+e, ... are alike
+        for linear in (network.gate, network.up):
+            centers_ED = torch.randn(E, linear.in_features)
+            labels_F = torch.arange(F) % E
+            noise_FD = 0.05 * torch.randn(F, linear.in_features)
+            linear.module.weight.copy_(centers_ED[labels_F] + noise_FD)
+    labels_F = clusters_of(network, E)
+    chosen_F = torch.arange(F) % E == 2
+    found = enriched(labels_F, chosen_F)
+    assert len(found["found"]) == 1 and found["inside"] == 1 and found["clusters"] == E
+    false = 0
+    for seed in range(100):
+        torch.manual_seed(seed)
+        drawn_F = torch.rand(F) < 0.2
+        false += bool(enriched(labels_F, drawn_F)["found"])
+    assert false <= 10
+    assert len(by_random_clusters(labels_F, chosen_F)["found"]) <= 1
+
+
+def test_overlap_and_shares():
+    first, second = torch.tensor([1, 1, 0, 0]).bool(), torch.tensor([1, 0, 1, 0]).bool()
+    assert overlap(first, second) == 0.5 and overlap(first, first) == 1
+    score_N = torch.tensor([5.0, 4, 1, 0, 9, 8, 7, 6])
+    layers_N = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    assert top(score_N, 0.5).tolist() == [False] * 4 + [True] * 4
+    assert top(score_N, 0.5, layers_N).tolist() == [True, True, False, False] * 2
+    assert random_like(first).sum() == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neurons_that_are_left_out_are_zeros_in_the_weights(family):
+    model, ids = dense(family), torch.randint(3, 90, (2, 7))
+    neurons = neurons_of(model)
+    torch.manual_seed(0)
+    gone_N = torch.rand(sum(neurons.widths)) < 0.3
+    with torch.no_grad():
+        before = model(ids).logits
+        with without(neurons, gone_N):
+            found = model(ids).logits
+        assert torch.equal(before, model(ids).logits)
+        parts = gone_N.split(neurons.widths)
+        for network, gone_F in zip(neurons.networks.values(), parts, strict=True):
+            network.down.weight()[:, gone_F] = 0  # a view
+        torch.testing.assert_close(found, model(ids).logits)
+    assert not torch.allclose(found, before)
+
+
+def test_the_share_that_costs_a_fifth():
+    share, there = share_to_prune(lambda part: 1 - part, 1.0)
+    assert 0.2 <= share <= 0.221 and there <= 0.8
+    assert share_to_prune(lambda part: 0.9, 1.0) == (1.0, 0.9)  # it never falls
+    share, there = share_to_prune(lambda part: 0.5 if part > 0.3 else 1.0, 1.0)
+    assert share == pytest.approx(0.3, abs=1e-3) and there == 0.5
+
+
+def learn(model, tokenizer, rows) -> None:
+    """A few steps, so that there is accuracy to lose."""
+    texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
+    given = tokenizer(texts, return_tensors="pt", padding=True)
+    labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        model(
+            **{k: given[k] for k in ("input_ids", "attention_mask")}, labels=labels
+        ).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_model_of_two_domains(tmp_path):
+    rows = tiny.chat_rows(40)
+    files = [
+        tiny.write_rows(tmp_path / f"{name}.jsonl", part)
+        for name, part in (("a", rows[:20]), ("b", rows[20:]))
+    ]
+    model, tokenizer = tiny.llama(), tiny.tokenizer()
+    learn(model, tokenizer, rows)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    found = analyze_neurons(model, files, tokenizer=tokenizer)
+    json.dumps(found, allow_nan=False)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert found["neurons"] == 128 and found["domains"] == files and len(found["layers"]) == 2
+    for which in ("model", "twin"):
+        for kind in ("overlap", "overlap_by_layer"):
+            assert [found[which][kind][d][d] for d in range(2)] == [1, 1]
+        assert [sum(shares) for shares in found[which]["by_layer"]] == pytest.approx([1, 1])
+        assert [len(layer["domains"]) for layer in found[which]["clusters"]] == [2, 2]
+    for domain, row in enumerate(found["pruning"]):
+        assert 0 < row["share"] <= 1 and len(row["accuracy"]) == 2
+        assert row["accuracy"][domain] <= 0.8 < max(row["accuracy_random"])
+    written = write_page(found, tmp_path / "report", "Neurons")
+    assert {"overlaps.png", "places.png", "clusters.png", "pruned.png"} < set(written)
+    with pytest.raises(DataError, match="one domain"):
+        analyze_neurons(model, files[:1], tokenizer=tokenizer)
+    with pytest.raises(SparsecraftError, match="Did you mean"):
+        analyze_neurons(model, files, tokenizer=tokenizer, score="asb")
+    with pytest.raises(SparsecraftError, match="encoder and a decoder"):
+        analyze_neurons(dense("t5"), files, tokenizer=tokenizer)
