@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sparsecraft.kernels import attend as module
 from sparsecraft.kernels.attend import attend
 
-KINDS = ("none", "prefix", "padded", "window", "added", "shared", "nothing")
+KINDS = ("none", "prefix", "padded", "window", "added", "smallest", "shared", "nothing")
 
 
 def mask_of(kind: str, batch: int, length: int) -> torch.Tensor | None:
@@ -27,6 +27,10 @@ def mask_of(kind: str, batch: int, length: int) -> torch.Tensor | None:
     }
     if kind == "added":
         return torch.randn(batch, 1, 1, length).masked_fill(at > length // 2, -torch.inf)
+    if kind == "smallest":  # of float32: hides a position unless all have it
+        shown = torch.arange(batch)[:, None] * 20
+        mask = torch.zeros(batch, length).masked_fill(at >= shown, torch.finfo(torch.float32).min)
+        return mask[:, None, None, :]
     return None if masks[kind] is None else masks[kind][:, None, None, :]
 
 
@@ -39,7 +43,7 @@ def test_it_is_attention(kind, heads, of_keys, width, dtype, monkeypatch):
     q = torch.randn(B, heads, 1, width).to(dtype)
     k, v = (torch.randn(B, of_keys, L, width).to(dtype) for _ in range(2))
     mask = mask_of(kind, B, L)
-    wide = mask.double() if kind == "added" else mask
+    wide = mask.double() if kind in ("added", "smallest") else mask
     wanted = F.scaled_dot_product_attention(
         q.double(), k.double(), v.double(), attn_mask=wide, scale=0.3, enable_gqa=True
     )

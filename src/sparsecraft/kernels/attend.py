@@ -131,6 +131,8 @@ if triton is not None:
                 if ADDED:
                     added_L = given_L.to(tl.float32)
                     live_L = live_L & (added_L > float("-inf"))
+                    # The smallest number of a type hides a position too, and overflows below.
+                    added_L = tl.maximum(added_L, -2e38)
                 else:
                     live_L = live_L & (given_L != 0)
             if tl.max(live_L.to(tl.int32), 0) > 0:

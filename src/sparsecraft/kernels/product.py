@@ -106,8 +106,8 @@ def low_rank(z_TN: Tensor, gate_TE: Tensor | None, b_EOR: Tensor, scale: float) 
 def _add_low_rank(
     onto_TO: Tensor, z_TN: Tensor, gate_TE: Tensor | None, b_EOR: Tensor, scale: float
 ) -> Tensor:
+    onto_TO = onto_TO.contiguous()
     if usable(onto_TO) and fits_add_lora(b_EOR):
-        onto_TO = onto_TO.contiguous()
         return add_lora(z_TN, gate_TE, b_EOR, scale, onto_TO, torch.empty_like(onto_TO))
     return (onto_TO.float() + low_rank(z_TN, gate_TE, b_EOR, scale)).to(onto_TO.dtype)
 

@@ -14,6 +14,7 @@ import weakref
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, inject_adapter_in_model
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -481,7 +482,7 @@ def handful(monkeypatch):
 
 
 @pytest.mark.parametrize("family", CAUSAL)
-@pytest.mark.parametrize("recipe", ["camel", "molora", "mov", "upcycling"])
+@pytest.mark.parametrize("recipe", ["camel", "molora", "mov", "upcycling", "bam"])
 def test_with_shared_launches_tokens_are_the_same(family, recipe, graphs, handful):
     if family not in RECIPES[recipe].families:
         pytest.skip(f"{recipe} is not for {family}")
@@ -489,6 +490,15 @@ def test_with_shared_launches_tokens_are_the_same(family, recipe, graphs, handfu
     for batch in (1, 3):
         assert alike(model, **prompts(batch, 6, False), max_new_tokens=6)
     assert all(made.compiled for made in steps(model))
+
+
+def test_loras_of_peft_are_compiled_too(graphs, handful):
+    model = converted(recipe="mov")
+    config = LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
+    inject_adapter_in_model(config, model)
+    for batch in (1, 3):
+        assert alike(model.eval(), **prompts(batch, 6, False), max_new_tokens=6)
+    assert all(made.compiled for made in steps(model)) and "sparsecraft.products" in graphs[0]
 
 
 @pytest.mark.parametrize(("recipe", "shared"), [("camel", 8), ("molora", 8), ("upcycling", 3)])

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from sparsecraft.kernels import attend, products
 from sparsecraft.kernels.device import is_handful
 from sparsecraft.kernels.product import add_low_rank
+from sparsecraft.moe.decoding.purity import is_pure
 
 # Reductions of fewer numbers are part of what reads them: a softmax over eight experts, say.
 UNROLLED = 9
@@ -24,11 +25,7 @@ UNROLLED = 9
 WIDEST, ENOUGH, LONG = 16384, 4096, 4096
 VIEWS = ("reshape", "view", "flatten", "contiguous")
 UPDATE = add_low_rank._opoverload
-IN_PLACE = frozenset(
-    "setitem iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv "
-    "ixor".split()
-)
-ATTENTION = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 def backend(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable:
@@ -50,11 +47,12 @@ def share_keys(graph: fx.GraphModule) -> None:
 
 
 def _attend(graph: fx.Graph, node: fx.Node) -> None:
-    q, k, v, *positional = node.args
-    given = dict(zip(ATTENTION, positional, strict=False)) | node.kwargs
-    if given.get("dropout_p") or given.get("is_causal") or not given.keys() <= set(ATTENTION):
+    given = dict(zip(ATTENTION, node.args, strict=False)) | node.kwargs
+    q, k, v, mask = (given.get(name) for name in ("query", "key", "value", "attn_mask"))
+    known = given.keys() <= {*ATTENTION, "scale", "enable_gqa"}
+    if not known or given.get("dropout_p") or given.get("is_causal"):
         return
-    k, v, mask = _unrepeated(k), _unrepeated(v), given.get("attn_mask")
+    k, v = _unrepeated(graph, k, node), _unrepeated(graph, v, node)
     if attend.fits(_value(q), _value(k), _value(v), None if mask is None else _value(mask)):
         with graph.inserting_before(node):
             y = graph.call_function(attend.OPERATOR, (q, k, v, mask, given.get("scale")))
@@ -63,22 +61,18 @@ def _attend(graph: fx.Graph, node: fx.Node) -> None:
         graph.erase_node(node)
 
 
-def _unrepeated(node: fx.Node) -> fx.Node:
-    """Keys (B, N, L, D), where they were repeated for each head: k[:, :, None].expand(...)."""
+def _unrepeated(graph: fx.Graph, node: fx.Node, reader: fx.Node) -> fx.Node:
+    """Keys (B, N, L, D), where they were repeated for each head: k[:, :, None].expand(...), and
+    nothing writes to them before they are read."""
     if node.target != "reshape" or node.args[0].target != "expand":
         return node
-    copied = node.args[0].args[0]
-    every = slice(None)
-    if copied.target is not operator.getitem or copied.args[1] != (
-        every,
-        every,
-        None,
-        every,
-        every,
-    ):
+    copied, every = node.args[0].args[0], slice(None)
+    index = every, every, None, every, every
+    if copied.target is not operator.getitem or copied.args[1] != index:
         return node
     (B, N, L, D), shape = _value(copied.args[0]).shape, _value(node).shape
-    return copied.args[0] if shape == (B, shape[1], L, D) and shape[1] % N == 0 else node
+    same = shape == (B, shape[1], L, D) and shape[1] % N == 0
+    return copied.args[0] if same and is_pure(graph, copied, reader) else node
 
 
 # ------------------------------------------------------------------ products
@@ -110,23 +104,25 @@ def share_launches(graph: fx.GraphModule) -> None:
     for source, found in list(late.items()):
         if _tokens(source) == 1 and not any(product.updated for product in found):
             early.setdefault(source, []).extend(late.pop(source))
-    for found in early.values():
-        if len(found) > 1 or not found[0].wide:
-            _share(graph.graph, _source(_input(found[0])), found)
-    for source, found in late.items():
-        outputs = sum(len(_value(product.weight)) for product in found)
-        if _tokens(source) > 1 and _value(source).shape[-1] > LONG and outputs < ENOUGH:
+    for source, found in [*early.items(), *late.items()]:
+        outputs = sum(len(_value(product.weight)) for product in found if not product.wide)
+        if outputs and _tokens(source) > 1 and _is_long(source) and outputs < ENOUGH:
             continue
+        order = {node: i for i, node in enumerate(graph.graph.nodes)}
+        found.sort(key=lambda product: order[product.node])
         moved = _between(graph.graph, found)
-        if moved is None:
-            for product in found:
-                _share(graph.graph, product.node, [product])
-        else:
-            last = _share(graph.graph, found[-1].node, found)
-            for node in reversed(moved):
-                last.append(node)
+        groups = [found] if moved is not None else [[product] for product in found]
+        for group in groups:
+            if len(group) > 1 or not group[0].wide:
+                last = _share(graph.graph, group)
+                for node in reversed(moved or ()):
+                    last.append(node)
     graph.graph.lint()
     graph.recompile()
+
+
+def _is_long(source: fx.Node) -> bool:
+    return _value(source).shape[-1] > LONG
 
 
 def _products(graph: fx.Graph) -> Iterable[_Product]:
@@ -142,14 +138,16 @@ def _products(graph: fx.Graph) -> Iterable[_Product]:
         if (update := updated.get(node)) is not None:
             product = _Product(update, product.weight, product.bias, False, updated=True)
         found.append(product)
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    return sorted(found, key=lambda product: order[product.node])
+    return found
 
 
 def _sole_linear(node: fx.Node) -> fx.Node | None:
     """The Linear whose output this is, where nothing else reads it."""
+    width = _value(node).shape[-1]
     while len(node.users) == 1 and node.op == "call_method" and node.target in VIEWS:
         node = node.args[0]
+        if _value(node).shape[-1] != width:
+            return None
     return node if node.target is F.linear and len(node.users) == 1 else None
 
 
@@ -163,7 +161,9 @@ def _product(node: fx.Node) -> _Product | None:
     x, weight, *bias = node.args
     x_value, weight_value = _value(x), _value(weight)
     x_TD = x_value.reshape(-1, x_value.shape[-1])
-    same = type(weight_value) is type(x_value) and weight_value.dtype == x_value.dtype
+    # Under autocast a Linear's output is of another type than what it reads.
+    types = {x_value.dtype, weight_value.dtype, _value(node).dtype}
+    same = type(weight_value) is type(x_value) and len(types) == 1 and weight_value.ndim == 2
     if not (same and is_handful(x_TD) and _is_view(weight)):
         return None
     alone, tiles = len(x_TD) == 1, products.fits_tiles(x_TD, [weight_value])
@@ -184,34 +184,29 @@ def _tokens(source: fx.Node) -> int:
 
 def _between(graph: fx.Graph, found: list[_Product]) -> list[fx.Node] | None:
     """The nodes before the last product that read the others, which can move behind it, in their
-    order; None where they cannot."""
+    order; None where they cannot, or where something is written between what all read and the last
+    of them."""
     order = {node: i for i, node in enumerate(graph.nodes)}
-    first, last = order[found[0].node], order[found[-1].node]
-    if not all(_is_pure(node) for node, i in order.items() if first < i < last):
+    source, last = _source(_input(found[0])), found[-1].node
+    if not is_pure(graph, source, last):
         return None
     moved: set[fx.Node] = set()
     left = [user for product in found for user in product.node.users]
     while left:
         node = left.pop()
-        if node not in moved and order[node] < last:
+        if node not in moved and order[node] < order[last]:
             moved.add(node)
             left += node.users
     needed = {node for product in found for node in (product.node, *product.node.all_input_nodes)}
     return None if needed & moved else sorted(moved, key=order.__getitem__)
 
 
-def _is_pure(node: fx.Node) -> bool:
-    """Whether a node writes to nothing that it is given, so that it may run later."""
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "_")
-    inner = node.op in ("call_method", "call_function")
-    in_place = name.endswith("_") or name in IN_PLACE
-    return inner and not in_place and not node.kwargs.get("inplace") and "out" not in node.kwargs
-
-
-def _share(graph: fx.Graph, behind: fx.Node, found: list[_Product]) -> fx.Node:
-    """Compute these products of one input in the place behind a node; the last node of it."""
-    source, following = _source(_input(found[0])), behind.next
-    width = _value(source).shape[-1]
+def _share(graph: fx.Graph, found: list[_Product]) -> fx.Node:
+    """Compute these products of one input behind the last of them; the last node of it."""
+    behind = found[-1].node
+    # Alone, it reads what it read.
+    source = _source(_input(found[0])) if len(found) > 1 else _input(found[0])
+    width, following = _value(source).shape[-1], behind.next
     with graph.inserting_before(following):
         x_TD = graph.call_method("reshape", (source, (-1, width)))
         weights = [_copied(graph, product.weight) for product in found]
@@ -252,6 +247,8 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
 def _source(node: fx.Node) -> fx.Node:
     """The node that this one has its rows from."""
     while node.op == "call_method" and node.target in (*VIEWS, "to"):
+        if "example_value" not in node.args[0].meta:  # a part of what was put together here
+            break
         value, before = _value(node), _value(node.args[0])
         if value.shape[-1] != before.shape[-1] or value.dtype != before.dtype:
             break
