@@ -225,4 +225,4 @@ def test_bad_input(tmp_path):
         analyze(of_rows(), rows, tokenizer=tiny.tokenizer(), max_length=2)
     found = analyze(of_rows(), rows, tokenizer=tiny.tokenizer())
     notes = " ".join(found["notes"])
-    assert "one domain" in notes and "few" in notes
+    assert "one domain" in notes and "few" in notes and "not been trained" in notes

@@ -23,7 +23,7 @@ from sparsecraft.evaluation.analysis.weights import similarities
 from sparsecraft.evaluation.held_out import length_of, sources_of, task_of
 from sparsecraft.moe import cost
 from sparsecraft.moe.outputs import evaluation_mode
-from sparsecraft.surgery.record import tokenizer_of
+from sparsecraft.surgery.record import conversion_of, is_converted, tokenizer_of
 
 log = logging.getLogger("sparsecraft")
 
@@ -84,7 +84,8 @@ def analyze(
     metrics = summary(choices, model) | {"dropped": dropped, "text": reading}
     metrics["layers"] = _of_layers(layers, choices, of_twin, tokenizer)
     metrics |= {"following": following(choices), "paths": paths(choices)}
-    return metrics | {"notes": notes(metrics, choices, of_twin, layers)}
+    untrained = is_converted(model) and not conversion_of(model).report.get("training")
+    return metrics | {"notes": notes(metrics, choices, of_twin, layers, untrained)}
 
 
 def _of_layers(
@@ -112,9 +113,16 @@ def summary(choices: Choices, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def notes(metrics: dict, choices: Choices, of_twin: Choices | None, layers: dict) -> list[str]:
+def notes(
+    metrics: dict, choices: Choices, of_twin: Choices | None, layers: dict, untrained: bool
+) -> list[str]:
     """What the measures do not say, in sentences."""
     found = []
+    if untrained:
+        found.append(
+            "The model has not been trained since it was converted: what its routers tell of "
+            "domains is what routers tell by chance, or what they were built from."
+        )
     if choices.interrupted:
         found.append(f"Interrupted: all figures are of the first {metrics['tokens']:,} tokens.")
     if len(choices.domains) < 2:

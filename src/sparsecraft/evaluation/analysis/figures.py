@@ -146,7 +146,11 @@ def knowledge(metrics: dict) -> Drawing | None:
         f"(chance {best['chance']:.3f})"
     )
     if None not in twins:
-        says += f"; a twin whose routers are random reaches {max(twins):.3f}"
+        above = sum(k["bits"] > twin for k, twin in zip(known, twins, strict=True))
+        says += (
+            f"; {above} know more than their twins with random routers, the best of which knows "
+            f"{max(twins):.3f} bits"
+        )
     title = "What a token's first expert tells of its domain"
     return drawn("knowledge", title, says + ".", draw, 1, 2.8)
 

@@ -29,10 +29,13 @@ def read(model: nn.Module, tokenizer: Any, text: str, max_length: int) -> dict[s
         if len(routing.logits_TE) == len(ids):
             chosen = ordered_choices(routing)[0].tolist()
             first[name] = [e if e < routing.num_experts else None for e in chosen]
-    return {"tokens": [word_of(tokenizer, token) for token in ids], "first": first}
+    return {"tokens": [tokenizer.decode([token]) for token in ids], "first": first}
 
 
 def word_of(tokenizer: Any, token: int) -> str:
-    """A token as text; its name in the vocabulary where it is a part of a letter."""
+    """A token as text, white space as Python writes it; its name in the vocabulary where it is a
+    part of a letter."""
     text = tokenizer.decode([token])
+    if text and not text.strip():
+        return repr(text)
     return text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))
