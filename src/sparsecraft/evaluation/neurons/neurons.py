@@ -34,6 +34,7 @@ log = logging.getLogger("sparsecraft")
 SHARE = 0.02  # of all neurons that count as a domain's
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # the paper's, of which overlaps are taken too
 PARTS = ("twin", "pruning")
+PRUNED_BATCHES = 4  # of each domain, about, that accuracies are taken on
 CLUSTER = 32  # neurons of one, or the next size that divides the network
 Batches = dict[str, Sequence[dict[str, Tensor]]]
 
@@ -88,7 +89,8 @@ def analyze_neurons(
             "twin": _of_twin(model, sources, score) if "twin" in parts else None,
         }
         if "pruning" in parts:
-            metrics["pruning"] = _pruned(model, neurons, statistics, score, sources)
+            part = {n: b[:: max(1, len(b) // PRUNED_BATCHES)] for n, b in sources.items()}
+            metrics["pruning"] = _pruned(model, neurons, statistics, score, part)
     return metrics | {"score": score, "share": SHARE}
 
 
