@@ -37,6 +37,8 @@ class AnalyzeCommand(Command, Based):
     """Look at the neurons of a dense model: are they of a domain?"""
     score: str = "abs"
     """With --neurons: how they are ranked, by abs, freq, sqrt, std, rms or mean."""
+    reference: str | None = None
+    """With --neurons: rows that every domain is compared with; otherwise with all others."""
 
 
 def run(command: AnalyzeCommand, say: Say) -> None:
@@ -80,7 +82,7 @@ def _at_experts(
 def _at_neurons(
     command: AnalyzeCommand, model: Any, tokenizer: Any, say: Say
 ) -> tuple[list, list[str]]:
-    from sparsecraft.evaluation.neurons.neurons import analyze_neurons
+    from sparsecraft.evaluation.neurons.neurons import Ranking, analyze_neurons
     from sparsecraft.evaluation.neurons.page import drawings, write_page
 
     if command.text is not None:
@@ -90,7 +92,7 @@ def _at_neurons(
         model,
         command.data,
         tokenizer=tokenizer,
-        score=command.score,
+        ranking=Ranking(command.score, command.reference),
         max_length=command.max_length,
         limit=command.limit,
         parts=[part for part, asked in parts.items() if asked],

@@ -5,13 +5,14 @@ ones are not; a model without neurons is the model with zeros in their places.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.logprobs import label_logprobs
-from sparsecraft.evaluation.neurons.neurons import analyze_neurons
+from sparsecraft.evaluation.neurons.neurons import Ranking, analyze_neurons
 from sparsecraft.evaluation.neurons.overlaps import (
     by_random_clusters,
     clusters_of,
@@ -96,6 +97,19 @@ def test_scores_by_formula():
     assert wanted.keys() == SCORES.keys()
     for name, score_N in wanted.items():
         torch.testing.assert_close(SCORES[name](found, 1), score_N)
+
+
+def test_a_reference_takes_the_place_of_the_others():
+    torch.manual_seed(0)
+    domain_R = torch.tensor([0] * 3 + [1] * 5 + [2] * 7)
+    a_RN = torch.randn(15, 6).double()
+    found = replace(planted(a_RN, domain_R), reference=2)
+    own, others = a_RN[domain_R == 1], a_RN[domain_R == 2]
+    assert list(found.compared) == [0, 1]
+    wanted_N = own.abs().mean(0) / (others.abs().mean(0) + 1e-3)
+    torch.testing.assert_close(SCORES["abs"](found, 1), wanted_N)
+    wanted_N = own.std(0, correction=0) / (others.std(0, correction=0) + 1e-3)
+    torch.testing.assert_close(SCORES["std"](found, 1), wanted_N)
 
 
 def test_planted_modules_are_found_and_absent_ones_are_not():
@@ -215,6 +229,11 @@ def test_a_model_of_two_domains(tmp_path):
     with pytest.raises(DataError, match="one domain"):
         analyze_neurons(model, files[:1], tokenizer=tokenizer)
     with pytest.raises(SparsecraftError, match="Did you mean"):
-        analyze_neurons(model, files, tokenizer=tokenizer, score="asb")
+        analyze_neurons(model, files, tokenizer=tokenizer, ranking=Ranking("asb"))
+    third = tiny.write_rows(tmp_path / "c.jsonl", rows[10:30])
+    beside = analyze_neurons(model, files, tokenizer=tokenizer, ranking=Ranking(reference=third))
+    assert beside["domains"] == files and beside["reference"] == third
+    assert len(beside["model"]["overlap"]) == len(beside["pruning"]) == 2 < len(beside["tokens"])
+    assert write_page(beside, tmp_path / "beside", "Neurons")
     with pytest.raises(SparsecraftError, match="encoder and a decoder"):
         analyze_neurons(dense("t5"), files, tokenizer=tokenizer)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,28 @@ CLUSTER = 32  # neurons of one, or the next size that divides the network
 Batches = dict[str, Sequence[dict[str, Tensor]]]
 
 
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """How neurons are ranked for a domain.
+
+    Attributes:
+        score: one of `scores.SCORES`; the paper's is `abs`.
+        reference: rows that every domain is compared with, as the paper compares with the Pile.
+            None: each domain is compared with all others, so that what is high in two of them is
+            high in none, and overlaps lie below chance.
+    """
+
+    score: str = "abs"
+    reference: str | Path | None = None
+
+
 @enough_memory("Analysis", "lower --max-length (max_length=...) or load the model in bfloat16")
 def analyze_neurons(
     model: nn.Module,
     data: Sequence[str | Path],
     *,
     tokenizer: Any,
-    score: str = "abs",
+    ranking: Ranking | None = None,
     max_length: int | None = None,
     limit: int | None = None,
     parts: Collection[str] = PARTS,
@@ -54,8 +70,7 @@ def analyze_neurons(
 
     Args:
         data: files of rows, as `evaluate` takes them; each is a domain, and there are two at least.
-        score: one of `scores.SCORES`; the paper's is `abs`. The highest two hundredths of all
-            neurons are called a domain's.
+        ranking: see `Ranking`. The highest two hundredths of all neurons are called a domain's.
         limit: rows of each file at most.
         parts: `twin`, the same of a model of this configuration with random weights, and `pruning`,
             the neurons of each domain left out, as many as bring its own accuracy down to 0.8 of
@@ -71,27 +86,49 @@ def analyze_neurons(
         SparsecraftError: the model has no dense networks, or there is no such score.
         DataError: fewer than two domains, or rows that are malformed.
     """
-    _check(model, score)
+    ranking = ranking or Ranking()
+    _check(model, ranking.score)
     neurons = neurons_of(model)
     task, length = task_of(model), length_of(model, max_length)
+    files = [*data, ranking.reference] if ranking.reference else list(data)
+    if len(files) < 2:
+        raise DataError("data is one domain; pass two files or more, to tell them apart.")
     with evaluation_mode(model), torch.no_grad():
-        found = sources_of(data, tokenizer, length, limit, task, model)
+        found = sources_of(files, tokenizer, length, limit, task, model)
         sources = {name: list(batches) for name, (batches, _) in found.items()}
-        if len(sources) < 2:
-            raise DataError("data is one domain; pass two files or more, to tell them apart.")
-        statistics = statistics_of(model, neurons, sources, label_logprobs)
-        metrics: dict[str, Any] = {
-            "layers": list(neurons.networks),
-            "neurons": sum(neurons.widths),
-            "domains": list(sources),
-            "tokens": statistics.tokens_D.long().tolist(),
-            "model": _measures(neurons, statistics, score),
-            "twin": _of_twin(model, sources, score) if "twin" in parts else None,
-        }
-        if "pruning" in parts:
-            part = {n: b[:: max(1, len(b) // PRUNED_BATCHES)] for n, b in sources.items()}
-            metrics["pruning"] = _pruned(model, neurons, statistics, score, part)
-    return metrics | {"score": score, "share": SHARE}
+        metrics = _all(model, neurons, sources, ranking, parts)
+    reference = str(ranking.reference) if ranking.reference else None
+    given = {"domains": [str(path) for path in data], "reference": reference}
+    return metrics | given | {"score": ranking.score, "share": SHARE}
+
+
+def _all(
+    model: nn.Module, neurons: Neurons, sources: Batches, ranking: Ranking, parts: Collection[str]
+) -> dict[str, Any]:
+    read, score = partial(_read, sources=sources, ranking=ranking), ranking.score
+    statistics = read(model, neurons)
+    metrics: dict[str, Any] = {
+        "layers": list(neurons.networks),
+        "neurons": sum(neurons.widths),
+        "tokens": statistics.tokens_D.long().tolist(),
+        "model": _measures(neurons, statistics, score),
+        "twin": _of_twin(model, read, score) if "twin" in parts else None,
+    }
+    if "pruning" in parts:
+        part = _part(sources, len(statistics.compared))
+        metrics["pruning"] = _pruned(model, neurons, statistics, score, part)
+    return metrics
+
+
+def _part(sources: Batches, domains: int) -> Batches:
+    """Some batches of each domain, without a reference."""
+    own = list(sources.items())[:domains]
+    return {name: batches[:: max(1, len(batches) // PRUNED_BATCHES)] for name, batches in own}
+
+
+def _read(model: nn.Module, neurons: Neurons, sources: Batches, ranking: Ranking) -> Statistics:
+    found = statistics_of(model, neurons, sources, label_logprobs)
+    return replace(found, reference=len(sources) - 1) if ranking.reference else found
 
 
 def _check(model: nn.Module, score: str) -> None:
@@ -105,7 +142,7 @@ def _check(model: nn.Module, score: str) -> None:
 
 
 def _measures(neurons: Neurons, found: Statistics, score: str) -> dict[str, Any]:
-    domains, layer_N = range(len(found.tokens_D)), neurons.layer_N
+    domains, layer_N = found.compared, neurons.layer_N
     scores_DN = [SCORES[score](found, domain) for domain in domains]
     of_all = [top(score_N, SHARE) for score_N in scores_DN]
     of_each = [top(score_N, SHARE, layer_N) for score_N in scores_DN]
@@ -151,7 +188,7 @@ def _clusters(neurons: Neurons, of_each: list[Tensor]) -> list[dict[str, Any]]:
     return found
 
 
-def _of_twin(model: nn.Module, sources: Batches, score: str) -> dict[str, Any]:
+def _of_twin(model: nn.Module, read: Callable, score: str) -> dict[str, Any]:
     """The same of a model of this configuration that has learned nothing."""
     log.info("The same of a model with random weights.")
     with torch.random.fork_rng():
@@ -159,7 +196,7 @@ def _of_twin(model: nn.Module, sources: Batches, score: str) -> dict[str, Any]:
         twin = type(model)(copy.deepcopy(model.config))
     twin = twin.to(model.device, model.dtype).eval()
     neurons = neurons_of(twin)
-    statistics = statistics_of(twin, neurons, sources, label_logprobs)
+    statistics = read(twin, neurons)
     return _measures(neurons, statistics, score)
 
 
@@ -170,7 +207,7 @@ def _pruned(
     accuracy of all domains without them, and without as many others, of what it was."""
     whole = [_accuracy(model, batches) for batches in sources.values()]
     rows = []
-    for domain, batches in enumerate(sources.values()):
+    for domain, batches in zip(found.compared, sources.values(), strict=False):
         if not whole[domain]:
             rows.append(None)  # there is nothing to lose
             continue

@@ -43,25 +43,28 @@ def _between(rows: list[list[float]]) -> float:
 
 def overlaps(metrics: dict) -> Drawing:
     names, sides, chance = _names(metrics), _sides(metrics), metrics["share"]
+    tables = [np.array(side["overlap"]) / chance for side in sides.values()]
+    most = max(2.0, *(table[~np.eye(len(table), dtype=bool)].max() for table in tables))
 
     def draw(figure, axes, theme):
         panels = figure.subplots(1, len(sides), squeeze=False)[0]
         for axis, (side, measures) in zip(panels, sides.items(), strict=True):
             values = np.array(measures["overlap"]) / chance
             np.fill_diagonal(values, np.nan)
-            bar = heat(axis, values, theme, "{:.1f}".format, cmap="cividis", vmin=0)
+            bar = heat(axis, values, theme, cmap="cividis", vmin=0, vmax=most)
             bar.ax.tick_params(colors=theme.text, labelsize=8)
             axis.set(title=side, xticks=range(len(names)), yticks=range(len(names)))
             axis.set_xticklabels(names, rotation=30, ha="right")
             axis.set_yticklabels(names)
 
     parts = [
-        f"{side}: {_between(measures['overlap']) / chance:.1f} times chance on average "
-        f"({_between(measures['overlap_by_layer']) / chance:.1f} with as many of each layer)"
+        f"{side}: {_between(measures['overlap']) / chance:.2f} times chance on average "
+        f"({_between(measures['overlap_by_layer']) / chance:.2f} with as many of each layer)"
         for side, measures in sides.items()
     ]
     title = f"How many of a domain's neurons ({chance:.0%}) are another's too, chance = 1"
-    says = "; ".join(parts) + "."
+    built_in = " Domains are compared with each other, which keeps overlaps below chance."
+    says = "; ".join(parts) + "." + ("" if metrics["reference"] else built_in)
     return drawn("overlaps", title, says[0].upper() + says[1:], draw, 0, 3.2)
 
 

@@ -27,7 +27,9 @@ def _ratio(of: Callable[[Statistics], Tensor]) -> Callable[[Statistics, int], Te
 
 
 def _others(found: Statistics, values_DN: Tensor, domain: int) -> Tensor:
-    """The mean over the tokens of all other domains."""
+    """The mean over the tokens of the reference, or of all other domains."""
+    if found.reference is not None:
+        return values_DN[found.reference]
     weights_D = found.tokens_D.clone()
     weights_D[domain] = 0
     return (weights_D[:, None] * values_DN).sum(0) / weights_D.sum().clamp_min(1)
@@ -79,10 +81,12 @@ def _best(score_N: Tensor, share: float) -> Tensor:
 
 
 def beyond_chance(found: Statistics, domain: int) -> Tensor | None:
-    """The neurons whose mean |a| is higher in documents of the domain than in others, (N,) bool:
-    Welch's test over documents, false discoveries at 5 %; None of fewer than two documents."""
+    """The neurons whose mean |a| is higher in documents of the domain than in others (of the
+    reference, if there is one), (N,) bool: Welch's test over documents, false discoveries at 5 %;
+    None of fewer than two documents."""
     own_R = found.domain_R == domain
-    own_RN, other_RN = found.documents_RN[own_R].numpy(), found.documents_RN[~own_R].numpy()
+    other_R = ~own_R if found.reference is None else found.domain_R == found.reference
+    own_RN, other_RN = (found.documents_RN[rows_R].numpy() for rows_R in (own_R, other_R))
     if min(len(own_RN), len(other_RN)) < 2:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):

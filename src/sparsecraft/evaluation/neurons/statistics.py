@@ -66,12 +66,20 @@ class Statistics:
         means: of |a|, of a > 0, of the root of |a|, of a and of its square -> (D, N) float64.
         documents_RN: each document's mean |a|, float32.
         domain_R: the domain of each document.
+        reference: the number of the domain that all others are compared with; None: each is
+            compared with all others.
     """
 
     tokens_D: Tensor
     means: dict[str, Tensor]
     documents_RN: Tensor
     domain_R: Tensor
+    reference: int | None = None
+
+    @property
+    def compared(self) -> range:
+        """The domains that have neurons; a reference is the last and has none."""
+        return range(len(self.tokens_D) - (self.reference is not None))
 
     @property
     def std_DN(self) -> Tensor:
