@@ -7,6 +7,7 @@ of weights, ordered (token, head), each for one of `heads` equal slices of H fea
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from sparsecraft.kernels.device import (
     as_sums,
     compute_dtype,
     is_few,
+    is_followed,
     is_transformed,
     needs_grad,
 )
@@ -67,6 +69,12 @@ def mix_lora(
     if z_TN is None:
         z_TN = F.linear(x_TI, a_ERI.flatten(0, 1).to(x_TI.dtype))
     same = onto is not None and onto.dtype == x_TI.dtype
+    if (
+        same
+        and not is_followed(onto, z_TN, b_EOR)
+        and not needs_grad(onto, z_TN, weights_TE, b_EOR)
+    ):
+        return _added(onto, z_TN, weights_TE, b_EOR, scale, in_place)
     # The compiler decides about memory itself.
     if in_place and same and not torch.compiler.is_compiling() and not is_transformed():
         return _AddInPlace.apply(onto, z_TN, weights_TE, b_EOR, scale)
@@ -75,6 +83,13 @@ def mix_lora(
         return torch.addmm(onto, gated_TN, _stacked(b_EOR, x_TI.dtype).t())
     update_TO = _update(z_TN, weights_TE, b_EOR, scale, x_TI.dtype)
     return update_TO if onto is None else onto + update_TO
+
+
+def _added(onto, z_TN, weights_TE, b_EOR: Tensor, scale: float, in_place: bool) -> Tensor:
+    """Without gradients: the scale costs no operation of its own."""
+    gated_TN = _gated(z_TN, 1 if weights_TE is None else weights_TE, b_EOR, onto.dtype)
+    run = onto.addmm_ if in_place else partial(torch.addmm, onto)
+    return run(gated_TN, _stacked(b_EOR, onto.dtype).t(), alpha=scale)
 
 
 def _update(z_TN: Tensor, weights_TE, b_EOR: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

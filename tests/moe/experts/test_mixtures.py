@@ -155,6 +155,10 @@ def test_a_single_lora_needs_no_weights():
     assert_near(grads(mix_lora(x, None, LoRAs(a, b, 2.0)), leaves), wanted, 1e-5)
     with torch.no_grad():
         assert_near([mix_lora(x, None, LoRAs(a, b, 2.0))], wanted[:1], 1e-5)
+        for in_place in (False, True):
+            onto = torch.randn(9, O)
+            whole = [onto + wanted[0]]
+            assert_near([mix_lora(x, None, LoRAs(a, b, 2.0), onto, in_place)], whole, 1e-5)
 
 
 @pytest.mark.parametrize("shared", [False, True])
