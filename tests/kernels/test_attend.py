@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from sparsecraft.kernels import attend as module
 from sparsecraft.kernels.attend import attend
+from sparsecraft.kernels.device import INTERPRETED
 
 KINDS = ("none", "prefix", "padded", "window", "added", "smallest", "shared", "nothing")
 
@@ -65,7 +66,7 @@ def test_it_takes_what_a_cache_and_a_projection_look_like():
 
 
 def test_what_it_does_not_take():
-    if not module.INTERPRETED:
+    if not INTERPRETED:
         pytest.skip("needs TRITON_INTERPRET=1")
     q, k = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 70, 16)
     mask = torch.ones(2, 1, 1, 70, dtype=torch.bool)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sparsecraft.kernels import products as module
+from sparsecraft.kernels.device import INTERPRETED
 from sparsecraft.kernels.products import Low, in_torch, products
 
 BF16, FLOAT = torch.bfloat16, torch.float32
@@ -35,7 +36,7 @@ def test_each_product_is_its_own(tokens, width, dtype):
 
 
 def test_the_kernel_gives_what_torch_does():
-    if not module.INTERPRETED:
+    if not INTERPRETED:
         pytest.skip("needs TRITON_INTERPRET=1")
     x, weights = case(2, 4200, BF16)
     for wide in ([True] * 3, [False] * 3):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecraft.kernels.device import INTERPRETED
+from sparsecraft.kernels.device import runs
 
 try:  # absent from CPU builds of torch
     import triton
@@ -23,10 +23,6 @@ except ImportError:
 BLOCK = 64  # positions that a program reads at a time
 PROGRAMS = 512  # of a launch, about
 MAX_WIDTH = 256
-
-
-def runs(x: Tensor) -> bool:
-    return triton is not None and (x.is_cuda or INTERPRETED)
 
 
 def fits(q_BH1D: Tensor, k_BNLD: Tensor, v_BNLD: Tensor, mask: Tensor | None) -> bool:

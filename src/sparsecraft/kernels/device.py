@@ -42,6 +42,11 @@ def as_sums(x_TD: Tensor) -> bool:
     return in_compiled_step() and len(x_TD) <= FEW_TOKENS
 
 
+def runs(x: Tensor) -> bool:
+    """Whether Triton kernels run on this tensor, or on what a compiler puts in its place."""
+    return triton is not None and (x.is_cuda or INTERPRETED)
+
+
 def usable(x: Tensor) -> bool:
     """Whether the Triton kernels run on this tensor."""
     if triton is None or torch.compiler.is_compiling() or x.dtype == torch.float64:
@@ -87,8 +92,7 @@ def is_handful(x_TD: Tensor, *others: Tensor | None) -> bool:
     """Whether operators for a handful of tokens without gradients run on these, or on what a
     compiler puts in their place."""
     return (
-        (x_TD.is_cuda or INTERPRETED)
-        and triton is not None
+        runs(x_TD)
         and (in_compiled_step() or not torch.compiler.is_compiling())
         and x_TD.dtype != torch.float64
         and 0 < len(x_TD) <= FEW_TOKENS

@@ -61,12 +61,10 @@ def networks(
 ) -> Tensor:
     """sum_k w_k expert_k(x), (T, O); slots of number E have no expert."""
     passes = (2 if sums_to_one else 1) if net.residual else 0
-    if indices_TK.numel() > net.E:
-        return few_experts.networks(net, x_TI, weights_TK, indices_TK, passes)
-    code = activation_code(net.activation)
     matrices, biases = [net.first_EMI, net.second_EOH], [net.first_bias_EM, net.second_bias_EO]
-    options = [code, passes]
-    return _networks(x_TI, weights_TK, indices_TK, matrices, biases, net.scale, options)
+    options = [activation_code(net.activation), passes]
+    run = few_experts.networks if indices_TK.numel() > net.E else _networks
+    return run(x_TI, weights_TK, indices_TK, matrices, biases, net.scale, options)
 
 
 def _pick(logits_TE: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from sparsecraft.kernels.device import FEW_TOKENS
-from sparsecraft.kernels.split_triton import activation_code
-from sparsecraft.kernels.two_layer import TwoLayer
 
 try:  # absent from CPU builds of torch
     import triton
@@ -27,18 +25,13 @@ PROGRAMS = 1024  # of a launch, about: what it takes to keep a GPU's memory busy
 LAUNCH = {"num_warps": 2, "num_stages": 4}
 
 
-def networks(
-    net: TwoLayer, x_TI: Tensor, weights_TK: Tensor, indices_TK: Tensor, passes: int
-) -> Tensor:
+def networks(x_TI: Tensor, *given) -> Tensor:
     """sum_k w_k expert_k(x), (T, O), of 16-bit matrices; slots of number E have no expert.
 
     Args:
-        passes: what is added of the input: nothing (0), its share of the weights (1), all (2).
+        given: see `_launch`.
     """
-    matrices, biases = [net.first_EMI, net.second_EOH], [net.first_bias_EM, net.second_bias_EO]
-    options = [activation_code(net.activation), passes]
-    parts_PTO = _parts(x_TI, weights_TK, indices_TK, matrices, biases, net.scale, options)
-    return parts_PTO.sum(0).to(x_TI.dtype)
+    return _parts(x_TI, *given).sum(0).to(x_TI.dtype)
 
 
 def _launch(
@@ -50,6 +43,14 @@ def _launch(
     scale: float,
     options: list[int],
 ) -> Tensor:
+    """Parts of the sum, (P, T, O) float32.
+
+    Args:
+        matrices: (E, M, I) and (E, O, H).
+        biases: of both, (E, M) and (E, O).
+        options: the activation's code, and what is added of the input: nothing (0), its share of
+            the weights (1), all (2).
+    """
     (first_EMI, second_EOH), (code, passes) = matrices, options
     x_TI, weights_TK, indices_TK = (t.contiguous() for t in (x_TI, weights_TK, indices_TK))
     first_bias, second_bias = (x_TI if bias is None else bias.contiguous() for bias in biases)

@@ -22,7 +22,13 @@ from sparsecraft.kernels.device import (
     is_transformed,
     needs_grad,
 )
-from sparsecraft.kernels.product import add_lora, add_low_rank, fits_add_lora, product
+from sparsecraft.kernels.product import (
+    add_lora,
+    add_low_rank,
+    fits_add_lora,
+    low_rank,
+    product,
+)
 from sparsecraft.kernels.projections import float32_product
 
 
@@ -155,12 +161,9 @@ def _mix_lora_as_sums(x_TI, z_TN, weights_TE, loras: LoRAs, onto) -> Tensor:
     a_ERI, b_EOR, scale, _ = loras
     if z_TN is None:
         z_TN = float32_product(x_TI, a_ERI.flatten(0, 1))
-    if onto is not None and onto.dtype == x_TI.dtype != torch.float64:
+    if onto is not None and onto.dtype == x_TI.dtype:
         return add_low_rank(onto, z_TN, weights_TE, b_EOR, scale)
-    z_TER = z_TN.unflatten(1, (-1, b_EOR.shape[2]))
-    if weights_TE is not None:
-        z_TER = z_TER * weights_TE[..., None]
-    update_TO = scale * (z_TER.unsqueeze(-2) * b_EOR.to(z_TER.dtype)).sum((1, 3))
+    update_TO = low_rank(z_TN, weights_TE, b_EOR, scale)
     return (update_TO if onto is None else onto + update_TO).to(x_TI.dtype)
 
 

@@ -96,11 +96,12 @@ def add_lora(
 
 
 def low_rank(z_TN: Tensor, gate_TE: Tensor | None, b_EOR: Tensor, scale: float) -> Tensor:
-    """scale * sum_e gate_e B_e z_e in float32; the specification of `add_lora`'s update."""
-    z_TER = z_TN.float().unflatten(1, (-1, b_EOR.shape[2]))
+    """scale * sum_e gate_e B_e z_e in float32 at least, as `add_lora` adds it."""
+    dtype = torch.promote_types(z_TN.dtype, torch.float32)
+    z_TER = z_TN.to(dtype).unflatten(1, (-1, b_EOR.shape[2]))
     if gate_TE is not None:
         z_TER = z_TER * gate_TE[..., None]
-    return scale * (z_TER.unsqueeze(-2) * b_EOR.float()).sum((1, 3))
+    return scale * (z_TER.unsqueeze(-2) * b_EOR.to(dtype)).sum((1, 3))
 
 
 def _add_low_rank(
@@ -109,7 +110,7 @@ def _add_low_rank(
     onto_TO = onto_TO.contiguous()
     if usable(onto_TO) and fits_add_lora(b_EOR):
         return add_lora(z_TN, gate_TE, b_EOR, scale, onto_TO, torch.empty_like(onto_TO))
-    return (onto_TO.float() + low_rank(z_TN, gate_TE, b_EOR, scale)).to(onto_TO.dtype)
+    return (onto_TO + low_rank(z_TN, gate_TE, b_EOR, scale)).to(onto_TO.dtype)
 
 
 # `onto` and its update, for a compiler's graph, which may make it part of a product.
@@ -124,6 +125,9 @@ add_low_rank = torch.library.custom_op(
 @add_low_rank.register_fake
 def _(onto, z, gate, b, scale):
     return onto.new_empty(onto.shape)
+
+
+UPDATE = torch.ops.sparsecraft.add_low_rank.default  # in a compiler's graph
 
 
 def fits_add_lora(b_EOR: Tensor) -> bool:

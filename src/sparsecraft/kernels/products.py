@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsecraft.kernels.device import INTERPRETED
+from sparsecraft.kernels.device import FEW_TOKENS, runs
 from sparsecraft.kernels.product import low_rank
 
 try:  # absent from CPU builds of torch
@@ -28,7 +28,6 @@ ROWS, BLOCK, WARPS = 1, 2048, 4
 # rows, and where there are many.
 NARROW_TILE, WIDE_TILE, MANY_ROWS, STAGES = (16, 256, 2), (64, 128, 4), 8192, 4
 FEWEST_TILES = 1024  # rows from which on tiles keep a GPU busy
-TOKENS = 16  # of a tile
 RANKS = 64  # that are read at a time
 
 
@@ -95,7 +94,7 @@ def _launch(
     lows: list[Tensor | None],
     scales: list[float],
 ) -> list[Tensor]:
-    if triton is None or not (x_TD.is_cuda or INTERPRETED):
+    if not runs(x_TD):
         return in_torch(x_TD, weights_ND, wide, lows, scales)
     (T, D), found = x_TD.shape, _empty(x_TD, weights_ND, wide)
     numbers = [len(weight_ND) for weight_ND in weights_ND]
@@ -104,9 +103,9 @@ def _launch(
     each, firsts = each if tiles else ROWS, [0]
     for number in numbers:
         firsts.append(firsts[-1] + triton.cdiv(number, each))
-    updates = {"SCALES": tuple(scales or [0.0] * len(numbers)), "CB": RANKS}
-    updates |= _ranks(lows or [None] * (3 * len(numbers)))
-    given = [x_TD if t is None else t.contiguous() for t in lows or [None] * (3 * len(numbers))]
+    lows = lows or [None] * (3 * len(numbers))
+    updates = _ranks(lows) | {"SCALES": tuple(scales or [0.0] * len(numbers)), "CB": RANKS}
+    given = [x_TD if t is None else t.contiguous() for t in lows]
     arguments = (
         x_TD.contiguous(), tuple(w.contiguous() for w in weights_ND), tuple(found),
         tuple(given[::3]), tuple(given[1::3]), tuple(given[2::3]),
@@ -118,7 +117,7 @@ def _launch(
                 *arguments,
                 T,
                 D=D,
-                TP=TOKENS,
+                TP=FEW_TOKENS,
                 BN=each,
                 BK=tile,
                 **split,
@@ -133,7 +132,7 @@ def _launch(
 
 def fits_tiles(x_TD: Tensor, weights_ND: Sequence[Tensor]) -> bool:
     """Whether tensor cores multiply these as they are."""
-    half = x_TD.dtype.itemsize == 2 and 1 < len(x_TD) <= TOKENS
+    half = x_TD.dtype.itemsize == 2 and 1 < len(x_TD) <= FEW_TOKENS
     return half and all(weight.dtype == x_TD.dtype for weight in weights_ND)
 
 

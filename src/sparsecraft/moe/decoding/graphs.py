@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from sparsecraft.kernels import attend, products
 from sparsecraft.kernels.device import is_handful
-from sparsecraft.kernels.product import add_low_rank
+from sparsecraft.kernels.product import UPDATE
 from sparsecraft.moe.decoding.purity import is_pure
 
 # Reductions of fewer numbers are part of what reads them: a softmax over eight experts, say.
@@ -24,7 +24,6 @@ UNROLLED = 9
 # tokens it is so too with rows that are few and long, of which it sums parts.
 WIDEST, ENOUGH, LONG = 16384, 4096, 4096
 VIEWS = ("reshape", "view", "flatten", "contiguous")
-UPDATE = add_low_rank._opoverload
 ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -52,7 +51,7 @@ def _attend(graph: fx.Graph, node: fx.Node) -> None:
     known = given.keys() <= {*ATTENTION, "scale", "enable_gqa"}
     if not known or given.get("dropout_p") or given.get("is_causal"):
         return
-    k, v = _unrepeated(graph, k, node), _unrepeated(graph, v, node)
+    k, v = _unrepeated(k, node), _unrepeated(v, node)
     if attend.fits(_value(q), _value(k), _value(v), None if mask is None else _value(mask)):
         with graph.inserting_before(node):
             y = graph.call_function(attend.OPERATOR, (q, k, v, mask, given.get("scale")))
@@ -61,7 +60,7 @@ def _attend(graph: fx.Graph, node: fx.Node) -> None:
         graph.erase_node(node)
 
 
-def _unrepeated(graph: fx.Graph, node: fx.Node, reader: fx.Node) -> fx.Node:
+def _unrepeated(node: fx.Node, reader: fx.Node) -> fx.Node:
     """Keys (B, N, L, D), where they were repeated for each head: k[:, :, None].expand(...), and
     nothing writes to them before they are read."""
     if node.target != "reshape" or node.args[0].target != "expand":
@@ -72,7 +71,7 @@ def _unrepeated(graph: fx.Graph, node: fx.Node, reader: fx.Node) -> fx.Node:
         return node
     (B, N, L, D), shape = _value(copied.args[0]).shape, _value(node).shape
     same = shape == (B, shape[1], L, D) and shape[1] % N == 0
-    return copied.args[0] if same and is_pure(graph, copied, reader) else node
+    return copied.args[0] if same and is_pure(copied, reader) else node
 
 
 # ------------------------------------------------------------------ products
@@ -110,7 +109,7 @@ def share_launches(graph: fx.GraphModule) -> None:
             continue
         order = {node: i for i, node in enumerate(graph.graph.nodes)}
         found.sort(key=lambda product: order[product.node])
-        moved = _between(graph.graph, found)
+        moved = _between(found, order)
         groups = [found] if moved is not None else [[product] for product in found]
         for group in groups:
             if len(group) > 1 or not group[0].wide:
@@ -182,13 +181,12 @@ def _tokens(source: fx.Node) -> int:
     return value.numel() // value.shape[-1]
 
 
-def _between(graph: fx.Graph, found: list[_Product]) -> list[fx.Node] | None:
+def _between(found: list[_Product], order: dict[fx.Node, int]) -> list[fx.Node] | None:
     """The nodes before the last product that read the others, which can move behind it, in their
     order; None where they cannot, or where something is written between what all read and the last
     of them."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
     source, last = _source(_input(found[0])), found[-1].node
-    if not is_pure(graph, source, last):
+    if not is_pure(source, last):
         return None
     moved: set[fx.Node] = set()
     left = [user for product in found for user in product.node.users]

@@ -17,7 +17,7 @@ IN_PLACE = frozenset(
 AUTOCAST = ("_enter_autocast", "_exit_autocast")
 
 
-def is_pure(graph: fx.Graph, first: fx.Node, last: fx.Node) -> bool:
+def is_pure(first: fx.Node, last: fx.Node) -> bool:
     """Whether no node between these two writes to anything, or changes what others compute."""
     node = first.next
     while node is not last:
