@@ -47,6 +47,8 @@ def run(command: AnalyzeCommand, say: Say) -> None:
 
     if command.out.exists() and not command.out.is_dir():
         raise DataError(f"--out {command.out} is a file; name a folder.")
+    if command.neurons and command.text is not None:
+        raise DataError("--text shows experts; leave it out beside --neurons.")
     model, tokenizer = load_any(command.folder, command.base)
     set_for(model, command.budget)
     look = _at_neurons if command.neurons else _at_experts
@@ -76,7 +78,8 @@ def _at_experts(
     for note in metrics["notes"]:
         say(f"Note: {note}")
     title = f"The experts of {Path(command.folder).name}"
-    return drawings(metrics), write_page(metrics, command.out, title)
+    drawn = drawings(metrics)
+    return drawn, write_page(metrics, drawn, command.out, title)
 
 
 def _at_neurons(
@@ -85,8 +88,6 @@ def _at_neurons(
     from sparsecraft.evaluation.neurons.neurons import Ranking, analyze_neurons
     from sparsecraft.evaluation.neurons.page import drawings, write_page
 
-    if command.text is not None:
-        raise DataError("--text shows experts; leave it out beside --neurons.")
     parts = {"twin": command.twin, "pruning": command.drop}
     metrics = analyze_neurons(
         model,
@@ -98,4 +99,5 @@ def _at_neurons(
         parts=[part for part, asked in parts.items() if asked],
     )
     title = f"The neurons of {Path(command.folder).name}"
-    return drawings(metrics), write_page(metrics, command.out, title)
+    drawn = drawings(metrics)
+    return drawn, write_page(metrics, drawn, command.out, title)

@@ -157,6 +157,28 @@ def sources_of(
     return sources
 
 
+def listed_batches(
+    model: nn.Module, data: Any, tokenizer: Any, max_length: int | None, limit: int | None
+) -> dict[str, list[dict[str, Tensor]]]:
+    """Name -> the batches of `sources_of`.
+
+    Raises:
+        DataError: a file has none.
+    """
+    length = length_of(model, max_length)
+    found = sources_of(data, tokenizer, length, limit, task_of(model), model)
+    listed = {name: list(batches) for name, (batches, _) in found.items()}
+    for name, batches in listed.items():
+        if not batches:
+            raise DataError(f"{name} has no row that is short enough; raise max_length.")
+    return listed
+
+
+def some_batches(listed: dict[str, list], number: int) -> dict[str, list]:
+    """About this number of each source, evenly spaced."""
+    return {name: all_[:: max(1, len(all_) // number)] for name, all_ in listed.items()}
+
+
 def _labelled(batch: dict[str, Tensor], task: str) -> dict[str, Tensor]:
     """A batch of model inputs with labels: its own, or a causal model's token ids."""
     labels = batch.get("labels")

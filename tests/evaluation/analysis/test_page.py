@@ -34,7 +34,7 @@ def metrics(tmp_path_factory):
 
 def test_files_and_what_they_hold(metrics, tmp_path):
     (tmp_path / "mine.txt").write_text("stays")
-    written = write_page(metrics, tmp_path, "A title")
+    written = write_page(metrics, drawings(metrics), tmp_path, "A title")
     assert {"report.html", "metrics.json", "load.png", "knowledge.png"} <= set(written)
     assert (tmp_path / "mine.txt").read_text() == "stays"
     assert json.loads((tmp_path / "metrics.json").read_text())["tokens"] == metrics["tokens"]
@@ -74,7 +74,7 @@ def test_less_to_say(change, metrics, tmp_path):
             for name, layer in found["layers"].items()
         }
         found |= {"following": [], "paths": None}
-    written = write_page(found, tmp_path / "out", "little")
+    written = write_page(found, drawings(found), tmp_path / "out", "little")
     assert "load.png" in written and "knowledge.png" not in written
 
 

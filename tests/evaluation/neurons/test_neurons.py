@@ -19,7 +19,7 @@ from sparsecraft.evaluation.neurons.overlaps import (
     enriched,
     overlap,
 )
-from sparsecraft.evaluation.neurons.page import write_page
+from sparsecraft.evaluation.neurons.page import drawings, write_page
 from sparsecraft.evaluation.neurons.pruning import random_like, share_to_prune, without
 from sparsecraft.evaluation.neurons.scores import SCORES, beyond_chance, top
 from sparsecraft.evaluation.neurons.statistics import Statistics, neurons_of, statistics_of
@@ -224,7 +224,7 @@ def test_a_model_of_two_domains(tmp_path):
     for domain, row in enumerate(found["pruning"]):
         assert 0 < row["share"] <= 1 and len(row["accuracy"]) == 2
         assert row["accuracy"][domain] <= 0.8 < max(row["accuracy_random"])
-    written = write_page(found, tmp_path / "report", "Neurons")
+    written = write_page(found, drawings(found), tmp_path / "report", "Neurons")
     assert {"overlaps.png", "places.png", "clusters.png", "pruned.png"} < set(written)
     with pytest.raises(DataError, match="one domain"):
         analyze_neurons(model, files[:1], tokenizer=tokenizer)
@@ -234,6 +234,6 @@ def test_a_model_of_two_domains(tmp_path):
     beside = analyze_neurons(model, files, tokenizer=tokenizer, ranking=Ranking(reference=third))
     assert beside["domains"] == files and beside["reference"] == third
     assert len(beside["model"]["overlap"]) == len(beside["pruning"]) == 2 < len(beside["tokens"])
-    assert write_page(beside, tmp_path / "beside", "Neurons")
+    assert write_page(beside, drawings(beside), tmp_path / "beside", "Neurons")
     with pytest.raises(SparsecraftError, match="encoder and a decoder"):
         analyze_neurons(dense("t5"), files, tokenizer=tokenizer)

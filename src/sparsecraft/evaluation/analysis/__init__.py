@@ -1,4 +1,4 @@
-"""What routers and neurons do: counts over data, beside what chance gives.
+"""What routers choose: counts over data, beside what chance gives.
 
 `analyze` is the door. `watching` sees the decisions of our layers and of transformers' mixtures,
 `choices` counts them in one pass, `measures` says what they amount to, `chance` what would come

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sparsecraft.dense.memory import enough_memory
-from sparsecraft.errors import DataError, SparsecraftError
+from sparsecraft.errors import SparsecraftError
 from sparsecraft.evaluation.analysis.choices import Choices, collect
 from sparsecraft.evaluation.analysis.dropping import losses_without
 from sparsecraft.evaluation.analysis.measures import following, layer_measures, paths
@@ -20,7 +20,7 @@ from sparsecraft.evaluation.analysis.reading import read, word_of
 from sparsecraft.evaluation.analysis.twin import random_routers
 from sparsecraft.evaluation.analysis.watching import Watched, routed_layers
 from sparsecraft.evaluation.analysis.weights import similarities
-from sparsecraft.evaluation.held_out import length_of, sources_of, task_of
+from sparsecraft.evaluation.held_out import length_of, listed_batches, some_batches
 from sparsecraft.moe import cost
 from sparsecraft.moe.outputs import evaluation_mode
 from sparsecraft.surgery.record import conversion_of, is_converted, tokenizer_of
@@ -74,12 +74,11 @@ def analyze(
         )
     tokenizer = tokenizer or tokenizer_of(model)
     with evaluation_mode(model), torch.no_grad():
-        task, length = task_of(model), length_of(model, max_length)
-        found = sources_of(data, tokenizer, length, limit, task, model)
-        sources = _checked({name: list(batches) for name, (batches, _) in found.items()})
+        length = length_of(model, max_length)
+        sources = listed_batches(model, data, tokenizer, max_length, limit)
         choices = collect(model, sources, _Progress("tokens"))
         of_twin = _of_twin(model, sources) if twin and not choices.interrupted else None
-        dropped = _dropped(model, layers, choices, sources) if drop else None
+        dropped = _dropped(model, choices, sources) if drop else None
         reading = None if text is None else read(model, tokenizer, text, length)
     metrics = summary(choices, model) | {"dropped": dropped, "text": reading}
     metrics["layers"] = _of_layers(layers, choices, of_twin, tokenizer)
@@ -149,29 +148,18 @@ def notes(
     return found
 
 
-def _checked(sources: dict[str, list]) -> dict[str, list]:
-    for name, batches in sources.items():
-        if not batches:
-            raise DataError(f"{name} has no row that is short enough; raise max_length.")
-    return sources
-
-
 def _of_twin(model: nn.Module, sources: dict) -> Choices | None:
     with random_routers(model) as drawn:
         return collect(model, sources, _Progress("tokens of the twin")) if drawn else None
 
 
-def _dropped(model: nn.Module, layers: dict, choices: Choices, sources: dict) -> list | None:
+def _dropped(model: nn.Module, choices: Choices, sources: dict) -> list | None:
     """None where routers do not decide what runs, or decide among too many."""
     most = max(layer.experts for layer in choices.layers.values())
     if most > MOST_DROPPED or choices.interrupted:
         return None
-    part = {
-        name: batches[:: max(1, len(batches) // DROPPED_BATCHES)]
-        for name, batches in sources.items()
-    }
     log.info(f"Losses without each of {most} experts, on a part of the data.")
-    return losses_without(model, part, most)
+    return losses_without(model, some_batches(sources, DROPPED_BATCHES), most)
 
 
 class _Progress:

@@ -44,19 +44,13 @@ def information(
 ) -> Information | None:
     """Information of a token's first expert about its domain; None of fewer than two domains, or
     where no token has an expert."""
-    live_N = first_N < experts
-    first_N, domains_N, documents_N = (a[live_N] for a in (first_N, domains_N, documents_N))
-    names, document_N = np.unique(documents_N, return_inverse=True)
-    if not len(names) or len(np.unique(domains_N)) < 2:
+    counted = _by_document(first_N, domains_N, documents_N, experts)
+    if counted is None:
         return None
-    R, D = len(names), int(domains_N.max()) + 1
-    counts_RE = np.bincount(document_N * experts + first_N, minlength=R * experts)
-    counts_RE = counts_RE.reshape(R, experts).astype(np.float64)
-    domain_R = np.zeros(R, np.int64)
-    domain_R[document_N] = domains_N
-    observed = _bits(counts_RE, domain_R, D)
+    counts_RE, domain_R = counted
+    observed = _bits(counts_RE, domain_R)
     draw = np.random.default_rng(seed)
-    drawn_P = np.array([_bits(counts_RE, draw.permutation(domain_R), D) for _ in range(DRAWS)])
+    drawn_P = np.array([_bits(counts_RE, draw.permutation(domain_R)) for _ in range(DRAWS)])
     # A sum in another order is not another result.
     reached = (drawn_P >= observed - 1e-12).sum()
     return Information(
@@ -64,8 +58,32 @@ def information(
     )
 
 
-def _bits(counts_RE: np.ndarray, domain_R: np.ndarray, domains: int) -> float:
-    counts_DE = np.zeros((domains, counts_RE.shape[1]))
+def information_bits(
+    first_N: np.ndarray, domains_N: np.ndarray, documents_N: np.ndarray, experts: int
+) -> float | None:
+    """`information` without what chance gives."""
+    counted = _by_document(first_N, domains_N, documents_N, experts)
+    return None if counted is None else _bits(*counted)
+
+
+def _by_document(
+    first_N: np.ndarray, domains_N: np.ndarray, documents_N: np.ndarray, experts: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """How often each document's tokens chose each expert first, (R, E), and its domain, (R,)."""
+    live_N = first_N < experts
+    first_N, domains_N, documents_N = (a[live_N] for a in (first_N, domains_N, documents_N))
+    names, document_N = np.unique(documents_N, return_inverse=True)
+    if len(np.unique(domains_N)) < 2:
+        return None
+    R = len(names)
+    counts_RE = np.bincount(document_N * experts + first_N, minlength=R * experts)
+    domain_R = np.zeros(R, np.int64)
+    domain_R[document_N] = domains_N
+    return counts_RE.reshape(R, experts).astype(np.float64), domain_R
+
+
+def _bits(counts_RE: np.ndarray, domain_R: np.ndarray) -> float:
+    counts_DE = np.zeros((domain_R.max() + 1, counts_RE.shape[1]))
     np.add.at(counts_DE, domain_R, counts_RE)
     return mutual_information(torch.from_numpy(counts_DE[counts_DE.sum(1) > 0]))
 

@@ -20,7 +20,6 @@ from sparsecraft.evaluation.analysis.watching import Watched, decisions, routed_
 from sparsecraft.evaluation.logprobs import label_logprobs
 from sparsecraft.evaluation.routing import ordered_choices
 from sparsecraft.moe.context import layer_masks
-from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routing import Routing
 
 
@@ -161,8 +160,7 @@ def _note(
     real_T = real_BS.flatten().cpu()
     masks = layer_masks(model, batch, mask, decided)
     for name, routing in decided.items():
-        ours = isinstance(model.get_submodule(name), MoELayer)
-        counted_T = masks(name) if ours else real_T
+        counted_T = masks(name) if layers[name].ours else real_T
         layer = choices.layers.get(name)
         if layer is None:
             layer = choices.layers[name] = _empty(layers[name], routing, len(choices.domains))

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from sparsecraft.evaluation.analysis.watching import routed_layers
 from sparsecraft.evaluation.logprobs import label_logprobs
-from sparsecraft.moe.layer import MoELayer
 from sparsecraft.moe.routing import Routing
 
 
@@ -33,8 +32,8 @@ def without_expert(model: nn.Module, expert: int) -> Iterator[None]:
         return x_TD, indices_TK, weights_TK.masked_fill(indices_TK == expert, 0)
 
     handles = []
-    for name, layer in routed_layers(model).items():
-        if isinstance(model.get_submodule(name), MoELayer):
+    for layer in routed_layers(model).values():
+        if layer.ours:
             handles.append(layer.router.register_forward_hook(of_ours))
         else:
             handles.append(layer.experts.register_forward_pre_hook(of_theirs))

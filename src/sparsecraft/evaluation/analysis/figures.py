@@ -16,6 +16,7 @@ from sparsecraft.evaluation.pages.drawing import (
     heat,
     legend,
     lines,
+    mark,
     whole,
 )
 from sparsecraft.evaluation.pages.writing import short
@@ -54,9 +55,7 @@ def load(metrics: dict) -> Drawing | None:
         from matplotlib.colors import TwoSlopeNorm
 
         norm = TwoSlopeNorm(1, 0, worst)
-        bar = heat(axes[0], values, theme, cmap="BrBG", norm=norm)
-        bar.set_label("load over an equal share", color=theme.text, fontsize=8)
-        bar.ax.tick_params(colors=theme.text, labelsize=8)
+        heat(axes[0], values, theme, cmap="BrBG", norm=norm, label="load over an equal share")
         axes[0].set(xlabel="expert", ylabel="layer", yticks=range(len(layers)))
         axes[0].set_yticklabels([short(name) for name in layers], fontsize=6)
         whole(axes[0].xaxis)
@@ -192,9 +191,16 @@ def dropped(metrics: dict) -> Drawing | None:
     worst = max(np.abs(values).max(), 1e-6)
 
     def draw(figure, axes, theme):
-        bar = heat(axes[0], values, theme, "{:+.3f}".format, cmap="BrBG_r", vmin=-worst, vmax=worst)
-        bar.set_label("nats per label", color=theme.text, fontsize=8)
-        bar.ax.tick_params(colors=theme.text, labelsize=8)
+        heat(
+            axes[0],
+            values,
+            theme,
+            "{:+.3f}".format,
+            cmap="BrBG_r",
+            vmin=-worst,
+            vmax=worst,
+            label="nats per label",
+        )
         axes[0].set(xticks=range(len(domains)), yticks=range(len(rows)), ylabel="expert left out")
         axes[0].set_xticklabels([Path(domain).stem for domain in domains])
 
@@ -250,9 +256,7 @@ def similarity(metrics: dict) -> Drawing | None:
             axis.set(title=short(name), xlabel="expert")
             whole(axis.xaxis, axis.yaxis)
         panels[0].set_ylabel("expert")
-        bar = figure.colorbar(image, ax=list(panels), pad=0.01, shrink=0.8)
-        bar.set_label("cosine", color=theme.text, fontsize=8)
-        bar.ax.tick_params(colors=theme.text, labelsize=8)
+        mark(figure.colorbar(image, ax=list(panels), pad=0.01, shrink=0.8), theme, "cosine")
 
     says = (
         f"The mean cosine of two experts of a layer runs from {min(off):.3f} to {max(off):.3f} "

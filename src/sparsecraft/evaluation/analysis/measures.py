@@ -13,7 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsecraft.evaluation.analysis.chance import information, lifts, over_represented
+from sparsecraft.evaluation.analysis.chance import (
+    information,
+    information_bits,
+    lifts,
+    over_represented,
+)
 from sparsecraft.evaluation.analysis.choices import Choices, LayerChoices
 from sparsecraft.evaluation.routing import load_entropy
 
@@ -49,12 +54,11 @@ def layer_measures(choices: Choices, name: str, twin: Choices | None) -> dict[st
     for which, chosen_N in (("first", first_N), ("second", second_N)):
         counts_DE = _counted(choices.domains_N, chosen_N, D, E)
         found[f"{which}_by_domain"] = _shares(counts_DE).tolist()
-    given = choices.domains_N, choices.documents_N, E
-    known = information(first_N, *given)
+    known = information(first_N, choices.domains_N, choices.documents_N, E)
     found["domain_information"] = known and known.to_dict()
     if twin is not None and name in twin.layers:
-        of_twin = information(twin.layers[name].first_N, twin.domains_N, twin.documents_N, E)
-        found["domain_information_of_twin"] = of_twin and of_twin.bits
+        given = twin.layers[name].first_N, twin.domains_N, twin.documents_N, E
+        found["domain_information_of_twin"] = information_bits(*given)
     found["experts_per_token"] = np.bincount(layer.sizes_N, minlength=E + 1).tolist()
     found["vocabulary"] = over_represented(first_N, choices.tokens_N, E)
     if not layer.soft:

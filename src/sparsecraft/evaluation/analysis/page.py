@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sparsecraft.evaluation.analysis.figures import drawings
 from sparsecraft.evaluation.pages.drawing import Drawing
 from sparsecraft.evaluation.pages.writing import render, short, write_report
 
 WORDS = 8  # of an expert's vocabulary on the page
 
 
-def write_page(metrics: dict[str, Any], out: str | Path, title: str) -> list[str]:
-    """Write a report of what `analyze` found; see `write_report`."""
-    drawn = drawings(metrics)
+def write_page(
+    metrics: dict[str, Any], drawn: list[Drawing], out: str | Path, title: str
+) -> list[str]:
+    """Write a report of what `analyze` found, with its `drawings`; see `write_report`."""
     return write_report(metrics, drawn, page(metrics, drawn, title), out)
 
 

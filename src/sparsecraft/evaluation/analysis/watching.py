@@ -29,18 +29,20 @@ class Watched:
         experts: the bank of experts, whose parameters are stacked where `stacked` says so.
         stacked: whether they are (E, ...).
         splits: whether its experts are the parts of one network.
+        ours: whether it is a layer of ours.
     """
 
     router: nn.Module
     experts: nn.Module
     stacked: bool
     splits: bool
+    ours: bool
 
 
 def routed_layers(model: nn.Module) -> dict[str, Watched]:
     """Name -> layer, in the model's order."""
     ours = {
-        name: Watched(layer.router, layer.experts, True, isinstance(layer.router, Gate))
+        name: Watched(layer.router, layer.experts, True, isinstance(layer.router, Gate), True)
         for name, layer in model.named_modules()
         if isinstance(layer, MoELayer) and layer.router is not None
     }
@@ -69,7 +71,7 @@ def _mixtures(model: nn.Module) -> dict[str, Watched]:
             count = getattr(experts, "num_experts", 0)
             sizes = [len(p) for p in experts.parameters()]
             stacked = bool(sizes) and all(size == count for size in sizes)
-            found[block] = Watched(router, experts, stacked, False)
+            found[block] = Watched(router, experts, stacked, False, False)
     return found
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsecraft.dense.memory import enough_memory
 from sparsecraft.dense.tokens import is_encoder_decoder
 from sparsecraft.errors import DataError, SparsecraftError, did_you_mean
-from sparsecraft.evaluation.held_out import length_of, sources_of, task_of
+from sparsecraft.evaluation.held_out import listed_batches, some_batches
 from sparsecraft.evaluation.logprobs import label_logprobs
 from sparsecraft.evaluation.neurons.overlaps import (
     by_random_clusters,
@@ -89,13 +89,11 @@ def analyze_neurons(
     ranking = ranking or Ranking()
     _check(model, ranking.score)
     neurons = neurons_of(model)
-    task, length = task_of(model), length_of(model, max_length)
     files = [*data, ranking.reference] if ranking.reference else list(data)
     if len(files) < 2:
         raise DataError("data is one domain; pass two files or more, to tell them apart.")
     with evaluation_mode(model), torch.no_grad():
-        found = sources_of(files, tokenizer, length, limit, task, model)
-        sources = {name: list(batches) for name, (batches, _) in found.items()}
+        sources = listed_batches(model, files, tokenizer, max_length, limit)
         metrics = _all(model, neurons, sources, ranking, parts)
     reference = str(ranking.reference) if ranking.reference else None
     given = {"domains": [str(path) for path in data], "reference": reference}
@@ -115,15 +113,10 @@ def _all(
         "twin": _of_twin(model, read, score) if "twin" in parts else None,
     }
     if "pruning" in parts:
-        part = _part(sources, len(statistics.compared))
+        own = dict(list(sources.items())[: len(statistics.compared)])
+        part = some_batches(own, PRUNED_BATCHES)
         metrics["pruning"] = _pruned(model, neurons, statistics, score, part)
     return metrics
-
-
-def _part(sources: Batches, domains: int) -> Batches:
-    """Some batches of each domain, without a reference."""
-    own = list(sources.items())[:domains]
-    return {name: batches[:: max(1, len(batches) // PRUNED_BATCHES)] for name, batches in own}
 
 
 def _read(model: nn.Module, neurons: Neurons, sources: Batches, ranking: Ranking) -> Statistics:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsecraft.dense.donors import FFN
-from sparsecraft.evaluation.neurons.scores import FALSE_DISCOVERIES
+from sparsecraft.evaluation.analysis.chance import FALSE_DISCOVERIES
 from sparsecraft.moe.init.balanced import balanced_kmeans
 from sparsecraft.moe.init.partition import labels_of, random_partition
 

@@ -14,11 +14,12 @@ from sparsecraft.evaluation.pages.writing import render, write_report
 DASHED = {"linewidth": 0.9, "linestyle": (0, (5, 4))}
 
 
-def write_page(metrics: dict[str, Any], out: str | Path, title: str) -> list[str]:
-    """Write a report of what `analyze_neurons` found; see `write_report`."""
-    figures = drawings(metrics)
-    html = render("neurons.html.j2", figures, title, metrics=metrics)
-    return write_report(metrics, figures, html, out)
+def write_page(
+    metrics: dict[str, Any], drawn: list[Drawing], out: str | Path, title: str
+) -> list[str]:
+    """Write a report of what `analyze_neurons` found, with its `drawings`; see `write_report`."""
+    html = render("neurons.html.j2", drawn, title, metrics=metrics)
+    return write_report(metrics, drawn, html, out)
 
 
 def drawings(metrics: dict[str, Any]) -> list[Drawing]:
@@ -51,8 +52,7 @@ def overlaps(metrics: dict) -> Drawing:
         for axis, (side, measures) in zip(panels, sides.items(), strict=True):
             values = np.array(measures["overlap"]) / chance
             np.fill_diagonal(values, np.nan)
-            bar = heat(axis, values, theme, cmap="cividis", vmin=0, vmax=most)
-            bar.ax.tick_params(colors=theme.text, labelsize=8)
+            heat(axis, values, theme, cmap="cividis", vmin=0, vmax=most)
             axis.set(title=side, xticks=range(len(names)), yticks=range(len(names)))
             axis.set_xticklabels(names, rotation=30, ha="right")
             axis.set_yticklabels(names)
@@ -138,8 +138,7 @@ def pruned(metrics: dict) -> Drawing | None:
         sides = {"accuracy": "its neurons", "accuracy_random": "as many others"}
         for axis, (key, title) in zip(panels, sides.items(), strict=True):
             values = np.array([[np.nan if v is None else v for v in row[key]] for row in rows])
-            bar = heat(axis, values, theme, cmap="cividis", vmin=0, vmax=1)
-            bar.ax.tick_params(colors=theme.text, labelsize=8)
+            heat(axis, values, theme, cmap="cividis", vmin=0, vmax=1)
             axis.set(title=title, xticks=range(len(names)), yticks=range(len(of)))
             axis.set_xticklabels(names, rotation=30, ha="right")
             axis.set_yticklabels(of)

@@ -12,10 +12,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from sparsecraft.evaluation.analysis.chance import FALSE_DISCOVERIES
 from sparsecraft.evaluation.neurons.statistics import Statistics
 
 EPSILON = 1e-3  # of the released code, for feed-forward networks
-FALSE_DISCOVERIES = 0.05
 
 
 def _ratio(of: Callable[[Statistics], Tensor]) -> Callable[[Statistics, int], Tensor]:

@@ -93,6 +93,13 @@ def whole(*axes: Any) -> None:
         axis.set_major_locator(MaxNLocator(integer=True))
 
 
+def mark(bar: Any, theme: Theme, label: str = "") -> None:
+    """A color bar like all others."""
+    bar.outline.set_visible(False)
+    bar.set_label(label, color=theme.text, fontsize=8)
+    bar.ax.tick_params(colors=theme.text, labelsize=8)
+
+
 def lines(axis: Any, theme: Theme) -> None:
     axis.grid(True, color=theme.grid, linewidth=0.6)
     axis.set_axisbelow(True)
@@ -102,7 +109,15 @@ def legend(axis: Any) -> None:
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def heat(axis: Any, values: np.ndarray, theme: Theme, written: Callable = "{:.2f}".format, **how):
+def heat(
+    axis: Any,
+    values: np.ndarray,
+    theme: Theme,
+    written: Callable = "{:.2f}".format,
+    label: str = "",
+    **how: Any,
+) -> None:
+    """A heat map with its color bar, and its numbers where they have room."""
     image = axis.imshow(values, aspect="auto", interpolation="nearest", **how)
     if values.size <= WRITTEN:
         for (row, column), value in np.ndenumerate(values):
@@ -113,5 +128,4 @@ def heat(axis: Any, values: np.ndarray, theme: Theme, written: Callable = "{:.2f
                 text = written(value)
                 axis.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
     bar = axis.figure.colorbar(image, ax=axis, pad=0.01)
-    bar.outline.set_visible(False)
-    return bar
+    mark(bar, theme, label)
