@@ -201,20 +201,31 @@ def test_the_twin_is_another_and_the_model_stays():
     )
 
 
-def test_what_is_interrupted_is_told_of_what_there_is(tmp_path, monkeypatch):
-    model = of_rows()
+@pytest.mark.parametrize("at", ["tokens", "tokens of the twin", "batches"])
+def test_what_is_interrupted_is_told_of_what_there_is(at, tmp_path, monkeypatch):
+    """Ctrl-C in any of the passes: what was counted by then is said, and what was not."""
+    model, real = of_rows(), module._Progress.__call__
     files = [tiny.write_rows(tmp_path / f"{n}.jsonl", tiny.chat_rows()) for n in range(2)]
     seen = []
 
     def stop(self, done, of):
-        seen.append(done)
-        raise KeyboardInterrupt
+        real(self, done, of)
+        if self.what == at:
+            seen.append(done)
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(module._Progress, "__call__", stop)
+    before = {name: p.clone() for name, p in model.named_parameters()}
     found = analyze(model, files, tokenizer=tiny.tokenizer())
-    assert found["interrupted"] and found["tokens"] == seen[0]
-    assert any("Interrupted" in note for note in found["notes"])
+    notes = " ".join(found["notes"])
+    assert len(seen) == 1 and found["dropped"] is None and "without each expert" in notes
+    assert found["interrupted"] == (at == "tokens")
+    assert ("Interrupted" in notes) == (at != "batches")
+    if at != "batches":
+        assert f"{seen[0]:,} tokens" in notes
     json.dumps(found, allow_nan=False)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not any(m._forward_hooks for m in model.modules() if type(m).__name__ == "Router")
 
 
 def test_bad_input(tmp_path):

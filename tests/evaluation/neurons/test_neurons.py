@@ -12,6 +12,7 @@ import torch
 
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.logprobs import label_logprobs
+from sparsecraft.evaluation.neurons import neurons as module
 from sparsecraft.evaluation.neurons.neurons import Ranking, analyze_neurons
 from sparsecraft.evaluation.neurons.overlaps import (
     by_random_clusters,
@@ -203,7 +204,11 @@ def learn(model, tokenizer, rows) -> None:
         optimizer.zero_grad()
 
 
-def test_a_model_of_two_domains(tmp_path):
+def interrupted(*args):
+    raise KeyboardInterrupt
+
+
+def test_a_model_of_two_domains(tmp_path, monkeypatch):
     rows = tiny.chat_rows(40)
     files = [
         tiny.write_rows(tmp_path / f"{name}.jsonl", part)
@@ -230,6 +235,11 @@ def test_a_model_of_two_domains(tmp_path):
         analyze_neurons(model, files[:1], tokenizer=tokenizer)
     with pytest.raises(SparsecraftError, match="Did you mean"):
         analyze_neurons(model, files, tokenizer=tokenizer, ranking=Ranking("asb"))
+    monkeypatch.setattr(module, "_pruned", interrupted)
+    found = analyze_neurons(model, files, tokenizer=tokenizer)
+    assert found["twin"] and "pruning" not in found
+    assert write_page(found, drawings(found), tmp_path / "part", "Neurons")
+    monkeypatch.undo()
     third = tiny.write_rows(tmp_path / "c.jsonl", rows[10:30])
     beside = analyze_neurons(model, files, tokenizer=tokenizer, ranking=Ranking(reference=third))
     assert beside["domains"] == files and beside["reference"] == third

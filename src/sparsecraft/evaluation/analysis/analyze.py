@@ -70,7 +70,8 @@ def analyze(
     if not layers:
         raise SparsecraftError(
             f"{type(model).__name__} has no router whose decisions could be counted: it is dense, "
-            "or all its experts always run. Pass a converted model or a mixture of transformers."
+            "or all its experts always run. Pass a converted model or a mixture of transformers, or "
+            "look at its neurons (sparsecraft analyze --neurons)."
         )
     tokenizer = tokenizer or tokenizer_of(model)
     with evaluation_mode(model), torch.no_grad():
@@ -78,7 +79,8 @@ def analyze(
         sources = listed_batches(model, data, tokenizer, max_length, limit)
         choices = collect(model, sources, _Progress("tokens"))
         of_twin = _of_twin(model, sources) if twin and not choices.interrupted else None
-        dropped = _dropped(model, choices, sources) if drop else None
+        stopped = choices.interrupted or (of_twin is not None and of_twin.interrupted)
+        dropped = _dropped(model, choices, sources) if drop and not stopped else None
         reading = None if text is None else read(model, tokenizer, text, length)
     metrics = summary(choices, model) | {"dropped": dropped, "text": reading}
     metrics["layers"] = _of_layers(layers, choices, of_twin, tokenizer)
@@ -136,6 +138,12 @@ def notes(
     found += [f"Some layers have no line for each token: {reason}." for reason in apart]
     if of_twin is None:
         found.append("There is no twin with random routers beside these figures.")
+    elif of_twin.interrupted:
+        found.append(
+            f"Interrupted: the twin with random routers saw {len(of_twin.tokens_N):,} tokens alone."
+        )
+    if metrics["dropped"] is None:
+        found.append("What the loss gains without each expert is not among these figures.")
     never = {
         name: measures["dead"] for name, measures in metrics["layers"].items() if measures["dead"]
     }
@@ -154,12 +162,16 @@ def _of_twin(model: nn.Module, sources: dict) -> Choices | None:
 
 
 def _dropped(model: nn.Module, choices: Choices, sources: dict) -> list | None:
-    """None where routers do not decide what runs, or decide among too many."""
+    """None where there are too many experts, or where it is interrupted (Ctrl-C)."""
     most = max(layer.experts for layer in choices.layers.values())
-    if most > MOST_DROPPED or choices.interrupted:
+    if most > MOST_DROPPED:
         return None
     log.info(f"Losses without each of {most} experts, on a part of the data.")
-    return losses_without(model, some_batches(sources, DROPPED_BATCHES), most)
+    part = some_batches(sources, DROPPED_BATCHES)
+    try:
+        return losses_without(model, part, most, _Progress("batches"))
+    except KeyboardInterrupt:
+        return None
 
 
 class _Progress:

@@ -6,7 +6,8 @@ Shapes: D domains, E experts, R documents.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -45,15 +46,28 @@ def without_expert(model: nn.Module, expert: int) -> Iterator[None]:
 
 
 def losses_without(
-    model: nn.Module, sources: Mapping[str, Sequence[dict[str, Tensor]]], experts: int
+    model: nn.Module,
+    sources: Mapping[str, Sequence[dict[str, Tensor]]],
+    experts: int,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[list[dict[str, float]]]:
     """For each expert and domain what the loss gains where it gives nothing, in nats per label:
-    `change`, and its `error` (the standard error over documents)."""
-    whole = _by_document(model, sources)
+    `change`, and its `error` (the standard error over documents).
+
+    Args:
+        progress: is called with how many batches are done, and of how many.
+    """
+    each = sum(map(len, sources.values()))
+    done, total = itertools.count(1), each * (experts + 1)
+
+    def step() -> None:
+        progress(next(done), total)
+
+    whole = _by_document(model, sources, step)
     found = []
     for expert in range(experts):
         with without_expert(model, expert):
-            changed = _by_document(model, sources)
+            changed = _by_document(model, sources, step)
         found.append([_change(*pair) for pair in zip(whole, changed, strict=True)])
     return found
 
@@ -70,7 +84,9 @@ def _change(whole_2R: np.ndarray, changed_2R: np.ndarray) -> dict[str, float]:
 
 @torch.no_grad()
 def _by_document(
-    model: nn.Module, sources: Mapping[str, Sequence[dict[str, Tensor]]]
+    model: nn.Module,
+    sources: Mapping[str, Sequence[dict[str, Tensor]]],
+    step: Callable[[], None],
 ) -> list[np.ndarray]:
     """Of each domain the nats and the labels of every document, (2, R)."""
     found = []
@@ -89,5 +105,6 @@ def _by_document(
             labels_R = torch.bincount(row_N, minlength=len(labels)).double()
             live_R = labels_R > 0
             rows.append(torch.stack([nats_R, labels_R])[:, live_R].numpy())
+            step()
         found.append(np.concatenate(rows, 1))
     return found

@@ -74,7 +74,7 @@ def analyze_neurons(
         limit: rows of each file at most.
         parts: `twin`, the same of a model of this configuration with random weights, and `pruning`,
             the neurons of each domain left out, as many as bring its own accuracy down to 0.8 of
-            what it was, and what others keep.
+            what it was, and what others keep. Ctrl-C leaves out those that are not done.
 
     Returns:
         `layers`, `neurons`, `domains`, `tokens`; `model` and `twin`, each with `overlap` (of two
@@ -110,12 +110,17 @@ def _all(
         "neurons": sum(neurons.widths),
         "tokens": statistics.tokens_D.long().tolist(),
         "model": _measures(neurons, statistics, score),
-        "twin": _of_twin(model, read, score) if "twin" in parts else None,
+        "twin": None,
     }
-    if "pruning" in parts:
-        own = dict(list(sources.items())[: len(statistics.compared)])
-        part = some_batches(own, PRUNED_BATCHES)
-        metrics["pruning"] = _pruned(model, neurons, statistics, score, part)
+    try:
+        if "twin" in parts:
+            metrics["twin"] = _of_twin(model, read, score)
+        if "pruning" in parts:
+            own = dict(list(sources.items())[: len(statistics.compared)])
+            part = some_batches(own, PRUNED_BATCHES)
+            metrics["pruning"] = _pruned(model, neurons, statistics, score, part)
+    except KeyboardInterrupt:
+        log.warning("Interrupted: what was not measured by then is not among the figures.")
     return metrics
 
 
