@@ -10,6 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import sparsecraft as sc
+from sparsecraft.surgery.budget import split_layers, unmade
 
 SHAPES = {
     "SmolLM2 135M": {
@@ -50,6 +51,9 @@ SIDES: dict[str, tuple[Callable[[], sc.Recipe], bool, float | None]] = {
     "upcycling": (lambda: sc.recipes.upcycling(EXPERTS, 2), False, None),
     "split at half": (_split, False, 0.5),
     "split at a quarter": (_split, False, 0.25),
+    "lte at half": (lambda: sc.recipes.lte(SPLIT), False, 0.5),
+    "d2dmoe at half": (lambda: sc.recipes.d2dmoe(SPLIT), False, 0.5),
+    "cmoe at half": (sc.recipes.cmoe, False, 0.5),
 }
 
 
@@ -61,10 +65,27 @@ def side_of(name: str, shape: dict, dtype: torch.dtype, device: str = "cpu") -> 
     fill(model)
     model.eval().requires_grad_(False)
     if share is not None:
-        sc.set_budget(model, share)
+        run_share(model, share)
     if fast:
         print(sc.fast(model), flush=True)
     return model
+
+
+def run_share(model: nn.Module, share: float) -> None:
+    """Run this share of the parts; by thresholds that random tokens give routers of random weights,
+    where they rule."""
+    routers = [layer.router for layer in split_layers(model).values()]
+    if routers[0].spec.k is not None:
+        sc.set_budget(model, share)
+        return
+    record = model.sparsecraft
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in (p for router in routers for p in router.parameters()):
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    record.running.stages += unmade(record.recipe, record.running)  # else it refuses to calibrate
+    ids = torch.randint(5, model.config.vocab_size, (8, 256), device=model.device)
+    sc.calibrate(model, [ids], target_flops=share)
 
 
 def dense_of(shape: dict, dtype: torch.dtype, device: str = "cpu") -> nn.Module:

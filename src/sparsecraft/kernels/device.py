@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 try:  # absent from CPU builds of torch
     import triton
@@ -71,7 +72,7 @@ def is_followed(*tensors: Tensor) -> bool:
     """Whether the operations on them are noted, or done on stand-ins without memory: by a compiler,
     a trace, a transform of torch.func, or a subclass of Tensor."""
     notes = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
-    return notes or any(type(tensor) is not Tensor for tensor in tensors)
+    return notes or any(type(tensor) not in (Tensor, Parameter) for tensor in tensors)
 
 
 def version(tensor: Tensor) -> int:
@@ -86,6 +87,12 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def is_few(x: Tensor) -> bool:
     """Whether the kernels for a handful of tokens run on these, (..., D)."""
     return 0 < x.numel() <= FEW_TOKENS * x.shape[-1] and usable(x)
+
+
+def is_launched(x: Tensor) -> bool:
+    """Whether each kernel on this tensor is launched by Python as it comes, one from Triton for the
+    time of three of torch's own: neither captured in a graph nor interpreted."""
+    return x.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
 def is_handful(x_TD: Tensor, *others: Tensor | None) -> bool:

@@ -19,6 +19,7 @@ from sparsecraft.kernels.device import (
     compute_dtype,
     is_few,
     is_followed,
+    is_launched,
     is_transformed,
     needs_grad,
 )
@@ -137,6 +138,8 @@ def _as_b(grad_ON: Tensor, b_EOR: Tensor) -> Tensor:
 def _is_few(x_TI: Tensor, z_TN, weights_TE, loras: LoRAs, onto) -> bool:
     if not is_few(x_TI) or not fits_add_lora(loras.b_EOR):
         return False
+    if z_TN is None and weights_TE is None and is_launched(x_TI):
+        return False  # two products of torch's own
     if needs_grad(x_TI, z_TN, weights_TE, loras.a_ERI, loras.b_EOR, onto):
         return False
     return onto is None or onto.dtype == x_TI.dtype

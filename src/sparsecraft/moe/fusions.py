@@ -50,7 +50,8 @@ def faster(layer: MoELayer, x: Tensor) -> Callable | None:
         return joined
     match layer.place, bank:
         case "beside", LoRAExperts() if merges(layer):
-            return lora_beside
+            alone = layer.router is None and layer.modality is None and not layer.rows
+            return single_lora if alone and not torch.is_grad_enabled() else lora_beside
         case "after", VectorExperts() if isinstance(layer.base, nn.Linear):
             return vector_after
         case (("replace" | "imitate"), SplitExperts()) if unrecorded(layer):
@@ -134,6 +135,17 @@ def lora_beside(layer: MoELayer, x: Tensor, *args, **kwargs) -> Tensor:
         weights_TE = None if routing is None else routing.weights_TE()
         added = bank.added(flat(part), flat(x), weights_TE, z_TN, in_place=own)
         return added.reshape(part.shape)
+
+    return layer.on_rows(y, add)
+
+
+def single_lora(layer: MoELayer, x: Tensor, *args, **kwargs) -> Tensor:
+    """`places.beside` of one LoRA that no router weighs, without gradients."""
+    y = layer.run_base(x, *args, **kwargs)
+    own = is_plain(layer.base, nn.Linear)
+
+    def add(part: Tensor) -> Tensor:
+        return layer.experts.added(flat(part), flat(x), None, in_place=own).view(part.shape)
 
     return layer.on_rows(y, add)
 

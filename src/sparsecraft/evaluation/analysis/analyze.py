@@ -70,8 +70,8 @@ def analyze(
     if not layers:
         raise SparsecraftError(
             f"{type(model).__name__} has no router whose decisions could be counted: it is dense, "
-            "or all its experts always run. Pass a converted model or a mixture of transformers, or "
-            "look at its neurons (sparsecraft analyze --neurons)."
+            "or all its experts always run. Pass a converted model or a mixture of transformers, "
+            "or look at its neurons (sparsecraft analyze --neurons)."
         )
     tokenizer = tokenizer or tokenizer_of(model)
     with evaluation_mode(model), torch.no_grad():
