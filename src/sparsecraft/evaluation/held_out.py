@@ -215,7 +215,7 @@ def _losses(model: nn.Module, sources: dict) -> tuple[dict[str, Any], dict[str, 
         slots: dict[str, Tensor] = {}
         for batch in batches:
             mask = batch.pop("token_mask", None)
-            _check_classes(name, batch["labels"], model)
+            check_classes(name, batch["labels"], model)
             with trace(model) as traced:
                 logprobs_N, right_N = label_logprobs(model, batch)
             total -= logprobs_N.sum().item()
@@ -254,7 +254,7 @@ def _say_memory(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
     )
 
 
-def _check_classes(name: str, labels: Tensor, model: nn.Module) -> None:
+def check_classes(name: str, labels: Tensor, model: nn.Module) -> None:
     """Raise DataError for what is no class of the classifier."""
     if objective_of(model) != "classification":
         return

@@ -12,12 +12,12 @@ import transformers
 
 import sparsecraft as sc
 from sparsecraft.errors import DataError, SparsecraftError
-from sparsecraft.evaluation.analysis import analyze as module
 from sparsecraft.evaluation.analysis.analyze import analyze
 from sparsecraft.evaluation.analysis.choices import collect
 from sparsecraft.evaluation.analysis.dropping import losses_without, without_expert
 from sparsecraft.evaluation.analysis.twin import random_routers
 from sparsecraft.evaluation.analysis.watching import decisions, routed_layers
+from sparsecraft.evaluation.progress import Progress
 from sparsecraft.moe.experts.base import Experts
 from sparsecraft.moe.routing import Routing
 from tests import tiny
@@ -204,7 +204,7 @@ def test_the_twin_is_another_and_the_model_stays():
 @pytest.mark.parametrize("at", ["tokens", "tokens of the twin", "batches"])
 def test_what_is_interrupted_is_told_of_what_there_is(at, tmp_path, monkeypatch):
     """Ctrl-C in any of the passes: what was counted by then is said, and what was not."""
-    model, real = of_rows(), module._Progress.__call__
+    model, real = of_rows(), Progress.__call__
     files = [tiny.write_rows(tmp_path / f"{n}.jsonl", tiny.chat_rows()) for n in range(2)]
     seen = []
 
@@ -214,7 +214,7 @@ def test_what_is_interrupted_is_told_of_what_there_is(at, tmp_path, monkeypatch)
             seen.append(done)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module._Progress, "__call__", stop)
+    monkeypatch.setattr(Progress, "__call__", stop)
     before = {name: p.clone() for name, p in model.named_parameters()}
     found = analyze(model, files, tokenizer=tiny.tokenizer())
     notes = " ".join(found["notes"])

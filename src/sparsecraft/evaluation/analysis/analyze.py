@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,13 @@ from sparsecraft.evaluation.analysis.twin import random_routers
 from sparsecraft.evaluation.analysis.watching import Watched, routed_layers
 from sparsecraft.evaluation.analysis.weights import similarities
 from sparsecraft.evaluation.held_out import length_of, listed_batches, some_batches
+from sparsecraft.evaluation.progress import Progress
 from sparsecraft.moe import cost
 from sparsecraft.moe.outputs import evaluation_mode
 from sparsecraft.surgery.record import conversion_of, is_converted, tokenizer_of
 
 log = logging.getLogger("sparsecraft")
 
-EVERY = 10.0  # seconds between two lines of progress
 MOST_DROPPED = 16  # experts of a layer, each of which is a pass of its own
 DROPPED_BATCHES = 4  # of each domain
 
@@ -77,7 +76,7 @@ def analyze(
     with evaluation_mode(model), torch.no_grad():
         length = length_of(model, max_length)
         sources = listed_batches(model, data, tokenizer, max_length, limit)
-        choices = collect(model, sources, _Progress("tokens"))
+        choices = collect(model, sources, Progress("tokens"))
         of_twin = _of_twin(model, sources) if twin and not choices.interrupted else None
         stopped = choices.interrupted or (of_twin is not None and of_twin.interrupted)
         dropped = _dropped(model, choices, sources) if drop and not stopped else None
@@ -158,7 +157,7 @@ def notes(
 
 def _of_twin(model: nn.Module, sources: dict) -> Choices | None:
     with random_routers(model) as drawn:
-        return collect(model, sources, _Progress("tokens of the twin")) if drawn else None
+        return collect(model, sources, Progress("tokens of the twin")) if drawn else None
 
 
 def _dropped(model: nn.Module, choices: Choices, sources: dict) -> list | None:
@@ -169,22 +168,6 @@ def _dropped(model: nn.Module, choices: Choices, sources: dict) -> list | None:
     log.info(f"Losses without each of {most} experts, on a part of the data.")
     part = some_batches(sources, DROPPED_BATCHES)
     try:
-        return losses_without(model, part, most, _Progress("batches"))
+        return losses_without(model, part, most, Progress("batches"))
     except KeyboardInterrupt:
         return None
-
-
-class _Progress:
-    """Lines that say how far it is, at most one in ten seconds."""
-
-    def __init__(self, what: str):
-        self.what, self.begun = what, time.monotonic()
-        self.last = self.begun
-
-    def __call__(self, done: int, of: int) -> None:
-        now = time.monotonic()
-        if now - self.last < EVERY:
-            return
-        self.last, rate = now, done / (now - self.begun)
-        left = (of - done) / rate
-        log.info(f"{done:,} of {of:,} {self.what}, {rate:,.0f} a second, {left:.0f} s left.")

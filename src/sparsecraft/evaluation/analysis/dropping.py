@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from sparsecraft.evaluation.analysis.watching import routed_layers
-from sparsecraft.evaluation.logprobs import label_logprobs
+from sparsecraft.evaluation.documents import by_document
 from sparsecraft.moe.routing import Routing
 
 
@@ -82,7 +81,6 @@ def _change(whole_2R: np.ndarray, changed_2R: np.ndarray) -> dict[str, float]:
     return {"change": float(change), "error": float(spread)}
 
 
-@torch.no_grad()
 def _by_document(
     model: nn.Module,
     sources: Mapping[str, Sequence[dict[str, Tensor]]],
@@ -93,18 +91,7 @@ def _by_document(
     for batches in sources.values():
         rows = []
         for batch in batches:
-            given = {key: value for key, value in batch.items() if key != "token_mask"}
-            logprobs_N, _ = label_logprobs(model, given)
-            labels = given["labels"]
-            if labels.ndim == 2 and not model.config.is_encoder_decoder:
-                labels = labels[:, 1:]
-            kept = labels != -100
-            row_N = kept.nonzero()[:, 0]
-            nats_R = torch.zeros(len(labels), dtype=torch.float64)
-            nats_R.index_add_(0, row_N, -logprobs_N.double().cpu())
-            labels_R = torch.bincount(row_N, minlength=len(labels)).double()
-            live_R = labels_R > 0
-            rows.append(torch.stack([nats_R, labels_R])[:, live_R].numpy())
+            rows.append(by_document(model, batch)[:2])
             step()
         found.append(np.concatenate(rows, 1))
     return found

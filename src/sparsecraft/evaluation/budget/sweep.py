@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import csv
 import logging
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 from torch import nn
 
@@ -26,6 +24,7 @@ from sparsecraft.evaluation.budget.latency import CONTEXT, ROUNDS, latencies
 from sparsecraft.evaluation.budget.loads import Batch, Source, ffn_flops, model_flops, observe
 from sparsecraft.evaluation.budget.plots import sweep_png
 from sparsecraft.evaluation.budget.thresholds import Search
+from sparsecraft.evaluation.machine import machine
 from sparsecraft.recipe.words import count_words
 from sparsecraft.surgery.budget import set_budget, split_layers, unchanged
 from sparsecraft.surgery.record import conversion_of, tokenizer_of
@@ -160,7 +159,7 @@ def sweep(
             for size in batch_sizes:
                 _time(model, settings, seen, held, size, context, rounds)
         _compare_losses(seen)
-        notes = (f"{split}. {AGAINST}", _machine(model), *notes)
+        notes = (f"{split}. {AGAINST}", machine(model), *notes)
         result = Sweep(tuple(seen), notes, _score_name(seen[0]), tuple(batch_sizes))
         _write(model, result, folder, context, rounds)
     return result
@@ -324,15 +323,6 @@ def _score_name(dense: dict[str, Any]) -> str:
     raise DataError(
         "The data has no labels to score the model by; pass score=, a function of the model."
     )
-
-
-def _machine(model: nn.Module) -> str:
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    if model.device.type == "cuda":
-        device = torch.cuda.get_device_name(model.device)
-    else:
-        device = f"{platform.machine()} CPU, threads: {torch.get_num_threads()}"
-    return f"{device}, {dtype}, torch {torch.__version__}."
 
 
 def _write(model: nn.Module, result: Sweep, out: Path, context: int, rounds: int) -> None:
