@@ -165,7 +165,7 @@ def load_adapter(
     """
     config = read_config(folder)
     recipe = _recipe(folder, config, override)
-    origin, saved = _base(folder, config, base)
+    origin, saved = base_of(folder, config, base)
     saved_dtype = getattr(torch, saved["dtype"]) if saved else None
     changed = bool(override) or _differs(origin.folder, kwargs)
     kwargs |= {"dtype": dtype or saved_dtype, "device_map": device_map}
@@ -212,7 +212,9 @@ def _recipe(folder: Path, config: dict[str, Any], changes: dict[str, Any] | None
     return recipe
 
 
-def _base(folder: Path, config: dict[str, Any], base: str | None) -> tuple[Origin, dict[str, Any]]:
+def base_of(
+    folder: Path, config: dict[str, Any], base: str | None
+) -> tuple[Origin, dict[str, Any]]:
     """The dense model that the adapter stands on, and what an export of ours says of it."""
     written = folder / EXPORT_RECORD
     exported = read_json(written) if written.is_file() else {}

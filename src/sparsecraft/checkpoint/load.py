@@ -251,13 +251,22 @@ def load_any(name: str, base: str | None = None) -> tuple[nn.Module, Any]:
     tokenizer = load_tokenizer(folder)  # before the weights, which take long
     if manifest is not None:
         return read(folder, manifest, base, device_map=device), tokenizer
+    check_has_recipe(folder)
+    if base is not None:
+        raise CheckpointError(f"{name} is a dense model and stands on no base; drop {base!r}.")
+    integrity.warn_of_changes(folder, "read")
+    return hub.load_dense(name, device_map=device), tokenizer
+
+
+def check_has_recipe(folder: Path) -> None:
+    """Refuse a folder without recipe.json whose configuration is a checkpoint's.
+
+    Raises:
+        CheckpointError: so it is.
+    """
     config = read_json(folder / "config.json")
     if isinstance(config, dict) and config.get("model_type") == "sparsecraft":
         raise CheckpointError(
             f"{folder} is a sparsecraft checkpoint whose {MANIFEST} is missing; "
             "copy or save the folder again."
         )
-    if base is not None:
-        raise CheckpointError(f"{name} is a dense model and stands on no base; drop {base!r}.")
-    integrity.warn_of_changes(folder, "read")
-    return hub.load_dense(name, device_map=device), tokenizer

@@ -115,6 +115,20 @@ def _idle(layer: MoELayer) -> int:
     return idle
 
 
+def experts_of(model: nn.Module) -> list[tuple[int, float]]:
+    """(E, K) of every layer with a router, ours and the dense model's own: its experts, and how
+    many of them a token meets, on the average."""
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    skipped = {id(p) for layer in layers for p in layer.experts.parameters()}
+    own = {
+        mixture.owner: (mixture.num_experts, mixture.top_k)
+        for mixture in mixtures(model)
+        if not any(id(parameter) in skipped for parameter in tensors(model, mixture))
+    }
+    ours = [(la.experts.num_experts, slots_of(la)) for la in layers if la.router is not None]
+    return [*ours, *own.values()]
+
+
 def slots_of(layer: MoELayer) -> float:
     """How many experts of the layer a token meets, on the average."""
     count, router = layer.experts.num_experts, layer.router
