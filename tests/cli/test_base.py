@@ -18,6 +18,7 @@ READING = {
     "train": "--data ROWS --out OUT --steps 1 --max-length 64",
     "eval": "--data ROWS",
     "analyze": "--data ROWS --out OUT",
+    "compare": "OUT --data ROWS --out OUT",
     "generate": "--prompt x --max-new-tokens 1",
     "chat": "",
     "inspect": "",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsecraft.cli.console import Command, Say
-from sparsecraft.cli.options import Based, Budget, Folder, Paths, set_for
+from sparsecraft.cli.options import Based, Budget, Folder, Paths, check_out, set_for
 from sparsecraft.errors import DataError
 
 
@@ -45,8 +45,7 @@ def run(command: AnalyzeCommand, say: Say) -> None:
     """Count, write the page, and say the main figures."""
     from sparsecraft.checkpoint.load import load_any
 
-    if command.out.exists() and not command.out.is_dir():
-        raise DataError(f"--out {command.out} is a file; name a folder.")
+    check_out(command.out)
     if command.neurons and command.text is not None:
         raise DataError("--text shows experts; leave it out beside --neurons.")
     model, tokenizer = load_any(command.folder, command.base)

@@ -42,6 +42,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "analyze:AnalyzeCommand",
         "What the experts, or the neurons, of a model do, beside what chance gives: one page.",
     ),
+    "compare": (
+        "compare:CompareCommand",
+        "Several models on the same rows: loss with intervals, parameters, FLOPs, memory, speed.",
+    ),
     "generate": ("generate:GenerateCommand", "Answer one prompt."),
     "chat": ("chat:ChatCommand", "Talk with a model; an empty line ends it."),
     "inspect": (

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
+
+from sparsecraft.errors import DataError
 
 log = logging.getLogger("sparsecraft")
 
@@ -51,3 +54,13 @@ def set_for(model: Any, budget: Budget | None) -> None:
     if budget is not None:
         set_budget(model, None if budget == "recipe" else budget)
         warn_untrained(model)
+
+
+def check_out(out: Path) -> None:
+    """Refuse a file where a folder is to be written.
+
+    Raises:
+        DataError: so it is.
+    """
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out {out} is a file; name a folder.")
