@@ -51,6 +51,7 @@ def run(command: CompareCommand, say: Say) -> None:
         say("")
     for line in [*sentences(metrics), *(f"Note: {note}" for note in metrics["notes"])]:
         say(line)
-    say(f"Tokens/s: forward passes over these rows (prefill), on {metrics['models'][0]['machine']}")
+    machine = metrics["models"][0]["machine"]
+    say(f"Tokens/s: one pass over these rows (prefill), beside whatever else ran, on {machine}")
     written = write_page(metrics, drawing(metrics), command.out)
     say(f"Written to {command.out}: {', '.join(written)}")

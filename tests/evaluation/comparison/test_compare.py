@@ -154,6 +154,25 @@ def test_classifiers_have_an_accuracy(files, tmp_path):
         compare([names[0], tmp_path / "dense"], data)
 
 
+def test_encoder_decoders(files, tmp_path):
+    names = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        config = transformers.T5Config(
+            vocab_size=320, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=2,
+        )  # fmt: skip
+        names.append(str(tmp_path / f"t5_{seed}"))
+        transformers.T5ForConditionalGeneration(config).save_pretrained(names[-1])
+        tiny.tokenizer().save_pretrained(names[-1])
+    found = compare(names, files)
+    for name, model in zip(names, found["models"], strict=True):
+        loaded, tokenizer = load_any(name)
+        wanted = sc.evaluate(loaded, files, tokenizer=tokenizer)["loss"]
+        assert model["loss"][files[0]] == pytest.approx(wanted[files[0]]["loss"], rel=1e-6)
+        assert model["tokens_per_second"] > 0
+
+
 def test_the_shortest_model_says_how_long_rows_may_be(folders, files, tmp_path):
     config = tiny.llama().config
     config.max_position_embeddings = 18

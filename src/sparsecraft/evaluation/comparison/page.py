@@ -156,7 +156,7 @@ def drawing(metrics: dict[str, Any]) -> Drawing:
             )
         axis.set(
             xlabel="FLOPs of a token, forward",
-            ylabel="loss minus the baseline's, nats per\nlabel; bars: 95 % intervals",
+            ylabel="nats per label more than the baseline\n(bars: 95 % intervals)",
         )
         if x.max() > FAR * x.min():
             axis.set_xscale("log")
