@@ -47,3 +47,13 @@ def test_neurons_of_a_dense_model(run, fails, dense, converted, tmp_path, rows):
     assert "one domain" in fails("analyze", dense, "--neurons", "--data", rows, "--out", out)
     assert "Did you mean" in fails(*given, "--score", "rmss")
     assert "--text" in fails(*given, "--text", "say red")
+
+
+def test_the_log_of_a_training(run, fails, converted, tmp_path, rows):
+    trained, out = tmp_path / "trained", tmp_path / "report"
+    run("train", converted, "--data", rows, "--out", trained, "--steps", 4, "--batch-size", 4)
+    text = run("analyze", trained, "--training", "--out", out)
+    assert "What routers do over the steps of training" in text and (out / "report.html").is_file()
+    assert "holds no log" in fails("analyze", converted, "--training", "--out", out)
+    given = "analyze", trained, "--out", out
+    assert "--data" in fails(*given) and "--data" in fails(*given, "--training", "--data", rows)

@@ -13,12 +13,12 @@ from sparsecraft.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeCommand(Command, Based):
-    """What the experts, or the neurons, of a model do, beside what chance gives: one page."""
+    """What experts or neurons do, beside what chance gives, or what a training did: one page."""
 
     folder: Folder
     """Checkpoint, or the name of a mixture of transformers."""
-    data: Paths
-    """Files of rows; each is a domain."""
+    data: Paths = ()
+    """Files of rows; each is a domain. Not with --training."""
     out: Path
     """Folder for report.html, metrics.json and the figures."""
     limit: int | None = None
@@ -37,24 +37,50 @@ class AnalyzeCommand(Command, Based):
     """Look at the neurons of a dense model: are they of a domain?"""
     score: str = "abs"
     """With --neurons: how they are ranked, by abs, freq, sqrt, std, rms or mean."""
+    training: bool = False
+    """Show the log of the checkpoint's training over its steps; also of one that is under way, by
+    the states that --save-every leaves."""
     reference: str | None = None
     """With --neurons: rows that every domain is compared with; otherwise with all others."""
 
 
 def run(command: AnalyzeCommand, say: Say) -> None:
     """Count, write the page, and say the main figures."""
-    from sparsecraft.checkpoint.load import load_any
+    _check(command)
+    if command.training:
+        drawn, written = _at_training(command)
+    else:
+        from sparsecraft.checkpoint.load import load_any
 
-    check_out(command.out)
-    if command.neurons and command.text is not None:
-        raise DataError("--text shows experts; leave it out beside --neurons.")
-    model, tokenizer = load_any(command.folder, command.base)
-    set_for(model, command.budget)
-    look = _at_neurons if command.neurons else _at_experts
-    drawn, written = look(command, model, tokenizer, say)
+        model, tokenizer = load_any(command.folder, command.base)
+        set_for(model, command.budget)
+        look = _at_neurons if command.neurons else _at_experts
+        drawn, written = look(command, model, tokenizer, say)
     for drawing in drawn:
         say(f"{drawing.title}: {drawing.says}")
     say(f"Written to {command.out}: {', '.join(written)}")
+
+
+def _check(command: AnalyzeCommand) -> None:
+    check_out(command.out)
+    if command.neurons and command.text is not None:
+        raise DataError("--text shows experts; leave it out beside --neurons.")
+    if command.training and (command.data or command.neurons or command.text is not None):
+        raise DataError(
+            "--training reads the log of a training; leave out --data, --neurons and --text."
+        )
+    if not (command.training or command.data):
+        raise DataError("There is nothing to count; pass --data, or --training for the log.")
+
+
+def _at_training(command: AnalyzeCommand) -> tuple[list, list[str]]:
+    from sparsecraft.evaluation.trainings.page import drawings, write_page
+    from sparsecraft.evaluation.trainings.series import training_series
+
+    metrics = training_series(command.folder)
+    title = f"The training of {Path(command.folder).name}"
+    drawn = drawings(metrics)
+    return drawn, write_page(metrics, drawn, command.out, title)
 
 
 def _at_experts(

@@ -40,7 +40,7 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "analyze": (
         "analyze:AnalyzeCommand",
-        "What the experts, or the neurons, of a model do, beside what chance gives: one page.",
+        "What experts or neurons do, beside what chance gives, or what a training did: one page.",
     ),
     "compare": (
         "compare:CompareCommand",

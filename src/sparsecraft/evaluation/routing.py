@@ -9,6 +9,8 @@ from torch import Tensor
 
 from sparsecraft.moe.routing import Routing
 
+DEAD, OVERLOADED = 0.01, 3.0  # of an equal share of the slots
+
 
 def first_choices_E(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """How many tokens chose each expert first, float64 on the CPU.

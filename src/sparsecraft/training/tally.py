@@ -11,11 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sparsecraft.evaluation.routing import DEAD
 from sparsecraft.moe.routers.moving import Seen
 from sparsecraft.moe.routing import Routing, shares
 
 # What is said of each layer, and of all of them.
-KINDS = ("load_entropy", "router_entropy", "dropped", "computing_experts")
+KINDS = ("load_entropy", "router_entropy", "dead_experts", "dropped", "computing_experts")
 
 
 class Tally:
@@ -27,7 +28,8 @@ class Tally:
 
     def __init__(self):
         self._sums: dict[str, Tensor] = {}  # name -> its values times their weights, the weights
-        self._loads: dict[str, Tensor] = {}  # layer -> what each expert received, (E,)
+        # Layer -> what each expert received, and whether it was to receive anything, (2, E).
+        self._loads: dict[str, Tensor] = {}
 
     def copy(self) -> Tally:
         """What is recorded until now, in one of its own."""
@@ -53,7 +55,7 @@ class Tally:
             seen = Seen.of(routing, mask_T)
             wanted = seen.wanted_E.sum()
             self.add(f"dropped/{layer}", 1 - seen.filled / wanted.clamp_min(1), wanted)
-        self._loads[layer] = self._loads.get(layer, 0) + _against_target(routing, mask_T)
+        self._loads[layer] = self._loads.get(layer, 0) + _against_target(routing, mask_T).flatten()
         entropy_T = torch.special.entr(routing.logits_TE.float().softmax(-1)).sum(-1)
         counted_T = routing.counted(mask_T)
         weight_T = torch.ones_like(entropy_T) if counted_T is None else counted_T.float()
@@ -75,9 +77,12 @@ class Tally:
         means = {}
         for (name, _), (value, weight) in zip(sums, parts[: len(sums)], strict=True):
             means[name] = (value / weight).item() if weight > 0 else 0.0
-        for (layer, _), amounts_E in zip(loads, parts[len(sums) :], strict=True):
+        for (layer, _), load in zip(loads, parts[len(sums) :], strict=True):
+            amounts_E, meant_E = load.unflatten(0, (2, -1))
             load_E = shares(amounts_E)
             means[f"max_load/{layer}"] = load_E.max().item() * len(load_E)
+            dead_E = (load_E * len(load_E) < DEAD) & (meant_E > 0)
+            means[f"dead_experts/{layer}"] = dead_E.sum().item()
             entropy = torch.special.entr(load_E).sum().item()
             means[f"load_entropy/{layer}"] = entropy / _log(len(load_E))
         for kind in KINDS:
@@ -90,12 +95,14 @@ class Tally:
 
 
 def _against_target(routing: Routing, mask_T: Tensor | None) -> Tensor:
-    """What each expert received, for as much as an expert is meant to have."""
+    """What each expert received, for as much as an expert is meant to have, and whether it is meant
+    to have anything, (2, E)."""
     amounts_E = routing.amounts_E(mask_T)
     if routing.target_load is None:
-        return amounts_E
-    meant_E = routing.load_to_have_E().float() * routing.num_experts
-    return (amounts_E / meant_E).where(meant_E > 0, 0.0)
+        return torch.stack([amounts_E, torch.ones_like(amounts_E)])
+    meant_E = (routing.load_to_have_E() * routing.num_experts).to(amounts_E)
+    live_E = meant_E > 0
+    return torch.stack([(amounts_E / meant_E).where(live_E, 0.0), live_E.to(amounts_E)])
 
 
 def _log(experts: int) -> float:

@@ -28,6 +28,7 @@ from sparsecraft.recipe.stages import Stage
 from sparsecraft.surgery.record import conversion_of
 from sparsecraft.surgery.trainable import matches
 from sparsecraft.training.micro_batches import MicroBatchMixin
+from sparsecraft.training.saturation import Saturation
 from sparsecraft.training.states import StatesMixin
 from sparsecraft.training.tally import Tally
 from sparsecraft.training.watch import WatchedTrainerMixin
@@ -60,6 +61,8 @@ class RoutedTrainerMixin:
         self.add_callback(LogsWhatEnds())
         self.add_callback(TellsParts())
         self.tally = Tally()
+        self.saturation = Saturation(self)
+        self.add_callback(self.saturation)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step, and the number of items of all processes' together."""
@@ -187,8 +190,10 @@ class RoutedTrainerMixin:
         ]
 
     def log(self, logs, *args, **kwargs):
-        """Add per-layer load and router entropy, and their means, to what is logged."""
+        """Add what each layer's router does, and the means over layers, to what is logged."""
         logs.update(self.tally.pop(lambda vector: self.accelerator.reduce(vector, "sum")))
+        if "loss" in logs:
+            logs.update(self.saturation.shares(saves=self.control.should_save))
         super().log(logs, *args, **kwargs)
 
 

@@ -20,9 +20,8 @@ from sparsecraft.evaluation.analysis.chance import (
     over_represented,
 )
 from sparsecraft.evaluation.analysis.choices import Choices, LayerChoices
-from sparsecraft.evaluation.routing import load_entropy
+from sparsecraft.evaluation.routing import DEAD, OVERLOADED, load_entropy
 
-DEAD, OVERLOADED = 0.01, 3.0  # of an equal share of the slots
 PATHS = 10  # that are listed
 PAIRS = 10
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

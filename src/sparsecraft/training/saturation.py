@@ -1,0 +1,91 @@
+"""Router saturation while a model trains: how much of what routers choose for the same rows stays
+(Muennighoff et al. 2024, "OLMoE", section 4.1, who compare with the end of training).
+
+T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from sparsecraft.moe.context import layer_masks
+from sparsecraft.moe.outputs import undisturbed
+from sparsecraft.moe.routing import Routing
+from sparsecraft.moe.tracing import trace
+from sparsecraft.training.engine import share_again
+
+TOKENS = 512  # of the first rows, about
+EVERY = 10  # steps between two looks, at least: one costs a forward pass of these tokens
+
+
+class Saturation(TrainerCallback):
+    """Looks at the start, and at the log lines that are far enough apart or of a state, so that a
+    run that is resumed looks as it would have."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.step, self.chosen = 0, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.step, self.chosen = state.global_step, self._choices()
+
+    def shares(self, saves: bool) -> dict[str, float]:
+        """For each layer and over all: the share of choices that are as they were at the last look;
+        nothing where it is not looked.
+
+        Args:
+            saves: whether a state is written here.
+        """
+        step = self.trainer.state.global_step
+        if not self.chosen or step == self.step or (step - self.step < EVERY and not saves):
+            return {}
+        before, self.step, self.chosen = self.chosen, step, self._choices()
+        found = {
+            f"saturation/{layer}": _shared(before[layer], chosen_TE)
+            for layer, chosen_TE in self.chosen.items()
+            if layer in before
+        }
+        return found | {"saturation": sum(found.values()) / max(1, len(found))}
+
+    def _choices(self) -> dict[str, Tensor]:
+        """Layer -> which experts each token goes to, (T, E) bool; a soft routing's first."""
+        trainer = self.trainer
+        # Forced or whole, routers choose nothing.
+        if not trainer._has_routers() or trainer.stage.deal or trainer.stage.runs == "every":
+            return {}
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        inputs = trainer._prepare_inputs(trainer.data_collator(self._rows()))
+        mask, given = inputs.get("token_mask"), dict(inputs)
+        with undisturbed(model), trace(model) as traced:
+            trainer.compute_loss(trainer.model, inputs)
+            masks = layer_masks(model, given, mask, traced)
+            found = {layer: _chosen(routing, masks(layer)) for layer, routing in traced.items()}
+        share_again(trainer.model)
+        return found
+
+    def _rows(self) -> list[dict[str, Any]]:
+        rows, dataset = [], self.trainer.train_dataset
+        for row in dataset:
+            rows.append(row)
+            if len(rows) * max(len(row["input_ids"]) for row in rows) >= TOKENS:
+                break
+        return rows
+
+
+def _chosen(routing: Routing, mask_T: Tensor | None) -> Tensor:
+    weights_TE = routing.weights_TE()
+    live_TE = weights_TE != 0
+    if routing.soft:
+        live_TE = weights_TE == weights_TE.amax(1, keepdim=True)
+    counted_T = routing.counted(mask_T)
+    return (live_TE if counted_T is None else live_TE[counted_T]).cpu()
+
+
+def _shared(before_TE: Tensor, now_TE: Tensor) -> float:
+    """Of the pass with more of them."""
+    most = max(before_TE.sum(), now_TE.sum(), torch.tensor(1))
+    return ((before_TE & now_TE).sum() / most).item()
