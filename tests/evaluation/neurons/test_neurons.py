@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
+from transformers import BertConfig, ViTConfig, ViTForImageClassification
 
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.logprobs import label_logprobs
@@ -23,6 +25,7 @@ from sparsecraft.evaluation.neurons.overlaps import (
 from sparsecraft.evaluation.neurons.page import drawings, write_page
 from sparsecraft.evaluation.neurons.pruning import random_like, share_to_prune, without
 from sparsecraft.evaluation.neurons.scores import SCORES, beyond_chance, top
+from sparsecraft.evaluation.neurons.sources import right_of, run, sources_of
 from sparsecraft.evaluation.neurons.statistics import Statistics, neurons_of, statistics_of
 from tests import tiny
 from tests.cases import dense
@@ -247,3 +250,81 @@ def test_a_model_of_two_domains(tmp_path, monkeypatch):
     assert write_page(beside, drawings(beside), tmp_path / "beside", "Neurons")
     with pytest.raises(SparsecraftError, match="encoder and a decoder"):
         analyze_neurons(dense("t5"), files, tokenizer=tokenizer)
+
+
+# ------------------------------------------------------------------ encoders and images
+def two_files(tmp_path) -> list[str]:
+    rows = tiny.chat_rows(40)
+    parts = rows[:20], rows[20:]
+    return [tiny.write_rows(tmp_path / f"{n}.jsonl", part) for n, part in enumerate(parts)]
+
+
+def bert(kind: str):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(**sizes, intermediate_size=64, vocab_size=512)
+    return getattr(transformers, kind)(config).eval()
+
+
+def test_an_encoder_has_neurons_and_no_accuracy(tmp_path):
+    found = analyze_neurons(bert("BertModel"), two_files(tmp_path), tokenizer=tiny.tokenizer())
+    assert found["neurons"] == 128 and len(found["layers"]) == 2
+    assert "pruning" not in found and found["twin"]["overlap"]
+    assert write_page(found, drawings(found), tmp_path / "page", "Neurons")
+
+
+def test_means_of_an_encoder_leave_padding_out(tmp_path):
+    model, tokenizer = bert("BertModel"), tiny.tokenizer()
+    text = [{"text": "say red"}, {"text": "say red and blue and green"}]
+    files = [tiny.write_rows(tmp_path / f"{n}.jsonl", text) for n in range(2)]
+    neurons = neurons_of(model)
+    sources = sources_of(model, files, tokenizer, None, None)
+    found = statistics_of(model, neurons, sources, run)
+    alone = [tokenizer(row["text"], return_tensors="pt") for row in text]
+    tokens = sum(given["input_ids"].numel() for given in alone)
+    assert found.tokens_D.tolist() == [tokens, tokens]
+    first = model.encoder.layer[0]
+    total_F = 0
+    for given in alone:
+        with torch.no_grad():
+            x = first.attention(model.embeddings(input_ids=given["input_ids"]))[0]
+            total_F = total_F + first.intermediate(x)[0].sum(0)
+    assert torch.allclose(found.means["mean"][0, :64].float(), total_F / tokens, atol=1e-5)
+
+
+def test_a_masked_language_model_is_right_about_what_is_hidden(tmp_path):
+    model, tokenizer = bert("BertForMaskedLM"), tiny.tokenizer()
+    tokenizer.mask_token = tokenizer.convert_ids_to_tokens(3)
+    files = two_files(tmp_path)
+    (batch, *_) = sources_of(model, files, tokenizer, None, None)[files[0]]
+    hidden = batch["labels"] != -100
+    assert 0.05 < hidden.float().mean() < 0.3 and (batch["input_ids"][hidden] == 3).all()
+    right = right_of(model, batch)
+    given = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    best = model(**given).logits.argmax(-1)
+    assert right.tolist() == (best == batch["labels"])[hidden].tolist()
+    found = analyze_neurons(model, files, tokenizer=tokenizer)
+    assert len(found["pruning"]) == 2
+
+
+def images(kind: int, labels: bool) -> list[dict]:
+    torch.manual_seed(kind)
+    batch = {"pixel_values": torch.randn(6, 3, 16, 16) + 2 * kind}
+    return [batch | ({"labels": torch.full((6,), kind)} if labels else {})] * 2
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_images_by_batches(labels, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ViTConfig(**sizes, intermediate_size=64, image_size=16, patch_size=8, num_labels=2)
+    model = ViTForImageClassification(config).eval()
+    data = {"dark": images(0, labels), "light": images(1, labels)}
+    found = analyze_neurons(model, data)
+    assert found["domains"] == ["dark", "light"] and found["tokens"] == [2 * 6 * 5] * 2
+    assert ("pruning" in found) == labels
+    assert write_page(found, drawings(found), tmp_path / "page", "Neurons")
+    with pytest.raises(SparsecraftError, match="pixel_values"):
+        analyze_neurons(model, two_files(tmp_path))
+    with pytest.raises(DataError, match="'dark' has no batch"):
+        analyze_neurons(model, {"dark": [], "light": images(1, labels)})
+    with pytest.raises(DataError, match="one domain"):
+        analyze_neurons(model, {"dark": images(0, labels)})

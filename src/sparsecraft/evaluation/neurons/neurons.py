@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from sparsecraft.dense.memory import enough_memory
 from sparsecraft.dense.tokens import is_encoder_decoder
 from sparsecraft.errors import DataError, SparsecraftError, did_you_mean
-from sparsecraft.evaluation.held_out import listed_batches, some_batches
-from sparsecraft.evaluation.logprobs import label_logprobs
+from sparsecraft.evaluation.held_out import some_batches
 from sparsecraft.evaluation.neurons.overlaps import (
     by_random_clusters,
     clusters_of,
@@ -27,6 +26,14 @@ from sparsecraft.evaluation.neurons.overlaps import (
 )
 from sparsecraft.evaluation.neurons.pruning import KEPT, random_like, share_to_prune, without
 from sparsecraft.evaluation.neurons.scores import SCORES, beyond_chance, top
+from sparsecraft.evaluation.neurons.sources import (
+    Batch,
+    Batches,
+    has_labels,
+    right_of,
+    run,
+    sources_of,
+)
 from sparsecraft.evaluation.neurons.statistics import Neurons, Statistics, neurons_of, statistics_of
 from sparsecraft.moe.outputs import evaluation_mode
 
@@ -37,7 +44,6 @@ SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # the paper's, of which overlaps are
 PARTS = ("twin", "pruning")
 PRUNED_BATCHES = 4  # of each domain, about, that accuracies are taken on
 CLUSTER = 32  # neurons of one, or the next size that divides the network
-Batches = dict[str, Sequence[dict[str, Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +64,9 @@ class Ranking:
 @enough_memory("Analysis", "lower --max-length (max_length=...) or load the model in bfloat16")
 def analyze_neurons(
     model: nn.Module,
-    data: Sequence[str | Path],
+    data: Sequence[str | Path] | Mapping[str, Iterable[Batch]],
     *,
-    tokenizer: Any,
+    tokenizer: Any = None,
     ranking: Ranking | None = None,
     max_length: int | None = None,
     limit: int | None = None,
@@ -70,6 +76,8 @@ def analyze_neurons(
 
     Args:
         data: files of rows, as `evaluate` takes them; each is a domain, and there are two at least.
+            Of encoders the texts of the rows. Or domain -> batches of the model's inputs, such as
+            `pixel_values`, with `labels` if accuracies are wanted.
         ranking: see `Ranking`. The highest two hundredths of all neurons are called a domain's.
         limit: rows of each file at most.
         parts: `twin`, the same of a model of this configuration with random weights, and `pruning`,
@@ -89,14 +97,16 @@ def analyze_neurons(
     ranking = ranking or Ranking()
     _check(model, ranking.score)
     neurons = neurons_of(model)
-    files = [*data, ranking.reference] if ranking.reference else list(data)
-    if len(files) < 2:
-        raise DataError("data is one domain; pass two files or more, to tell them apart.")
+    reference = ranking.reference
+    if len(data) + (reference is not None) < 2:
+        raise DataError("data is one domain; pass two or more, to tell them apart.")
     with evaluation_mode(model), torch.no_grad():
-        sources = listed_batches(model, files, tokenizer, max_length, limit)
+        sources = sources_of(model, data, tokenizer, max_length, limit)
+        if reference is not None:
+            sources |= sources_of(model, [reference], tokenizer, max_length, limit)
         metrics = _all(model, neurons, sources, ranking, parts)
-    reference = str(ranking.reference) if ranking.reference else None
-    given = {"domains": [str(path) for path in data], "reference": reference}
+    given = {"domains": [str(name) for name in data]}
+    given |= {"reference": None if reference is None else str(reference)}
     return metrics | given | {"score": ranking.score, "share": SHARE}
 
 
@@ -115,7 +125,9 @@ def _all(
     try:
         if "twin" in parts:
             metrics["twin"] = _of_twin(model, read, score)
-        if "pruning" in parts:
+        if "pruning" in parts and not has_labels(sources):
+            log.info("There are no labels: what accuracy is left without neurons is not measured.")
+        elif "pruning" in parts:
             own = dict(list(sources.items())[: len(statistics.compared)])
             part = some_batches(own, PRUNED_BATCHES)
             metrics["pruning"] = _pruned(model, neurons, statistics, score, part)
@@ -125,7 +137,7 @@ def _all(
 
 
 def _read(model: nn.Module, neurons: Neurons, sources: Batches, ranking: Ranking) -> Statistics:
-    found = statistics_of(model, neurons, sources, label_logprobs)
+    found = statistics_of(model, neurons, sources, run)
     return replace(found, reference=len(sources) - 1) if ranking.reference else found
 
 
@@ -225,7 +237,7 @@ def _pruned(
 
 
 def _without_share(
-    model: nn.Module, neurons: Neurons, score_N: Tensor, batches: Sequence[dict], share: float
+    model: nn.Module, neurons: Neurons, score_N: Tensor, batches: Sequence[Batch], share: float
 ) -> float:
     with without(neurons, top(score_N, share)):
         return _accuracy(model, batches)
@@ -239,11 +251,7 @@ def _kept(
     return [now / before if before else None for now, before in zip(found, whole, strict=True)]
 
 
-def _accuracy(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> float:
+def _accuracy(model: nn.Module, batches: Sequence[Batch]) -> float:
     """Share of labels that are the model's first choice."""
-    right = labels = 0
-    for batch in batches:
-        given = {key: value for key, value in batch.items() if key != "token_mask"}
-        _, right_N = label_logprobs(model, given)
-        right, labels = right + right_N.sum().item(), labels + len(right_N)
-    return right / max(1, labels)
+    right_N = torch.cat([right_of(model, batch).cpu() for batch in batches])
+    return right_N.float().mean().item() if len(right_N) else 0.0

@@ -105,21 +105,20 @@ def statistics_of(
     for domain, batches in enumerate(sources.values()):
         for batch in batches:
             given = dict(batch)
-            mask = given.pop("token_mask", None)
-            shape = given["input_ids"].shape
-            real_BS = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()
+            mask, number = given.pop("token_mask", None), len(next(iter(batch.values())))
             with _activations(model, neurons) as found, torch.no_grad():
                 run(model, given)
             start = 0
-            documents_BN = torch.zeros(len(real_BS), N)
+            documents_BN = torch.zeros(number, N)
             for path, width in zip(neurons.networks, neurons.widths, strict=True):
-                a_BSF = found[path].reshape(*shape, width).float()
-                real_BS1 = real_BS.to(a_BSF.device)[..., None]
+                a_BSF = found[path].reshape(number, -1, width).float()
+                real_BS = torch.ones(a_BSF.shape[:2]) if mask is None else mask
+                real_BS1 = real_BS.to(a_BSF.device, torch.bool)[..., None]
                 at = slice(start, start + width)
                 documents_BN[:, at] = _add(sums, domain, at, a_BSF, real_BS1)
                 start += width
             rows.append(documents_BN)
-            domains += [domain] * len(real_BS)
+            domains += [domain] * number
             tokens_D[domain] += real_BS.sum()
     means = {moment: total / tokens_D[:, None].clamp_min(1) for moment, total in sums.items()}
     return Statistics(tokens_D, means, torch.cat(rows), torch.tensor(domains))
