@@ -1,7 +1,7 @@
 """A handful of tokens on a GPU without gradients: scores, the best experts, and each slot by the
 matrices of its own expert, in one, one and two launches; the last equals `experts.base.loop`.
 
-Under torch.compile they are opaque operators: the compiler's own code for the torch forms casts
+Under torch.compile they are opaque operators, which cost as much as a launch elsewhere: the compiler's own code for the torch forms casts
 whole matrices, sorts, and reads all experts.
 Shapes: T tokens, K slots per token, S = T*K slots, E experts, I input features, O output features,
 M first-layer features, H hidden features (M = 2H when gated).
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsecraft.kernels import few_experts
-from sparsecraft.kernels.device import compute_dtype, is_handful
+from sparsecraft.kernels.device import compute_dtype, is_followed, is_handful
 from sparsecraft.kernels.projections import is_watched
 from sparsecraft.kernels.split_triton import activation_code
 from sparsecraft.kernels.two_layer import TwoLayer
@@ -53,7 +53,8 @@ def picks(logits_TE: Tensor) -> bool:
 
 def top_k(logits_TE: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     """`moe.routers.selectors.top_k`: weights (T, K) in float32 and experts (T, K)."""
-    return _top_k(logits_TE, k, renormalize)
+    run = _top_k if is_followed(logits_TE) else _pick
+    return run(logits_TE, k, renormalize)
 
 
 def networks(
@@ -63,7 +64,10 @@ def networks(
     passes = (2 if sums_to_one else 1) if net.residual else 0
     matrices, biases = [net.first_EMI, net.second_EOH], [net.first_bias_EM, net.second_bias_EO]
     options = [activation_code(net.activation), passes]
-    run = few_experts.networks if indices_TK.numel() > net.E else _networks
+    if indices_TK.numel() > net.E:
+        run = few_experts.networks
+    else:
+        run = _networks if is_followed(x_TI) else _launch
     return run(x_TI, weights_TK, indices_TK, matrices, biases, net.scale, options)
 
 

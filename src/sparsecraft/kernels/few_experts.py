@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsecraft.kernels.device import FEW_TOKENS
+from sparsecraft.kernels.device import FEW_TOKENS, is_followed
 
 try:  # absent from CPU builds of torch
     import triton
@@ -31,7 +31,8 @@ def networks(x_TI: Tensor, *given) -> Tensor:
     Args:
         given: see `_launch`.
     """
-    return _parts(x_TI, *given).sum(0).to(x_TI.dtype)
+    run = _parts if is_followed(x_TI) else _launch
+    return run(x_TI, *given).sum(0).to(x_TI.dtype)
 
 
 def _launch(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsecraft.kernels.device import FEW_TOKENS, runs
+from sparsecraft.kernels.device import FEW_TOKENS, is_followed, runs
 from sparsecraft.kernels.product import low_rank
 
 try:  # absent from CPU builds of torch
@@ -60,7 +60,7 @@ def products(
         wide: which products are float32; the others have the type of x.
         lows: of each matrix; empty where none has any.
     """
-    run = _products if torch.compiler.is_compiling() else _launch
+    run = _products if is_followed(x_TD) else _launch
     return run(x_TD, list(weights_ND), list(wide), *flat(lows))
 
 

@@ -48,10 +48,10 @@ def float32_product(x_TI: Tensor, weight_EI: Tensor) -> Tensor:
 
     Equals F.linear on float32 copies, forward and backward, to float32 rounding.
     """
+    if is_handful(x_TI, weight_EI):
+        return products(x_TI, [weight_EI], [True])[0]
     # Without this, autocast would compute the product in bf16 all the same.
     with torch.autocast(x_TI.device.type, enabled=False):
-        if is_handful(x_TI, weight_EI):
-            return products(x_TI, [weight_EI], [True])[0]
         if _splits(x_TI, weight_EI):
             return Projections.apply(x_TI, None, weight_EI, False)[2]
         dtype = torch.promote_types(x_TI.dtype, torch.float32)
