@@ -1,8 +1,8 @@
 """A handful of tokens on a GPU without gradients: scores, the best experts, and each slot by the
 matrices of its own expert, in one, one and two launches; the last equals `experts.base.loop`.
 
-Under torch.compile they are opaque operators, which cost as much as a launch elsewhere: the compiler's own code for the torch forms casts
-whole matrices, sorts, and reads all experts.
+Under torch.compile they are opaque operators, which cost as much as a launch elsewhere: the
+compiler's own code for the torch forms casts whole matrices, sorts, and reads all experts.
 Shapes: T tokens, K slots per token, S = T*K slots, E experts, I input features, O output features,
 M first-layer features, H hidden features (M = 2H when gated).
 """
