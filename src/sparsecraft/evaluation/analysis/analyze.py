@@ -14,6 +14,7 @@ from sparsecraft.dense.memory import enough_memory
 from sparsecraft.errors import SparsecraftError
 from sparsecraft.evaluation.analysis.choices import Choices, collect
 from sparsecraft.evaluation.analysis.dropping import losses_without
+from sparsecraft.evaluation.analysis.kinds import experts_by_kind
 from sparsecraft.evaluation.analysis.measures import following, layer_measures, paths
 from sparsecraft.evaluation.analysis.reading import read, word_of
 from sparsecraft.evaluation.analysis.twin import random_routers
@@ -58,8 +59,9 @@ def analyze(
         text: shown token by token with the first expert of each.
 
     Returns:
-        `domains`, `tokens`, `documents`, `loss` by domain; `layers`: name -> `measures` of the
-        layer; `following`, `paths`, `dropped`, `text`; `notes`: what could not be said, and why.
+        `domains`, `tokens`, `documents`, `loss` by domain; `layers`: name -> `layer_measures`;
+        `kinds`: `experts_by_kind`; `following`, `paths`, `dropped`, `text`; `notes`: what could not
+        be said, and why.
 
     Raises:
         SparsecraftError: the model has no router.
@@ -78,11 +80,11 @@ def analyze(
         sources = listed_batches(model, data, tokenizer, max_length, limit)
         choices = collect(model, sources, Progress("tokens"))
         of_twin = _of_twin(model, sources) if twin and not choices.interrupted else None
-        stopped = choices.interrupted or (of_twin is not None and of_twin.interrupted)
-        dropped = _dropped(model, choices, sources) if drop and not stopped else None
+        dropped = _dropped(model, choices, of_twin, sources) if drop else None
         reading = None if text is None else read(model, tokenizer, text, length)
     metrics = summary(choices, model) | {"dropped": dropped, "text": reading}
     metrics["layers"] = _of_layers(layers, choices, of_twin, tokenizer)
+    metrics["kinds"] = experts_by_kind(choices, tokenizer)
     metrics |= {"following": following(choices), "paths": paths(choices)}
     untrained = is_converted(model) and not conversion_of(model).report.get("training")
     return metrics | {"notes": notes(metrics, choices, of_twin, layers, untrained)}
@@ -160,10 +162,13 @@ def _of_twin(model: nn.Module, sources: dict) -> Choices | None:
         return collect(model, sources, Progress("tokens of the twin")) if drawn else None
 
 
-def _dropped(model: nn.Module, choices: Choices, sources: dict) -> list | None:
-    """None where there are too many experts, or where it is interrupted (Ctrl-C)."""
+def _dropped(
+    model: nn.Module, choices: Choices, of_twin: Choices | None, sources: dict
+) -> list | None:
+    """None where there are too many experts, or where this or a pass before was interrupted."""
     most = max(layer.experts for layer in choices.layers.values())
-    if most > MOST_DROPPED:
+    interrupted = choices.interrupted or (of_twin is not None and of_twin.interrupted)
+    if most > MOST_DROPPED or interrupted:
         return None
     log.info(f"Losses without each of {most} experts, on a part of the data.")
     part = some_batches(sources, DROPPED_BATCHES)

@@ -34,7 +34,7 @@ class LayerChoices:
         scores_DE, entropies_D: sums over tokens of their probabilities of the experts, and of the
             entropy (bits) of these; None of a split network.
         first_N, second_N: a token's experts by weight; E where it has none.
-        sizes_N: experts that a token went to.
+        sizes_N: experts that a token went to and that compute something.
         soft: every token goes to all experts, by weights.
         apart: why a token has no line in the table; None where it has.
     """
@@ -209,7 +209,8 @@ def _sum(
 def _list(layer: LayerChoices, routing: Routing, real_T: Tensor) -> None:
     """Add the lines of these tokens."""
     first_T, second_T = ordered_choices(routing)
-    sizes_T = (routing.weights_TE() != 0).sum(-1)
+    computing = routing.num_experts - routing.free
+    sizes_T = (routing.weights_TE()[:, :computing] != 0).sum(-1)
     if routing.acts_T is not None:
         first_T = first_T.masked_fill(~routing.acts_T, routing.num_experts)
         sizes_T = sizes_T * routing.acts_T

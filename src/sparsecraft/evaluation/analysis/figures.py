@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sparsecraft.evaluation.analysis.kinds import KINDS
 from sparsecraft.evaluation.budget.plots import COLORS, MARKERS
 from sparsecraft.evaluation.pages.drawing import (
     Drawing,
@@ -279,12 +281,44 @@ def sizes(metrics: dict) -> Drawing | None:
 
     def draw(figure, axes, theme):
         axes[0].bar(numbers, share, color=COLORS[0])
-        axes[0].set(xlabel="experts that a token goes to", ylabel="share of tokens and layers")
+        axes[0].set(xlabel="computing experts of a token", ylabel="share of tokens and layers")
         lines(axes[0], theme)
 
     seen = numbers[total > 0]
     says = f"{(share * numbers).sum():.2f} on average, from {seen.min()} to {seen.max()}."
     return drawn("sizes", "Experts per token", says, draw, 1, 2.3)
+
+
+def kinds(metrics: dict) -> Drawing | None:
+    """By how much each kind of token has more experts than its document, of all layers."""
+    layers = metrics["kinds"]
+    if not layers:
+        return None
+    names = [kind for kind in KINDS if any(_kinds(layer, kind) for layer in layers.values())]
+    values = np.full((len(layers), len(names)), np.nan)
+    for (row, layer), (column, kind) in itertools.product(
+        enumerate(layers.values()), enumerate(names)
+    ):
+        values[row, column] = next((found["more"] for found in _kinds(layer, kind)), np.nan)
+    most = max(1e-3, np.nanmax(np.abs(values)))
+
+    def draw(figure, axes, theme):
+        heat(axes[0], values, theme, "{:+.2f}".format, cmap="BrBG", vmin=-most, vmax=most)
+        axes[0].set(ylabel="layer", xticks=range(len(names)), yticks=range(len(layers)))
+        axes[0].set_xticklabels(names)
+        axes[0].set_yticklabels([short(name) for name in layers], fontsize=6)
+
+    means = sorted(zip(np.nanmean(values, 0), names, strict=True))
+    says = (
+        f"Mean over layers: {means[-1][1]} has {means[-1][0]:+.2f} experts beside the mean of its "
+        f"documents, {means[0][1]} {means[0][0]:+.2f}."
+    )
+    title = "Experts per kind of token, beside the mean of its document"
+    return drawn("kinds", title, says, draw, 1, min(12.0, 1.2 + 0.24 * len(layers)))
+
+
+def _kinds(layer: list[dict], kind: str) -> list[dict]:
+    return [found for found in layer if found["kind"] == kind]
 
 
 def union(metrics: dict) -> Drawing | None:
@@ -319,4 +353,4 @@ def union(metrics: dict) -> Drawing | None:
     return drawn("union", "Experts that a batch of tokens reads", says, draw, 1, 2.8)
 
 
-FIGURES = (load, choices, knowledge, decisiveness, dropped, after, similarity, sizes, union)
+FIGURES = (load, choices, knowledge, decisiveness, dropped, after, similarity, sizes, kinds, union)
