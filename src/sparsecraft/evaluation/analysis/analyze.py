@@ -20,7 +20,7 @@ from sparsecraft.evaluation.analysis.reading import read, word_of
 from sparsecraft.evaluation.analysis.twin import random_routers
 from sparsecraft.evaluation.analysis.watching import Watched, routed_layers
 from sparsecraft.evaluation.analysis.weights import similarities
-from sparsecraft.evaluation.held_out import length_of, listed_batches, some_batches
+from sparsecraft.evaluation.held_out import listed_batches, some_batches
 from sparsecraft.evaluation.progress import Progress
 from sparsecraft.moe import cost
 from sparsecraft.moe.outputs import evaluation_mode
@@ -56,7 +56,7 @@ def analyze(
         twin: run the data once more with routers that know nothing.
         drop: see what the loss gains without each expert, on a part of the data; not of layers with
             more than 16 experts.
-        text: shown token by token with the first expert of each.
+        text: shown token by token, with first experts.
 
     Returns:
         `domains`, `tokens`, `documents`, `loss` by domain; `layers`: name -> `layer_measures`;
@@ -71,21 +71,20 @@ def analyze(
     if not layers:
         raise SparsecraftError(
             f"{type(model).__name__} has no router whose decisions could be counted: it is dense, "
-            "or all its experts always run. Pass a converted model or a mixture of transformers, "
-            "or look at its neurons (sparsecraft analyze --neurons)."
+            "or all its experts always run. Pass a model with routers, or look at neurons "
+            "(sparsecraft analyze --neurons)."
         )
     tokenizer = tokenizer or tokenizer_of(model)
     with evaluation_mode(model), torch.no_grad():
-        length = length_of(model, max_length)
         sources = listed_batches(model, data, tokenizer, max_length, limit)
         choices = collect(model, sources, Progress("tokens"))
         of_twin = _of_twin(model, sources) if twin and not choices.interrupted else None
         dropped = _dropped(model, choices, of_twin, sources) if drop else None
-        reading = None if text is None else read(model, tokenizer, text, length)
+        reading = None if text is None else read(model, tokenizer, text, max_length)
     metrics = summary(choices, model) | {"dropped": dropped, "text": reading}
     metrics["layers"] = _of_layers(layers, choices, of_twin, tokenizer)
-    metrics["kinds"] = experts_by_kind(choices, tokenizer)
-    metrics |= {"following": following(choices), "paths": paths(choices)}
+    metrics |= {"kinds": experts_by_kind(choices, tokenizer), "paths": paths(choices)}
+    metrics |= {"following": following(choices)}
     untrained = is_converted(model) and not conversion_of(model).report.get("training")
     return metrics | {"notes": notes(metrics, choices, of_twin, layers, untrained)}
 

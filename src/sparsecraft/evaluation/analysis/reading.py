@@ -9,17 +9,18 @@ from torch import nn
 
 from sparsecraft.errors import DataError
 from sparsecraft.evaluation.analysis.watching import decisions
+from sparsecraft.evaluation.held_out import length_of
 from sparsecraft.evaluation.routing import ordered_choices
 
 
 @torch.no_grad()
-def read(model: nn.Module, tokenizer: Any, text: str, max_length: int) -> dict[str, Any]:
-    """`tokens`, and `first`: layer -> the first expert of every token, None where it has none.
+def read(model: nn.Module, tokenizer: Any, text: str, max_length: int | None) -> dict[str, Any]:
+    """Of as many tokens as `evaluate` takes: `tokens`, and `first`: layer -> the first expert of every token, None where it has none.
 
     Raises:
         DataError: the text has no token.
     """
-    ids = tokenizer(text)["input_ids"][:max_length]
+    ids = tokenizer(text)["input_ids"][: length_of(model, max_length)]
     if not ids:
         raise DataError("text holds no token; give a few words.")
     with decisions(model) as decided:
