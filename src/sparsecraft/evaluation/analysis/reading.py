@@ -15,7 +15,8 @@ from sparsecraft.evaluation.routing import ordered_choices
 
 @torch.no_grad()
 def read(model: nn.Module, tokenizer: Any, text: str, max_length: int | None) -> dict[str, Any]:
-    """Of as many tokens as `evaluate` takes: `tokens`, and `first`: layer -> the first expert of every token, None where it has none.
+    """Of as many tokens as `evaluate` takes: `tokens`, and `first`: layer -> the first expert of
+    every token, None where it has none.
 
     Raises:
         DataError: the text has no token.
