@@ -19,6 +19,7 @@ ORDER = [(arm, training) for arm, about in ARMS.items() for training in about.tr
 # Okabe and Ito's colors, told apart with any eyes; markers and dashes differ as well.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")
 MARKERS = "osD^vPX*"
+DASHES = ("-", "--")
 # What the plots show: (arm, training, curve, its name there).
 LEFT = (
     ("d2dmoe", "hoyer_1e-3", "d2dmoe", "D2DMoE (ReLU, Hoyer 1e-3)"),
@@ -261,62 +262,72 @@ def _dense_accuracy(rows: list[dict]) -> float:
 
 
 # ------------------------------------------------------------------ plots
-def _axes(count: int, width: float):
+Curve = list[tuple[float, float]]
+
+
+def _panels(
+    panels: dict[str, dict[str, Curve]], columns: int, base: tuple[str, float] | None, path
+) -> None:
+    """One panel for each title, with a line and a marker of its own for each curve's name.
+
+    Args:
+        base: what a dotted line across all of them is, and where.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, count, figsize=(width, 5.2), sharey=True, squeeze=False)
-    return figure, axes[0]
-
-
-def _draw(axis, curve: list[tuple[float, float]], number: int, name: str, dash: str = "-") -> None:
-    axis.plot(*zip(*curve, strict=True), dash, color=COLORS[number % len(COLORS)], label=name,
-              marker=MARKERS[number % len(MARKERS)], markersize=5, linewidth=1.6)  # fmt: skip
-
-
-def plot_losses(arms: dict, path) -> None:
-    figure, (left, right) = _axes(2, 13)
-    lte = [("lte", t, "lte", f"LTE ({TRAININGS[t].about})") for a, t in arms if a == "lte"]
-    for number, (arm, training, label, name) in enumerate([*LEFT, *lte]):
-        row = arms.get((arm, training), {}).get(0)
-        if row and label in row["curves"]:
-            _draw(left, points(row, label), number, name, "-" if number < 8 else "--")
-    for number, (arm, training, own) in enumerate(BANKS):
-        row = arms.get((arm, training), {}).get(0)
-        for place, label in enumerate((own, "oracle", "random_oracle", "similarity")):
-            if row and label in row["curves"]:
-                name = f"{arm}: {NAMES.get(label, 'router')}"
-                _draw(right, points(row, label), 4 * number + place, name, ("-", "--")[number])
-    base = control(arms)
-    for axis, title in ((left, "recipes"), (right, "what routers and partitions lose")):
+    rows = -(-len(panels) // columns)
+    size = 6.4 * columns, 4.2 * rows
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+        for number, (name, curve) in enumerate(curves.items()):
+            axis.plot(
+                *zip(*curve, strict=True), DASHES[number // len(COLORS)], label=name,
+                color=COLORS[number % len(COLORS)], marker=MARKERS[number % len(MARKERS)],
+                markersize=5, linewidth=1.6,
+            )  # fmt: skip
         if base is not None:
-            axis.axhline(base, color="0.5", linewidth=1, linestyle=":", label="dense control")
-            axis.set_ylim(base - 0.05, base + 1.2)
+            axis.axhline(base[1], color="0.5", linewidth=1, linestyle=":", label=base[0])
+            axis.set_ylim(base[1] - 0.05, base[1] + 1.2)
         axis.set(title=title, xlabel="share of the FFN neurons", xlim=(0, 1.02))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7.5)
-    left.set_ylabel("validation loss, nats per token")
+        axis.legend(fontsize=8, handlelength=3.5)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis in axes[:, 0]:
+        measure = "loss, nats per token" if base is not None else "accuracy"
+        axis.set_ylabel(f"validation {measure}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
+def plot_losses(arms: dict, path) -> None:
+    lte = [("lte", t, "lte", f"LTE ({TRAININGS[t].about})") for a, t in arms if a == "lte"]
+    panels: dict[str, dict[str, Curve]] = {}
+    for title, asked in (("recipes", LEFT), ("LTE", lte)):
+        for arm, training, label, name in asked:
+            row = arms.get((arm, training), {}).get(0)
+            if row and label in row["curves"]:
+                panels.setdefault(title, {})[name] = points(row, label)
+    for arm, training, own in BANKS:
+        row = arms.get((arm, training), {}).get(0)
+        for label in (own, "oracle", "random_oracle", "similarity"):
+            if row and label in row["curves"]:
+                title = f"what the router and the partition of {arm} lose"
+                panels.setdefault(title, {})[NAMES.get(label, "router")] = points(row, label)
+    base = control(arms)
+    _panels(panels, 2, None if base is None else ("dense control", base), path)
+
+
 def plot_encoder(rows: list[dict], path) -> None:
-    figure, (left, right) = _axes(2, 13)
-    shown = 0
+    panels: dict[str, dict[str, Curve]] = {}
     for row in rows:
         for label in row.get("curves", {}):
-            side = right if label in NAMES else left
-            name = f"{row['arm']}: {NAMES.get(label, label)}"
-            _draw(side, points(row, label, "dense_head"), shown, name, "--" if shown > 7 else "-")
-            shown += 1
-    for axis, title in ((left, "recipes"), (right, "controls")):
-        axis.set(title=title, xlabel="share of the FFN neurons", xlim=(0, 1.02))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=2)
-    left.set_ylabel("accuracy, the dense model's regression")
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+            name = NAMES.get(label, f"router of {label}")
+            panels.setdefault(row["arm"], {})[name] = points(row, label, "dense_head")
+    _panels(panels, 3, None, path)
 
 
 # ------------------------------------------------------------------ the page
