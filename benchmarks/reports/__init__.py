@@ -1,0 +1,1 @@
+"""What the experts of every routed recipe do after a short training."""
