@@ -48,6 +48,7 @@ def training_arguments(
             f"step; {steps} such steps change little, and least what starts at zero (the MoV paper "
             "takes 500,000). Raise the learning rate, or use variant='tuned' of the recipe."
         )
+    wide = not on_cpu() and torch.cuda.is_bf16_supported()
     every = settings.save_every or (steps // 10 if steps >= 100 else None)
     return {
         "output_dir": str(folder),
@@ -58,9 +59,9 @@ def training_arguments(
         **_schedule(stage, settings.schedule, steps),
         "weight_decay": stage.weight_decay,
         "max_grad_norm": stage.max_grad_norm,
-        "optim": {"adamw": "adamw_torch", "adafactor": "adafactor"}[stage.optimizer],
+        "optim": "adafactor" if stage.optimizer == "adafactor" else _adamw(wide),
         "use_cpu": on_cpu(),
-        "bf16": not on_cpu() and torch.cuda.is_bf16_supported(),
+        "bf16": wide,
         "seed": settings.seed,
         "data_seed": settings.seed,
         "logging_steps": settings.log_every,
@@ -73,6 +74,11 @@ def training_arguments(
         "remove_unused_columns": False,
         "dataloader_pin_memory": not on_cpu(),
     }
+
+
+def _adamw(wide: bool) -> str:
+    """Trainer's name of it; in one launch on a GPU, but where a scaler leaves steps out."""
+    return "adamw_torch_fused" if wide else "adamw_torch"
 
 
 def _schedule(stage: Stage, schedule: str, steps: int) -> dict[str, Any]:

@@ -6,19 +6,23 @@ T tokens, E experts.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from sparsecraft.dense.memory import is_out_of_memory
 from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.outputs import undisturbed
 from sparsecraft.moe.routing import Routing
 from sparsecraft.moe.tracing import trace
 from sparsecraft.training.engine import share_again
 
-TOKENS = 512  # of the first rows, about
+log = logging.getLogger("sparsecraft")
+
+TOKENS = 512  # of the first rows, about, and no more rows than a micro-batch has
 EVERY = 10  # steps between two looks, at least: one costs a forward pass of these tokens
 
 
@@ -60,18 +64,25 @@ class Saturation(TrainerCallback):
         model = trainer.accelerator.unwrap_model(trainer.model)
         inputs = trainer._prepare_inputs(trainer.data_collator(self._rows()))
         mask, given = inputs.get("token_mask"), dict(inputs)
-        with undisturbed(model), trace(model) as traced:
-            trainer.compute_loss(trainer.model, inputs)
-            masks = layer_masks(model, given, mask, traced)
-            found = {layer: _chosen(routing, masks(layer)) for layer, routing in traced.items()}
+        found = {}
+        try:
+            with undisturbed(model), trace(model) as traced:
+                trainer.compute_loss(trainer.model, inputs)
+                masks = layer_masks(model, given, mask, traced)
+                found = {layer: _chosen(routing, masks(layer)) for layer, routing in traced.items()}
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("The log will not say how far routers have settled: memory ran out.")
         share_again(trainer.model)
         return found
 
     def _rows(self) -> list[dict[str, Any]]:
-        rows, dataset = [], self.trainer.train_dataset
-        for row in dataset:
+        rows, most = [], self.trainer.args.per_device_train_batch_size
+        for row in self.trainer.train_dataset:
             rows.append(row)
-            if len(rows) * max(len(row["input_ids"]) for row in rows) >= TOKENS:
+            tokens = len(rows) * max(len(row["input_ids"]) for row in rows)
+            if tokens >= TOKENS or len(rows) == most:
                 break
         return rows
 

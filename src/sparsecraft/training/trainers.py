@@ -54,6 +54,7 @@ class RoutedTrainerMixin:
     router_learning_rate: float
     shifts_labels = False
     loss_is_scaled_for_ga = False  # Trainer divides by the accumulation steps, which is taken back
+    flops_of_one: int | None = None  # of a token, as Trainer counts them
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -93,7 +94,8 @@ class RoutedTrainerMixin:
         """The task's loss and in training the stage's auxiliary losses, by the share of the items
         of the step's batch that these inputs hold; without their number they count as all."""
         token_mask = inputs.pop(TOKEN_MASK, None)
-        unwrapped = self.accelerator.unwrap_model(model)
+        # accelerate looks at every module of it.
+        unwrapped = model if model is self.model else self.accelerator.unwrap_model(model)
         self._tell_step(unwrapped)
         items = count_items(inputs["labels"], self.shifts_labels)
         traces = trace(unwrapped, inputs=model.training and of_samples(self.stage.losses))
@@ -188,6 +190,13 @@ class RoutedTrainerMixin:
             }
             for (router, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
         ]
+
+    def floating_point_ops(self, inputs):
+        """Trainer's own, of parameters that are counted once: it walks through all modules."""
+        name = getattr(self.model, "main_input_name", "input_ids")
+        if self.flops_of_one is None:
+            self.flops_of_one = super().floating_point_ops({name: torch.zeros(1)})
+        return self.flops_of_one * inputs[name].numel() if name in inputs else 0
 
     def log(self, logs, *args, **kwargs):
         """Add what each layer's router does, and the means over layers, to what is logged."""

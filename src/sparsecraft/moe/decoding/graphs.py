@@ -114,7 +114,8 @@ def share_launches(graph: fx.GraphModule) -> None:
         for group in groups:
             if len(group) > 1 or not group[0].wide:
                 last = _share(graph.graph, group)
-                for node in reversed(moved or ()):
+                here = set(graph.graph.nodes)  # those that gave a part of a product are not
+                for node in reversed([node for node in moved or () if node in here]):
                     last.append(node)
     graph.graph.lint()
     graph.recompile()
@@ -222,12 +223,13 @@ def _share(graph: fx.Graph, found: list[_Product]) -> fx.Node:
                 parts[i] = graph.call_method("reshape", (parts[i], shape))
                 if product.bias is not None:
                     parts[i] = graph.call_function(operator.add, (parts[i], product.bias))
+    last = following.prev  # which may read the last product, and go with it
     for product, part in zip(found, parts, strict=True):
         for node in list(product.node.users) if product.wide else [product.node]:
             part.meta.setdefault("example_value", _value(node))
             node.replace_all_uses_with(part)
         _erase(graph, product.node)
-    return following.prev
+    return last
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:
