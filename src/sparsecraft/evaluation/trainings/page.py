@@ -120,7 +120,8 @@ def measures(metrics: dict) -> Drawing | None:
             axis.plot(at, np.nanmean(values_LS, 0), "o-", color=COLORS[0], markersize=2.5)
             axis.set_title(MEASURES[kind])
             if kind == "dead_experts":
-                axis.set_ylim(0, max(1, high.max()))
+                most = max(1, high.max())
+                axis.set_ylim(-0.06 * most, 1.06 * most)
             _tidied(axis, metrics, theme)
         axes[-1].set(xlabel="step")
 
