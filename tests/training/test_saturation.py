@@ -45,6 +45,9 @@ def test_shares_by_hand():
     experts_TE = torch.arange(4)[None]
     soft = Routing(soft_TE, experts_TE, soft_TE.log(), in_order=True, soft=True)
     assert saturation._chosen(soft, None).tolist() == [[False, True, False, False]]
+    even_TE = torch.full((1, 4), 0.25)
+    tied = Routing(even_TE, experts_TE, even_TE.log(), in_order=True, soft=True)
+    assert saturation._chosen(tied, None).sum() == 1
 
 
 def test_it_is_looked_every_ten_steps_and_at_the_end_and_changes_nothing(
@@ -99,3 +102,21 @@ def test_of_every_kind_of_router(recipe, tmp_path, rows):
     found = [line["saturation"] for run in runs for line in run["log"] if "saturation" in line]
     assert bool(found) == (recipe != "camel")
     assert all(0 <= value <= 1 for value in found)
+
+
+def test_where_memory_runs_out_nothing_is_said_and_training_goes_on(
+    tmp_path, rows, monkeypatch, caplog
+):
+    look, calls = Saturation._rows, []
+
+    def short_of_memory(self):
+        calls.append(self)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return look(self)
+
+    monkeypatch.setattr(Saturation, "_rows", short_of_memory)
+    model = converted()
+    sc.train(model, rows, tmp_path / "out", tokenizer=tiny.tokenizer(), **FAST)
+    assert len(calls) == 2 and not looked(model) and len(logged(model)) > 3
+    assert "memory ran out" in caplog.text

@@ -34,3 +34,12 @@ def test_an_expert_that_is_to_have_no_tokens_is_not_counted():
     found = tally.pop(lambda vector: vector)
     assert found["dead_experts/a"] == 1  # the third
     assert found["max_load/a"] == pytest.approx(4 * 2 / 3)  # of 1, 2, 0, 0 times what is meant
+
+
+def test_a_layer_without_tokens_says_nothing_of_its_load():
+    tally = Tally()
+    tally.add_routing("a", routing([[0], [1], [2], [3]]), None)
+    tally.add_routing("b", routing([[0], [0]]), torch.tensor([False, False]))
+    found = tally.pop(lambda vector: vector)
+    assert found["dead_experts"] == 0 and found["load_entropy"] == pytest.approx(1)
+    assert "dead_experts/b" not in found

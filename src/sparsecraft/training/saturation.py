@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from sparsecraft.dense.memory import is_out_of_memory
@@ -18,6 +19,7 @@ from sparsecraft.moe.context import layer_masks
 from sparsecraft.moe.outputs import undisturbed
 from sparsecraft.moe.routing import Routing
 from sparsecraft.moe.tracing import trace
+from sparsecraft.training.arguments import processes
 from sparsecraft.training.engine import share_again
 
 log = logging.getLogger("sparsecraft")
@@ -48,12 +50,14 @@ class Saturation(TrainerCallback):
         if not self.chosen or step == self.step or (step - self.step < EVERY and not saves):
             return {}
         before, self.step, self.chosen = self.chosen, step, self._choices()
+        if not self.chosen:  # memory ran out
+            return {}
         found = {
             f"saturation/{layer}": _shared(before[layer], chosen_TE)
             for layer, chosen_TE in self.chosen.items()
             if layer in before
         }
-        return found | {"saturation": sum(found.values()) / max(1, len(found))}
+        return found | {"saturation": sum(found.values()) / len(found)} if found else {}
 
     def _choices(self) -> dict[str, Tensor]:
         """Layer -> which experts each token goes to, (T, E) bool; a soft routing's first."""
@@ -62,16 +66,16 @@ class Saturation(TrainerCallback):
         if not trainer._has_routers() or trainer.stage.deal or trainer.stage.runs == "every":
             return {}
         model = trainer.accelerator.unwrap_model(trainer.model)
-        inputs = trainer._prepare_inputs(trainer.data_collator(self._rows()))
-        mask, given = inputs.get("token_mask"), dict(inputs)
         found = {}
         try:
+            inputs = trainer._prepare_inputs(trainer.data_collator(self._rows()))
+            mask, given = inputs.get("token_mask"), dict(inputs)
             with undisturbed(model), trace(model) as traced:
                 trainer.compute_loss(trainer.model, inputs)
                 masks = layer_masks(model, given, mask, traced)
                 found = {layer: _chosen(routing, masks(layer)) for layer, routing in traced.items()}
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or processes() > 1:  # others would wait for this one
                 raise
             log.warning("The log will not say how far routers have settled: memory ran out.")
         share_again(trainer.model)
@@ -91,7 +95,7 @@ def _chosen(routing: Routing, mask_T: Tensor | None) -> Tensor:
     weights_TE = routing.weights_TE()
     live_TE = weights_TE != 0
     if routing.soft:
-        live_TE = weights_TE == weights_TE.amax(1, keepdim=True)
+        live_TE = F.one_hot(weights_TE.argmax(1), routing.num_experts).bool()
     counted_T = routing.counted(mask_T)
     return (live_TE if counted_T is None else live_TE[counted_T]).cpu()
 

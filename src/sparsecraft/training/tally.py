@@ -79,6 +79,8 @@ class Tally:
             means[name] = (value / weight).item() if weight > 0 else 0.0
         for (layer, _), load in zip(loads, parts[len(sums) :], strict=True):
             amounts_E, meant_E = load.unflatten(0, (2, -1))
+            if not amounts_E.any():  # no token of the step was the layer's
+                continue
             load_E = shares(amounts_E)
             means[f"max_load/{layer}"] = load_E.max().item() * len(load_E)
             dead_E = (load_E * len(load_E) < DEAD) & (meant_E > 0)

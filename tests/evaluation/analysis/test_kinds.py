@@ -15,26 +15,33 @@ from sparsecraft.evaluation.analysis.kinds import KINDS, experts_by_kind, kinds_
 from tests import tiny
 
 
-def tokenizer_of(*tokens: str) -> PreTrainedTokenizerFast:
+def tokenizer_of(*tokens: str, kind=models.WordLevel) -> PreTrainedTokenizerFast:
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    plain = Tokenizer(models.WordLevel(vocabulary, unk_token=tokens[0]))
+    plain = Tokenizer(kind(vocabulary, unk_token=tokens[0]))
     return PreTrainedTokenizerFast(tokenizer_object=plain, unk_token=tokens[0])
 
 
-@pytest.mark.parametrize(
-    ("tokens", "wanted"),
-    [
-        (
-            ["<unk>", "\u0120red", "red", "12", ",", "!?", "\n", "\u01207", "\u2581blue"],
-            [0, 4, 5, 2, 3, 3, 1, 2, 4],
-        ),
-        (["[UNK]", "red", "##ness", "##s", "(", "7", "##7"], [0, 4, 5, 5, 3, 2, 2]),
-    ],
-)
-def test_kinds(tokens, wanted):
-    tokenizer = tokenizer_of(*tokens)
-    found = kinds_of(tokenizer, np.arange(len(tokens)))
-    assert [KINDS[kind] for kind in found] == [KINDS[kind] for kind in wanted]
+def named(tokenizer, numbers, documents) -> list[str]:
+    return [KINDS[kind] for kind in kinds_of(tokenizer, np.array(numbers), np.array(documents))]
+
+
+def test_kinds_where_spaces_are_marked():
+    """A vocabulary of bytes may hold ## too."""
+    tokens = ["<unk>", "\u0120red", "ness", "12", ",", "\n", "\u01207", "##", "th", "\ufffd"]
+    text = [1, 2, 2, 4, 2, 5, 2, 6, 8, 7, 9, 2, 3, 0, 2]
+    start, rest = "start of a word", "rest of a word"
+    assert named(tokenizer_of(*tokens), [*text, 2], [0] * len(text) + [1]) == [
+        start, rest, rest, "punctuation", start, "white space", start, "digits", rest,
+        "punctuation", "part of a letter", rest, "digits", "special", start,
+        start,
+    ]  # fmt: skip
+
+
+def test_kinds_of_word_pieces():
+    tokens = ["[UNK]", "red", "##ness", "##s", "(", "7", "##7"]
+    found = named(tokenizer_of(*tokens, kind=models.WordPiece), range(7), [0] * 7)
+    rest = "rest of a word"
+    assert found == ["special", "start of a word", rest, rest, "punctuation", "digits", "digits"]
 
 
 def choices_of(sizes: list[int], tokens: list[int], documents: list[int]) -> Choices:

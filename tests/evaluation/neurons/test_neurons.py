@@ -10,7 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from transformers import BertConfig, ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from sparsecraft.errors import DataError, SparsecraftError
 from sparsecraft.evaluation.logprobs import label_logprobs
@@ -297,6 +303,8 @@ def test_a_masked_language_model_is_right_about_what_is_hidden(tmp_path):
     files = two_files(tmp_path)
     (batch, *_) = sources_of(model, files, tokenizer, None, None)[files[0]]
     hidden = batch["labels"] != -100
+    special = torch.tensor(tokenizer.all_special_ids)
+    assert not torch.isin(batch["labels"][hidden], special).any()
     assert 0.05 < hidden.float().mean() < 0.3 and (batch["input_ids"][hidden] == 3).all()
     right = right_of(model, batch)
     given = {key: batch[key] for key in ("input_ids", "attention_mask")}
@@ -328,3 +336,28 @@ def test_images_by_batches(labels, tmp_path):
         analyze_neurons(model, {"dark": [], "light": images(1, labels)})
     with pytest.raises(DataError, match="one domain"):
         analyze_neurons(model, {"dark": images(0, labels)})
+    with pytest.raises(SparsecraftError, match="cut the batches"):
+        analyze_neurons(model, data, limit=3)
+
+
+def test_networks_that_read_merged_patches_have_means_over_their_own():
+    config = SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4,
+        num_labels=2,
+    )  # fmt: skip
+    model = SwinForImageClassification(config).eval()
+    found = statistics_of(model, neurons_of(model), {"a": images(0, False)}, run)
+    assert 0 < found.means["active"].max() <= 1
+
+
+def test_padding_of_given_batches_is_no_token_and_names_are_there_once(tmp_path):
+    model, ids = bert("BertModel"), torch.arange(5, 31).reshape(2, 13)
+    mask = torch.arange(13).expand(2, 13) < torch.tensor([[13], [6]])
+    batch = {"input_ids": ids, "attention_mask": mask.long()}
+    sources = sources_of(model, {"a": [batch], "b": [batch]}, None, None, None)
+    assert statistics_of(model, neurons_of(model), sources, run).tokens_D.tolist() == [19, 19]
+    files = two_files(tmp_path)
+    for given, reference in (([files[0]] * 2, None), (files, files[0])):
+        with pytest.raises(DataError, match="twice"):
+            ranking = Ranking(reference=reference)
+            analyze_neurons(model, given, tokenizer=tiny.tokenizer(), ranking=ranking)

@@ -102,6 +102,24 @@ def test_a_training_that_is_under_way(tmp_path, monkeypatch):
     found = training_series(out)
     assert found["running"] and found["steps"] == [1, 2, 4, 6, 8]
     assert set(found["layers"]) >= {"load_entropy", "dead_experts", "saturation"}
+    monkeypatch.chdir(tmp_path)
+    assert training_series("run") == found
+    states = tmp_path / "run.training" / "0-train"
+    (states / "checkpoint-9").mkdir()  # being written
+    (states / "checkpoint-9" / "trainer_state.json").write_text("{")
+    (states / "checkpoint-tmp").mkdir()
+    assert training_series(out) == found
+
+
+def test_a_log_without_a_finite_number(tmp_path):
+    (tmp_path / "recipe.json").write_text("{}")
+    nan = float("nan")
+    runs = [{"stage": "train", "log": [line(1, nan, nan), line(2, nan, nan)]}]
+    (tmp_path / "report.json").write_text(json.dumps({"training": runs}))
+    found = training_series(tmp_path)
+    drawn = drawings(found)
+    assert [drawing.name for drawing in drawn] == ["loss"] and "nan" in drawn[0].says
+    assert write_page(found, drawn, tmp_path / "page", "T")
 
 
 @pytest.mark.parametrize(

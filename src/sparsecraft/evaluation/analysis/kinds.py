@@ -11,31 +11,61 @@ import numpy as np
 
 from sparsecraft.evaluation.analysis.choices import Choices
 
-KINDS = ("special", "white space", "digits", "punctuation", "start of a word", "rest of a word")
-SPACES = ("\u0120", "\u2581", " ")  # a space before a word, as byte-level BPE, Unigram and text say
+KINDS = (
+    "special", "white space", "digits", "punctuation", "start of a word", "rest of a word",
+    "part of a letter",
+)  # fmt: skip
+SPACES = "\u0120\u2581 "  # a space before a word, as byte-level BPE, Unigram and text say
+UNKNOWN = "\ufffd"  # what a part of a letter decodes to
+SPECIAL, DIGITS, START, REST, PART = (
+    KINDS.index(kind)
+    for kind in ("special", "digits", "start of a word", "rest of a word", "part of a letter")
+)
 
 
-def kinds_of(tokenizer: Any, tokens_N: np.ndarray) -> np.ndarray:
-    """The number in `KINDS` of each token, (N,) uint8."""
+def kinds_of(tokenizer: Any, tokens_N: np.ndarray, documents_N: np.ndarray) -> np.ndarray:
+    """The number in `KINDS` of each token, (N,) uint8.
+
+    Args:
+        documents_N: the document that each token is of, in its order there.
+    """
     distinct, places_N = np.unique(tokens_N, return_inverse=True)
-    parts = any(token.startswith("##") for token in tokenizer.get_vocab())  # WordPiece
-    kinds = [_kind(tokenizer, int(token), parts) for token in distinct]
-    return np.array([KINDS.index(kind) for kind in kinds], np.uint8)[places_N]
+    known = [_kind(tokenizer, int(token)) for token in distinct]
+    kinds_N = np.array([KINDS.index(kind) for kind, _ in known], np.uint8)[places_N]
+    if _is_word_piece(tokenizer):  # which marks what goes on with a word
+        return kinds_N
+    # Others mark the space before a word: without it, a token goes on with what stands before it.
+    bare_N = np.array([bare for _, bare in known])[places_N]
+    before_N = np.concatenate([[SPECIAL], kinds_N[:-1]])
+    before_N[np.diff(documents_N, prepend=-1) != 0] = SPECIAL
+    goes_on_N = bare_N & (kinds_N == START) & np.isin(before_N, (START, DIGITS, PART))
+    kinds_N[goes_on_N] = REST
+    return kinds_N
 
 
-def _kind(tokenizer: Any, token: int, parts: bool) -> str:
-    if token in tokenizer.all_special_ids:
-        return "special"
+def _is_word_piece(tokenizer: Any) -> bool:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return type(getattr(backend, "model", None)).__name__ == "WordPiece"
+
+
+def _kind(tokenizer: Any, token: int) -> tuple[str, bool]:
+    """A token's kind by itself, a word's part being the start of one but in WordPiece; and whether
+    no space stands before it."""
     name, text = str(tokenizer.convert_ids_to_tokens(token)), tokenizer.decode([token])
-    bare = text.strip("".join(SPACES)).strip().removeprefix("##")
-    if not bare:
-        return "white space"
-    if bare.isnumeric():
-        return "digits"
-    if not any(letter.isalnum() for letter in bare):
-        return "punctuation"
-    starts = not name.startswith("##") if parts else name.startswith(SPACES)
-    return "start of a word" if starts else "rest of a word"
+    goes_on = name.startswith("##") and _is_word_piece(tokenizer)
+    letters = text.strip(SPACES).strip().removeprefix("##" if goes_on else "")
+    bare = not name.startswith(tuple(SPACES))
+    if token in tokenizer.all_special_ids:
+        return "special", bare
+    if not letters:
+        return "white space", bare
+    if UNKNOWN in letters:
+        return "part of a letter", bare
+    if letters.isnumeric():
+        return "digits", bare
+    if not any(letter.isalnum() for letter in letters):
+        return "punctuation", bare
+    return ("rest of a word" if goes_on else "start of a word"), bare
 
 
 def experts_by_kind(choices: Choices, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
@@ -46,7 +76,7 @@ def experts_by_kind(choices: Choices, tokenizer: Any) -> dict[str, list[dict[str
     """
     if tokenizer is None:
         return {}
-    kinds_N = kinds_of(tokenizer, choices.tokens_N)
+    kinds_N = kinds_of(tokenizer, choices.tokens_N, choices.documents_N)
     layers = choices.layers.items()
     return {
         name: _by_kind(layer.sizes_N, kinds_N, choices.documents_N)

@@ -18,7 +18,7 @@ from sparsecraft.data.prepare import TASKS
 from sparsecraft.data.rows import Unused, read_rows
 from sparsecraft.dense.memory import enough_memory
 from sparsecraft.errors import DataError, SparsecraftError
-from sparsecraft.evaluation.comparison.intervals import difference
+from sparsecraft.evaluation.comparison.intervals import Losses, difference
 from sparsecraft.evaluation.comparison.measuring import Measured, Rows, measure
 from sparsecraft.evaluation.held_out import check_limit, length_of, task_of
 
@@ -203,17 +203,23 @@ def _counts(first: Measured, rows: Rows) -> dict[str, dict[str, int]]:
 
 
 def _figures(measured: Measured, first: Measured, task: str) -> dict[str, Any]:
-    counted, baseline = _with_all(measured.counted), _with_all(first.counted)
     figures = {"loss": {}, "difference": None if measured is first else {}}
     if task == "label":
         figures["accuracy"] = {}
+    counted = _with_all(measured.counted)
     for file, (nats_R, labels_R, right_R) in counted.items():
         figures["loss"][file] = float(nats_R.sum() / labels_R.sum())
         if task == "label":
             figures["accuracy"][file] = float(right_R.sum() / labels_R.sum())
         if measured is not first:
-            figures["difference"][file] = difference(nats_R, baseline[file][0], labels_R)
+            files = measured.counted if file == ALL else [file]
+            figures["difference"][file] = difference([_losses(measured, first, f) for f in files])
     return measured.figures | figures
+
+
+def _losses(measured: Measured, first: Measured, file: str) -> Losses:
+    nats_R, labels_R, _ = measured.counted[file]
+    return nats_R, first.counted[file][0], labels_R
 
 
 def notes(metrics: dict[str, Any], first: Measured, left: list[str]) -> list[str]:

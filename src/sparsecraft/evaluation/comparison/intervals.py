@@ -1,10 +1,11 @@
 """How sure the difference of two losses is: a paired bootstrap over documents.
 
-Shapes: R documents.
+Shapes: R documents of a file.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,31 +21,41 @@ LOWER, HIGHER, UNCLEAR, EQUAL, UNKNOWN = (
 )  # fmt: skip
 
 
-def difference(nats_R: np.ndarray, baseline_R: np.ndarray, labels_R: np.ndarray) -> dict[str, Any]:
+# Of the documents of a file: what a model loses, what the baseline loses (nats), and their labels.
+Losses = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def difference(files: Sequence[Losses]) -> dict[str, Any]:
     """How much more a model loses than the baseline, in nats per label: total over total.
 
-    Documents are drawn with replacement, each with its nats of both models and its labels; the
-    interval is that of percentiles.
+    Documents are drawn with replacement, each with its nats of both models and its labels, as many
+    of each file as it has; the interval is that of percentiles.
 
     Returns:
-        `difference`; `low` and `high`, the ends of the interval, None of fewer than two documents;
-        `verdict`: whether the interval excludes zero, in words.
+        `difference`; `low` and `high`, the ends of the interval, None where no file has two
+        documents; `verdict`: whether the interval excludes zero, in words.
     """
-    more_R = nats_R - baseline_R
-    found = float(_per_label(more_R, labels_R))
-    if len(labels_R) < 2:
-        return {"difference": found, "low": None, "high": None, "verdict": UNKNOWN}
-    drawn = stats.bootstrap(
-        (more_R, labels_R), _per_label, paired=True, vectorized=True, method="percentile",
-        n_resamples=RESAMPLES, confidence_level=LEVEL, batch=max(1, MOST // len(labels_R)),
-        random_state=np.random.default_rng(SEED),
-    )  # fmt: skip
-    low, high = map(float, drawn.confidence_interval)
-    return {"difference": found, "low": low, "high": high, "verdict": verdict(low, high)}
+    more, labels = [nats - base for nats, base, _ in files], [counts for *_, counts in files]
+    found = sum(map(np.sum, more)) / sum(map(np.sum, labels))
+    drawn = [number for number, counts in enumerate(labels) if len(counts) > 1]
+    if not drawn:
+        return {"difference": float(found), "low": None, "high": None, "verdict": UNKNOWN}
 
+    def per_label(*rows: np.ndarray, axis: int = -1) -> np.ndarray:
+        def total(of: list[np.ndarray]) -> np.ndarray:
+            fixed = sum(values.sum() for values in of if len(values) == 1)
+            pairs = zip(drawn, rows, strict=True)
+            return fixed + sum(of[number][at.astype(int)].sum(axis) for number, at in pairs)
 
-def _per_label(more: np.ndarray, labels: np.ndarray, axis: int = -1) -> np.ndarray:
-    return more.sum(axis) / labels.sum(axis)
+        return total(more) / total(labels)
+
+    ends = stats.bootstrap(
+        [np.arange(len(labels[number])) for number in drawn], per_label, vectorized=True,
+        method="percentile", n_resamples=RESAMPLES, confidence_level=LEVEL,
+        batch=max(1, MOST // sum(map(len, labels))), random_state=np.random.default_rng(SEED),
+    ).confidence_interval  # fmt: skip
+    low, high = map(float, ends)
+    return {"difference": float(found), "low": low, "high": high, "verdict": verdict(low, high)}
 
 
 def verdict(low: float, high: float) -> str:
@@ -64,4 +75,10 @@ def in_words(name: str, baseline: str, found: dict[str, Any]) -> str:
     says = "includes zero, so that no difference is shown"
     if found["verdict"] != UNCLEAR:
         says = f"excludes zero: its loss is {found['verdict']}"
-    return f"{change}; the 95 % interval, {found['low']:+.4f} to {found['high']:+.4f}, {says}."
+    ends = " to ".join(_signed(found[end]) for end in ("low", "high"))
+    return f"{change}; the 95 % interval, {ends}, {says}."
+
+
+def _signed(value: float) -> str:
+    """To four digits, or to two that are not zero."""
+    return f"{value:+.4f}" if abs(value) >= SAME or not value else f"{value:+.1e}"

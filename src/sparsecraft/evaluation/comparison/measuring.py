@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ def _run(
 ) -> tuple[dict[str, np.ndarray], float | None]:
     """File -> (3, R); and real tokens per second of all passes but the first, which warms up."""
     tokens = [_tokens(model, batch) for batches in listed.values() for batch in batches]
-    progress, found, seconds = Progress("tokens"), {}, []
+    progress, done, found, seconds = Progress("tokens"), accumulate(tokens), {}, []
     for file, batches in listed.items():
         parts = []
         for batch in batches:
@@ -120,7 +121,7 @@ def _run(
             begun = time.perf_counter()
             parts.append(by_document(model, batch))  # numbers on the CPU: the device is done
             seconds.append(time.perf_counter() - begun)
-            progress(sum(tokens[: len(seconds)]), sum(tokens))
+            progress(next(done), sum(tokens))
         found[file] = np.concatenate(parts, 1)
         if not found[file].size:
             raise DataError(f"{file} has no label to predict.")

@@ -24,7 +24,10 @@ FAR = 8.0  # times the fewest FLOPs, from which their axis is logarithmic
 
 def labels(metrics: dict[str, Any]) -> list[str]:
     """Of every model the last part of its name, or all of it where that would be ambiguous."""
-    names = [model["name"] for model in metrics["models"]]
+    return _short([model["name"] for model in metrics["models"]])
+
+
+def _short(names: list[str]) -> list[str]:
     short = [Path(name).name or name for name in names]
     return short if len(set(short)) == len(short) else names
 
@@ -58,8 +61,8 @@ def rows_of_files(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for every file and model; none of a single file, which is all rows."""
     files = [file for file in metrics["files"] if file != ALL]
     return [
-        {"file": Path(file).name, "model": name, **_of_loss(model, file)}
-        for file in files
+        {"file": short, "model": name, **_of_loss(model, file)}
+        for file, short in zip(files, _short(files), strict=True)
         for name, model in zip(labels(metrics), metrics["models"], strict=True)
         if len(files) > 1
     ]

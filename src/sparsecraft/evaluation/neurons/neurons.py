@@ -100,6 +100,9 @@ def analyze_neurons(
     reference = ranking.reference
     if len(data) + (reference is not None) < 2:
         raise DataError("data is one domain; pass two or more, to tell them apart.")
+    names = [*map(str, data), *([] if reference is None else [str(reference)])]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{twice[0]} is there twice; pass each domain, and the reference, once.")
     with evaluation_mode(model), torch.no_grad():
         sources = sources_of(model, data, tokenizer, max_length, limit)
         if reference is not None:

@@ -34,13 +34,15 @@ def sources_of(
     limit: int | None,
 ) -> Batches:
     """Domain -> batches: as `evaluate` takes them of models that it takes, else the texts of the
-    rows, of which a masked language model is to find some tokens; or those that are given.
+    rows, of which a masked language model is to find some tokens; or those that are given, whole.
 
     Raises:
         DataError: rows that are malformed, or none.
         SparsecraftError: the model reads no text, and no batches are given.
     """
     if isinstance(data, Mapping):
+        if limit is not None or max_length is not None:
+            raise SparsecraftError("limit and max_length are of files; cut the batches instead.")
         return {str(name): _given(name, batches) for name, batches in data.items()}
     if objective_of(model) is not None and tokenizer is not None:
         return listed_batches(model, list(data), tokenizer, max_length, limit)
@@ -55,10 +57,18 @@ def sources_of(
 
 
 def _given(name: Any, batches: Iterable[Batch]) -> list[Batch]:
-    listed = [dict(batch) for batch in batches]
+    listed = [_masked(dict(batch)) for batch in batches]
     if not listed or not all(batch and _rows(batch) for batch in listed):
         raise DataError(f"The domain {name!r} has no batch, or one without rows.")
     return listed
+
+
+def _masked(batch: Batch) -> Batch:
+    """With what of a text is no padding, where its mask says that."""
+    mask_BS = batch.get("attention_mask")
+    if "input_ids" in batch and mask_BS is not None and mask_BS.ndim == 2:
+        return {**batch, "token_mask": batch.get("token_mask", mask_BS.bool())}
+    return batch
 
 
 def _rows(batch: Batch) -> int:
@@ -98,7 +108,9 @@ def _collated(model: nn.Module, rows: list[list[int]], padding: int, tokenizer: 
     if not is_masked(model) or tokenizer.mask_token_id is None:
         return {"input_ids": ids_BS} | batch
     generator = torch.Generator().manual_seed(0)
-    hidden_BS = (torch.rand(ids_BS.shape, generator=generator) < MASKED) & real_BS
+    special_BS = torch.isin(ids_BS, torch.tensor(tokenizer.all_special_ids))
+    drawn_BS = torch.rand(ids_BS.shape, generator=generator) < MASKED
+    hidden_BS = drawn_BS & real_BS & ~special_BS
     labels_BS = ids_BS.masked_fill(~hidden_BS, IGNORED)
     given_BS = ids_BS.masked_fill(hidden_BS, tokenizer.mask_token_id)
     return {"input_ids": given_BS, "labels": labels_BS} | batch

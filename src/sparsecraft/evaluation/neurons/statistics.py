@@ -62,7 +62,8 @@ class Statistics:
     """Means over the tokens of each domain.
 
     Attributes:
-        tokens_D: how many there are.
+        tokens_D: how many there are, as the first network reads them; a network that reads others
+            (patches that were merged) has means over its own.
         means: of |a|, of a > 0, of the root of |a|, of a and of its square -> (D, N) float64.
         documents_RN: each document's mean |a|, float32.
         domain_R: the domain of each document.
@@ -101,7 +102,7 @@ def statistics_of(
     """
     D, N = len(sources), sum(neurons.widths)
     sums = {moment: torch.zeros(D, N, dtype=torch.float64) for moment in MOMENTS}
-    tokens_D, rows, domains = torch.zeros(D, dtype=torch.float64), [], []
+    tokens_DN, rows, domains = torch.zeros(D, N, dtype=torch.float64), [], []
     for domain, batches in enumerate(sources.values()):
         for batch in batches:
             given = dict(batch)
@@ -116,12 +117,12 @@ def statistics_of(
                 real_BS1 = real_BS.to(a_BSF.device, torch.bool)[..., None]
                 at = slice(start, start + width)
                 documents_BN[:, at] = _add(sums, domain, at, a_BSF, real_BS1)
+                tokens_DN[domain, at] += real_BS.sum()
                 start += width
             rows.append(documents_BN)
             domains += [domain] * number
-            tokens_D[domain] += real_BS.sum()
-    means = {moment: total / tokens_D[:, None].clamp_min(1) for moment, total in sums.items()}
-    return Statistics(tokens_D, means, torch.cat(rows), torch.tensor(domains))
+    means = {moment: total / tokens_DN.clamp_min(1) for moment, total in sums.items()}
+    return Statistics(tokens_DN[:, 0], means, torch.cat(rows), torch.tensor(domains))
 
 
 def _add(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def loss(metrics: dict) -> Drawing:
             axes[1].set(ylabel="auxiliary losses")
             legend(axes[1])
 
-    values = [value for value in series["loss"] if value is not None]
+    values = [value for value in series["loss"] if value is not None] or [math.nan]
     says = f"From {values[0]:.3f} to {values[-1]:.3f} nats over {steps[-1]:,} steps."
     if own:
         ends = (f"{_words(key)} {_last(series[key]):.4g}" for key in own)
@@ -105,7 +106,7 @@ def loss(metrics: dict) -> Drawing:
 def measures(metrics: dict) -> Drawing | None:
     """Each measure of the routers: its mean over layers, between the lowest and the highest."""
     layers = metrics["layers"]
-    kinds = [kind for kind in MEASURES if kind in layers]
+    kinds = [kind for kind in MEASURES if kind in layers and _known(layers[kind])]
     if not kinds:
         return None
     steps = np.array(metrics["steps"])
@@ -134,7 +135,7 @@ def measures(metrics: dict) -> Drawing | None:
 def evenness(metrics: dict) -> Drawing | None:
     """How even the load of each layer is, at each log line."""
     layers = metrics["layers"].get("load_entropy")
-    if not layers:
+    if not layers or not _known(layers):
         return None
     values_LS, steps = _table(layers), metrics["steps"]
 
@@ -162,6 +163,11 @@ def _values(series: list[float | None]) -> np.ndarray:
 
 def _table(layers: dict[str, list]) -> np.ndarray:
     return np.stack([_values(series) for series in layers.values()])
+
+
+def _known(layers: dict[str, list]) -> bool:
+    """Whether a measure has a number anywhere."""
+    return not np.isnan(_table(layers)).all()
 
 
 def _last(series: list[float | None]) -> float:

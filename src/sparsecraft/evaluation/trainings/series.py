@@ -16,7 +16,7 @@ from sparsecraft.dense.door import guarded
 from sparsecraft.dense.jsonfile import MEASURED
 from sparsecraft.errors import CheckpointError
 
-LOG, STATE = "log_history", "trainer_state.json"
+PREFIX, LOG, STATE = "checkpoint-", "log_history", "trainer_state.json"
 
 
 def training_series(folder: str | Path) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def training_series(folder: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the folder has no training, or its files cannot be read.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser().resolve()
     running = not (folder / MANIFEST).is_file()
     with guarded(folder, CheckpointError):
         stages = _under_way(folder) if running else _done(folder)
@@ -53,11 +53,20 @@ def _under_way(folder: Path) -> list[tuple[str, list[dict]]]:
     """The log up to the last state of each stage."""
     found = []
     for stage in sorted(folder.with_name(f"{folder.name}.training").glob("*-*")):
-        states = [path for path in stage.glob("checkpoint-*") if (path / STATE).is_file()]
-        if states:
-            last = max(states, key=lambda path: int(path.name.rpartition("-")[2]))
-            found.append((stage.name.partition("-")[2], read_json(last / STATE, MEASURED)[LOG]))
+        named = [p for p in stage.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
+        states = sorted(named, key=lambda path: -int(path.name.removeprefix(PREFIX)))
+        log = next(filter(None, map(_log_of, states)), None)
+        if log:
+            found.append((stage.name.partition("-")[2], log))
     return found
+
+
+def _log_of(state: Path) -> list[dict] | None:
+    """None of a state that is being written, or taken away, meanwhile."""
+    try:
+        return read_json(state / STATE, MEASURED)[LOG]
+    except (CheckpointError, KeyError, OSError):
+        return None
 
 
 def _with_loss(log: list[dict]) -> list[dict]:
