@@ -165,7 +165,12 @@ def _measured(bases: dict[str, str | None], rows: Rows) -> list[Measured]:
     try:
         for number, (name, base) in enumerate(bases.items(), 1):
             log.info(f"Model {number} of {len(bases)}: {name}")
-            measured = measure(name, base, rows, found[0] if found else None)
+            try:
+                measured = measure(name, base, rows, found[0] if found else None)
+            except DataError:  # of the rows
+                raise
+            except SparsecraftError as error:
+                raise type(error)(f"{name}: {error}") from error
             if measured is None:
                 raise _other_rows(next(iter(bases)), name, "the rows")
             found.append(measured)
