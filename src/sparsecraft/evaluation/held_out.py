@@ -153,7 +153,10 @@ def sources_of(
     for path in listed:
         rows, counts = prepare(path, tokenizer, split="test", **options)
         rows = rows.select(range(min(limit or len(rows), len(rows))))
-        sources[str(path)] = (list(_batches(list(rows), tokenizer, prompts, model)), counts)
+        sources[str(path)] = (
+            list(batches_by_length(list(rows), tokenizer, prompts, model)),
+            counts,
+        )
     return sources
 
 
@@ -191,7 +194,7 @@ def _labelled(batch: dict[str, Tensor], task: str) -> dict[str, Tensor]:
     return {**batch, "labels": labels}
 
 
-def _batches(
+def batches_by_length(
     rows: list[dict], tokenizer: Any, prompts: Prompts | None, model: nn.Module
 ) -> Iterator[dict[str, Tensor]]:
     """Rows by length, so that padding is short, in batches of at most BATCH_TOKENS."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sparsecraft.evaluation.analysis.kinds import KINDS
-from sparsecraft.evaluation.budget.plots import COLORS, MARKERS
+from sparsecraft.evaluation.budget.plots import COLORS, DASHED, MARKERS
 from sparsecraft.evaluation.pages.drawing import (
     Drawing,
     Theme,
@@ -112,7 +112,7 @@ def _bars(axis: Any, layer: dict, domains: list[str], theme: Theme) -> None:
         first, second = layer["first_by_domain"][d], layer["second_by_domain"][d]
         axis.bar(at, first, wide, color=COLORS[d], label=f"{domain}, first")
         axis.plot(at, second, MARKERS[d], color=COLORS[d], label=f"{domain}, second", **edge)
-    dashed = {"linewidth": 0.8, "linestyle": (0, (5, 4))}
+    dashed = {"linewidth": 0.8, "linestyle": DASHED}
     axis.axhline(1 / E, color=theme.text, label="equal share", **dashed)
     axis.set(xlabel="expert", ylabel="share of tokens", xticks=range(E) if E <= 32 else [])
     lines(axis, theme)
@@ -169,7 +169,7 @@ def decisiveness(metrics: dict) -> Drawing | None:
             at, [row["H_s"] for row in rows], "o-", color=COLORS[0], label="H_s: mean of a token's"
         )
         axis.plot(at, [row["most"] for row in rows], color=theme.text, linewidth=0.8,
-                  linestyle=(0, (5, 4)), label="log2 E, the most")  # fmt: skip
+                  linestyle=DASHED, label="log2 E, the most")  # fmt: skip
         axis.set(xlabel="layer, from the input", ylabel="entropy of experts, bits")
         axis.set_ylim(0, 1.08 * max(row["most"] for row in rows))
         whole(axis.xaxis)
@@ -227,7 +227,7 @@ def after(metrics: dict) -> Drawing | None:
         axis, at = axes[0], np.arange(len(rows))
         axis.plot(at, [row["bits"] for row in rows], "o-", color=COLORS[0], label="this model")
         axis.plot(at, [row["chance"] for row in rows], color=theme.text, linewidth=0.9,
-                  linestyle=(0, (5, 4)), label="chance")  # fmt: skip
+                  linestyle=DASHED, label="chance")  # fmt: skip
         axis.set(
             xlabel="layer and the next, from the input", ylabel="I(first; first), bits", ylim=0
         )
@@ -336,7 +336,7 @@ def union(metrics: dict) -> Drawing | None:
             axis.plot(at, [row["experts"] for row in rows], f"{MARKERS[number]}-", color=color,
                       markersize=4, label=short(name))  # fmt: skip
             axis.plot(at, [row["independent"] for row in rows], color=color, linewidth=0.9,
-                      linestyle=(0, (5, 4)), label="independent tokens")  # fmt: skip
+                      linestyle=DASHED, label="independent tokens")  # fmt: skip
         axis.set_xscale("log", base=2)
         axis.set(
             xlabel="tokens of a batch that follow each other", ylabel="different experts", ylim=0

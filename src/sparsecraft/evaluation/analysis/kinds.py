@@ -30,9 +30,10 @@ def kinds_of(tokenizer: Any, tokens_N: np.ndarray, documents_N: np.ndarray) -> n
         documents_N: the document that each token is of, in its order there.
     """
     distinct, places_N = np.unique(tokens_N, return_inverse=True)
-    known = [_kind(tokenizer, int(token)) for token in distinct]
+    parts, special = _is_word_piece(tokenizer), set(tokenizer.all_special_ids)
+    known = [_kind(tokenizer, int(token), special, parts) for token in distinct]
     kinds_N = np.array([KINDS.index(kind) for kind, _ in known], np.uint8)[places_N]
-    if _is_word_piece(tokenizer):  # which marks what goes on with a word
+    if parts:  # which marks what goes on with a word
         return kinds_N
     # Others mark the space before a word: without it, a token goes on with what stands before it.
     bare_N = np.array([bare for _, bare in known])[places_N]
@@ -48,14 +49,14 @@ def _is_word_piece(tokenizer: Any) -> bool:
     return type(getattr(backend, "model", None)).__name__ == "WordPiece"
 
 
-def _kind(tokenizer: Any, token: int) -> tuple[str, bool]:
+def _kind(tokenizer: Any, token: int, special: set[int], parts: bool) -> tuple[str, bool]:
     """A token's kind by itself, a word's part being the start of one but in WordPiece; and whether
     no space stands before it."""
     name, text = str(tokenizer.convert_ids_to_tokens(token)), tokenizer.decode([token])
-    goes_on = name.startswith("##") and _is_word_piece(tokenizer)
+    goes_on = parts and name.startswith("##")
     letters = text.strip(SPACES).strip().removeprefix("##" if goes_on else "")
     bare = not name.startswith(tuple(SPACES))
-    if token in tokenizer.all_special_ids:
+    if token in special:
         return "special", bare
     if not letters:
         return "white space", bare

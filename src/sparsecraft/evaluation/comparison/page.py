@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sparsecraft.evaluation.budget.plots import COLORS, MARKERS
+from sparsecraft.evaluation.budget.plots import COLORS, DASHED, MARKERS
 from sparsecraft.evaluation.comparison.compare import ALL
 from sparsecraft.evaluation.comparison.intervals import in_words
 from sparsecraft.evaluation.pages.drawing import Drawing, Theme, drawn, lines
@@ -145,7 +145,7 @@ def drawing(metrics: dict[str, Any]) -> Drawing:
         from matplotlib.ticker import EngFormatter
 
         axis = axes[0]
-        axis.axhline(0, color=theme.text, linewidth=0.8, linestyle=(0, (5, 4)))
+        axis.axhline(0, color=theme.text, linewidth=0.8, linestyle=DASHED)
         for number, one in enumerate(found):
             style = {
                 "color": COLORS[number % len(COLORS)],

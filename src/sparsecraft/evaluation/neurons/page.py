@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from sparsecraft.evaluation.budget.plots import COLORS, MARKERS
+from sparsecraft.evaluation.budget.plots import COLORS, DASHED, MARKERS
 from sparsecraft.evaluation.pages.drawing import Drawing, drawn, heat, legend, lines, whole
 from sparsecraft.evaluation.pages.writing import render, write_report
 
-DASHED = {"linewidth": 0.9, "linestyle": (0, (5, 4))}
+CHANCE = {"linewidth": 0.9, "linestyle": DASHED}
 
 
 def write_page(
@@ -80,7 +80,7 @@ def places(metrics: dict) -> Drawing:
             if metrics["twin"]:
                 axis.plot(at, metrics["twin"]["by_layer"][d], ":", color=style["color"],
                           label=f"{name}, random weights")  # fmt: skip
-        axis.axhline(1 / len(at), color=theme.text, label="chance", **DASHED)
+        axis.axhline(1 / len(at), color=theme.text, label="chance", **CHANCE)
         axis.set(xlabel="layer, from the input", ylabel="share of the domain's neurons", ylim=0)
         whole(axis.xaxis)
         lines(axis, theme)
@@ -109,7 +109,7 @@ def clusters(metrics: dict) -> Drawing:
             axis.plot(at, inside(measures, "domains"), f"{MARKERS[number]}-", markersize=4,
                       color=COLORS[number], label=side)  # fmt: skip
         axis.plot(at, inside(metrics["model"], "random"), color=theme.text,
-                  label="random clusters", **DASHED)  # fmt: skip
+                  label="random clusters", **CHANCE)  # fmt: skip
         axis.set(xlabel="layer, from the input", ylabel="share in such clusters", ylim=(0, None))
         whole(axis.xaxis)
         lines(axis, theme)

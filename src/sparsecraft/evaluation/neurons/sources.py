@@ -13,17 +13,21 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from sparsecraft.data.limits import pad_id
+from sparsecraft.data.encoding import IGNORED
 from sparsecraft.data.rows import load_rows
 from sparsecraft.dense.loading import objective_of
 from sparsecraft.errors import DataError, SparsecraftError
-from sparsecraft.evaluation.held_out import check_limit, length_of, listed_batches
-from sparsecraft.evaluation.logprobs import BATCH_TOKENS, label_logprobs
+from sparsecraft.evaluation.held_out import (
+    batches_by_length,
+    check_limit,
+    length_of,
+    listed_batches,
+)
+from sparsecraft.evaluation.logprobs import label_logprobs
 
 Batch = dict[str, Tensor]
 Batches = dict[str, Sequence[Batch]]
 MASKED = 0.15  # of the tokens of a text, which a masked language model is to find (BERT)
-IGNORED = -100
 
 
 def sources_of(
@@ -78,21 +82,15 @@ def _rows(batch: Batch) -> int:
 def _text_batches(
     model: nn.Module, path: str | Path, tokenizer: Any, length: int, limit: int | None
 ) -> list[Batch]:
-    """Texts by length, in batches of at most `BATCH_TOKENS`; longer ones are cut."""
+    """Those of the texts of a file; longer ones are cut."""
     rows = load_rows(path, "test")
     texts = [_text(row) for row in rows.select(range(min(limit or len(rows), len(rows))))]
     encoded = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
-    batches, part, found = [], [], sorted((ids for ids in encoded if ids), key=len)
-    for ids in found:
-        if part and (len(part) + 1) * len(ids) > BATCH_TOKENS:
-            batches.append(part)
-            part = []
-        part.append(ids)
-    batches += [part] if part else []
-    if not batches:
+    known = [{"input_ids": ids, "labels": ids} for ids in encoded if ids]
+    if not known:
         raise DataError(f"{path} has no row with a text.")
-    padding = pad_id(tokenizer, model)
-    return [_collated(model, rows, padding, tokenizer) for rows in batches]
+    batches = batches_by_length(known, tokenizer, None, model)
+    return [_asked(model, batch, tokenizer) for batch in batches]
 
 
 def _text(row: dict) -> str:
@@ -100,20 +98,18 @@ def _text(row: dict) -> str:
     return row["text"] if messages is None else "\n\n".join(m["content"] for m in messages)
 
 
-def _collated(model: nn.Module, rows: list[list[int]], padding: int, tokenizer: Any) -> Batch:
-    width = max(map(len, rows))
-    ids_BS = torch.tensor([ids + [padding] * (width - len(ids)) for ids in rows])
-    real_BS = torch.tensor([[i < len(ids) for i in range(width)] for ids in rows])
-    batch = {"attention_mask": real_BS.long(), "token_mask": real_BS}
+def _asked(model: nn.Module, batch: Batch, tokenizer: Any) -> Batch:
+    """The batch with labels of what a masked language model is to find; without, for others."""
+    ids_BS = batch["input_ids"]
     if not is_masked(model) or tokenizer.mask_token_id is None:
-        return {"input_ids": ids_BS} | batch
+        return {key: value for key, value in batch.items() if key != "labels"}
     generator = torch.Generator().manual_seed(0)
     special_BS = torch.isin(ids_BS, torch.tensor(tokenizer.all_special_ids))
     drawn_BS = torch.rand(ids_BS.shape, generator=generator) < MASKED
-    hidden_BS = drawn_BS & real_BS & ~special_BS
+    hidden_BS = drawn_BS & batch["token_mask"] & ~special_BS
     labels_BS = ids_BS.masked_fill(~hidden_BS, IGNORED)
     given_BS = ids_BS.masked_fill(hidden_BS, tokenizer.mask_token_id)
-    return {"input_ids": given_BS, "labels": labels_BS} | batch
+    return batch | {"input_ids": given_BS, "labels": labels_BS}
 
 
 def is_masked(model: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsecraft.evaluation.budget.plots import COLORS, MARKERS
+from sparsecraft.evaluation.budget.plots import COLORS, DASHED, MARKERS
 from sparsecraft.evaluation.pages.drawing import Drawing, Theme, drawn, heat, legend, lines
 from sparsecraft.evaluation.pages.writing import render, short, write_report
 
@@ -183,7 +183,7 @@ def _tidied(axis: Any, metrics: dict, theme: Theme) -> None:
     lines(axis, theme)
     axis.set_xlim(0, 1.02 * metrics["steps"][-1])
     for stage in metrics["stages"][1:]:
-        axis.axvline(stage["begun"], color=theme.text, linewidth=0.8, linestyle=(0, (5, 4)))
+        axis.axvline(stage["begun"], color=theme.text, linewidth=0.8, linestyle=DASHED)
         at = (stage["begun"], 1.0)
         axis.annotate(
             f" {stage['stage']}", at, xycoords=("data", "axes fraction"), fontsize=7, va="top",
